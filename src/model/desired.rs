@@ -1,0 +1,241 @@
+//! What is wanted of this host, made from what people wrote.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use super::{
+    env::{self, Secret},
+    name::{AppName, EnvName, ImageRef, SetName},
+    problem::{Problem, Problems},
+    release::{Release, ReleaseKey},
+    spec::{Ingress, Order, PullPolicy, Spec},
+};
+
+/// What is wanted. *Not read* is never taken for *nothing wanted*.
+#[derive(Debug, Clone, Default)]
+pub enum Desired {
+    /// The store has not been read yet.
+    #[default]
+    NotYetRead,
+    /// One consistent read of it.
+    Known(Arc<Snapshot>),
+}
+
+/// One consistent read.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Snapshot {
+    /// The revision of the store.
+    pub revision: i64,
+    /// Whether this host takes apps.
+    pub mode: HostMode,
+    /// Labels of this host, merged.
+    pub labels: BTreeMap<String, String>,
+    /// Every app of the store.
+    pub apps: BTreeMap<AppName, DesiredApp>,
+    /// Keys that belong to no app because they cannot be read.
+    pub unreadable: Vec<Problem>,
+}
+
+/// Whether a host takes apps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HostMode {
+    /// It does.
+    #[default]
+    Active,
+    /// What runs goes on and is updated; nothing new comes.
+    Cordoned,
+    /// Everything leaves.
+    Drained,
+}
+
+/// What is wanted of one app here.
+#[derive(Debug, Clone, PartialEq)]
+pub enum DesiredApp {
+    /// It runs.
+    Run(Target),
+    /// It does not run here, for this reason.
+    Absent(String),
+    /// What is wanted cannot be read; the last good target goes on, if this agent has seen one.
+    Invalid {
+        /// All that is wrong.
+        problems: Problems,
+        /// What was wanted before.
+        last_good: Option<Target>,
+    },
+    /// It is left as it is, for this reason.
+    Paused(String),
+}
+
+/// An app that runs here.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Target {
+    /// What its containers are made from.
+    pub release: Arc<Release>,
+    /// How many instances.
+    pub replicas: u16,
+    /// How requests reach it.
+    pub ingress: Option<Ingress>,
+    /// Which comes first in a replacement.
+    pub order: Order,
+    /// When its image is pulled.
+    pub pull_policy: PullPolicy,
+    /// The revision at which its spec was first written: the older of two claims to a virtual host wins.
+    pub created: i64,
+    /// Whether it may only stay, not come.
+    pub cordoned: bool,
+}
+
+/// The keys of one app, as they were read.
+#[derive(Debug, Clone, Default)]
+pub struct AppKeys {
+    /// The spec, read; and the revision at which the key was made.
+    pub spec: Option<(i64, Arc<Result<Spec, Problems>>)>,
+    /// `apps/<app>/image`.
+    pub image: Option<Vec<u8>>,
+    /// `apps/<app>/restart`.
+    pub restart: Option<Vec<u8>>,
+    /// `apps/<app>/paused`.
+    pub paused: Option<Vec<u8>>,
+    /// Keys below `apps/<app>/` that are not known.
+    pub problems: Vec<Problem>,
+}
+
+/// All keys that matter to a host, as they were read.
+#[derive(Debug, Clone, Default)]
+pub struct Keys {
+    /// By app.
+    pub apps: BTreeMap<AppName, AppKeys>,
+    /// By set and variable.
+    pub env: BTreeMap<SetName, BTreeMap<EnvName, Vec<u8>>>,
+    /// Bad variable names, by set.
+    pub env_problems: BTreeMap<SetName, Vec<Problem>>,
+}
+
+/// Makes the wanted state of one host.
+///
+/// `last_good` answers with the target that was last valid for an app.
+pub fn resolve(
+    keys: &Keys,
+    key: &ReleaseKey,
+    mode: HostMode,
+    labels: &BTreeMap<String, String>,
+    last_good: impl Fn(&AppName) -> Option<Target>,
+) -> BTreeMap<AppName, DesiredApp> {
+    keys.apps
+        .iter()
+        .map(|(name, app)| {
+            let desired = match resolve_app(name, app, keys, key, mode, labels) {
+                Ok(desired) => desired,
+                Err(problems) => DesiredApp::Invalid { problems, last_good: last_good(name) },
+            };
+            (name.clone(), desired)
+        })
+        .collect()
+}
+
+fn resolve_app(
+    name: &AppName,
+    app: &AppKeys,
+    keys: &Keys,
+    key: &ReleaseKey,
+    mode: HostMode,
+    labels: &BTreeMap<String, String>,
+) -> Result<DesiredApp, Problems> {
+    if let Some(reason) = &app.paused {
+        let reason = String::from_utf8_lossy(reason).trim().to_owned();
+        return Ok(DesiredApp::Paused(if reason.is_empty() { "no reason given".to_owned() } else { reason }));
+    }
+    let Some((created, spec)) = &app.spec else {
+        // Only a leftover image or restart key: an app is there when its spec is.
+        return Ok(DesiredApp::Absent(format!("there is no `apps/{name}/spec`")));
+    };
+    let spec = spec.as_ref().as_ref().map_err(Clone::clone)?;
+    if let Some(unmet) = spec.deploy.constraints.iter().find(|c| !c.holds(labels)) {
+        return Ok(DesiredApp::Absent(format!("this host does not satisfy `{unmet}`")));
+    }
+    if mode == HostMode::Drained {
+        return Ok(DesiredApp::Absent("this host is drained".to_owned()));
+    }
+    let mut problems: Vec<Problem> = app.problems.clone();
+    let image = image(name, app, spec).map_err(|p| problems.push(p)).ok();
+    let restart = text(&app.restart, || format!("apps/{name}/restart")).map_err(|p| problems.push(p)).ok().flatten();
+    let env = environment(name, spec, keys).map_err(|p| problems.extend(p)).ok();
+    let (Some(image), Some(env), true) = (image, env, problems.is_empty()) else {
+        return Err(problems.into_iter().collect());
+    };
+    let endpoint = spec.ingress.as_ref().map(|i| i.endpoint.clone());
+    let release =
+        Release::new(key, image, spec.container.clone(), env, spec.health.clone(), endpoint, restart.as_deref());
+    Ok(DesiredApp::Run(Target {
+        release: Arc::new(release),
+        replicas: spec.deploy.replicas_per_host,
+        ingress: spec.ingress.clone(),
+        order: spec.deploy.order,
+        pull_policy: spec.pull_policy,
+        created: *created,
+        cordoned: mode == HostMode::Cordoned,
+    }))
+}
+
+fn text(value: &Option<Vec<u8>>, key: impl Fn() -> String) -> Result<Option<String>, Problem> {
+    match value {
+        None => Ok(None),
+        Some(bytes) => match std::str::from_utf8(bytes) {
+            Ok(text) => Ok(Some(text.to_owned())),
+            Err(e) => Err(Problem::new(key(), format!("the value is not UTF-8 at byte {}", e.valid_up_to()))),
+        },
+    }
+}
+
+fn image(name: &AppName, app: &AppKeys, spec: &Spec) -> Result<ImageRef, Problem> {
+    let key = || format!("apps/{name}/image");
+    match text(&app.image, key)? {
+        // A line break at the end is what `echo` and editors leave.
+        Some(image) => ImageRef::try_from(image.trim()).map_err(|e| Problem::new(key(), e.to_string())),
+        None => spec.image.clone().ok_or_else(|| {
+            Problem::new(key(), "no image is named")
+                .hint("put one there, such as `registry.example.com/web:v42`, or set `image` in the spec")
+        }),
+    }
+}
+
+/// `env_from` in order, then the spec, then the app's own set: a later one wins.
+fn environment(name: &AppName, spec: &Spec, keys: &Keys) -> Result<BTreeMap<EnvName, Secret>, Vec<Problem>> {
+    let mut problems = Vec::new();
+    let mut env: BTreeMap<EnvName, Secret> = BTreeMap::new();
+    let own = SetName::try_from(name.as_str()).ok();
+    for set in &spec.env_from {
+        if keys.env.contains_key(set) {
+            env.extend(read_set(set, keys, &mut problems));
+        } else {
+            let problem = Problem::new("env_from", format!("there is no set `env/{set}/`"));
+            problems.push(problem.hint("put its variables, or leave it out of `env_from`"));
+        }
+    }
+    env.extend(spec.environment.clone());
+    if let Some(own) = &own {
+        env.extend(read_set(own, keys, &mut problems));
+    }
+    if let Err(e) = env::check_total(&env) {
+        problems.push(Problem::new(format!("env/{name}/"), e));
+    }
+    if problems.is_empty() { Ok(env) } else { Err(problems) }
+}
+
+fn read_set(set: &SetName, keys: &Keys, problems: &mut Vec<Problem>) -> BTreeMap<EnvName, Secret> {
+    let mut out = BTreeMap::new();
+    problems.extend(keys.env_problems.get(set).into_iter().flatten().cloned());
+    for (name, value) in keys.env.get(set).into_iter().flatten() {
+        let key = || format!("env/{set}/{name}");
+        match std::str::from_utf8(value) {
+            Err(e) => problems.push(Problem::new(key(), format!("the value is not UTF-8 at byte {}", e.valid_up_to()))),
+            Ok(text) => match env::check_value(name.as_str(), text) {
+                Ok(()) => {
+                    out.insert(name.clone(), Secret::new(text));
+                }
+                Err(e) => problems.push(Problem::new(key(), e)),
+            },
+        }
+    }
+    out
+}

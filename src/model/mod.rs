@@ -1,0 +1,13 @@
+//! Values, and nothing but values: no I/O, no clock, no async. Illegal states do not exist.
+
+pub mod desired;
+pub mod env;
+pub mod name;
+pub mod observed;
+pub mod problem;
+pub mod proxy;
+pub mod release;
+pub mod spec;
+pub mod status;
+pub mod time;
+pub mod yaml;

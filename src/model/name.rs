@@ -1,0 +1,201 @@
+//! Names: values that are safe as an etcd key, a container name, a path and a word in an nginx file.
+//!
+//! The fields are private and the only way in is `TryFrom`, so whoever holds a name need not ask again.
+
+use std::{borrow::Borrow, fmt};
+
+use serde::{Deserialize, Serialize};
+
+/// Why a text is not a name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{kind} `{}` is not valid: {rule}", text.escape_debug())]
+pub struct NameError {
+    kind: &'static str,
+    text: String,
+    rule: &'static str,
+}
+
+/// Longest app, host or set name. Paths of sockets are made of app names, and the kernel takes 107 bytes of path.
+pub const MAX_NAME: usize = 40;
+
+fn is_label(text: &str, max: usize) -> bool {
+    let bytes = text.as_bytes();
+    !bytes.is_empty()
+        && bytes.len() <= max
+        && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
+        && bytes[0] != b'-'
+        && bytes[bytes.len() - 1] != b'-'
+}
+
+macro_rules! name {
+    ($(#[$doc:meta])* $name:ident, $kind:literal, $rule:literal, $ok:expr) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// The text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = NameError;
+            fn try_from(text: String) -> Result<Self, NameError> {
+                let ok: fn(&str) -> bool = $ok;
+                if ok(&text) { Ok(Self(text)) } else { Err(NameError { kind: $kind, text, rule: $rule }) }
+            }
+        }
+
+        impl TryFrom<&str> for $name {
+            type Error = NameError;
+            fn try_from(text: &str) -> Result<Self, NameError> {
+                Self::try_from(text.to_owned())
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> String {
+                name.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+    };
+}
+
+name!(
+    /// An app: what people deploy.
+    AppName, "app name",
+    "use 1 to 40 of a-z, 0-9 and `-`, with neither end a `-`",
+    |t| is_label(t, MAX_NAME)
+);
+name!(
+    /// A host: a machine that runs an agent.
+    HostName, "host name",
+    "use 1 to 40 of a-z, 0-9 and `-`, with neither end a `-`",
+    |t| is_label(t, MAX_NAME)
+);
+name!(
+    /// A set of environment variables.
+    SetName, "set name",
+    "use 1 to 40 of a-z, 0-9 and `-`, with neither end a `-`",
+    |t| is_label(t, MAX_NAME)
+);
+name!(
+    /// The name of an environment variable.
+    EnvName, "variable name",
+    "use letters, digits and `_`, not starting with a digit, and not `DEMAE_…`, which demae sets itself",
+    |t| {
+        let b = t.as_bytes();
+        !b.is_empty() && b.len() <= 255 && !b[0].is_ascii_digit()
+            && b.iter().all(|c| c.is_ascii_alphanumeric() || *c == b'_')
+            && !t.starts_with("DEMAE_")
+    }
+);
+name!(
+    /// A host name that nginx serves: exact, or with `*.` in front.
+    VirtualHost, "virtual host",
+    "use a lower-case host name such as `web.example.com` or `*.example.com`, at most 253 characters, labels at most 63 (international names in their `xn--` form)",
+    |t| {
+        let rest = t.strip_prefix("*.").unwrap_or(t);
+        t.len() <= 253 && !rest.is_empty() && rest.split('.').all(|label| is_label(label, 63))
+            && !(t.starts_with("*.") && !rest.contains('.') && rest.is_empty())
+    }
+);
+name!(
+    /// A full image reference, as `docker pull` takes it.
+    ImageRef, "image reference",
+    "write it as `docker pull` takes it, such as `registry.example.com/web:v42`, at most 255 characters",
+    |t| {
+        let b = t.as_bytes();
+        !b.is_empty() && b.len() <= 255 && b[0].is_ascii_alphanumeric()
+            && b[b.len() - 1].is_ascii_alphanumeric()
+            && b.iter().all(|c| c.is_ascii_alphanumeric() || b"._-/:@+".contains(c))
+            && !t.contains("//") && !t.contains("..")
+    }
+);
+name!(
+    /// The name of an nginx template of this host.
+    TemplateName, "template name",
+    "use 1 to 40 of a-z, 0-9 and `-`, with neither end a `-`",
+    |t| is_label(t, MAX_NAME)
+);
+name!(
+    /// The identity of a release: 12 hexadecimal digits.
+    ReleaseId, "release",
+    "a release is 12 hexadecimal digits",
+    |t| t.len() == 12 && t.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+);
+name!(
+    /// The id that Docker gave a container: 64 hexadecimal digits.
+    ContainerId, "container id",
+    "a container id is hexadecimal",
+    |t| !t.is_empty() && t.len() <= 64 && t.bytes().all(|b| b.is_ascii_hexdigit())
+);
+
+impl ImageRef {
+    /// The reference with the tag that Docker assumes when there is neither tag nor digest.
+    pub fn tagged(&self) -> String {
+        let last = self.0.rsplit('/').next().unwrap_or(&self.0);
+        if last.contains(':') || last.contains('@') { self.0.clone() } else { format!("{}:latest", self.0) }
+    }
+}
+
+impl ContainerId {
+    /// The first 12 digits, as Docker prints ids.
+    pub fn short(&self) -> &str {
+        self.0.get(..12).unwrap_or(&self.0)
+    }
+}
+
+impl VirtualHost {
+    /// A host name that this virtual host answers to: itself, or one under its wildcard.
+    pub fn example(&self) -> String {
+        match self.0.strip_prefix("*.") {
+            Some(rest) => format!("demae-proof.{rest}"),
+            None => self.0.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_texts_are_not_names() {
+        for bad in ["", "../x", "A", "a/b", "web.", "-a", "a-", "a b", "a\n", "é", "a;b", &"a".repeat(41)] {
+            assert!(AppName::try_from(bad).is_err(), "{bad:?} was taken for an app name");
+        }
+        for bad in ["a;b", "a }", "x; } server {", "a..b", "*.", "a.*.b", "UPPER.example", "über.example", "a\nb"] {
+            assert!(VirtualHost::try_from(bad).is_err(), "{bad:?} was taken for a virtual host");
+        }
+        for bad in ["", "A=B", "1AB", "a-b", "a b", "DEMAE_APP"] {
+            assert!(EnvName::try_from(bad).is_err(), "{bad:?} was taken for a variable name");
+        }
+        for bad in ["", " web", "web:v1\n", "-web", "web:", "a//b", "../a"] {
+            assert!(ImageRef::try_from(bad).is_err(), "{bad:?} was taken for an image reference");
+        }
+    }
+
+    #[test]
+    fn a_reference_without_tag_means_latest() {
+        let tagged = |t: &str| ImageRef::try_from(t).map(|i| i.tagged());
+        assert_eq!(tagged("web"), Ok("web:latest".into()));
+        assert_eq!(tagged("localhost:5000/web"), Ok("localhost:5000/web:latest".into()));
+        assert_eq!(tagged("localhost:5000/web:v1"), Ok("localhost:5000/web:v1".into()));
+    }
+}

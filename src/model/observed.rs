@@ -1,0 +1,171 @@
+//! What is true on this host, as far as it was looked at.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    name::{ContainerId, ReleaseId},
+    spec::HealthCheck,
+    time::Timestamp,
+};
+
+/// One app on this host.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct ObservedApp {
+    /// Its containers, by release and number.
+    pub instances: Vec<Instance>,
+    /// The local id of the image that is wanted, if it is on this host.
+    pub image: Option<String>,
+    /// Its route symlinks: slot to the instance it leads to; `None` where it leads nowhere known.
+    pub slots: BTreeMap<u16, Option<InstanceKey>>,
+    /// When the symlinks last changed.
+    pub slots_changed: Timestamp,
+    /// Releases with an env-file.
+    pub env_files: BTreeSet<ReleaseId>,
+    /// Instances with a socket directory.
+    pub socket_dirs: BTreeSet<InstanceKey>,
+    /// The release last proven through nginx (or, for a worker, seen healthy).
+    pub proven: Option<ReleaseId>,
+    /// Releases that failed here.
+    pub verdicts: BTreeMap<ReleaseId, Verdict>,
+}
+
+/// Which instance: its release and its number, which tells replicas of one release apart.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct InstanceKey {
+    /// The release.
+    pub release: ReleaseId,
+    /// From 1.
+    pub number: u16,
+}
+
+impl std::fmt::Display for InstanceKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.release, self.number)
+    }
+}
+
+/// A container of a release.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Instance {
+    /// Its key.
+    pub key: InstanceKey,
+    /// Docker's id.
+    pub id: ContainerId,
+    /// Docker's id of its image.
+    pub image: String,
+    /// What Docker says of it.
+    pub phase: Phase,
+    /// What its checks say.
+    pub health: Health,
+    /// Whether Docker keeps it running: given once it is proven.
+    pub settled: bool,
+    /// When it last started, or was created.
+    pub started: Timestamp,
+    /// Where it takes requests.
+    pub address: Option<Address>,
+    /// Connections that nginx has to it, where that was counted.
+    pub connections: Option<usize>,
+    /// Its own check, from its labels: an old instance is asked as its release says.
+    pub check: HealthCheck,
+    /// Its own drain time.
+    pub drain: Duration,
+    /// How long it may take to end.
+    pub grace: Duration,
+    /// Whether a socket lies there that nobody listens on.
+    pub stale_socket: bool,
+}
+
+impl Instance {
+    /// Whether it could answer a request.
+    pub fn is_running(&self) -> bool {
+        self.phase == Phase::Running
+    }
+
+    /// Whether its process may exist.
+    pub fn is_alive(&self) -> bool {
+        matches!(self.phase, Phase::Running | Phase::Paused | Phase::Restarting)
+    }
+
+    /// When it must be healthy at the latest.
+    pub fn deadline(&self) -> Timestamp {
+        self.started.plus(self.check.deadline())
+    }
+}
+
+/// Where an instance takes requests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// A unix socket at this path of the host.
+    Socket(String),
+    /// A port of the loopback address.
+    Port(u16),
+}
+
+/// What Docker says of a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Phase {
+    /// Made, never started.
+    Created,
+    /// Its process runs.
+    Running,
+    /// Frozen by somebody.
+    Paused,
+    /// Between two starts by Docker.
+    Restarting,
+    /// Ended, with this code.
+    Exited(i64),
+    /// Being removed, or stuck in it.
+    Removing,
+}
+
+/// What the checks say of an instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Health {
+    /// Not asked yet by this agent. Never a reason to take an instance out of service.
+    Unknown,
+    /// Asked, not healthy yet; the last answer.
+    Starting(String),
+    /// Healthy.
+    Healthy,
+    /// It was healthy, or its time is over.
+    Unhealthy {
+        /// Since when.
+        since: Timestamp,
+        /// The last answer.
+        answer: String,
+    },
+}
+
+impl Health {
+    /// Whether it is known to be well.
+    pub fn is_healthy(&self) -> bool {
+        *self == Health::Healthy
+    }
+
+    /// Whether it is known to be unwell.
+    pub fn is_unhealthy(&self) -> bool {
+        matches!(self, Health::Unhealthy { .. })
+    }
+}
+
+/// Why a release failed on this host. Kept until another release is wanted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// The release.
+    pub release: ReleaseId,
+    /// One sentence.
+    pub cause: String,
+    /// The exit code, if its process ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i64>,
+    /// The end of its log.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub log_tail: String,
+    /// When.
+    pub at: Timestamp,
+}

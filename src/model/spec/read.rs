@@ -1,0 +1,589 @@
+//! From a tree with positions to a [`Spec`]: every key known, every value checked, every problem kept.
+
+use std::collections::BTreeMap;
+
+use super::{
+    ContainerSpec, Deploy, Endpoint, HealthCheck, Ingress, Logging, Order, Probe, PullPolicy, Spec, Volume, VolumeSource,
+    fields,
+};
+use crate::model::{
+    env::{self, Secret},
+    name::{EnvName, SetName, VirtualHost},
+    problem::{Problem, Problems, nearest},
+    yaml::{self, Key, Node, Value},
+};
+
+/// Keys of each mapping of a spec, by its dotted path. The JSON Schema is held to this list by a test.
+const KEYS: &[(&str, &[&str])] = &[
+    ("", &[
+        "image", "command", "entrypoint", "environment", "env_from", "volumes", "tmpfs", "user", "working_dir",
+        "network_mode", "extra_hosts", "labels", "cap_drop", "read_only", "init", "logging", "healthcheck", "ingress",
+        "stop_signal", "stop_grace_period", "pull_policy", "deploy",
+    ]),
+    ("healthcheck", &[
+        "http", "tcp", "test", "disable", "interval", "timeout", "retries", "start_period", "start_interval", "successes",
+    ]),
+    ("ingress", &["hosts", "socket", "port", "drain", "template", "max_body_size", "read_timeout"]),
+    ("logging", &["driver", "options"]),
+    ("deploy", &["mode", "replicas_per_host", "placement", "resources", "update_config"]),
+    ("deploy.placement", &["constraints"]),
+    ("deploy.resources", &["limits"]),
+    ("deploy.resources.limits", &["memory", "cpus", "pids"]),
+    ("deploy.update_config", &["parallelism", "order", "monitor", "failure_action"]),
+];
+
+/// Keys that Compose knows and a host cannot use, each with what to do instead.
+const NOT_HERE: &[(&str, &str)] = &[
+    ("build", "build the image elsewhere and name it in `image`"),
+    ("ports", "use `ingress.port`; nginx is the way in"),
+    ("expose", "use `ingress.port`"),
+    ("restart", "leave it out; a proven instance is always restarted"),
+    ("container_name", "leave it out; two releases run side by side, so names are demae's"),
+    ("depends_on", "leave it out; make the app wait for what it needs"),
+    ("env_file", "put the variables under `env/<app>/` in etcd, or use `env_from`"),
+    ("networks", "use `network_mode` with the name of a network that exists"),
+    ("secrets", "put them under `env/<app>/` in etcd"),
+    ("configs", "mount a file with `volumes`"),
+    ("privileged", "no app gets the rights of its host"),
+    ("cap_add", "no app gets more rights than Docker's default"),
+    ("devices", "no app gets the devices of its host"),
+    ("pid", "no app gets the namespaces of its host"),
+    ("ipc", "no app gets the namespaces of its host"),
+    ("security_opt", "the engine's default profile stays on"),
+    ("replicas", "use `replicas_per_host`; a count over all hosts needs a scheduler"),
+    ("release_command", "run it by hand before the deploy; once per release for the whole fleet cannot be held yet"),
+    ("reservations", "use `limits`"),
+    ("restart_policy", "leave it out; a proven instance is always restarted"),
+    ("rollback_config", "leave it out; the old instances keep serving until the new ones are proven"),
+];
+
+/// Host paths that no app may mount, nor anything under those marked with `true`.
+const FORBIDDEN_SOURCES: &[(&str, bool)] = &[
+    ("/", false), ("/etc", true), ("/proc", true), ("/sys", true), ("/dev", true), ("/boot", true), ("/root", true),
+    ("/run/docker.sock", false), ("/var/run/docker.sock", false), ("/run/containerd", true), ("/var/run", false),
+    ("/run", false), ("/var", false), ("/var/lib", false), ("/var/lib/docker", true), ("/var/lib/containerd", true),
+    ("/var/lib/demae", true), ("/run/demae", true),
+];
+
+pub(super) fn spec(text: &[u8]) -> Result<Spec, Problems> {
+    let node = yaml::parse(text)?;
+    let mut reader = Reader { problems: Problems::default() };
+    let spec = reader.spec(&node);
+    if reader.problems.is_empty() { Ok(spec) } else { Err(reader.problems.sorted()) }
+}
+
+struct Reader {
+    problems: Problems,
+}
+
+/// The entries of one mapping, asked for by name.
+struct Fields<'n> {
+    path: &'static str,
+    entries: &'n [(Key, Node)],
+}
+
+impl<'n> Fields<'n> {
+    fn get(&self, name: &str) -> Option<&'n Node> {
+        self.entries.iter().find(|(k, _)| k.name == name).map(|(_, n)| n).filter(|n| n.value != Value::Null)
+    }
+
+    fn key(&self, name: &str) -> String {
+        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+    }
+}
+
+impl Reader {
+    fn problem(&mut self, key: impl Into<String>, node: &Node, message: impl Into<String>) {
+        self.problems.push(Problem::new(key, message).at(node.line, node.column));
+    }
+
+    /// The mapping at `path`, after its keys have been checked.
+    fn fields<'n>(&mut self, path: &'static str, node: &'n Node) -> Fields<'n> {
+        let Value::Map(entries) = &node.value else {
+            let message = format!("a mapping is wanted here, this is {}", node.value.kind());
+            self.problem(path, node, message);
+            return Fields { path, entries: &[] };
+        };
+        let known = KEYS.iter().find(|(p, _)| *p == path).map_or(&[][..], |(_, keys)| keys);
+        let fields = Fields { path, entries };
+        for (key, _) in entries {
+            if known.contains(&key.name.as_str()) || (path.is_empty() && key.name.starts_with("x-")) {
+                continue;
+            }
+            let mut problem = match NOT_HERE.iter().find(|(k, _)| *k == key.name) {
+                Some((_, instead)) => Problem::new(fields.key(&key.name), "this key is not supported").hint(*instead),
+                None => Problem::new(fields.key(&key.name), "unknown key"),
+            };
+            if problem.hint.is_none() {
+                problem.hint = nearest(&key.name, known.iter().copied()).map(|k| format!("did you mean `{k}`?"));
+            }
+            self.problems.push(problem.at(key.line, key.column));
+        }
+        fields
+    }
+
+    /// The text of a scalar at `key`.
+    fn text<'n>(&mut self, key: &str, node: &'n Node) -> Option<&'n str> {
+        match &node.value {
+            Value::Scalar { text, .. } => Some(text),
+            other => {
+                let message = format!("a single value is wanted here, this is {}", other.kind());
+                self.problem(key, node, message);
+                None
+            }
+        }
+    }
+
+    /// A scalar read by `read`; on a mistake a problem is kept and the answer is `None`.
+    fn read<T, E: ToString>(
+        &mut self,
+        fields: &Fields<'_>,
+        name: &str,
+        read: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Option<T> {
+        let node = fields.get(name)?;
+        let key = fields.key(name);
+        let text = self.text(&key, node)?;
+        read(text).map_err(|e| self.problem(key, node, e.to_string())).ok()
+    }
+
+    fn string(&mut self, fields: &Fields<'_>, name: &str) -> Option<String> {
+        self.read(fields, name, |t| printable(t).map(str::to_owned))
+    }
+
+    fn boolean(&mut self, fields: &Fields<'_>, name: &str) -> Option<bool> {
+        self.read(fields, name, |t| match t {
+            "true" => Ok(true),
+            "false" => Ok(false),
+            other => Err(format!("`{other}` is neither `true` nor `false`")),
+        })
+    }
+
+    fn number(&mut self, fields: &Fields<'_>, name: &str, least: u32, most: u32) -> Option<u32> {
+        self.read(fields, name, |t| match t.parse::<u32>() {
+            Ok(n) if (least..=most).contains(&n) => Ok(n),
+            _ => Err(format!("`{t}` is not a whole number from {least} to {most}")),
+        })
+    }
+
+    fn list<'n>(&mut self, fields: &Fields<'n>, name: &str) -> &'n [Node] {
+        match fields.get(name) {
+            None => &[],
+            Some(Node { value: Value::Seq(items), .. }) => items,
+            Some(node) => {
+                let message = format!("a list is wanted here, this is {}", node.value.kind());
+                self.problem(fields.key(name), node, message);
+                &[]
+            }
+        }
+    }
+
+    /// A list of scalars, each read by `read`.
+    fn items<T, E: ToString>(
+        &mut self,
+        fields: &Fields<'_>,
+        name: &str,
+        read: impl Fn(&str) -> Result<T, E>,
+    ) -> Vec<T> {
+        let mut out = Vec::new();
+        for (i, node) in self.list(fields, name).iter().enumerate() {
+            let key = format!("{}[{i}]", fields.key(name));
+            if let Some(text) = self.text(&key, node) {
+                match read(text) {
+                    Ok(value) => out.push(value),
+                    Err(e) => self.problem(key, node, e.to_string()),
+                }
+            }
+        }
+        out
+    }
+
+    /// A mapping or a list of `name=value`, as Compose allows for `environment` and `labels`.
+    fn pairs(&mut self, fields: &Fields<'_>, name: &str) -> Vec<(String, String, Node)> {
+        let Some(node) = fields.get(name) else { return Vec::new() };
+        let mut out = Vec::new();
+        match &node.value {
+            Value::Map(entries) => {
+                for (key, value) in entries {
+                    let path = format!("{}.{}", fields.key(name), key.name);
+                    if value.value == Value::Null {
+                        self.problem(path, value, "there is no value; write `\"\"` for an empty one");
+                    } else if let Some(text) = self.text(&path, value) {
+                        let at = Node { line: key.line, column: key.column, value: Value::Null };
+                        out.push((key.name.clone(), text.to_owned(), at));
+                    }
+                }
+            }
+            Value::Seq(items) => {
+                for (i, item) in items.iter().enumerate() {
+                    let path = format!("{}[{i}]", fields.key(name));
+                    match self.text(&path, item).map(|t| t.split_once('=')) {
+                        Some(Some((key, value))) => out.push((key.to_owned(), value.to_owned(), item.clone())),
+                        Some(None) => self.problem(path, item, "write it as `NAME=value`"),
+                        None => {}
+                    }
+                }
+            }
+            other => {
+                let message = format!("a mapping or a list is wanted here, this is {}", other.kind());
+                self.problem(fields.key(name), node, message);
+            }
+        }
+        out
+    }
+
+    /// A command: a list of words, or one text that is split into words.
+    fn command(&mut self, fields: &Fields<'_>, name: &str) -> Option<Vec<String>> {
+        match fields.get(name)?.value {
+            Value::Seq(_) => Some(self.items(fields, name, |t| Ok::<_, String>(t.to_owned()))),
+            _ => self.read(fields, name, fields::words),
+        }
+    }
+
+    fn spec(&mut self, node: &Node) -> Spec {
+        let f = self.fields("", node);
+        let ingress = f.get("ingress").map(|n| self.ingress(n));
+        let health = self.health(&f, ingress.as_ref());
+        let (deploy, memory, nano_cpus, pids) = self.deploy(&f);
+        let container = ContainerSpec {
+            command: self.command(&f, "command"),
+            entrypoint: self.command(&f, "entrypoint"),
+            user: self.string(&f, "user"),
+            working_dir: self.read(&f, "working_dir", |t| absolute(t).map(str::to_owned)),
+            volumes: self.items(&f, "volumes", volume),
+            tmpfs: self.items(&f, "tmpfs", |t| absolute(t).map(str::to_owned)),
+            network: self.read(&f, "network_mode", network).flatten(),
+            extra_hosts: self.items(&f, "extra_hosts", |t| printable(t).map(str::to_owned)),
+            labels: self.labels(&f),
+            cap_drop: self.items(&f, "cap_drop", |t| printable(t).map(str::to_owned)),
+            read_only: self.boolean(&f, "read_only").unwrap_or(false),
+            init: self.boolean(&f, "init").unwrap_or(true),
+            memory,
+            nano_cpus,
+            pids,
+            logging: f.get("logging").map(|n| self.logging(n)),
+            stop_signal: self.read(&f, "stop_signal", signal),
+            stop_grace_period: self
+                .read(&f, "stop_grace_period", fields::duration)
+                .unwrap_or(std::time::Duration::from_secs(10)),
+        };
+        if let (Some(Ingress { endpoint: Endpoint::Port(_), .. }), Some("none"), Some(n)) =
+            (&ingress, container.network.as_deref(), f.get("network_mode"))
+        {
+            self.problem("network_mode", n, "an app with `ingress.port` needs a network; use `ingress.socket` or `bridge`");
+        }
+        Spec {
+            image: self.read(&f, "image", |t| t.try_into()),
+            container,
+            environment: self.environment(&f),
+            env_from: self.items(&f, "env_from", |t| SetName::try_from(t)),
+            health,
+            ingress,
+            pull_policy: self.read(&f, "pull_policy", pull_policy).unwrap_or_default(),
+            deploy,
+        }
+    }
+
+    fn environment(&mut self, f: &Fields<'_>) -> BTreeMap<EnvName, Secret> {
+        let mut out = BTreeMap::new();
+        for (name, value, node) in self.pairs(f, "environment") {
+            let key = format!("environment.{name}");
+            match EnvName::try_from(name.as_str()).map_err(|e| e.to_string()) {
+                Ok(env_name) => match env::check_value(&name, &value) {
+                    Ok(()) => {
+                        out.insert(env_name, Secret::new(value));
+                    }
+                    Err(e) => self.problem(key, &node, e),
+                },
+                Err(e) => self.problem("environment", &node, e),
+            }
+        }
+        out
+    }
+
+    fn labels(&mut self, f: &Fields<'_>) -> BTreeMap<String, String> {
+        let mut out = BTreeMap::new();
+        for (name, value, node) in self.pairs(f, "labels") {
+            if name.is_empty() || name.starts_with("demae.") || printable(&name).is_err() {
+                self.problem("labels", &node, format!("`{}` cannot be a label here; `demae.…` is demae's own", name.escape_debug()));
+            } else {
+                out.insert(name, value);
+            }
+        }
+        out
+    }
+
+    fn logging(&mut self, node: &Node) -> Logging {
+        let f = self.fields("logging", node);
+        let driver = self.string(&f, "driver").unwrap_or_else(|| "json-file".to_owned());
+        let options = self.pairs(&f, "options").into_iter().map(|(k, v, _)| (k, v)).collect();
+        Logging { driver, options }
+    }
+
+    fn ingress(&mut self, node: &Node) -> Ingress {
+        let f = self.fields("ingress", node);
+        let mut hosts: Vec<VirtualHost> = Vec::new();
+        for host in self.items(&f, "hosts", |t| VirtualHost::try_from(t)) {
+            if hosts.contains(&host) {
+                self.problem("ingress.hosts", node, format!("`{host}` stands twice"));
+            } else {
+                hosts.push(host);
+            }
+        }
+        if self.list(&f, "hosts").is_empty() {
+            self.problem("ingress.hosts", node, "name at least one virtual host");
+        }
+        let socket = self.read(&f, "socket", |t| {
+            let path = absolute(t)?;
+            let dir = path.rsplit_once('/').map_or("", |(dir, _)| dir);
+            if dir.is_empty() || FORBIDDEN_SOURCES.iter().any(|(p, _)| *p == dir) || path.len() > 100 {
+                return Err(format!(
+                    "`{path}` cannot be the socket: its directory is mounted from the host, so give it one of its own, such as `/run/app/web.sock`"
+                ));
+            }
+            Ok(path.to_owned())
+        });
+        let port = self.number(&f, "port", 1, 65535);
+        let endpoint = match (socket, port) {
+            (Some(path), None) => Endpoint::Socket(path),
+            (None, Some(port)) => Endpoint::Port(u16::try_from(port).unwrap_or(1)),
+            (Some(_), Some(_)) => {
+                self.problem("ingress", node, "give `socket` or `port`, not both");
+                Endpoint::Port(1)
+            }
+            (None, None) => {
+                if f.get("socket").is_none() && f.get("port").is_none() {
+                    self.problem("ingress", node, "say where the app listens: `socket: /run/app/web.sock` or `port: 8080`");
+                }
+                Endpoint::Port(1)
+            }
+        };
+        Ingress {
+            hosts,
+            endpoint,
+            drain: self.read(&f, "drain", fields::duration).unwrap_or(std::time::Duration::from_secs(30)),
+            template: self.read(&f, "template", |t| t.try_into()),
+            max_body_size: self.read(&f, "max_body_size", fields::size).unwrap_or(1024 * 1024),
+            read_timeout: self
+                .read(&f, "read_timeout", |t| match fields::duration(t)? {
+                    d if d.as_secs() >= 1 => Ok(d),
+                    _ => Err("at least `1s` is needed".to_owned()),
+                })
+                .unwrap_or(std::time::Duration::from_secs(60)),
+        }
+    }
+
+    fn health(&mut self, top: &Fields<'_>, ingress: Option<&Ingress>) -> HealthCheck {
+        let fallback = if ingress.is_some() { Probe::Tcp } else { Probe::Running };
+        let default = HealthCheck { probe: fallback, ..HealthCheck::default() };
+        let Some(node) = top.get("healthcheck") else { return default };
+        let f = self.fields("healthcheck", node);
+        let mut probes = Vec::new();
+        if let Some(path) = self.read(&f, "http", http_path) {
+            probes.push(Probe::Http(path));
+        }
+        if self.boolean(&f, "tcp") == Some(true) {
+            probes.push(Probe::Tcp);
+        }
+        if let Some(test) = self.test(&f) {
+            probes.push(test);
+        }
+        if self.boolean(&f, "disable") == Some(true) {
+            probes.push(Probe::Running);
+        }
+        if probes.len() > 1 {
+            self.problem("healthcheck", node, "give one of `http`, `tcp`, `test` and `disable`");
+        }
+        let probe = probes.pop().unwrap_or(default.probe);
+        if ingress.is_none() && matches!(probe, Probe::Http(_) | Probe::Tcp) {
+            self.problem("healthcheck", node, "`http` and `tcp` ask where the traffic goes, and there is no `ingress`; use `test`");
+        }
+        let at_least = |least: u64, what: &'static str| {
+            move |t: &str| match fields::duration(t) {
+                Ok(d) if d.as_millis() < u128::from(least) => Err(format!("at least `{what}` is needed")),
+                other => other,
+            }
+        };
+        HealthCheck {
+            probe,
+            interval: self.read(&f, "interval", at_least(100, "100ms")).unwrap_or(default.interval),
+            timeout: self.read(&f, "timeout", at_least(1, "1ms")).unwrap_or(default.timeout),
+            retries: self.number(&f, "retries", 1, 1000).unwrap_or(default.retries),
+            start_period: self.read(&f, "start_period", fields::duration).unwrap_or(default.start_period),
+            start_interval: self.read(&f, "start_interval", at_least(1, "1ms")).unwrap_or(default.start_interval),
+            successes: self.number(&f, "successes", 1, 100).unwrap_or(default.successes),
+        }
+    }
+
+    /// Compose's `test`: `[CMD, …]`, `[CMD-SHELL, …]`, `[NONE]`, or one text for a shell.
+    fn test(&mut self, f: &Fields<'_>) -> Option<Probe> {
+        let node = f.get("test")?;
+        if let Value::Seq(_) = node.value {
+            let words = self.items(f, "test", |t| Ok::<_, String>(t.to_owned()));
+            return match words.first().map(String::as_str) {
+                Some("NONE") => Some(Probe::Running),
+                Some("CMD" | "CMD-SHELL") if words.len() > 1 => Some(Probe::Command(words)),
+                _ => {
+                    self.problem("healthcheck.test", node, "begin the list with `CMD`, `CMD-SHELL` or `NONE`");
+                    None
+                }
+            };
+        }
+        let text = self.text("healthcheck.test", node)?;
+        Some(Probe::Command(vec!["CMD-SHELL".to_owned(), text.to_owned()]))
+    }
+
+    fn deploy(&mut self, top: &Fields<'_>) -> (Deploy, Option<i64>, Option<i64>, Option<i64>) {
+        let mut deploy = Deploy::default();
+        let (mut memory, mut cpus, mut pids) = (None, None, None);
+        let Some(node) = top.get("deploy") else { return (deploy, memory, cpus, pids) };
+        let f = self.fields("deploy", node);
+        self.read(&f, "mode", |t| match t {
+            "global" => Ok(()),
+            "replicated" => Err("`replicated` needs a scheduler, which does not exist yet; use `global` with constraints".to_owned()),
+            other => Err(format!("`{other}` is not a mode; use `global`")),
+        });
+        if let Some(n) = self.number(&f, "replicas_per_host", 1, 100) {
+            deploy.replicas_per_host = u16::try_from(n).unwrap_or(1);
+        }
+        if let Some(node) = f.get("placement") {
+            let placement = self.fields("deploy.placement", node);
+            deploy.constraints = self.items(&placement, "constraints", constraint);
+        }
+        if let Some(node) = f.get("resources") {
+            let resources = self.fields("deploy.resources", node);
+            if let Some(node) = resources.get("limits") {
+                let limits = self.fields("deploy.resources.limits", node);
+                memory = self.read(&limits, "memory", |t| match fields::size(t)? {
+                    // Docker's own minimum.
+                    bytes if bytes < 6 * 1024 * 1024 => Err("Docker needs at least `6M`".to_owned()),
+                    bytes => i64::try_from(bytes).map_err(|_| "this is too much".to_owned()),
+                });
+                cpus = self.read(&limits, "cpus", nano_cpus);
+                pids = self.number(&limits, "pids", 1, 4_194_304).map(i64::from);
+            }
+        }
+        if let Some(node) = f.get("update_config") {
+            let update = self.fields("deploy.update_config", node);
+            if let Some(order) = self.read(&update, "order", |t| match t {
+                "start-first" => Ok(Order::StartFirst),
+                "stop-first" => Ok(Order::StopFirst),
+                other => Err(format!("`{other}` is not an order; use `start-first` or `stop-first`")),
+            }) {
+                deploy.order = order;
+            }
+            self.number(&update, "parallelism", 0, 100_000);
+            self.read(&update, "monitor", fields::duration);
+            self.read(&update, "failure_action", |t| match t {
+                "rollback" | "pause" => Ok(()),
+                other => Err(format!("`{other}` is not a failure action; use `rollback` or `pause`")),
+            });
+        }
+        (deploy, memory, cpus, pids)
+    }
+}
+
+fn printable(text: &str) -> Result<&str, String> {
+    if text.is_empty() || text.chars().any(char::is_control) {
+        return Err("an empty text and control characters cannot stand here".to_owned());
+    }
+    Ok(text)
+}
+
+fn absolute(text: &str) -> Result<&str, String> {
+    let clean = text.starts_with('/')
+        && (text == "/" || !text.ends_with('/'))
+        && !text[1..].split('/').any(|part| (part.is_empty() && text != "/") || part == "." || part == "..")
+        && !text.chars().any(|c| c.is_control() || c == ',' || c == ':');
+    if clean { Ok(text) } else { Err(format!("`{}` is not a plain absolute path", text.escape_debug())) }
+}
+
+fn http_path(text: &str) -> Result<String, String> {
+    let fine = text.starts_with('/')
+        && text.len() <= 1024
+        && text.bytes().all(|b| b.is_ascii_graphic() && !b"\"'\\;{}<>`|^#".contains(&b));
+    if fine { Ok(text.to_owned()) } else { Err(format!("`{}` is not a path such as `/healthz`", text.escape_debug())) }
+}
+
+fn network(text: &str) -> Result<Option<String>, String> {
+    match text {
+        "bridge" | "default" => Ok(None),
+        "host" => Err("no app gets the network of its host; use `ingress` for requests".to_owned()),
+        t if t.starts_with("container:") || t.starts_with("service:") => {
+            Err("an app cannot join the network of another container".to_owned())
+        }
+        t if t.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) && !t.is_empty() => Ok(Some(t.to_owned())),
+        t => Err(format!("`{}` is not the name of a network", t.escape_debug())),
+    }
+}
+
+fn signal(text: &str) -> Result<String, String> {
+    let name = text.strip_prefix("SIG").unwrap_or(text);
+    let fine = (name.parse::<u8>().is_ok_and(|n| (1..=64).contains(&n)))
+        || (!name.is_empty() && name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b"+-".contains(&b)));
+    if fine { Ok(text.to_owned()) } else { Err(format!("`{}` is not a signal such as `SIGTERM`", text.escape_debug())) }
+}
+
+fn pull_policy(text: &str) -> Result<PullPolicy, String> {
+    match text {
+        "missing" | "if_not_present" => Ok(PullPolicy::Missing),
+        "always" => Ok(PullPolicy::Always),
+        "never" => Ok(PullPolicy::Never),
+        other => Err(format!("`{other}` is not a pull policy; use `missing`, `always` or `never`")),
+    }
+}
+
+fn nano_cpus(text: &str) -> Result<i64, String> {
+    match text.parse::<f64>() {
+        #[expect(clippy::cast_possible_truncation, reason = "checked to be in range by the guard")]
+        Ok(n) if (0.01..=1024.0).contains(&n) => Ok((n * 1e9).round() as i64),
+        _ => Err(format!("`{text}` is not a number of cores such as `1.5`")),
+    }
+}
+
+fn volume(text: &str) -> Result<Volume, String> {
+    let mut parts = text.split(':');
+    let (source, target, mode) = match (parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some(source), Some(target), mode, None) => (source, target, mode),
+        _ => return Err(format!("`{}` is not a volume; write `/host/path:/path` or `name:/path`, with `:ro` to only read", text.escape_debug())),
+    };
+    let read_only = match mode {
+        None | Some("rw") => false,
+        Some("ro") => true,
+        Some(other) => return Err(format!("`{other}` is not a mode of a volume; use `ro` or `rw`")),
+    };
+    let target = absolute(target)?.to_owned();
+    if target == "/" {
+        return Err("a volume cannot be mounted over `/`".to_owned());
+    }
+    let source = if source.starts_with('/') {
+        let path = absolute(source)?;
+        let refused = FORBIDDEN_SOURCES.iter().any(|(p, below)| path == *p || (*below && path.starts_with(&format!("{p}/"))));
+        if refused || path.ends_with(".sock") {
+            return Err(format!("`{path}` of the host cannot be mounted: it would hand the host to the app"));
+        }
+        VolumeSource::Host(path.to_owned())
+    } else if source.len() > 1 && source.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) && !source.starts_with('.') {
+        VolumeSource::Named(source.to_owned())
+    } else {
+        return Err(format!("`{}` is neither an absolute path nor the name of a volume", source.escape_debug()));
+    };
+    Ok(Volume { source, target, read_only })
+}
+
+fn constraint(text: &str) -> Result<super::Constraint, String> {
+    let (label, equal, value) = match (text.split_once("=="), text.split_once("!=")) {
+        (Some((label, value)), None) => (label, true, value),
+        (None, Some((label, value))) => (label, false, value),
+        _ => return Err(format!("`{}` is not a constraint; write `label == value` or `label != value`", text.escape_debug())),
+    };
+    let (label, value) = (label.trim(), value.trim());
+    if label.is_empty() || value.is_empty() || printable(label).is_err() || printable(value).is_err() {
+        return Err(format!("`{}` is not a constraint; write `label == value` or `label != value`", text.escape_debug()));
+    }
+    Ok(super::Constraint { label: label.to_owned(), value: value.to_owned(), equal })
+}
+
+#[cfg(test)]
+#[path = "read_tests.rs"]
+mod tests;

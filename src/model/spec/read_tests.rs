@@ -1,0 +1,98 @@
+use super::*;
+
+fn problems(text: &str) -> String {
+    match spec(text.as_bytes()) {
+        Ok(_) => "fine".to_owned(),
+        Err(problems) => problems.iter().map(|p| format!("{p}\n")).collect(),
+    }
+}
+
+#[test]
+fn a_whole_spec_is_read() {
+    let text = r#"
+image: registry.example.com/web:v41
+command: [bundle, exec, puma, -b, unix:///run/app/web.sock]
+environment: {RAILS_ENV: production, PORT: 8080}
+env_from: [common]
+volumes: ["/srv/web/uploads:/uploads:ro", "cache:/cache"]
+user: "1000:1000"
+healthcheck: {http: /healthz, interval: 5s, timeout: 2s, retries: 3, start_period: 30s, start_interval: 20ms}
+ingress: {hosts: [web.example.com, "*.web.example.com"], socket: /run/app/web.sock, drain: 30s}
+stop_grace_period: 10s
+deploy:
+  mode: global
+  replicas_per_host: 2
+  placement: {constraints: ["role == web", "zone != b"]}
+  resources: {limits: {memory: 512M, cpus: "1.5"}}
+  update_config: {parallelism: 1, order: start-first, monitor: 10s, failure_action: rollback}
+"#;
+    let spec = spec(text.as_bytes()).expect("this spec is fine");
+    assert_eq!(spec.container.memory, Some(536_870_912));
+    assert_eq!(spec.container.nano_cpus, Some(1_500_000_000));
+    assert_eq!(spec.deploy.replicas_per_host, 2);
+    assert_eq!(spec.deploy.constraints[1].to_string(), "zone != b");
+    assert_eq!(spec.health.probe, Probe::Http("/healthz".into()));
+    assert_eq!(spec.environment.len(), 2);
+}
+
+#[test]
+fn json_is_read_by_the_same_rules() {
+    let spec = spec(br#"{"image":"web:v1","ingress":{"hosts":["a.example"],"port":8080}}"#).expect("this spec is fine");
+    assert_eq!(spec.ingress.map(|i| i.endpoint), Some(Endpoint::Port(8080)));
+}
+
+#[test]
+fn every_problem_is_told_with_its_line_and_a_remedy() {
+    let text = "image: web:v1\nhealthchek: {}\nports: ['80:80']\ningress:\n  hosts: ['x; } server {']\n  sockt: /run/a/b.sock\nstop_grace_period: 10\ndeploy:\n  replicas_per_host: many\n";
+    expect_test::expect![[r#"
+        line 2: `healthchek`: unknown key (did you mean `healthcheck`?)
+        line 3: `ports`: this key is not supported (use `ingress.port`; nginx is the way in)
+        line 5: `ingress`: say where the app listens: `socket: /run/app/web.sock` or `port: 8080`
+        line 5: `ingress.hosts[0]`: virtual host `x; } server {` is not valid: use a lower-case host name such as `web.example.com` or `*.example.com`, at most 253 characters, labels at most 63 (international names in their `xn--` form)
+        line 6: `ingress.sockt`: unknown key (did you mean `socket`?)
+        line 7: `stop_grace_period`: `10` is not a duration; write it like `10s`, `1m30s` or `500ms`
+        line 9: `deploy.replicas_per_host`: `many` is not a whole number from 1 to 100
+    "#]]
+    .assert_eq(&problems(text));
+}
+
+#[test]
+fn the_rights_of_the_host_cannot_be_asked_for() {
+    for text in [
+        "volumes: ['/:/host']",
+        "volumes: ['/etc/shadow:/x']",
+        "volumes: ['/var/run/docker.sock:/x']",
+        "volumes: ['/srv/../etc:/x']",
+        "volumes: ['/srv/docker.sock:/x']",
+        "network_mode: host",
+        "network_mode: 'container:x'",
+        "privileged: true",
+        "cap_add: [SYS_ADMIN]",
+        "pid: host",
+        "devices: ['/dev/sda']",
+        "ingress: {hosts: [a.example], socket: /etc/web.sock}",
+        "ingress: {hosts: [a.example], socket: /web.sock}",
+        "labels: {demae.app: other}",
+        "environment: {DEMAE_APP: other}",
+    ] {
+        assert_ne!(problems(text), "fine", "{text} was taken");
+    }
+}
+
+#[test]
+fn the_schema_knows_the_keys_that_the_reader_knows() {
+    let schema: serde_json::Value = serde_json::from_str(super::super::SCHEMA).expect("the schema is JSON");
+    for (path, keys) in KEYS {
+        let mut at = &schema;
+        for part in path.split('.').filter(|p| !p.is_empty()) {
+            at = &at["properties"][part];
+        }
+        let mut told: Vec<&str> =
+            at["properties"].as_object().unwrap_or_else(|| panic!("the schema has no `{path}`")).keys().map(String::as_str).collect();
+        told.sort_unstable();
+        let mut read = keys.to_vec();
+        read.sort_unstable();
+        assert_eq!(told, read, "keys of `{path}`");
+        assert_eq!(at["additionalProperties"], false, "`{path}` takes no other keys");
+    }
+}

@@ -1,0 +1,233 @@
+//! A YAML or JSON text as a tree that knows the line of everything in it.
+//!
+//! Serde would stop at the first mistake and forget where it was; people want all of them, with lines.
+//! The texts come from a store that many may write to, so size and depth are bounded and aliases refused.
+
+use saphyr_parser::{Event, Parser, ScalarStyle, Span};
+
+use super::problem::Problem;
+
+/// Largest text taken, in bytes. A spec is a page; 256 KiB leaves room for a list of a thousand hosts.
+pub const MAX_TEXT: usize = 256 * 1024;
+/// Deepest nesting taken.
+const MAX_DEPTH: usize = 32;
+
+/// A value and its place.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Node {
+    /// Line, from 1.
+    pub line: usize,
+    /// Column, from 1.
+    pub column: usize,
+    /// The value.
+    pub value: Value,
+}
+
+/// A value. Scalars keep their spelling: `0755` and `yes` stay what was written.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    /// Nothing, `null` or `~`.
+    Null,
+    /// A scalar; `quoted` tells `"true"` from `true`.
+    Scalar {
+        /// As written, after unquoting.
+        text: String,
+        /// Whether it stood in quotes or in a block.
+        quoted: bool,
+    },
+    /// A list.
+    Seq(Vec<Node>),
+    /// A mapping, in its order. Keys are unique.
+    Map(Vec<(Key, Node)>),
+}
+
+/// The key of an entry, and its place.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Key {
+    /// The name.
+    pub name: String,
+    /// Line, from 1.
+    pub line: usize,
+    /// Column, from 1.
+    pub column: usize,
+}
+
+impl Value {
+    /// What it is, for an error message.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Value::Null => "nothing",
+            Value::Scalar { .. } => "a single value",
+            Value::Seq(_) => "a list",
+            Value::Map(_) => "a mapping",
+        }
+    }
+}
+
+/// Reads one document.
+///
+/// # Errors
+/// The first place where the text is not YAML, is too large or too deep, or uses what is refused.
+pub fn parse(bytes: &[u8]) -> Result<Node, Problem> {
+    if bytes.len() > MAX_TEXT {
+        return Err(Problem::new("", format!("the text has {} bytes; {MAX_TEXT} is the most that is read", bytes.len())));
+    }
+    let text = std::str::from_utf8(bytes).map_err(|e| {
+        let before = &bytes[..e.valid_up_to()];
+        let line = before.iter().filter(|b| **b == b'\n').count() + 1;
+        Problem::new("", format!("the text is not UTF-8 at byte {}", e.valid_up_to())).at(line, 1)
+    })?;
+    let mut reader = Reader { events: Parser::new_from_str(text), depth: 0 };
+    reader.document()
+}
+
+struct Reader<'i> {
+    events: Parser<'i, saphyr_parser::StrInput<'i>>,
+    depth: usize,
+}
+
+impl<'i> Reader<'i> {
+    fn next(&mut self) -> Result<(Event<'i>, Span), Problem> {
+        match self.events.next() {
+            Some(Ok(found)) => Ok(found),
+            Some(Err(e)) => {
+                let at = e.marker();
+                Err(Problem::new("", format!("this is not YAML: {}", e.info())).at(at.line(), at.col() + 1))
+            }
+            None => Err(Problem::new("", "the text ends too early")),
+        }
+    }
+
+    fn document(&mut self) -> Result<Node, Problem> {
+        loop {
+            match self.next()? {
+                (Event::StreamStart | Event::DocumentStart(_) | Event::Nothing, _) => {}
+                (Event::StreamEnd, _) => return Err(Problem::new("", "the text is empty").at(1, 1)),
+                (event, span) => {
+                    let node = self.node(event, span)?;
+                    loop {
+                        match self.next()? {
+                            (Event::StreamEnd, _) => return Ok(node),
+                            (Event::DocumentStart(_), span) => {
+                                return Err(problem(span, "a second document begins here; only one is read"));
+                            }
+                            _ => {}
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn node(&mut self, event: Event<'i>, span: Span) -> Result<Node, Problem> {
+        if self.depth >= MAX_DEPTH {
+            return Err(problem(span, "the text is nested too deeply"));
+        }
+        let (line, column) = (span.start.line(), span.start.col() + 1);
+        let value = match event {
+            Event::Scalar(text, style, anchor, tag) => {
+                refuse_extras(span, anchor, tag.is_some())?;
+                let quoted = style != ScalarStyle::Plain;
+                if !quoted && matches!(&*text, "" | "~" | "null") {
+                    Value::Null
+                } else {
+                    Value::Scalar { text: text.into_owned(), quoted }
+                }
+            }
+            Event::SequenceStart(anchor, tag) => {
+                refuse_extras(span, anchor, tag.is_some())?;
+                self.depth += 1;
+                let mut items = Vec::new();
+                loop {
+                    let (event, span) = self.next()?;
+                    if matches!(event, Event::SequenceEnd) {
+                        break;
+                    }
+                    items.push(self.node(event, span)?);
+                }
+                self.depth -= 1;
+                Value::Seq(items)
+            }
+            Event::MappingStart(anchor, tag) => {
+                refuse_extras(span, anchor, tag.is_some())?;
+                self.depth += 1;
+                let entries = self.entries()?;
+                self.depth -= 1;
+                Value::Map(entries)
+            }
+            Event::Alias(_) => {
+                return Err(problem(span, "aliases (`*name`) are not read; write the value out"));
+            }
+            _ => return Err(problem(span, "this cannot stand here")),
+        };
+        Ok(Node { line, column, value })
+    }
+
+    fn entries(&mut self) -> Result<Vec<(Key, Node)>, Problem> {
+        let mut entries: Vec<(Key, Node)> = Vec::new();
+        loop {
+            let (event, span) = self.next()?;
+            let name = match event {
+                Event::MappingEnd => return Ok(entries),
+                Event::Scalar(text, ..) => text.into_owned(),
+                _ => return Err(problem(span, "a key must be a single word")),
+            };
+            if name == "<<" {
+                return Err(problem(span, "merge keys (`<<`) are not read; write the values out"));
+            }
+            let key = Key { name, line: span.start.line(), column: span.start.col() + 1 };
+            if let Some((first, _)) = entries.iter().find(|(k, _)| k.name == key.name) {
+                let message = format!("this key stands twice; it is already on line {}", first.line);
+                return Err(Problem::new(key.name, message).at(key.line, key.column));
+            }
+            let (event, span) = self.next()?;
+            let node = self.node(event, span)?;
+            entries.push((key, node));
+        }
+    }
+}
+
+fn problem(span: Span, message: &str) -> Problem {
+    Problem::new("", message).at(span.start.line(), span.start.col() + 1)
+}
+
+fn refuse_extras(span: Span, anchor: usize, tagged: bool) -> Result<(), Problem> {
+    if anchor != 0 {
+        return Err(problem(span, "anchors (`&name`) are not read; write the value out where it is used"));
+    }
+    if tagged {
+        return Err(problem(span, "tags (`!name`) are not read"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scalars_keep_their_spelling_and_place() {
+        let node = parse(b"a: 0755\nb: [yes, \"no\"]\nc:\n").expect("this is YAML");
+        let Value::Map(entries) = node.value else { panic!("a mapping") };
+        assert_eq!(entries[0].1.value, Value::Scalar { text: "0755".into(), quoted: false });
+        assert_eq!((entries[1].0.line, entries[1].1.column), (2, 4));
+        assert_eq!(entries[2].1.value, Value::Null);
+    }
+
+    #[test]
+    fn hostile_texts_end_in_one_sentence() {
+        let deep = "[".repeat(100_000);
+        for (text, says) in [
+            (deep.as_bytes(), "nested too deeply"),
+            (b"a: &x 1\nb: *x", "anchors"),
+            (b"a: 1\na: 2", "already on line 1"),
+            (b"a: \xff", "not UTF-8 at byte 3"),
+            (b"a: [1", "not YAML"),
+            (b"", "empty"),
+            (b"a: 1\n---\nb: 2\n", "second document"),
+        ] {
+            let problem = parse(text).expect_err("this is refused");
+            assert!(problem.message.contains(says), "{problem}");
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! nginx as a whole: one set of vhosts for all apps, changed as one, seldom.
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+use super::{Cooled, VhostWish};
+use crate::model::{
+    desired::{DesiredApp, Snapshot},
+    name::{AppName, VirtualHost},
+    proxy::{ObservedProxy, Vhost},
+    time::Timestamp,
+};
+
+/// Shortest time between two reloads. Each one starts new workers beside the old ones, so changes are gathered.
+pub const RELOAD_GAP: Duration = Duration::from_secs(1);
+
+/// Everything a decision about nginx is made from.
+#[derive(Debug)]
+pub struct ProxyInput<'a> {
+    /// What each app wishes.
+    pub wishes: &'a BTreeMap<AppName, VhostWish>,
+    /// What nginx does.
+    pub observed: &'a ObservedProxy,
+    /// The last failure, if there is one.
+    pub cooling: Option<&'a Cooled>,
+    /// Whether a step is under way.
+    pub busy: bool,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// Something to do to nginx.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ProxyStep {
+    /// Render this set, test it, make it live, reload, and see a worker answer with it.
+    Publish(BTreeMap<AppName, Vhost>),
+    /// Reload the live set, and see a worker answer with it.
+    Reload,
+}
+
+impl fmt::Display for ProxyStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ProxyStep::Publish(vhosts) => write!(f, "publish a configuration of {} apps to nginx", vhosts.len()),
+            ProxyStep::Reload => f.write_str("reload nginx"),
+        }
+    }
+}
+
+/// The decision about nginx.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct ProxyPlan {
+    /// What to do.
+    pub step: Option<(ProxyStep, &'static str)>,
+    /// When to look again.
+    pub wake: Option<Timestamp>,
+    /// What is in the way, for the status of every app that waits for nginx.
+    pub trouble: Option<String>,
+}
+
+/// Decides about nginx.
+pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
+    let mut plan = ProxyPlan::default();
+    let observed = input.observed;
+    let wanted = wanted(input);
+    let step = match &observed.live {
+        None => Some((ProxyStep::Publish(wanted), "there is no configuration of demae yet")),
+        Some(live) if live.vhosts != wanted => Some((ProxyStep::Publish(wanted), "virtual hosts changed")),
+        Some(live) if live.templates != observed.templates => {
+            Some((ProxyStep::Publish(wanted), "the templates changed"))
+        }
+        Some(_) if observed.drifted => Some((ProxyStep::Publish(wanted), "somebody changed the files of demae")),
+        Some(_) if !observed.is_serving_live() => Some((ProxyStep::Reload, "nginx does not answer with the live configuration")),
+        Some(_) => None,
+    };
+    let Some(step) = step else { return plan };
+    if let Some(cooled) = input.cooling {
+        plan.trouble = Some(cooled.error.clone());
+        if cooled.until > input.now {
+            plan.wake = Some(cooled.until);
+            return plan;
+        }
+    }
+    let due = observed.published.plus(RELOAD_GAP);
+    if input.busy {
+        return plan;
+    }
+    if due > input.now && observed.live.is_some() && input.cooling.is_none() {
+        plan.wake = Some(due);
+        return plan;
+    }
+    plan.step = Some(step);
+    plan
+}
+
+/// The live set with all wishes in it, less those that nginx has refused.
+fn wanted(input: &ProxyInput<'_>) -> BTreeMap<AppName, Vhost> {
+    let observed = input.observed;
+    let mut wanted = observed.live.as_ref().map(|m| m.vhosts.clone()).unwrap_or_default();
+    for (app, wish) in input.wishes {
+        match wish {
+            VhostWish::Keep => {}
+            VhostWish::Remove => {
+                wanted.remove(app);
+            }
+            VhostWish::Set(vhost) => {
+                let same_templates = observed.live.as_ref().is_some_and(|m| m.templates == observed.templates);
+                let refused = same_templates && observed.rejected(app).is_some_and(|r| r.vhost == *vhost);
+                if !refused {
+                    wanted.insert(app.clone(), vhost.clone());
+                }
+            }
+        }
+    }
+    wanted
+}
+
+/// A virtual host that another app holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Conflict {
+    /// Which.
+    pub host: VirtualHost,
+    /// By whom.
+    pub owner: AppName,
+}
+
+/// Which apps want a virtual host that belongs to another. Whoever is served keeps it; else the older app has it. The
+/// loser's traffic goes on as it is.
+pub fn conflicts(snapshot: &Snapshot, proxy: &ObservedProxy) -> BTreeMap<AppName, Conflict> {
+    let mut claims: BTreeMap<&VirtualHost, Vec<(bool, i64, &AppName)>> = BTreeMap::new();
+    for (app, desired) in &snapshot.apps {
+        let live = proxy.vhost(app);
+        match desired {
+            DesiredApp::Run(target) | DesiredApp::Invalid { last_good: Some(target), .. } => {
+                for host in target.ingress.iter().flat_map(|i| &i.hosts) {
+                    let serves = live.is_some_and(|v| v.hosts.contains(host));
+                    claims.entry(host).or_default().push((!serves, target.created, app));
+                }
+            }
+            // What is kept as it is keeps its virtual hosts too.
+            DesiredApp::Paused(_) | DesiredApp::Invalid { last_good: None, .. } => {
+                for host in live.iter().flat_map(|v| &v.hosts) {
+                    claims.entry(host).or_default().push((false, i64::MIN, app));
+                }
+            }
+            DesiredApp::Absent(_) => {}
+        }
+    }
+    let mut conflicts = BTreeMap::new();
+    for (host, mut claimants) in claims {
+        claimants.sort();
+        if let Some(((_, _, owner), losers)) = claimants.split_first() {
+            for (_, _, loser) in losers {
+                let conflict = Conflict { host: host.clone(), owner: (*owner).clone() };
+                conflicts.entry((*loser).clone()).or_insert(conflict);
+            }
+        }
+    }
+    conflicts
+}

@@ -1,0 +1,121 @@
+//! What leaves: instances that are neither wanted nor routed, and files that nothing needs.
+
+use std::collections::BTreeMap;
+
+use super::{
+    VhostWish,
+    app::{Draft, Group, handle, is_established},
+    routes::{self, is_routed},
+    step::{Leftovers, Step},
+    wait::Wait,
+};
+use crate::model::{
+    desired::Target,
+    name::ReleaseId,
+    observed::{Address, Instance, Phase},
+};
+
+/// Retires every instance that is not kept: those of the wanted group, of the release that serves until the wanted one
+/// is proven, and all that requests are routed to.
+pub(super) fn retire(
+    draft: &mut Draft<'_>,
+    target: &Target,
+    group: Option<&Group<'_>>,
+    serving: Option<&ReleaseId>,
+    proven: bool,
+) {
+    let (input, instances) = (draft.input, &draft.observed().instances);
+    let is_wanted = |i: &Instance| group.is_some() && i.key.release == target.release.id;
+    let is_kept = |i: &Instance| {
+        group.is_some_and(|g| g.good.iter().any(|good| good.id == i.id))
+            || serving == Some(&i.key.release)
+            || is_routed(input, i)
+    };
+    // While nobody who stays is healthy, whoever is, or was in service, is better than none.
+    let anyone = instances.iter().any(|i| is_kept(i) && i.is_running() && i.health.is_healthy());
+    let is_spare = |i: &Instance| {
+        !anyone && (i.is_running() && i.health.is_healthy() || proven && is_wanted(i) && is_established(input, i))
+    };
+    for instance in instances {
+        if !(is_kept(instance) || is_spare(instance)) || instance.phase == Phase::Removing {
+            end(draft, instance, "it is neither wanted nor routed");
+        }
+    }
+}
+
+/// Everything of an app that does not belong here goes: route, connections, containers, files, in this order.
+pub(super) fn leave(draft: &mut Draft<'_>) {
+    draft.plan.vhost = VhostWish::Remove;
+    let observed = draft.observed();
+    let known_to_nginx = draft.input.proxy.live.is_some() || !(observed.slots.is_empty() || draft.input.proxy.serving);
+    if known_to_nginx && !routes::report(draft) {
+        return;
+    }
+    if !observed.slots.is_empty() {
+        draft.step(Step::Switch(BTreeMap::new()), "the app does not belong here");
+        return;
+    }
+    for instance in &observed.instances {
+        end(draft, instance, "the app does not belong here");
+    }
+    if observed.instances.is_empty() {
+        clean_up(draft, None);
+    }
+}
+
+/// Drain, stop, remove: the next of the three that is due.
+fn end(draft: &mut Draft<'_>, instance: &Instance, reason: &'static str) {
+    match &instance.phase {
+        Phase::Removing => draft.wait(Wait::Removal(instance.key.clone())),
+        Phase::Created | Phase::Exited(_) => draft.step(Step::Remove(handle(instance)), reason),
+        Phase::Running | Phase::Paused | Phase::Restarting => {
+            let until = draft.observed().slots_changed.plus(instance.drain);
+            let stop = Step::Stop { handle: handle(instance), grace: instance.grace };
+            if is_drained(draft, instance) {
+                draft.step(stop, reason);
+            } else if draft.input.now >= until {
+                draft.step(stop, "its drain time is over");
+            } else {
+                draft.wait(Wait::Drain { key: instance.key.clone(), connections: instance.connections, until });
+            }
+        }
+    }
+}
+
+/// Whether no request can be under way to an instance any more.
+fn is_drained(draft: &Draft<'_>, instance: &Instance) -> bool {
+    match &instance.address {
+        None => true,
+        _ if !instance.is_running() => true,
+        Some(Address::Socket(_)) => instance.connections == Some(0),
+        // An older worker may still send a request to the port it knows.
+        Some(Address::Port(_)) => {
+            instance.connections == Some(0) && draft.input.proxy.serving && !draft.input.proxy.old_workers
+        }
+    }
+}
+
+/// Removes files that nothing needs, once nothing else is to be done.
+pub(super) fn clean_up(draft: &mut Draft<'_>, wanted: Option<&ReleaseId>) {
+    let observed = draft.observed();
+    let in_use = |release: &ReleaseId| Some(release) == wanted || observed.instances.iter().any(|i| i.key.release == *release);
+    let left = Leftovers {
+        env_files: observed.env_files.iter().filter(|r| !in_use(r)).cloned().collect(),
+        socket_dirs: observed
+            .socket_dirs
+            .iter()
+            .filter(|k| !observed.instances.iter().any(|i| i.key == **k))
+            .cloned()
+            .collect(),
+        verdicts: observed.verdicts.keys().filter(|r| Some(*r) != wanted || observed.proven.as_ref() == Some(r)).cloned().collect(),
+        everything: wanted.is_none() && has_traces(draft),
+    };
+    if !left.is_empty() {
+        draft.step(Step::CleanUp(left), "nothing needs these files");
+    }
+}
+
+fn has_traces(draft: &Draft<'_>) -> bool {
+    let o = draft.observed();
+    o.proven.is_some() || !o.env_files.is_empty() || !o.socket_dirs.is_empty() || !o.verdicts.is_empty()
+}

@@ -1,0 +1,191 @@
+//! Which instances requests go to: the route symlinks of an app, and what nginx is asked to serve of it.
+
+use std::collections::BTreeMap;
+
+use super::{
+    AppInput, VhostWish,
+    app::{Draft, Group},
+    step::Step,
+    wait::{Block, Wait},
+};
+use crate::model::{
+    desired::Target,
+    name::ReleaseId,
+    observed::{Address, Health, Instance, InstanceKey},
+    proxy::{Upstreams, Vhost},
+    spec::{Endpoint, Ingress},
+};
+
+/// Points the routes at the active release. True when requests go where they should.
+pub(super) fn route(draft: &mut Draft<'_>, target: &Target, active: Option<&ReleaseId>, group: &Group<'_>) -> bool {
+    let Some(ingress) = &target.ingress else {
+        // A worker: nothing to route, and whatever an earlier spec routed goes.
+        draft.plan.vhost = VhostWish::Remove;
+        let unknown_to_nginx = draft.input.proxy.live.is_none();
+        if (unknown_to_nginx || report(draft)) && !draft.observed().slots.is_empty() {
+            draft.step(Step::Switch(BTreeMap::new()), "the app takes no requests any more");
+        }
+        return true;
+    };
+    let is_target = active == Some(&target.release.id);
+    let pool = pool(draft, active, is_target.then_some(group));
+    let Some(first) = pool.first() else {
+        // Nobody can answer. What is routed stays routed: a failing instance is better than none.
+        if draft.observed().slots.is_empty() && draft.input.proxy.live.is_none() {
+            announce(draft, target, ingress);
+        }
+        return false;
+    };
+    match &first.address {
+        Some(Address::Port(_)) => {
+            let ports = pool.iter().filter_map(|i| match i.address {
+                Some(Address::Port(port)) => Some(port),
+                _ => None,
+            });
+            draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Ports(ports.collect())));
+            let met = report(draft);
+            if met && !draft.observed().slots.is_empty() {
+                draft.step(Step::Switch(BTreeMap::new()), "the app is routed by port now");
+            }
+            met
+        }
+        Some(Address::Socket(_)) => {
+            let slots = if is_target { target.replicas } else { highest_slot(draft).max(1) };
+            switch(draft, ingress, &pool, slots)
+        }
+        None => false,
+    }
+}
+
+/// For an app whose wish is not known: replaces an unhealthy instance in its routes by a healthy sibling.
+pub(super) fn keep_serving(draft: &mut Draft<'_>, release: &ReleaseId) {
+    let slots = highest_slot(draft);
+    let pool = pool(draft, Some(release), None);
+    if slots > 0 && !pool.is_empty() {
+        let wanted = assign(draft, &pool, slots);
+        if differs(draft, &wanted) {
+            draft.step(Step::Switch(wanted), "a routed instance is unhealthy");
+        }
+    }
+}
+
+/// The instances of a release that may be routed to, in order of number.
+fn pool<'a>(draft: &Draft<'a>, active: Option<&ReleaseId>, group: Option<&Group<'a>>) -> Vec<&'a Instance> {
+    let Some(active) = active else { return Vec::new() };
+    let of_release: Vec<&Instance> = match group {
+        Some(group) => group.good.clone(),
+        None => draft.observed().instances.iter().filter(|i| i.key.release == *active).collect(),
+    };
+    let routable = |i: &&&Instance| i.is_running() && i.address.is_some();
+    let known: Vec<&Instance> = of_release.iter().filter(routable).filter(|i| i.health.is_healthy()).copied().collect();
+    // One that has not been asked yet stays where it is, and is not brought in.
+    let unasked = of_release.iter().filter(routable).filter(|i| i.health == Health::Unknown && is_routed(draft.input, i)).copied();
+    let mut pool: Vec<&Instance> = known.into_iter().chain(unasked).collect();
+    pool.sort_by_key(|i| i.key.number);
+    pool
+}
+
+/// Whether requests go to an instance.
+pub(super) fn is_routed(input: &AppInput<'_>, instance: &Instance) -> bool {
+    match &instance.address {
+        Some(Address::Socket(_)) => input.observed.slots.values().flatten().any(|k| *k == instance.key),
+        Some(Address::Port(port)) => match input.proxy.live.map(|v| &v.upstreams) {
+            Some(Upstreams::Ports(ports)) => ports.contains(port),
+            _ => false,
+        },
+        None => false,
+    }
+}
+
+fn highest_slot(draft: &Draft<'_>) -> u16 {
+    draft.observed().slots.keys().next_back().copied().unwrap_or(0)
+}
+
+fn vhost(ingress: &Ingress, upstreams: Upstreams) -> Vhost {
+    Vhost {
+        hosts: ingress.hosts.clone(),
+        upstreams,
+        template: ingress.template.clone(),
+        max_body_size: ingress.max_body_size,
+        read_timeout: ingress.read_timeout.as_secs(),
+    }
+}
+
+/// Before the first instance is up: nginx can learn of the app while its container starts, so that many new apps cost
+/// one reload and the first switch costs none.
+fn announce(draft: &mut Draft<'_>, target: &Target, ingress: &Ingress) {
+    if matches!(ingress.endpoint, Endpoint::Socket(_)) {
+        draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Slots(target.replicas)));
+        report(draft);
+    }
+}
+
+/// Socket mode: symlinks first, then nginx learns of more slots; fewer the other way round.
+fn switch(draft: &mut Draft<'_>, ingress: &Ingress, pool: &[&Instance], slots: u16) -> bool {
+    let there = highest_slot(draft);
+    let served = match draft.input.proxy.live.map(|v| &v.upstreams) {
+        Some(Upstreams::Slots(n)) => *n,
+        _ => 0,
+    };
+    // Slots that nginx still knows must lead somewhere until no worker knows them.
+    let settled = draft.input.proxy.serving && !draft.input.proxy.old_workers;
+    let needed = if settled { slots.max(served) } else { slots.max(served).max(there) };
+    let wanted = assign(draft, pool, needed);
+    let switched = !differs(draft, &wanted);
+    if !switched {
+        draft.step(Step::Switch(wanted), "routes do not lead to the healthy instances of the release");
+    }
+    let told = if there == 0 || there >= slots { slots } else { there };
+    draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Slots(told)));
+    let met = report(draft);
+    if met && there > needed {
+        draft.wait(Wait::Proxy("old nginx workers still know a route that is going".to_owned()));
+    }
+    switched && met && told == slots
+}
+
+/// Which slot leads where: what is right stays, the rest is spread evenly.
+fn assign(draft: &Draft<'_>, pool: &[&Instance], slots: u16) -> BTreeMap<u16, InstanceKey> {
+    let mut wanted: BTreeMap<u16, InstanceKey> = BTreeMap::new();
+    for slot in 1..=slots {
+        if let Some(Some(now)) = draft.observed().slots.get(&slot)
+            && pool.iter().any(|i| i.key == *now)
+            && !wanted.values().any(|k| k == now)
+        {
+            wanted.insert(slot, now.clone());
+        }
+    }
+    for slot in 1..=slots {
+        if !wanted.contains_key(&slot) {
+            let uses = |i: &&&Instance| wanted.values().filter(|k| **k == i.key).count();
+            if let Some(least) = pool.iter().min_by_key(|i| (uses(i), i.key.number)) {
+                wanted.insert(slot, least.key.clone());
+            }
+        }
+    }
+    wanted
+}
+
+fn differs(draft: &Draft<'_>, wanted: &BTreeMap<u16, InstanceKey>) -> bool {
+    let observed = &draft.observed().slots;
+    observed.len() != wanted.len() || wanted.iter().any(|(slot, key)| observed.get(slot) != Some(&Some(key.clone())))
+}
+
+/// Tells why nginx does not serve what is wished. True when it does.
+pub(super) fn report(draft: &mut Draft<'_>) -> bool {
+    if draft.plan.vhost.is_met(draft.input) {
+        return true;
+    }
+    if let (VhostWish::Set(wish), Some(rejected)) = (&draft.plan.vhost, draft.input.proxy.rejected)
+        && *wish == rejected.vhost
+    {
+        draft.plan.blocks.push(Block::RoutesRejected(rejected.error.clone()));
+        return false;
+    }
+    let why = match draft.input.proxy.trouble {
+        Some(trouble) => format!("nginx cannot be changed now: {trouble}"),
+        None => "waiting for nginx to serve the new configuration".to_owned(),
+    };
+    draft.wait(Wait::Proxy(why));
+    false
+}

@@ -1,0 +1,192 @@
+//! Why nothing is done just now: waits, which end by themselves, and blocks, which a person must end.
+
+use std::{fmt, time::Duration};
+
+use super::step::StepKind;
+use crate::model::{
+    name::{AppName, VirtualHost},
+    observed::{InstanceKey, Verdict},
+    problem::Problems,
+    time::{Timestamp, humane},
+};
+
+/// How soon a measured condition (connections, workers) is measured again.
+const MEASURE_AGAIN: Duration = Duration::from_millis(15);
+
+/// Something that ends by itself.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Wait {
+    /// A step is under way.
+    Busy(StepKind),
+    /// An instance is not healthy yet.
+    Health {
+        /// Which.
+        key: InstanceKey,
+        /// At the latest.
+        until: Timestamp,
+        /// What it last answered.
+        answer: String,
+    },
+    /// Requests are still under way.
+    Drain {
+        /// Which instance.
+        key: InstanceKey,
+        /// How many connections, where that is known.
+        connections: Option<usize>,
+        /// At the latest.
+        until: Timestamp,
+    },
+    /// A step failed and is tried again.
+    CoolingDown {
+        /// Which.
+        step: StepKind,
+        /// When.
+        until: Timestamp,
+        /// Failures so far.
+        attempts: u32,
+        /// The last error.
+        error: String,
+    },
+    /// nginx does not serve yet what it should.
+    Proxy(String),
+    /// An instance in service is unhealthy, and is watched a while before it is replaced.
+    Recovery {
+        /// Which.
+        key: InstanceKey,
+        /// Replaced then.
+        until: Timestamp,
+        /// What it last answered.
+        answer: String,
+    },
+    /// Docker is removing it.
+    Removal(InstanceKey),
+}
+
+impl Wait {
+    /// When to look again, if nothing happens before.
+    pub fn look_again(&self, now: Timestamp) -> Option<Timestamp> {
+        match self {
+            Self::Busy(_) => None,
+            Self::Health { until, .. } | Self::CoolingDown { until, .. } | Self::Recovery { until, .. } => Some(*until),
+            Self::Drain { until, .. } => Some((*until).min(now.plus(MEASURE_AGAIN))),
+            Self::Proxy(_) | Self::Removal(_) => Some(now.plus(Duration::from_secs(1))),
+        }
+    }
+
+    /// The kind: a bounded set, for metrics.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Busy(_) => "busy",
+            Self::Health { .. } => "health",
+            Self::Drain { .. } => "drain",
+            Self::CoolingDown { .. } => "cooling_down",
+            Self::Proxy(_) => "proxy",
+            Self::Recovery { .. } => "recovery",
+            Self::Removal(_) => "removal",
+        }
+    }
+}
+
+impl fmt::Display for Wait {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Busy(kind) => write!(f, "step `{}` is under way", kind.as_str()),
+            Self::Health { key, until, answer } => {
+                write!(f, "waiting until {key} is healthy, at the latest at {until}")?;
+                if answer.is_empty() { Ok(()) } else { write!(f, " (last answer: {answer})") }
+            }
+            Self::Drain { key, connections: Some(n), until } => {
+                write!(f, "draining {key}: {n} connections left, at the latest until {until}")
+            }
+            Self::Drain { key, connections: None, until } => {
+                write!(f, "draining {key} until {until}; its connections cannot be counted")
+            }
+            Self::CoolingDown { step, until, attempts, error } => {
+                write!(f, "step `{}` failed {attempts} times, next try at {until}: {error}", step.as_str())
+            }
+            Self::Proxy(what) => f.write_str(what),
+            Self::Recovery { key, until, answer } => {
+                write!(f, "{key} is unhealthy and is replaced at {until} unless it recovers: {answer}")
+            }
+            Self::Removal(key) => write!(f, "Docker is removing {key}"),
+        }
+    }
+}
+
+/// Something that a person must end.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Block {
+    /// What was written cannot be used.
+    Invalid(Problems),
+    /// A person asked to leave the app as it is.
+    Paused(String),
+    /// This host takes nothing new.
+    Cordoned,
+    /// The release failed here.
+    Halted(Verdict),
+    /// Another app holds a virtual host.
+    HostTaken {
+        /// Which.
+        host: VirtualHost,
+        /// By whom.
+        owner: AppName,
+    },
+    /// nginx refused the vhost.
+    RoutesRejected(String),
+    /// The image is nowhere to be had.
+    ImageMissing(String),
+    /// The plan was refused by its second reader: a mistake in demae.
+    Refused(String),
+}
+
+impl Block {
+    /// The kind: a bounded set, for metrics.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Invalid(_) => "invalid",
+            Self::Paused(_) => "paused",
+            Self::Cordoned => "cordoned",
+            Self::Halted(_) => "halted",
+            Self::HostTaken { .. } => "host_taken",
+            Self::RoutesRejected(_) => "routes_rejected",
+            Self::ImageMissing(_) => "image_missing",
+            Self::Refused(_) => "refused",
+        }
+    }
+
+    /// What a person can do.
+    pub fn remedy(&self, app: &AppName) -> String {
+        match self {
+            Self::Invalid(_) => "put a corrected value; `demae validate` checks a spec beforehand".to_owned(),
+            Self::Paused(_) => format!("delete `apps/{app}/paused` to go on"),
+            Self::Cordoned => "set `hosts/<host>/mode` to `active` to let it come".to_owned(),
+            Self::Halted(_) => {
+                format!("put a mended image or environment, or a new value to `apps/{app}/restart` to try this one again")
+            }
+            Self::HostTaken { .. } => "take the virtual host out of one of the two specs".to_owned(),
+            Self::RoutesRejected(_) => "mend the spec, or the template on the host".to_owned(),
+            Self::ImageMissing(_) => "push the image, or mend its name; it is tried again by itself".to_owned(),
+            Self::Refused(_) => "please report this; the app is left as it is".to_owned(),
+        }
+    }
+}
+
+impl fmt::Display for Block {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Invalid(problems) => write!(f, "{problems}"),
+            Self::Paused(reason) => write!(f, "paused: {reason}"),
+            Self::Cordoned => f.write_str("this host is cordoned and takes no new app"),
+            Self::Halted(verdict) => write!(f, "release {} failed: {}", verdict.release, verdict.cause),
+            Self::HostTaken { host, owner } => write!(f, "virtual host `{host}` belongs to app `{owner}`"),
+            Self::RoutesRejected(error) => write!(f, "nginx refuses this app: {error}"),
+            Self::ImageMissing(error) => f.write_str(error),
+            Self::Refused(violation) => write!(f, "the plan was refused: {violation}"),
+        }
+    }
+}
+
+/// For a cause: how long something took.
+pub(super) fn within(duration: Duration) -> String {
+    format!("within {}", humane(duration))
+}

@@ -1,0 +1,351 @@
+//! Properties of the planner over made-up histories: changes of mind, failing apps, dying containers, lost steps.
+//!
+//! The host is of paper; the planner and its second reader are the real ones.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use demae::{
+    model::{
+        desired::{DesiredApp, Target},
+        env::Secret,
+        name::{AppName, EnvName, ImageRef},
+        observed::{Health, ObservedApp, Phase},
+        proxy::Upstreams,
+        release::{Release, ReleaseKey},
+        spec::{ContainerSpec, Endpoint, HealthCheck, Ingress, Order, Probe, PullPolicy},
+        time::Timestamp,
+    },
+    plan::{AppPlan, Cooled, Cooling, check::violations, simulate::PaperHost, step::StepKind},
+};
+use proptest::prelude::*;
+
+/// How a release behaves once started.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Behaviour {
+    Works,
+    NeverHealthy,
+    Exits,
+}
+
+#[derive(Debug, Clone)]
+enum Event {
+    /// Want this version with this many replicas.
+    Want { version: u8, replicas: u16 },
+    /// The app's key goes, or is paused.
+    Leave,
+    Pause,
+    /// A container dies, becomes unhealthy, is paused, or is removed by hand.
+    Die(usize),
+    Sicken(usize),
+    Freeze(usize),
+    Vanish(usize),
+    /// The next steps fail, so many of them.
+    Fail(u8),
+    /// The agent is killed and started again: it knows no health and no failures.
+    Crash,
+    /// Steps and time.
+    Run(u8),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        4 => (0u8..4, 1u16..4).prop_map(|(version, replicas)| Event::Want { version, replicas }),
+        1 => Just(Event::Leave),
+        1 => Just(Event::Pause),
+        1 => (0usize..6).prop_map(Event::Die),
+        1 => (0usize..6).prop_map(Event::Sicken),
+        1 => (0usize..6).prop_map(Event::Freeze),
+        1 => (0usize..6).prop_map(Event::Vanish),
+        1 => (1u8..5).prop_map(Event::Fail),
+        2 => Just(Event::Crash),
+        6 => (1u8..30).prop_map(Event::Run),
+    ]
+}
+
+fn target(version: u8, replicas: u16, endpoint: Option<Endpoint>, order: Order) -> Target {
+    let env = BTreeMap::from([(EnvName::try_from("VERSION").expect("a name"), Secret::new(version.to_string()))]);
+    let image = ImageRef::try_from(format!("app:v{version}")).expect("an image");
+    let probe = if endpoint.is_some() { Probe::Http("/".into()) } else { Probe::Running };
+    let health = HealthCheck { probe, start_period: Duration::from_secs(3), ..HealthCheck::default() };
+    let ingress = endpoint.clone().map(|endpoint| Ingress {
+        hosts: vec!["app.example".try_into().expect("a host")],
+        endpoint,
+        drain: Duration::from_secs(10),
+        template: None,
+        max_body_size: 0,
+        read_timeout: Duration::from_secs(60),
+    });
+    let key = ReleaseKey::new("key");
+    let release = Release::new(&key, image, ContainerSpec::default(), env, health, endpoint, None);
+    Target {
+        release: Arc::new(release),
+        replicas,
+        ingress,
+        order,
+        pull_policy: PullPolicy::Missing,
+        created: 1,
+        cordoned: false,
+    }
+}
+
+struct History {
+    host: PaperHost,
+    desired: DesiredApp,
+    cooling: Cooling,
+    behaviours: [Behaviour; 4],
+    endpoint: Option<Endpoint>,
+    order: Order,
+    failing: u8,
+    log: Vec<String>,
+}
+
+impl History {
+    fn new(behaviours: [Behaviour; 4], endpoint: Option<Endpoint>, order: Order) -> Self {
+        let app = AppName::try_from("app").expect("a name");
+        let host = PaperHost::new(app, ObservedApp::default(), None, Timestamp::from_millis(1_000_000));
+        let desired = DesiredApp::Absent("not yet".into());
+        Self { host, desired, cooling: Cooling::new(), behaviours, endpoint, order, failing: 0, log: Vec::new() }
+    }
+
+    fn target(&self, version: u8, replicas: u16) -> Target {
+        target(version, replicas, self.endpoint.clone(), self.order)
+    }
+
+    fn behaviour(&self, release: &str) -> Behaviour {
+        (0..4u8)
+            .find(|v| self.target(*v, 1).release.id.as_str() == release)
+            .map_or(Behaviour::Works, |v| self.behaviours[usize::from(v)])
+    }
+
+    /// Healthy instances that requests go to.
+    fn serving(&self) -> usize {
+        let routed = |i: &&demae::model::observed::Instance| match (&self.endpoint, self.host.live.as_ref()) {
+            (Some(Endpoint::Socket(_)), _) => self.host.observed.slots.values().flatten().any(|k| *k == i.key),
+            (Some(Endpoint::Port(_)), Some(vhost)) => match (&vhost.upstreams, &i.address) {
+                (Upstreams::Ports(ports), Some(demae::model::observed::Address::Port(p))) => ports.contains(p),
+                _ => false,
+            },
+            _ => false,
+        };
+        let instances = self.host.observed.instances.iter();
+        instances.filter(|i| i.phase == Phase::Running && i.health.is_healthy()).filter(routed).count()
+    }
+
+    /// One pass of the agent. Answers with the plan it made.
+    fn pass(&mut self) -> AppPlan {
+        let plan = self.host.plan(&self.desired, &self.cooling);
+        let input = self.host.input(&self.desired, &self.cooling);
+        let found = violations(&input, &plan);
+        assert!(found.is_empty(), "violations {found:?}\nplan {plan:#?}\nhistory:\n{}", self.log.join("\n"));
+        assert_eq!(plan, self.host.plan(&self.desired, &self.cooling), "the same input gave another plan");
+
+        let before = self.serving();
+        let live = self.host.live.clone();
+        self.host.serve(&plan.vhost);
+        if self.host.live != live {
+            self.log.push(format!("  nginx: {:?}", self.host.live.as_ref().map(|v| &v.upstreams)));
+        }
+        if let Some(planned) = &plan.step {
+            if self.failing > 0 {
+                self.failing -= 1;
+                self.log.push(format!("  FAILS {planned}"));
+                self.cool(planned.step.kind(), "it failed");
+            } else {
+                self.log.push(format!("  {planned}"));
+                self.host.apply(&planned.step);
+                if let demae::plan::step::Step::Discard { why, .. } = &planned.step {
+                    self.cool(StepKind::Create, why);
+                }
+            }
+        } else {
+            self.host.now = self.host.now.plus(Duration::from_millis(500));
+            self.live();
+        }
+        let wanted = matches!(self.desired, DesiredApp::Run(_) | DesiredApp::Paused(_));
+        if wanted && before > 0 && self.order == Order::StartFirst {
+            assert!(self.serving() > 0, "the last healthy instance lost its requests\n{}", self.log.join("\n"));
+        }
+        plan
+    }
+
+    fn cool(&mut self, kind: StepKind, error: &str) {
+        let attempts = self.cooling.get(&kind).map_or(1, |c| c.attempts + 1);
+        let until = self.host.now.plus(Duration::from_secs(u64::from(attempts.min(30))));
+        self.cooling.insert(kind, Cooled { until, attempts, error: error.into(), temporary: true });
+    }
+
+    /// Containers do what their release does.
+    fn live(&mut self) {
+        let behaviours: Vec<Behaviour> =
+            self.host.observed.instances.iter().map(|i| self.behaviour(i.key.release.as_str())).collect();
+        let now = self.host.now;
+        for (instance, behaviour) in self.host.observed.instances.iter_mut().zip(behaviours) {
+            if instance.phase != Phase::Running {
+                continue;
+            }
+            match (behaviour, &instance.health) {
+                (Behaviour::Works, Health::Starting(_) | Health::Unknown) => instance.health = Health::Healthy,
+                (Behaviour::NeverHealthy, _) => instance.health = Health::Starting("refused".into()),
+                (Behaviour::Exits, _) if now.since(instance.started) > Duration::from_millis(100) => {
+                    instance.phase = Phase::Exited(3);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn happen(&mut self, event: &Event) {
+        self.log.push(format!("{event:?}"));
+        let now = self.host.now;
+        let count = self.host.observed.instances.len().max(1);
+        match event {
+            Event::Want { version, replicas } => {
+                let target = self.target(*version, *replicas);
+                if !matches!(&self.desired, DesiredApp::Run(t) if t.release.id == target.release.id) {
+                    self.cooling.clear();
+                }
+                self.desired = DesiredApp::Run(target);
+            }
+            Event::Leave => self.desired = DesiredApp::Absent("it was removed".into()),
+            Event::Pause => self.desired = DesiredApp::Paused("a person said so".into()),
+            Event::Fail(n) => self.failing = *n,
+            Event::Crash => {
+                self.cooling.clear();
+                for instance in &mut self.host.observed.instances {
+                    instance.health = Health::Unknown;
+                }
+            }
+            Event::Run(passes) => {
+                for _ in 0..*passes {
+                    self.pass();
+                }
+            }
+            Event::Vanish(i) => {
+                if self.host.observed.instances.len() > *i {
+                    self.host.observed.instances.remove(*i % count);
+                }
+            }
+            Event::Die(i) | Event::Sicken(i) | Event::Freeze(i) => {
+                let Some(instance) = self.host.observed.instances.get_mut(*i % count) else { return };
+                match event {
+                    Event::Sicken(_) if instance.phase == Phase::Running => {
+                        instance.health = Health::Unhealthy { since: now, answer: "503".into() };
+                    }
+                    Event::Die(_) if instance.is_alive() => instance.phase = Phase::Exited(137),
+                    Event::Freeze(_) if instance.phase == Phase::Running => instance.phase = Phase::Paused,
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Faults have stopped: within a bound there is nothing left to do.
+    fn ends(&mut self) {
+        self.failing = 0;
+        self.log.push("faults stop".into());
+        for _ in 0..600 {
+            let plan = self.pass();
+            let halted = plan.blocks.iter().any(|b| b.kind() == "halted" || b.kind() == "paused");
+            if plan.is_converged() || (halted && plan.step.is_none() && plan.waits.is_empty()) {
+                return self.holds(&plan);
+            }
+        }
+        panic!("it does not converge: {:#?}\n{}", self.host.plan(&self.desired, &self.cooling), self.log.join("\n"));
+    }
+
+    fn holds(&self, plan: &AppPlan) {
+        let observed = &self.host.observed;
+        match &self.desired {
+            DesiredApp::Run(target) if plan.is_converged() => {
+                assert_eq!(observed.instances.len(), usize::from(target.replicas), "{}", self.log.join("\n"));
+                assert!(observed.instances.iter().all(|i| i.key.release == target.release.id && i.settled));
+                assert_eq!(observed.env_files.iter().collect::<Vec<_>>(), [&target.release.id]);
+                assert!(observed.verdicts.is_empty());
+            }
+            DesiredApp::Absent(_) => {
+                assert!(observed.instances.is_empty() && observed.slots.is_empty() && self.host.live.is_none());
+                assert!(observed.env_files.is_empty() && observed.socket_dirs.is_empty() && observed.proven.is_none());
+            }
+            _ => {}
+        }
+    }
+}
+
+fn behaviours() -> impl Strategy<Value = [Behaviour; 4]> {
+    let one = || prop_oneof![3 => Just(Behaviour::Works), 1 => Just(Behaviour::NeverHealthy), 1 => Just(Behaviour::Exits)];
+    // Version 0 always works, so that there is something to lose.
+    [Just(Behaviour::Works).boxed(), one().boxed(), one().boxed(), one().boxed()]
+}
+
+fn endpoint() -> impl Strategy<Value = Option<Endpoint>> {
+    prop_oneof![
+        3 => Just(Some(Endpoint::Socket("/run/app/app.sock".into()))),
+        2 => Just(Some(Endpoint::Port(8080))),
+        1 => Just(None),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: cases(), max_shrink_iters: 5_000, ..ProptestConfig::default() })]
+
+    /// Whatever happens, the app is never left without a healthy instance that it had, nothing foreign is touched,
+    /// the plan is never silent, and once the faults stop it comes to rest.
+    #[test]
+    fn any_history_ends_well(
+        behaviours in behaviours(),
+        endpoint in endpoint(),
+        stop_first in proptest::bool::weighted(0.2),
+        events in proptest::collection::vec(event(), 1..40),
+    ) {
+        let order = if stop_first { Order::StopFirst } else { Order::StartFirst };
+        let mut history = History::new(behaviours, endpoint, order);
+        for event in &events {
+            history.happen(event);
+        }
+        history.ends();
+    }
+
+    /// Each step done twice leaves what it leaves when done once.
+    #[test]
+    fn steps_are_idempotent(endpoint in endpoint(), replicas in 1u16..4) {
+        let mut history = History::new([Behaviour::Works; 4], endpoint, Order::StartFirst);
+        for version in [0, 1] {
+            history.happen(&Event::Want { version, replicas });
+            for _ in 0..100 {
+                let plan = history.host.plan(&history.desired, &history.cooling);
+                history.host.serve(&plan.vhost);
+                if let Some(planned) = &plan.step {
+                    history.host.apply(&planned.step);
+                    if planned.step.kind() != StepKind::Create {
+                        let once = history.host.observed.clone();
+                        history.host.apply(&planned.step);
+                        prop_assert_eq!(&once, &history.host.observed);
+                    }
+                } else {
+                    history.host.pass(Duration::from_secs(1));
+                }
+            }
+            prop_assert!(history.host.plan(&history.desired, &history.cooling).is_converged());
+        }
+    }
+}
+
+fn cases() -> u32 {
+    std::env::var("DEMAE_PROPERTY_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(2_000)
+}
+
+/// The properties must be able to fail: a planner that stops the old instance as soon as the new one runs is caught.
+#[test]
+fn a_broken_plan_is_caught() {
+    let mut history = History::new([Behaviour::Works; 4], Some(Endpoint::Socket("/run/app/app.sock".into())), Order::StartFirst);
+    history.happen(&Event::Want { version: 0, replicas: 1 });
+    history.happen(&Event::Run(30));
+    let instance = history.host.observed.instances.first().expect("it runs").clone();
+    let handle = demae::plan::step::Handle { key: instance.key, id: instance.id };
+    let mut plan = AppPlan::default();
+    let step = demae::plan::step::Step::Stop { handle, grace: Duration::ZERO };
+    plan.step = Some(demae::plan::step::Planned { step, reason: "a mutation" });
+    let found = violations(&history.host.input(&history.desired, &history.cooling), &plan);
+    assert!(found.iter().any(|v| v.contains("requests go to")), "{found:?}");
+    assert!(found.iter().any(|v| v.contains("last healthy")), "{found:?}");
+}
