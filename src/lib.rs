@@ -5,3 +5,20 @@
 
 pub mod model;
 pub mod plan;
+
+pub mod host;
+pub mod store;
+
+pub mod execute;
+pub mod world;
+
+pub mod agent;
+
+pub mod cli;
+pub mod config;
+pub mod failpoint;
+pub mod http;
+pub mod metrics;
+pub mod retry;
+pub mod shutdown;
+pub mod telemetry;

@@ -9,5 +9,6 @@ pub mod proxy;
 pub mod release;
 pub mod spec;
 pub mod status;
+pub mod text;
 pub mod time;
 pub mod yaml;

@@ -177,7 +177,7 @@ impl<'a> Draft<'a> {
     /// Brings the wanted release up. True when all its instances are healthy (or, once proven, one is).
     fn roll_out(&mut self, target: &Target, group: &Group<'_>, proven: bool) -> bool {
         let release = &target.release;
-        if !proven && let Some(failed) = group.failure(self.input) {
+        if !proven && let Some(failed) = group.failure(self.input, target) {
             self.plan.step.get_or_insert(Planned::new(failed, "the release failed"));
             return false;
         }
@@ -252,7 +252,8 @@ impl<'a> Draft<'a> {
                 && let Some(first) = group.good.first()
             {
                 let cause = format!("it is healthy, and does not answer through nginx: {}", cooled.error);
-                let step = Step::RecordVerdict { handle: handle(first), cause, exit_code: None };
+                let release = target.release.clone();
+                let step = Step::RecordVerdict { handle: handle(first), release, cause, exit_code: None };
                 self.step(step, "the release failed");
                 return;
             }
@@ -331,9 +332,10 @@ impl<'a> Group<'a> {
     }
 
     /// The verdict that a candidate earned, if one did.
-    fn failure(&self, input: &AppInput<'_>) -> Option<Step> {
+    fn failure(&self, input: &AppInput<'_>, target: &Target) -> Option<Step> {
         self.all.iter().find_map(|i| {
-            let verdict = |cause, exit_code| Step::RecordVerdict { handle: handle(i), cause, exit_code };
+            let release = || target.release.clone();
+            let verdict = |cause, exit_code| Step::RecordVerdict { handle: handle(i), release: release(), cause, exit_code };
             match &i.phase {
                 Phase::Exited(code) if !i.settled => {
                     Some(verdict(format!("it ended with exit code {code} before it was healthy"), Some(*code)))

@@ -111,7 +111,7 @@ impl PaperHost {
                 self.observed.instances.retain(|i| i.id != handle.id);
                 self.observed.socket_dirs.remove(&handle.key);
             }
-            Step::RecordVerdict { handle, cause, exit_code } => {
+            Step::RecordVerdict { handle, cause, exit_code, .. } => {
                 let verdict = crate::model::observed::Verdict {
                     release: handle.key.release.clone(),
                     cause: cause.clone(),

@@ -85,6 +85,8 @@ pub enum Step {
     RecordVerdict {
         /// The candidate that failed.
         handle: Handle,
+        /// The release, whose secrets must not be in the evidence.
+        release: Arc<Release>,
         /// One sentence.
         cause: String,
         /// Its exit code, if it ended.

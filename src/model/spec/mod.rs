@@ -2,7 +2,6 @@
 //!
 //! A [`Spec`] only comes out of [`Spec::parse`], which reports every problem of a text, not the first.
 
-mod fields;
 mod read;
 
 use std::{collections::BTreeMap, time::Duration};

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use super::{
     ContainerSpec, Deploy, Endpoint, HealthCheck, Ingress, Logging, Order, Probe, PullPolicy, Spec, Volume, VolumeSource,
-    fields,
 };
 use crate::model::{
     env::{self, Secret},
     name::{EnvName, SetName, VirtualHost},
     problem::{Problem, Problems, nearest},
+    text,
     yaml::{self, Key, Node, Value},
 };
 
@@ -236,7 +236,7 @@ impl Reader {
     fn command(&mut self, fields: &Fields<'_>, name: &str) -> Option<Vec<String>> {
         match fields.get(name)?.value {
             Value::Seq(_) => Some(self.items(fields, name, |t| Ok::<_, String>(t.to_owned()))),
-            _ => self.read(fields, name, fields::words),
+            _ => self.read(fields, name, text::words),
         }
     }
 
@@ -264,7 +264,7 @@ impl Reader {
             logging: f.get("logging").map(|n| self.logging(n)),
             stop_signal: self.read(&f, "stop_signal", signal),
             stop_grace_period: self
-                .read(&f, "stop_grace_period", fields::duration)
+                .read(&f, "stop_grace_period", text::duration)
                 .unwrap_or(std::time::Duration::from_secs(10)),
         };
         if let (Some(Ingress { endpoint: Endpoint::Port(_), .. }), Some("none"), Some(n)) =
@@ -361,11 +361,11 @@ impl Reader {
         Ingress {
             hosts,
             endpoint,
-            drain: self.read(&f, "drain", fields::duration).unwrap_or(std::time::Duration::from_secs(30)),
+            drain: self.read(&f, "drain", text::duration).unwrap_or(std::time::Duration::from_secs(30)),
             template: self.read(&f, "template", |t| t.try_into()),
-            max_body_size: self.read(&f, "max_body_size", fields::size).unwrap_or(1024 * 1024),
+            max_body_size: self.read(&f, "max_body_size", text::size).unwrap_or(1024 * 1024),
             read_timeout: self
-                .read(&f, "read_timeout", |t| match fields::duration(t)? {
+                .read(&f, "read_timeout", |t| match text::duration(t)? {
                     d if d.as_secs() >= 1 => Ok(d),
                     _ => Err("at least `1s` is needed".to_owned()),
                 })
@@ -399,7 +399,7 @@ impl Reader {
             self.problem("healthcheck", node, "`http` and `tcp` ask where the traffic goes, and there is no `ingress`; use `test`");
         }
         let at_least = |least: u64, what: &'static str| {
-            move |t: &str| match fields::duration(t) {
+            move |t: &str| match text::duration(t) {
                 Ok(d) if d.as_millis() < u128::from(least) => Err(format!("at least `{what}` is needed")),
                 other => other,
             }
@@ -409,7 +409,7 @@ impl Reader {
             interval: self.read(&f, "interval", at_least(100, "100ms")).unwrap_or(default.interval),
             timeout: self.read(&f, "timeout", at_least(1, "1ms")).unwrap_or(default.timeout),
             retries: self.number(&f, "retries", 1, 1000).unwrap_or(default.retries),
-            start_period: self.read(&f, "start_period", fields::duration).unwrap_or(default.start_period),
+            start_period: self.read(&f, "start_period", text::duration).unwrap_or(default.start_period),
             start_interval: self.read(&f, "start_interval", at_least(1, "1ms")).unwrap_or(default.start_interval),
             successes: self.number(&f, "successes", 1, 100).unwrap_or(default.successes),
         }
@@ -454,7 +454,7 @@ impl Reader {
             let resources = self.fields("deploy.resources", node);
             if let Some(node) = resources.get("limits") {
                 let limits = self.fields("deploy.resources.limits", node);
-                memory = self.read(&limits, "memory", |t| match fields::size(t)? {
+                memory = self.read(&limits, "memory", |t| match text::size(t)? {
                     // Docker's own minimum.
                     bytes if bytes < 6 * 1024 * 1024 => Err("Docker needs at least `6M`".to_owned()),
                     bytes => i64::try_from(bytes).map_err(|_| "this is too much".to_owned()),
@@ -473,7 +473,7 @@ impl Reader {
                 deploy.order = order;
             }
             self.number(&update, "parallelism", 0, 100_000);
-            self.read(&update, "monitor", fields::duration);
+            self.read(&update, "monitor", text::duration);
             self.read(&update, "failure_action", |t| match t {
                 "rollback" | "pause" => Ok(()),
                 other => Err(format!("`{other}` is not a failure action; use `rollback` or `pause`")),

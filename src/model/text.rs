@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 /// `1m30s`, `500ms`, `2.5s`. Units: `us ms s m h`. Bare numbers are refused, as in Compose.
-pub(super) fn duration(text: &str) -> Result<Duration, String> {
+///
+/// # Errors
+/// One sentence that shows how to write it.
+pub fn duration(text: &str) -> Result<Duration, String> {
     let error = || format!("`{text}` is not a duration; write it like `10s`, `1m30s` or `500ms`");
     let mut rest = text;
     let mut total = 0.0_f64;
@@ -30,7 +33,10 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
 }
 
 /// `512M`, `64k`, `1.5gb`, `1024`: 1024-based, as Docker and Compose read them. In bytes.
-pub(super) fn size(text: &str) -> Result<u64, String> {
+///
+/// # Errors
+/// One sentence that shows how to write it.
+pub fn size(text: &str) -> Result<u64, String> {
     let error = || format!("`{text}` is not a size; write it like `512M`, `64k` or `2G` (1024-based)");
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let number: f64 = text[..digits].parse().map_err(|_| error())?;
@@ -50,7 +56,10 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
 }
 
 /// Splits a command line by the rules of a POSIX shell's words: blanks, quotes and backslashes, no expansion.
-pub(super) fn words(text: &str) -> Result<Vec<String>, String> {
+///
+/// # Errors
+/// If a quote is not closed, or a backslash ends the text.
+pub fn words(text: &str) -> Result<Vec<String>, String> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;
     let mut chars = text.chars();

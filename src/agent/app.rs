@@ -1,0 +1,366 @@
+//! What the loop keeps of one app: the last look, the last plan, the step under way, and what failed lately.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::{
+    metrics::Metrics,
+    model::{
+        desired::DesiredApp,
+        name::{AppName, ImageRef, ReleaseId},
+        observed::{ObservedApp, Phase},
+        proxy::ObservedProxy,
+        status::{AppStatus, Moment, State},
+        time::Timestamp,
+    },
+    plan::{
+        AppInput, AppPlan, Cooled, Cooling, ProxyView, VhostWish,
+        app::plan_app,
+        check,
+        proxy::Conflict,
+        step::{Step, StepKind},
+        wait::{Block, Wait},
+    },
+    retry::pause_after,
+};
+
+/// Failures are forgotten when none has come for this long: the time after which kubelet forgives a crash loop.
+const FORGIVEN: Duration = Duration::from_secs(600);
+/// Most moments of one change that are kept.
+const MOMENTS: usize = 64;
+
+pub(super) struct AppState {
+    desired: DesiredApp,
+    observed: Option<ObservedApp>,
+    planned: Option<AppPlan>,
+    pub(super) busy: Option<StepKind>,
+    pub(super) dirty: bool,
+    pub(super) replan: bool,
+    pub(super) observing: bool,
+    pub(super) wake: Option<Timestamp>,
+    pub(super) look_after: Timestamp,
+    cooling: Cooling,
+    look_error: Option<(String, u32)>,
+    change: Option<Instant>,
+    timeline: Vec<Moment>,
+    draining: Option<Instant>,
+    since: Timestamp,
+    told: Option<(State, Option<String>)>,
+}
+
+impl AppState {
+    pub(super) fn new(now: Timestamp) -> Self {
+        Self {
+            desired: Self::not_wanted(),
+            observed: None,
+            planned: None,
+            busy: None,
+            dirty: true,
+            replan: false,
+            observing: false,
+            wake: None,
+            look_after: now,
+            cooling: Cooling::new(),
+            look_error: None,
+            change: None,
+            timeline: Vec::new(),
+            draining: None,
+            since: now,
+            told: None,
+        }
+    }
+
+    pub(super) fn not_wanted() -> DesiredApp {
+        DesiredApp::Absent("the store has no such app".to_owned())
+    }
+
+    pub(super) fn observed(&self) -> Option<&ObservedApp> {
+        self.observed.as_ref()
+    }
+
+    /// Takes what is wanted now. Failures of another release say nothing about this one.
+    pub(super) fn want(&mut self, desired: DesiredApp, seen: Option<Instant>, now: Timestamp) {
+        if self.desired == desired {
+            return;
+        }
+        if release(&self.desired) != release(&desired) {
+            self.cooling.clear();
+        }
+        self.desired = desired;
+        self.dirty = true;
+        self.look_after = now;
+        // A change of mind during a change is measured from the first one: that is how long somebody waits.
+        if self.change.is_none() {
+            self.change = seen;
+            self.timeline.clear();
+        }
+        self.moment("seen");
+    }
+
+    pub(super) fn wanted_image(&self) -> Option<(ReleaseId, ImageRef)> {
+        target(&self.desired).map(|t| (t.release.id.clone(), t.release.image.clone()))
+    }
+
+    pub(super) fn take_observed(&mut self, observed: ObservedApp) {
+        self.note_health(&observed);
+        self.observed = Some(observed);
+        self.look_error = None;
+        self.replan = true;
+    }
+
+    /// Nothing is known of the app now; the last plan stands, and the look is tried again.
+    pub(super) fn fail_look(&mut self, error: &str, now: Timestamp) {
+        let attempts = self.look_error.as_ref().map_or(0, |(_, n)| *n) + 1;
+        self.look_error = Some((error.to_owned(), attempts));
+        self.look_after = now.plus(pause_after(attempts).min(Duration::from_secs(10)));
+        self.dirty = true;
+    }
+
+    /// Whether a list of containers shows anything that the last look did not.
+    pub(super) fn differs(&self, listed: &[(String, String)]) -> bool {
+        let Some(observed) = &self.observed else { return true };
+        let word = |phase: &Phase| match phase {
+            Phase::Created => "created",
+            Phase::Running => "running",
+            Phase::Paused => "paused",
+            Phase::Restarting => "restarting",
+            Phase::Exited(_) => "exited",
+            Phase::Removing => "removing",
+        };
+        let mut known: Vec<(&str, &str)> = observed.instances.iter().map(|i| (i.id.as_str(), word(&i.phase))).collect();
+        known.sort_unstable();
+        let mut found: Vec<(&str, &str)> = listed.iter().map(|(id, state)| (id.as_str(), state.as_str())).collect();
+        found.sort_unstable();
+        known != found
+    }
+
+    /// Plans, has the plan checked, and answers with the step to take.
+    pub(super) fn plan(
+        &mut self,
+        app: &AppName,
+        proxy: &ObservedProxy,
+        trouble: Option<&str>,
+        conflict: Option<Conflict>,
+        now: Timestamp,
+        metrics: &Metrics,
+    ) -> Option<Step> {
+        self.replan = false;
+        let observed = self.observed.as_ref()?;
+        self.cooling.retain(|_, c| now < c.until.plus(FORGIVEN));
+        let view = ProxyView {
+            live: proxy.vhost(app),
+            serving: proxy.is_serving_live(),
+            rejected: proxy.rejected(app),
+            old_workers: proxy.old_workers > 0,
+            trouble,
+        };
+        let input = AppInput {
+            app,
+            desired: &self.desired,
+            observed,
+            proxy: view,
+            conflict,
+            cooling: &self.cooling,
+            busy: self.busy,
+            now,
+        };
+        let mut plan = plan_app(&input);
+        if let Some(violation) = check::violations(&input, &plan).into_iter().next() {
+            tracing::error!(app = %app, "the plan was refused: {violation}");
+            plan.step = None;
+            plan.blocks.push(Block::Refused(violation));
+        }
+        // A step that is waited for says nothing new about when to look again.
+        self.wake = if self.busy.is_some() { None } else { plan.wake_at(now) };
+        let step = plan.step.clone();
+        self.note_drain(&plan, metrics);
+        if let Some(planned) = &step {
+            tracing::debug!(app = %app, step = planned.step.kind().as_str(), "{planned}");
+            self.busy = Some(planned.step.kind());
+        }
+        let converged = plan.is_converged();
+        self.planned = Some(plan);
+        if converged && let Some(change) = self.change.take() {
+            let took = change.elapsed();
+            self.timeline.push(Moment { what: "converged".into(), ms: millis(took) });
+            metrics.convergence.with_label_values(&[app.as_str()]).observe(took.as_secs_f64());
+            let moments: Vec<String> = self.timeline.iter().map(|m| format!("{} {}", m.what, m.ms)).collect();
+            tracing::info!(app = %app, took_ms = millis(took), "converged ({})", moments.join(", "));
+        }
+        step.map(|p| p.step)
+    }
+
+    pub(super) fn took_step(&mut self, step: &Step, metrics: &Metrics, app: &AppName) {
+        let kind = step.kind();
+        self.cooling.remove(&kind);
+        let what = match step {
+            Step::Pull(_) => "pulled",
+            Step::Create { .. } => "created",
+            Step::Start(_) => "started",
+            Step::Switch(_) => "switched",
+            Step::Prove { .. } => "proven",
+            Step::Stop { .. } => "stopped",
+            Step::Remove(_) => "removed",
+            Step::RecordVerdict { .. } => "failed",
+            Step::Discard { why, .. } => {
+                // A replacement that failed is not the failure of a step, and is not tried again at once all the same.
+                self.failed_step(StepKind::Create, why.clone(), true);
+                "discarded"
+            }
+            Step::WriteEnvFile(_) | Step::ClearSocket(_) | Step::Settle(_) | Step::CleanUp(_) => return,
+        };
+        self.moment(what);
+        if let (Step::Prove { ingress: Some(_), .. }, Some(change)) = (step, self.change) {
+            metrics.first_answer.with_label_values(&[app.as_str()]).observe(change.elapsed().as_secs_f64());
+        }
+    }
+
+    pub(super) fn failed_step(&mut self, kind: StepKind, error: String, temporary: bool) {
+        let attempts = self.cooling.get(&kind).map_or(0, |c| c.attempts) + 1;
+        let until = Timestamp::now().plus(pause_after(attempts));
+        self.cooling.insert(kind, Cooled { until, attempts, error, temporary });
+    }
+
+    fn moment(&mut self, what: &str) {
+        if let Some(change) = self.change
+            && self.timeline.len() < MOMENTS
+        {
+            self.timeline.push(Moment { what: what.to_owned(), ms: millis(change.elapsed()) });
+        }
+    }
+
+    /// The first look at which all instances of the wanted release are healthy.
+    fn note_health(&mut self, observed: &ObservedApp) {
+        let Some(target) = target(&self.desired) else { return };
+        let healthy = |o: &ObservedApp| {
+            let of_release = o.instances.iter().filter(|i| i.key.release == target.release.id);
+            of_release.filter(|i| i.is_running() && i.health.is_healthy()).count() >= usize::from(target.replicas)
+        };
+        if healthy(observed) && !self.timeline.iter().any(|m| m.what == "healthy") {
+            self.moment("healthy");
+        }
+    }
+
+    fn note_drain(&mut self, plan: &AppPlan, metrics: &Metrics) {
+        let waiting = plan.waits.iter().any(|w| matches!(w, Wait::Drain { .. }));
+        let stopping = plan.step.as_ref().filter(|p| p.step.kind() == StepKind::Stop);
+        if waiting {
+            self.draining.get_or_insert_with(Instant::now);
+        } else if let Some(planned) = stopping {
+            let took = self.draining.take().map(|d| d.elapsed()).unwrap_or_default();
+            let outcome = if planned.reason == "its drain time is over" { "cut" } else { "complete" };
+            metrics.drains.with_label_values(&[outcome]).inc();
+            metrics.drain_seconds.with_label_values(&[] as &[&str]).observe(took.as_secs_f64());
+            self.moment("drained");
+        }
+    }
+
+    pub(super) fn wish(&self) -> VhostWish {
+        self.planned.as_ref().map(|p| p.vhost.clone()).unwrap_or_default()
+    }
+
+    pub(super) fn is_planned(&self) -> bool {
+        self.planned.is_some()
+    }
+
+    pub(super) fn plan_made(&self) -> Option<&AppPlan> {
+        self.planned.as_ref()
+    }
+
+    /// Whether the last plan leaves nothing to do here, and nothing to wait for but a person.
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.busy.is_none() && self.planned.as_ref().is_some_and(|p| p.step.is_none() && p.waits.iter().all(|w| matches!(w, Wait::CoolingDown { .. })))
+    }
+
+    pub(super) fn is_blocked(&self) -> bool {
+        self.planned.as_ref().is_some_and(|p| !p.is_converged())
+    }
+
+    /// Whether nothing is left of an app that is not wanted.
+    pub(super) fn is_gone(&self) -> bool {
+        matches!(self.desired, DesiredApp::Absent(_))
+            && !self.observing
+            && !self.dirty
+            && self.busy.is_none()
+            && self.planned.as_ref().is_some_and(AppPlan::is_converged)
+    }
+
+    /// What status tells; nothing of an app that is not here and not wanted here.
+    pub(super) fn status(&mut self, app: &AppName, host: &crate::model::name::HostName, now: Timestamp) -> Option<AppStatus> {
+        let target = target(&self.desired).cloned();
+        let plan = self.planned.clone().unwrap_or_default();
+        let absent = matches!(self.desired, DesiredApp::Absent(_));
+        if absent && (plan.is_converged() || self.observed.as_ref().is_none_or(|o| o.instances.is_empty() && o.slots.is_empty())) {
+            return None;
+        }
+        let state = match plan.blocks.first() {
+            Some(Block::Invalid(_)) => State::Invalid,
+            Some(Block::Paused(_)) => State::Paused,
+            Some(_) => State::Blocked,
+            None if absent => State::Leaving,
+            None if self.planned.is_some() && plan.is_converged() && self.look_error.is_none() => State::Converged,
+            None => State::Converging,
+        };
+        let release = target.as_ref().map(|t| t.release.id.to_string());
+        let told = (state, release.clone());
+        if self.told.as_ref() != Some(&told) {
+            self.since = now;
+            self.told = Some(told);
+        }
+        let observed = self.observed.as_ref();
+        let verdict = target.as_ref().and_then(|t| observed?.verdicts.get(&t.release.id)).cloned();
+        Some(AppStatus {
+            app: app.to_string(),
+            host: host.clone(),
+            state,
+            serving: plan.serving.as_ref().map(ToString::to_string).filter(|s| Some(s) != release.as_ref()),
+            release,
+            image: target.as_ref().map(|t| t.release.image.to_string()),
+            wanted: target.as_ref().map_or(0, |t| t.replicas),
+            healthy: plan.healthy,
+            since: self.since,
+            reason: self.reason(app, &plan),
+            verdict,
+            timeline: self.timeline.clone(),
+        })
+    }
+
+    fn reason(&self, app: &AppName, plan: &AppPlan) -> String {
+        if let Some((error, _)) = &self.look_error {
+            return format!("the app cannot be seen now: {error}");
+        }
+        if self.planned.is_none() {
+            return "it has not been looked at yet".to_owned();
+        }
+        if let Some(block) = plan.blocks.first() {
+            return format!("{block} ({})", block.remedy(app));
+        }
+        if let Some(planned) = &plan.step {
+            return planned.to_string();
+        }
+        // What a step waits for is told by the step; what failed is told before what merely takes time.
+        let waits = || plan.waits.iter();
+        let first = waits().find(|w| matches!(w, Wait::CoolingDown { .. })).or_else(|| waits().next());
+        match (first, &self.desired) {
+            (Some(wait), _) => wait.to_string(),
+            (None, DesiredApp::Absent(why)) => why.clone(),
+            (None, _) => String::new(),
+        }
+    }
+}
+
+fn target(desired: &DesiredApp) -> Option<&crate::model::desired::Target> {
+    match desired {
+        DesiredApp::Run(target) | DesiredApp::Invalid { last_good: Some(target), .. } => Some(target),
+        _ => None,
+    }
+}
+
+fn release(desired: &DesiredApp) -> Option<&ReleaseId> {
+    target(desired).map(|t| &t.release.id)
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

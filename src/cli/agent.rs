@@ -1,0 +1,114 @@
+//! `demae agent`
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{Common, Ended as CliEnded, Exit, Failed, runtime, setup};
+use crate::{
+    agent::{Agent, Ended, Options, Outlets},
+    config::Config,
+    http::{self, Shown},
+    metrics::Metrics,
+    model::{
+        desired::HostMode,
+        status::{HostStatus, StoreStatus, VERSION},
+        time::Timestamp,
+    },
+    shutdown,
+    store::{self, Update, Viewer},
+    telemetry,
+};
+
+/// Longest wait for the last words to the store.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    common: Common,
+    /// Converge and end: 0 when everything is converged, 1 when a person must act
+    #[arg(long)]
+    once: bool,
+    /// With `--once`: give up after this time
+    #[arg(long, value_name = "DURATION", default_value = "10m", requires = "once")]
+    timeout: String,
+}
+
+pub(super) fn run(args: Args) -> CliEnded {
+    let config = Config::load(&args.common)?;
+    telemetry::start(&config.log).map_err(Failed::because)?;
+    let timeout = crate::model::text::duration(&args.timeout).map_err(Failed::because)?;
+    let runtime = runtime(2)?;
+    let ended = runtime.block_on(async {
+        let tasks = TaskTracker::new();
+        let (orderly, at_once) = shutdown::on_signals(&tasks)?;
+        let limit = async {
+            if args.once {
+                tokio::time::sleep(timeout).await;
+            } else {
+                std::future::pending().await
+            }
+        };
+        tokio::select! {
+            ended = serve(&config, args.once, orderly) => ended,
+            () = at_once.cancelled() => Err(Failed::because("ended at once by a second signal")),
+            () = limit => Err(Failed::for_now(format!("not converged after {}; `demae status` tells why", args.timeout))),
+        }
+    });
+    runtime.shutdown_background();
+    Ok(match ended? {
+        Ended::Converged | Ended::Told => Exit::Success,
+        Ended::Blocked => Exit::Failure,
+    })
+}
+
+/// Runs an agent until the token is cancelled.
+pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken) -> Result<Ended, Failed> {
+    let _lock = setup::directories(config)?;
+    let (news_out, news) = mpsc::unbounded_channel();
+    let world = Arc::new(setup::world(config, Some(news_out))?);
+    let metrics = Arc::new(Metrics::new()?);
+    let empty = HostStatus {
+        version: VERSION,
+        host: config.host.clone(),
+        mode: HostMode::Active,
+        agent: env!("CARGO_PKG_VERSION").to_owned(),
+        store: StoreStatus::default(),
+        proxy: None,
+        apps: Vec::new(),
+        unreadable: Vec::new(),
+    };
+    let (status, status_in) = watch::channel(empty.clone());
+    let (publish, publish_in) = watch::channel((empty, BTreeMap::new()));
+    let (pulse, pulse_in) = watch::channel(Timestamp::now());
+    let (ready, ready_in) = watch::channel(false);
+    let (updates, updates_in) = watch::channel(Update::default());
+
+    // The listener and the store outlive the loop by a moment, to tell of its end.
+    let (side, tasks) = (CancellationToken::new(), TaskTracker::new());
+    let listener = http::bind(config.listen).await.map_err(Failed::because)?;
+    let shown = Shown { metrics: metrics.clone(), status: status_in, pulse: pulse_in, ready: ready_in };
+    let serving = http::serve(listener, shown, side.clone());
+    tasks.spawn(async move {
+        if let Err(e) = serving.await {
+            tracing::error!("metrics, health and status are not served any more: {e}");
+        }
+    });
+    let viewer = Viewer { host: config.host.clone(), labels: config.labels.clone(), resync: config.resync };
+    tasks.spawn(store::watch(config.etcd.clone(), viewer, updates, side.clone()));
+    tasks.spawn(store::publish(config.etcd.clone(), publish_in, side.clone()));
+    tasks.close();
+    tracing::info!(host = %config.host, listen = %config.listen, endpoints = config.etcd.endpoints.join(","), "demae {} starts", env!("CARGO_PKG_VERSION"));
+
+    let options = Options { resync: config.resync, parallel: config.parallel, once };
+    let outlets = Outlets { metrics, status, publish, pulse, ready };
+    let ended = Agent::new(world, options, outlets, updates_in).run(news, token).await;
+    side.cancel();
+    if tokio::time::timeout(GOODBYE, tasks.wait()).await.is_err() {
+        tracing::debug!("the store was not told of the end; the lease tells it");
+    }
+    tracing::info!("the agent ends; everything it started keeps serving");
+    Ok(ended)
+}

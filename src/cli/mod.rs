@@ -1,0 +1,135 @@
+//! What people type. One file a verb.
+
+mod agent;
+mod dev;
+mod plan;
+mod print;
+mod schema;
+mod setup;
+mod status;
+mod validate;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::Flags;
+use print::Printer;
+
+/// demae: write what you want into etcd; every Docker host makes it so.
+#[derive(Debug, Parser)]
+#[command(name = "demae", version, about = "Write what you want into etcd; every Docker host makes it so, without dropping a request", disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Run the agent of this host
+    Agent(agent::Args),
+    /// Show the apps of this host: what is wanted, what serves, and why it differs
+    Status(status::Args),
+    /// Show what the agent would do now, and do nothing
+    Plan(plan::Args),
+    /// Check spec files, and tell every problem
+    Validate(validate::Args),
+    /// Print the JSON Schema of a spec
+    Schema,
+    /// Run a whole demae on this machine to try it: etcd, nginx, agent
+    Dev(dev::Args),
+}
+
+/// How a command ended, as its exit code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Exit {
+    /// 0: all is well.
+    Success,
+    /// 1: what was given is wrong, or what was asked failed.
+    Failure,
+    /// 2: `plan` found something to do.
+    Changes,
+    /// 75: try again later (`EX_TEMPFAIL`, sysexits.h).
+    TryAgain,
+}
+
+impl Exit {
+    fn code(self) -> ExitCode {
+        ExitCode::from(match self {
+            Exit::Success => 0,
+            Exit::Failure => 1,
+            Exit::Changes => 2,
+            Exit::TryAgain => 75,
+        })
+    }
+}
+
+/// A command that failed: what to print, once, at the top.
+#[derive(Debug)]
+struct Failed {
+    exit: Exit,
+    message: String,
+}
+
+impl Failed {
+    fn because(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Failure, message: message.into() }
+    }
+
+    fn for_now(message: impl Into<String>) -> Self {
+        Self { exit: Exit::TryAgain, message: message.into() }
+    }
+}
+
+/// An error with its causes, one after the other.
+impl<E: std::error::Error> From<E> for Failed {
+    fn from(error: E) -> Self {
+        let mut message = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            message = format!("{message}: {cause}");
+            source = cause.source();
+        }
+        Self::because(message)
+    }
+}
+
+/// Reads the command line and does what it says.
+pub fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // A closed pipe is the reader's choice.
+            let _ = e.print();
+            // clap's own 2 would mean "there are changes" to whoever runs `plan`; 64 is `EX_USAGE` of sysexits.h.
+            return if e.use_stderr() { ExitCode::from(64) } else { ExitCode::SUCCESS };
+        }
+    };
+    let mut printer = Printer::new();
+    let ended = match cli.verb {
+        Verb::Agent(args) => agent::run(args),
+        Verb::Status(args) => status::run(&args, &mut printer),
+        Verb::Plan(args) => plan::run(&args, &mut printer),
+        Verb::Validate(args) => validate::run(&args, &mut printer),
+        Verb::Schema => schema::run(&mut printer),
+        Verb::Dev(args) => dev::run(args, &mut printer),
+    };
+    match ended {
+        Ok(exit) => exit.code(),
+        Err(failed) => {
+            printer.error(&format!("error: {}", failed.message));
+            failed.exit.code()
+        }
+    }
+}
+
+/// A runtime for commands that ask and leave.
+fn runtime(threads: usize) -> Result<tokio::runtime::Runtime, Failed> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    Ok(builder.worker_threads(threads).enable_all().build()?)
+}
+
+type Ended = Result<Exit, Failed>;
+
+/// Flags that every verb with an agent's view takes.
+type Common = Flags;

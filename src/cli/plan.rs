@@ -1,0 +1,94 @@
+//! `demae plan`
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Common, Ended, Exit, Failed, print::Printer, runtime, setup};
+use crate::{
+    config::Config,
+    model::{desired::DesiredApp, name::AppName, time::Timestamp},
+    plan::{
+        AppInput, Cooling, ProxyView,
+        app::plan_app,
+        proxy::conflicts,
+        simulate::{PaperHost, forecast},
+    },
+    store,
+};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    common: Common,
+    /// Only these apps
+    #[arg(value_name = "APP")]
+    apps: Vec<String>,
+}
+
+pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    let config = Config::load(&args.common)?;
+    let only = args.apps.iter().map(|a| AppName::try_from(a.as_str())).collect::<Result<BTreeSet<_>, _>>()?;
+    runtime(1)?.block_on(plan(&config, &only, printer))
+}
+
+async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) -> Ended {
+    let world = setup::world(config, None)?;
+    let snapshot = store::read_once(&config.etcd, &config.host, &config.labels).await.map_err(|e| Failed::for_now(e.to_string()))?;
+    let proxy = world.observe_proxy().await;
+    let mut apps: BTreeSet<AppName> = world.docker.list(None).await?.into_iter().map(|l| l.app).collect();
+    apps.extend(world.apps_on_disk()?);
+    apps.extend(snapshot.apps.keys().cloned());
+    apps.retain(|a| only.is_empty() || only.contains(a));
+    let conflicts = conflicts(&snapshot, &proxy);
+    let mut changes = false;
+    for problem in &snapshot.unreadable {
+        printer.line(&format!("{problem}"));
+    }
+    if let Some(error) = &proxy.error {
+        printer.error(&format!("note: {error}"));
+    }
+    let unwanted = DesiredApp::Absent("the store has no such app".to_owned());
+    let mut plans = BTreeMap::new();
+    for app in &apps {
+        let desired = snapshot.apps.get(app).unwrap_or(&unwanted);
+        let wanted = match desired {
+            DesiredApp::Run(target) => Some((&target.release.id, &target.release.image)),
+            _ => None,
+        };
+        let observed = world.observe_app(app, wanted).await?;
+        let now = Timestamp::now();
+        let cooling = Cooling::new();
+        let input = AppInput {
+            app,
+            desired,
+            observed: &observed,
+            proxy: ProxyView { live: proxy.vhost(app), serving: true, ..ProxyView::default() },
+            conflict: conflicts.get(app).cloned(),
+            cooling: &cooling,
+            busy: None,
+            now,
+        };
+        let blocks = plan_app(&input).blocks;
+        let lines = if blocks.is_empty() {
+            forecast(PaperHost::new(app.clone(), observed.clone(), proxy.vhost(app).cloned(), now), desired)
+        } else {
+            Vec::new()
+        };
+        plans.insert(app, (blocks, lines));
+    }
+    for (app, (blocks, lines)) in &plans {
+        for block in blocks {
+            printer.line(&format!("{app}: blocked: {block} ({})", block.remedy(app)));
+        }
+        if lines.is_empty() && blocks.is_empty() {
+            printer.line(&format!("{app}: nothing to do"));
+        }
+        for (number, line) in lines.iter().enumerate() {
+            changes = true;
+            printer.line(&format!("{app}: {}. {line}", number + 1));
+        }
+    }
+    if plans.is_empty() {
+        printer.error("no app is wanted here, and none is here");
+    }
+    Ok(if changes { Exit::Changes } else { Exit::Success })
+}

@@ -1,0 +1,63 @@
+//! From a configuration to the parts of an agent.
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::Failed;
+use crate::{
+    config::Config,
+    host::{
+        docker::Docker,
+        files,
+        health::Prober,
+        layout::{Layout, MAX_SOCKET_PATH},
+        nginx::{Contained, Local, Nginx, NginxConfig, Server},
+        ports::Ports,
+    },
+    model::name::{AppName, MAX_NAME},
+    world::World,
+};
+
+/// The world of a host; with `news` it asks instances how they are.
+pub(super) fn world(config: &Config, news: Option<UnboundedSender<AppName>>) -> Result<World, Failed> {
+    let layout = Layout::new(&config.state_dir, &config.run_dir);
+    // The longest path that nginx will be given: the kernel cuts no path, it refuses it.
+    let longest = layout.state().as_os_str().len() + "/routes/".len() + MAX_NAME + "/100.sock".len();
+    if longest > MAX_SOCKET_PATH {
+        return Err(Failed::because(format!(
+            "`{}` is too long for a state directory: paths of sockets below it would have {longest} bytes, and the kernel takes {MAX_SOCKET_PATH}",
+            layout.state().display()
+        )));
+    }
+    let docker = Docker::connect(&config.docker_socket, config.host.clone())?;
+    let n = &config.nginx;
+    let server: Box<dyn Server> = match &n.container {
+        None => Box::new(Local { binary: n.binary.clone() }),
+        Some(container) => Box::new(Contained { docker: docker.clone(), container: container.clone(), binary: n.binary.clone() }),
+    };
+    let nginx = NginxConfig {
+        conf: n.conf.clone(),
+        pid: n.pid.clone(),
+        address: n.address.clone(),
+        group: n.group,
+        settings: n.settings.clone(),
+    };
+    Ok(World {
+        host: config.host.clone(),
+        docker,
+        nginx: Nginx::new(server, nginx, layout.clone()),
+        ports: Ports::new(config.ports.clone()),
+        prober: news.map(Prober::new),
+        layout,
+    })
+}
+
+/// Makes the directories of an agent, and takes its lock.
+pub(super) fn directories(config: &Config) -> Result<files::Lock, Failed> {
+    let layout = Layout::new(&config.state_dir, &config.run_dir);
+    // nginx passes through these on its way to sockets and routes; what is secret is closed further below.
+    files::make_dir(layout.state(), 0o755)?;
+    files::make_dir(&layout.nginx(), 0o755)?;
+    files::make_dir(&layout.routes(), 0o755)?;
+    files::make_dir(layout.run(), 0o755)?;
+    Ok(files::lock(&layout.lock())?)
+}

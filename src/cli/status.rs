@@ -1,0 +1,167 @@
+//! `demae status`
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::{Common, Ended, Exit, Failed, print::Printer, runtime};
+use crate::{
+    config,
+    host::probe,
+    model::{
+        problem::Problem,
+        status::{AppStatus, HostStatus, State, VERSION},
+        time::{Timestamp, humane},
+    },
+    store,
+};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    common: Common,
+    /// Address of the agent; its metrics URL will do
+    #[arg(long, env = "DEMAE_METRICS", value_name = "URL")]
+    agent: Option<String>,
+    /// Show again at each change
+    #[arg(long)]
+    watch: bool,
+    /// What is printed
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: Output,
+    /// Only these apps
+    #[arg(value_name = "APP")]
+    apps: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    /// A table
+    Text,
+    /// JSON
+    Json,
+}
+
+/// What is printed as JSON.
+#[derive(Debug, Serialize, PartialEq)]
+struct Shown {
+    version: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    proxy: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    store_error: Option<String>,
+    apps: Vec<AppStatus>,
+    unreadable: Vec<Problem>,
+}
+
+pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    runtime(1)?.block_on(async {
+        let mut last = None;
+        loop {
+            let shown = read(args, printer).await?;
+            if last.as_ref() != Some(&shown) {
+                if last.is_some() && args.output == Output::Text {
+                    printer.line("");
+                }
+                print(args, &shown, printer)?;
+                last = Some(shown);
+            }
+            if !args.watch {
+                return Ok(Exit::Success);
+            }
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    })
+}
+
+/// Asks the agent of this host; where none answers, what agents told the store.
+async fn read(args: &Args, printer: &mut Printer) -> Result<Shown, Failed> {
+    let url = args.agent.clone().unwrap_or_else(|| format!("http://{}", config::LISTEN));
+    let address = url.trim_start_matches("http://").split('/').next().unwrap_or_default().to_owned();
+    let asked = probe::get_tcp(&address, "localhost", "/status", Duration::from_secs(5)).await;
+    let error = match asked {
+        Ok(answer) if answer.status == 200 => match serde_json::from_str::<HostStatus>(&answer.body) {
+            Ok(status) if status.version == VERSION => return Ok(select(args, status)),
+            Ok(status) => {
+                return Err(Failed::because(format!(
+                    "the agent at {address} speaks version {} of status, this program version {VERSION}; use the agent's own `demae`",
+                    status.version
+                )));
+            }
+            Err(e) => format!("no status of an agent: {e}"),
+        },
+        Ok(answer) => format!("answered with status {}", answer.status),
+        Err(e) => e,
+    };
+    let etcd = config::etcd_only(&args.common)?;
+    let mut apps = store::published(&etcd).await.map_err(|e| {
+        Failed::for_now(format!("no agent answers at {address} ({error}), and the store neither: {e}"))
+    })?;
+    printer.error(&format!("note: no agent answers at {address} ({error}); this is what agents last told the store"));
+    apps.retain(|a| is_chosen(args, &a.app) && args.common.host.as_ref().is_none_or(|h| *h == a.host.as_str()));
+    Ok(Shown { version: VERSION, proxy: None, store_error: None, apps, unreadable: Vec::new() })
+}
+
+fn is_chosen(args: &Args, app: &str) -> bool {
+    args.apps.is_empty() || args.apps.iter().any(|a| a == app)
+}
+
+fn select(args: &Args, status: HostStatus) -> Shown {
+    let unreadable = if args.apps.is_empty() { status.unreadable } else { Vec::new() };
+    Shown {
+        version: VERSION,
+        proxy: status.proxy,
+        store_error: status.store.error,
+        apps: status.apps.into_iter().filter(|a| is_chosen(args, &a.app)).collect(),
+        unreadable,
+    }
+}
+
+fn print(args: &Args, shown: &Shown, printer: &mut Printer) -> Result<(), Failed> {
+    if args.output == Output::Json {
+        printer.line(&serde_json::to_string_pretty(shown)?);
+        return Ok(());
+    }
+    let now = Timestamp::now();
+    let mut rows = vec![["APP", "HOST", "RELEASE", "IMAGE", "HEALTHY", "STATE", "SINCE", "REASON"].map(String::from).to_vec()];
+    for app in &shown.apps {
+        let release = match (&app.release, &app.serving) {
+            (Some(wanted), Some(serving)) => format!("{serving}->{wanted}"),
+            (wanted, serving) => wanted.clone().or_else(|| serving.clone()).unwrap_or_else(|| "-".to_owned()),
+        };
+        rows.push(vec![
+            app.app.clone(),
+            app.host.to_string(),
+            release,
+            app.image.clone().unwrap_or_else(|| "-".to_owned()),
+            format!("{}/{}", app.healthy, app.wanted),
+            app.state.as_str().to_owned(),
+            humane(now.since(app.since)),
+            app.reason.clone(),
+        ]);
+    }
+    // A key that names no app is somebody's app all the same: it stands where they look for it.
+    for problem in &shown.unreadable {
+        let reason = match &problem.hint {
+            Some(hint) => format!("{} ({hint})", problem.message),
+            None => problem.message.clone(),
+        };
+        let name = problem.key.clone();
+        let dash = || "-".to_owned();
+        rows.push(vec![name, dash(), dash(), dash(), dash(), State::Invalid.as_str().to_owned(), dash(), reason]);
+    }
+    printer.table(&rows);
+    for verdict in shown.apps.iter().filter_map(|a| a.verdict.as_ref().map(|v| (a, v))).filter(|(_, v)| !v.log_tail.is_empty()) {
+        printer.line(&format!("\nthe last lines of {} {}:", verdict.0.app, verdict.1.release));
+        for line in verdict.1.log_tail.lines() {
+            printer.line(&format!("  {line}"));
+        }
+    }
+    if let Some(proxy) = &shown.proxy {
+        printer.error(&format!("note: {proxy}"));
+    }
+    if let Some(error) = &shown.store_error {
+        printer.error(&format!("note: the store cannot be read now: {error}"));
+    }
+    Ok(())
+}

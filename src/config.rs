@@ -1,0 +1,427 @@
+//! How an agent is set up: flags win over the environment, that over the file, that over what is built in.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::Deserialize;
+
+use crate::{
+    host::nginx::{Profile, Settings},
+    model::{env::Secret, name::HostName, text},
+    store::{client::EtcdConfig, keys::Prefix},
+};
+
+/// Where the file is, unless `--config` names another.
+pub const FILE: &str = "/etc/demae/agent.toml";
+/// Where the agent listens, unless told otherwise. Outside of 9100-9999, which belong to exporters.
+pub const LISTEN: &str = "127.0.0.1:7330";
+
+/// The file, as it is written. Every key may be left out.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct File {
+    host: Option<String>,
+    labels: BTreeMap<String, String>,
+    state_dir: Option<PathBuf>,
+    run_dir: Option<PathBuf>,
+    listen: Option<SocketAddr>,
+    log: Option<String>,
+    resync: Option<String>,
+    parallel: Option<usize>,
+    etcd: EtcdFile,
+    docker: DockerFile,
+    nginx: NginxFile,
+    ports: PortsFile,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct EtcdFile {
+    endpoints: Vec<String>,
+    prefix: Option<String>,
+    user: Option<String>,
+    password_file: Option<PathBuf>,
+    cacert: Option<PathBuf>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    dial_timeout: Option<String>,
+    command_timeout: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct DockerFile {
+    socket: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct NginxFile {
+    binary: Option<String>,
+    conf: Option<PathBuf>,
+    pid: Option<PathBuf>,
+    container: Option<String>,
+    address: Option<String>,
+    listen: Option<Vec<String>>,
+    default_server: Option<bool>,
+    profile: Option<Profile>,
+    templates: Option<PathBuf>,
+    group: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct PortsFile {
+    range: Option<String>,
+}
+
+/// Flags and environment variables, which win over the file.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Flags {
+    /// The agent's file
+    #[arg(long, env = "DEMAE_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Name of this host; the first label of its host name unless given
+    #[arg(long, env = "DEMAE_HOST", value_name = "NAME")]
+    pub host: Option<String>,
+    /// A label of this host, over those of the file
+    #[arg(long = "label", value_name = "NAME=VALUE")]
+    pub labels: Vec<String>,
+    /// Where routes, sockets and nginx files lie
+    #[arg(long, env = "DEMAE_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Where env-files lie
+    #[arg(long, env = "DEMAE_RUN_DIR", value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// Where metrics, health and status are served
+    #[arg(long, alias = "web.listen-address", env = "DEMAE_LISTEN", value_name = "ADDRESS")]
+    pub listen: Option<SocketAddr>,
+    /// What is logged: `info`, `debug`, `demae::store=debug`
+    #[arg(long, env = "DEMAE_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+    /// How etcd is reached.
+    #[command(flatten)]
+    pub etcd: EtcdFlags,
+}
+
+/// How etcd is reached, by the names that etcdctl uses.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct EtcdFlags {
+    /// Members of etcd
+    #[arg(long, env = "ETCDCTL_ENDPOINTS", value_delimiter = ',', value_name = "ENDPOINT,…")]
+    pub endpoints: Vec<String>,
+    /// User, or user:password
+    #[arg(long, env = "ETCDCTL_USER", hide_env_values = true, value_name = "USER")]
+    pub user: Option<String>,
+    /// Password of the user; better in a file, or in the environment
+    #[arg(long, env = "ETCDCTL_PASSWORD", hide_env_values = true, value_name = "PASSWORD")]
+    pub password: Option<String>,
+    /// CA that signed the members' certificates
+    #[arg(long, env = "ETCDCTL_CACERT", value_name = "FILE")]
+    pub cacert: Option<PathBuf>,
+    /// Our certificate
+    #[arg(long, env = "ETCDCTL_CERT", value_name = "FILE")]
+    pub cert: Option<PathBuf>,
+    /// The key of our certificate
+    #[arg(long, env = "ETCDCTL_KEY", value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// Longest time for a connection
+    #[arg(long, env = "ETCDCTL_DIAL_TIMEOUT", value_name = "DURATION")]
+    pub dial_timeout: Option<String>,
+    /// Longest time for one answer
+    #[arg(long, env = "ETCDCTL_COMMAND_TIMEOUT", value_name = "DURATION")]
+    pub command_timeout: Option<String>,
+    /// What all keys begin with
+    #[arg(long, env = "DEMAE_PREFIX", value_name = "PREFIX")]
+    pub prefix: Option<String>,
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A file cannot be read.
+    #[error("cannot read `{}`", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("`{}`: {message}", path.display())]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// Where and why.
+        message: String,
+    },
+    /// A value is not what it should be.
+    #[error("`{name}`: {message}")]
+    Value {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        message: String,
+    },
+}
+
+fn bad(name: &'static str) -> impl Fn(String) -> ConfigError {
+    move |message| ConfigError::Value { name, message }
+}
+
+/// An agent's configuration, checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// This host.
+    pub host: HostName,
+    /// Its own labels.
+    pub labels: BTreeMap<String, String>,
+    /// Routes, sockets, nginx files.
+    pub state_dir: PathBuf,
+    /// Env-files.
+    pub run_dir: PathBuf,
+    /// Metrics, health, status.
+    pub listen: SocketAddr,
+    /// What is logged.
+    pub log: String,
+    /// Between two looks at everything.
+    pub resync: Duration,
+    /// Steps at a time.
+    pub parallel: usize,
+    /// How etcd is reached.
+    pub etcd: EtcdConfig,
+    /// Docker's socket.
+    pub docker_socket: String,
+    /// The nginx of this host.
+    pub nginx: NginxSetup,
+    /// Loopback ports for apps.
+    pub ports: RangeInclusive<u16>,
+}
+
+/// The nginx of this host.
+#[derive(Debug, Clone)]
+pub struct NginxSetup {
+    /// The program.
+    pub binary: String,
+    /// The container it runs in, if it does.
+    pub container: Option<String>,
+    /// Its main file.
+    pub conf: PathBuf,
+    /// Its pid file, unless the main file names one.
+    pub pid: PathBuf,
+    /// Where the agent reaches it.
+    pub address: String,
+    /// The group its workers run as, if that cannot be seen.
+    pub group: Option<u32>,
+    /// What is in its text.
+    pub settings: Settings,
+}
+
+impl Config {
+    /// Reads the file, if there is one, and puts flags and environment over it.
+    ///
+    /// # Errors
+    /// What is wrong, and where.
+    pub fn load(flags: &Flags) -> Result<Self, ConfigError> {
+        let file = match &flags.config {
+            Some(path) => read(path)?,
+            None if Path::new(FILE).exists() => read(Path::new(FILE))?,
+            None => File::default(),
+        };
+        let host = match flags.host.clone().or(file.host) {
+            Some(name) => name,
+            None => own_name()?,
+        };
+        let mut labels = file.labels;
+        for label in &flags.labels {
+            let (name, value) =
+                label.split_once('=').ok_or_else(|| bad("label")(format!("`{label}` has no `=`; write it like `role=web`")))?;
+            labels.insert(name.to_owned(), value.to_owned());
+        }
+        let n = file.nginx;
+        let listen_on = n.listen.unwrap_or_else(|| vec!["80".to_owned()]);
+        for value in &listen_on {
+            if value.is_empty() || !value.bytes().all(|b| b.is_ascii_alphanumeric() || b".:[]_- =/".contains(&b)) {
+                return Err(bad("nginx.listen")(format!("`{value}` is not a value of nginx's `listen`")));
+            }
+        }
+        let resync = duration("resync", file.resync.as_deref())?.unwrap_or(Duration::from_secs(60));
+        if resync < Duration::from_secs(1) {
+            return Err(bad("resync")("at least `1s` is needed".to_owned()));
+        }
+        Ok(Self {
+            host: HostName::try_from(host).map_err(|e| bad("host")(e.to_string()))?,
+            labels,
+            state_dir: absolute("state_dir", flags.state_dir.clone().or(file.state_dir), "/var/lib/demae")?,
+            run_dir: absolute("run_dir", flags.run_dir.clone().or(file.run_dir), "/run/demae")?,
+            listen: flags.listen.or(file.listen).unwrap_or(([127, 0, 0, 1], 7330).into()),
+            log: flags.log.clone().or(file.log).unwrap_or_else(|| "info".to_owned()),
+            resync,
+            parallel: file.parallel.unwrap_or(crate::agent::PARALLEL_STEPS).max(1),
+            etcd: etcd(&flags.etcd, file.etcd)?,
+            docker_socket: docker_socket(file.docker.socket)?,
+            nginx: NginxSetup {
+                binary: n.binary.unwrap_or_else(|| "nginx".to_owned()),
+                container: n.container,
+                conf: absolute("nginx.conf", n.conf, "/etc/nginx/nginx.conf")?,
+                pid: absolute("nginx.pid", n.pid, "/run/nginx.pid")?,
+                address: n.address.unwrap_or_else(|| "127.0.0.1:80".to_owned()),
+                group: n.group,
+                settings: Settings {
+                    listen: listen_on,
+                    default_server: n.default_server.unwrap_or(true),
+                    profile: n.profile.unwrap_or_default(),
+                    templates: Some(n.templates.unwrap_or_else(|| "/etc/demae/templates".into())),
+                },
+            },
+            ports: port_range(file.ports.range.as_deref().unwrap_or("20000-29999"))?,
+        })
+    }
+}
+
+fn read(path: &Path) -> Result<File, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    toml::from_str(&text).map_err(|e| ConfigError::Parse { path: path.to_owned(), message: e.to_string().trim_end().to_owned() })
+}
+
+/// How etcd is reached, for commands that need nothing else.
+///
+/// # Errors
+/// What is wrong, and where.
+pub fn etcd_only(flags: &Flags) -> Result<EtcdConfig, ConfigError> {
+    let file = match &flags.config {
+        Some(path) => read(path)?,
+        None if Path::new(FILE).exists() => read(Path::new(FILE))?,
+        None => File::default(),
+    };
+    etcd(&flags.etcd, file.etcd)
+}
+
+fn etcd(flags: &EtcdFlags, file: EtcdFile) -> Result<EtcdConfig, ConfigError> {
+    let mut endpoints = if flags.endpoints.is_empty() { file.endpoints } else { flags.endpoints.clone() };
+    endpoints.retain(|e| !e.trim().is_empty());
+    if endpoints.is_empty() {
+        endpoints.push("127.0.0.1:2379".to_owned());
+    }
+    let user = match flags.user.clone().or(file.user) {
+        None => None,
+        Some(user) => {
+            let (name, inline) = match user.split_once(':') {
+                Some((name, password)) => (name.to_owned(), Some(password.to_owned())),
+                None => (user, None),
+            };
+            let from_file = match &file.password_file {
+                Some(path) => Some(
+                    std::fs::read_to_string(path)
+                        .map_err(|source| ConfigError::Read { path: path.clone(), source })?
+                        .trim_end_matches('\n')
+                        .to_owned(),
+                ),
+                None => None,
+            };
+            let password = inline.or_else(|| flags.password.clone()).or(from_file);
+            let password = password.ok_or_else(|| {
+                bad("user")(format!("there is no password for `{name}`; set `ETCDCTL_PASSWORD`, or `etcd.password_file` in the file"))
+            })?;
+            Some((name, Secret::new(password)))
+        }
+    };
+    let cert = match (flags.cert.clone().or(file.cert), flags.key.clone().or(file.key)) {
+        (Some(cert), Some(key)) => Some((cert, key)),
+        (None, None) => None,
+        _ => return Err(bad("cert")("`cert` and `key` belong together; one of them is missing".to_owned())),
+    };
+    let dial = flags.dial_timeout.clone().or(file.dial_timeout);
+    let command = flags.command_timeout.clone().or(file.command_timeout);
+    Ok(EtcdConfig {
+        endpoints,
+        user,
+        cacert: flags.cacert.clone().or(file.cacert),
+        cert,
+        dial_timeout: duration("dial_timeout", dial.as_deref())?.unwrap_or(Duration::from_secs(2)),
+        command_timeout: duration("command_timeout", command.as_deref())?.unwrap_or(Duration::from_secs(5)),
+        prefix: Prefix::new(flags.prefix.as_deref().or(file.prefix.as_deref()).unwrap_or("/demae")).map_err(bad("prefix"))?,
+    })
+}
+
+/// Only a unix socket will do: the agent mounts directories and reads `/proc` of the same machine.
+fn docker_socket(configured: Option<String>) -> Result<String, ConfigError> {
+    let chosen = configured.or_else(|| std::env::var("DOCKER_HOST").ok().filter(|h| !h.is_empty()));
+    match chosen {
+        None => Ok("/var/run/docker.sock".to_owned()),
+        Some(host) => match host.strip_prefix("unix://").unwrap_or(&host) {
+            path if path.starts_with('/') => Ok(path.to_owned()),
+            _ => Err(bad("docker.socket")(format!(
+                "`{host}` is not a unix socket; an agent works with the engine of its own machine, such as `/var/run/docker.sock`"
+            ))),
+        },
+    }
+}
+
+fn own_name() -> Result<String, ConfigError> {
+    let node = rustix::system::uname();
+    let name = node.nodename().to_string_lossy().to_lowercase();
+    let first = name.split('.').next().unwrap_or_default().to_owned();
+    if HostName::try_from(first.as_str()).is_err() {
+        return Err(bad("host")(format!("the name of this machine, `{name}`, cannot name a host; set `host`")));
+    }
+    Ok(first)
+}
+
+fn absolute(name: &'static str, given: Option<PathBuf>, default: &str) -> Result<PathBuf, ConfigError> {
+    let path = given.unwrap_or_else(|| default.into());
+    let text = path.to_string_lossy();
+    if !path.is_absolute() || text.chars().any(|c| c.is_whitespace() || c.is_control() || "\"';{}$*?[".contains(c)) {
+        return Err(bad(name)(format!("`{text}` must be an absolute path without blanks and special characters")));
+    }
+    Ok(path)
+}
+
+fn duration(name: &'static str, text: Option<&str>) -> Result<Option<Duration>, ConfigError> {
+    text.map(|t| text::duration(t).map_err(bad(name))).transpose()
+}
+
+fn port_range(text: &str) -> Result<RangeInclusive<u16>, ConfigError> {
+    let parsed = text.split_once('-').and_then(|(from, to)| Some((from.trim().parse().ok()?, to.trim().parse().ok()?)));
+    match parsed {
+        Some((from, to)) if from >= 1024 && from < to => Ok(from..=to),
+        _ => Err(bad("ports.range")(format!("`{text}` is not a range of ports; write it like `20000-29999`"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a test writes its own file")]
+    fn the_shipped_file_is_read_and_flags_win() {
+        let shipped = include_str!("../deploy/agent.toml");
+        let plain: String = shipped.lines().map(|l| l.strip_prefix("# ").filter(|r| r.contains(" = ") || r.starts_with('[')).unwrap_or(l)).map(|l| format!("{l}\n")).collect();
+        let file: File = toml::from_str(&plain).expect("every commented option is a real one");
+        assert_eq!(file.parallel, Some(crate::agent::PARALLEL_STEPS));
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("agent.toml");
+        std::fs::write(&path, "host = \"a\"\nstate_dir = \"/a\"\n[etcd]\nendpoints = [\"a:1\"]\n").expect("a file");
+        let mut flags = Flags { config: Some(path), host: Some("b".into()), ..Flags::default() };
+        flags.etcd.endpoints = vec!["b:2".into()];
+        let config = Config::load(&flags).expect("it is fine");
+        assert_eq!((config.host.as_str(), config.etcd.endpoints), ("b", vec!["b:2".to_owned()]));
+        assert_eq!(config.state_dir, Path::new("/a"));
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a test writes its own file")]
+    fn a_wrong_key_is_told_with_its_line() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("agent.toml");
+        std::fs::write(&path, "host = \"a\"\n[nginx]\nprofil = \"strict\"\n").expect("a file");
+        let error = Config::load(&Flags { config: Some(path), ..Flags::default() }).expect_err("it is wrong").to_string();
+        assert!(error.contains("line 3") && error.contains("profil"), "{error}");
+    }
+}

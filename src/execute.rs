@@ -1,0 +1,294 @@
+//! Does one step. One match, no decisions: a step carries all it needs, may be done twice, and leaves a trace.
+
+use std::{collections::HashSet, path::Path, time::Duration};
+
+use crate::{
+    host::{
+        docker::{CreateRequest, DockerError, facts},
+        files::{self, FileError},
+        nginx::NginxError,
+        ports::NoPort,
+    },
+    model::{
+        env,
+        name::{AppName, ContainerId},
+        observed::{Address, InstanceKey, ObservedApp, Verdict},
+        release::Release,
+        spec::{Endpoint, Probe},
+        time::Timestamp,
+    },
+    plan::step::{Handle, Leftovers, Step},
+    world::World,
+};
+
+/// Longest wait for an app's first answer through nginx.
+const PROOF: Duration = Duration::from_secs(5);
+/// Shortest value of a variable that is searched for in evidence: shorter ones are found in any text.
+const SHORTEST_SECRET: usize = 4;
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// Docker.
+    #[error(transparent)]
+    Docker(#[from] DockerError),
+    /// Files.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// nginx.
+    #[error(transparent)]
+    Nginx(#[from] NginxError),
+    /// Ports.
+    #[error(transparent)]
+    Port(#[from] NoPort),
+    /// The instance is not as it was when the step was planned.
+    #[error("{0} has no address any more")]
+    Gone(InstanceKey),
+}
+
+impl StepError {
+    /// Whether trying again can help without a person.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            Self::Docker(e) => e.is_temporary(),
+            _ => true,
+        }
+    }
+
+    /// The kind: a bounded set, for metrics.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Docker(DockerError::Unreachable { .. }) => "docker_unreachable",
+            Self::Docker(DockerError::Image { .. }) => "image",
+            Self::Docker(_) => "docker",
+            Self::File(e) if e.is_full() => "disk_full",
+            Self::File(_) => "file",
+            Self::Nginx(_) => "nginx",
+            Self::Port(_) => "port",
+            Self::Gone(_) => "gone",
+        }
+    }
+}
+
+impl World {
+    /// Does a step for an app, on what was observed of it.
+    ///
+    /// # Errors
+    /// If it could not be done; it may be tried again.
+    pub async fn perform(&self, app: &AppName, step: &Step, observed: &ObservedApp) -> Result<(), StepError> {
+        match step {
+            Step::Pull(image) => Ok(self.docker.pull(image).await?),
+            Step::WriteEnvFile(release) => self.write_env_file(app, release),
+            Step::Create { key, release, image, drain } => self.create(app, key, release, image, *drain).await,
+            Step::Start(handle) => self.start(app, handle, observed).await,
+            Step::ClearSocket(handle) => Ok(files::remove_file(Path::new(&socket(observed, &handle.key)?))?),
+            Step::Switch(slots) => self.switch(app, slots, observed),
+            Step::Prove { release, ingress, path } => {
+                if let Some(host) = ingress.as_ref().and_then(|i| i.hosts.first()) {
+                    let instance = observed.instances.iter().find(|i| i.key.release == *release);
+                    let strict = instance.is_some_and(|i| matches!(i.check.probe, Probe::Http(_)));
+                    self.nginx.ask_app(&host.example(), path, strict, PROOF).await?;
+                }
+                self.private_dir(&self.layout.state().join("proven"))?;
+                Ok(files::write(&self.layout.proven(app), release.as_str().as_bytes(), 0o644)?)
+            }
+            Step::Settle(handle) => Ok(self.docker.settle(&handle.id).await?),
+            Step::Stop { handle, grace } => Ok(self.docker.stop(&handle.id, *grace).await?),
+            Step::Remove(handle) => self.remove(app, handle, observed).await,
+            Step::Discard { handle, .. } => {
+                let grace = observed.instances.iter().find(|i| i.id == handle.id).map_or(PROOF, |i| i.grace);
+                self.docker.stop(&handle.id, grace).await?;
+                self.remove(app, handle, observed).await
+            }
+            Step::RecordVerdict { handle, release, cause, exit_code } => {
+                let verdict = Verdict {
+                    release: handle.key.release.clone(),
+                    cause: cause.clone(),
+                    exit_code: *exit_code,
+                    log_tail: redact(self.docker.log_tail(&handle.id).await, release),
+                    at: Timestamp::now(),
+                };
+                self.private_dir(&self.layout.verdicts(app))?;
+                let text = serde_json::to_vec_pretty(&verdict).unwrap_or_default();
+                Ok(files::write(&self.layout.verdict(app, &handle.key.release), &text, 0o600)?)
+            }
+            Step::CleanUp(left) => Ok(self.clean_up(app, left)?),
+        }
+    }
+
+    fn private_dir(&self, path: &Path) -> Result<(), FileError> {
+        files::make_dir(path, 0o700)
+    }
+
+    fn write_env_file(&self, app: &AppName, release: &Release) -> Result<(), StepError> {
+        let path = self.layout.env_file(app, &release.id);
+        let key = InstanceKey { release: release.id.clone(), number: 1 };
+        let given = release.env.iter().map(|(k, v)| (k.as_str().to_owned(), v.expose().to_owned()));
+        // The number of a replica is not the release's.
+        let added = facts(app, &key, self.host.as_str()).filter(|(k, _)| *k != "DEMAE_REPLICA");
+        let all: Vec<(String, String)> = given.chain(added.map(|(k, v)| (k.to_owned(), v))).collect();
+        let text = env::env_file(all.iter().map(|(k, v)| (k.as_str(), v.as_str())));
+        for dir in [self.layout.run().join("env"), self.layout.app_env(app)] {
+            self.private_dir(&dir)?;
+        }
+        if let Some(dir) = path.parent() {
+            self.private_dir(dir)?;
+        }
+        Ok(files::write(&path, text.as_bytes(), 0o600)?)
+    }
+
+    async fn create(
+        &self,
+        app: &AppName,
+        key: &InstanceKey,
+        release: &Release,
+        image: &str,
+        drain: Duration,
+    ) -> Result<(), StepError> {
+        let (mut socket_dir, mut port) = (None, None);
+        match &release.endpoint {
+            Some(Endpoint::Socket(_)) => {
+                let dir = self.layout.socket_dir(app, key);
+                files::make_dir(&dir, 0o700)?;
+                socket_dir = Some(dir.to_string_lossy().into_owned());
+            }
+            Some(Endpoint::Port(_)) => {
+                let taken: HashSet<u16> = self.docker.list(None).await?.iter().filter_map(|l| l.port).collect();
+                port = Some(self.ports.take(&format!("{}.{app}.{key}", self.host), &taken)?);
+            }
+            None => {}
+        }
+        let request =
+            CreateRequest { app, key, release, image, socket_dir: socket_dir.as_deref(), port, drain };
+        self.docker.create(&request).await?;
+        Ok(())
+    }
+
+    async fn start(&self, app: &AppName, handle: &Handle, observed: &ObservedApp) -> Result<(), StepError> {
+        let address = observed.instances.iter().find(|i| i.id == handle.id).and_then(|i| i.address.clone());
+        if let Some(Address::Socket(path)) = &address {
+            self.open_socket_dir(app, handle).await?;
+            // A dead socket would keep the app from binding its own; one that is listened on belongs to a paused app.
+            if std::os::unix::net::UnixStream::connect(path).is_err() {
+                files::remove_file(Path::new(path))?;
+            }
+        }
+        match self.docker.start(&handle.id).await {
+            Err(e) if e.is_port_taken() => {
+                // The port is in its body, so the container must be made anew, with another one.
+                if let Some(Address::Port(port)) = address {
+                    self.ports.rest(port);
+                }
+                self.docker.remove(&handle.id).await?;
+                Err(e.into())
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// The directory of a socket: the container's user may write in it, nginx's group may pass, nobody else may.
+    async fn open_socket_dir(&self, app: &AppName, handle: &Handle) -> Result<(), StepError> {
+        let dir = self.layout.socket_dir(app, &handle.key);
+        let group = if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None };
+        for above in [self.layout.sockets(), self.layout.app_sockets(app)] {
+            files::make_dir(&above, 0o700)?;
+            if group.is_some() {
+                files::hand_over(&above, None, group, 0o750)?;
+            }
+        }
+        files::make_dir(&dir, 0o700)?;
+        match (self.docker.user_of(&handle.id).await?, group) {
+            (Some(user), Some(group)) => files::hand_over(&dir, Some(user), Some(group), 0o2750)?,
+            // A user known only by name inside the image, or an agent that is not root: the directories above stay closed.
+            (None, Some(group)) => files::hand_over(&dir, None, Some(group), 0o2777)?,
+            (_, None) => files::make_dir(&dir, 0o777)?,
+        }
+        Ok(())
+    }
+
+    fn switch(
+        &self,
+        app: &AppName,
+        slots: &std::collections::BTreeMap<u16, InstanceKey>,
+        observed: &ObservedApp,
+    ) -> Result<(), StepError> {
+        let dir = self.layout.app_routes(app);
+        files::make_dir(&self.layout.routes(), 0o755)?;
+        files::make_dir(&dir, 0o755)?;
+        for (slot, key) in slots {
+            let target = socket(observed, key)?;
+            let link = self.layout.route(app, *slot);
+            // Renaming what is right already would move the beginning of the drain.
+            if std::fs::read_link(&link).ok().as_deref() != Some(Path::new(&target)) {
+                files::symlink(Path::new(&target), &link)?;
+            }
+        }
+        for slot in observed.slots.keys().filter(|s| !slots.contains_key(s)) {
+            files::remove_file(&self.layout.route(app, *slot))?;
+        }
+        Ok(())
+    }
+
+    async fn remove(&self, app: &AppName, handle: &Handle, observed: &ObservedApp) -> Result<(), StepError> {
+        self.docker.remove(&handle.id).await?;
+        match observed.instances.iter().find(|i| i.id == handle.id).and_then(|i| i.address.as_ref()) {
+            Some(Address::Port(port)) => self.ports.rest(*port),
+            Some(Address::Socket(_)) => files::remove_dir(&self.layout.socket_dir(app, &handle.key))?,
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn clean_up(&self, app: &AppName, left: &Leftovers) -> Result<(), FileError> {
+        for release in &left.env_files {
+            files::remove_dir(&self.layout.app_env(app).join(release.as_str()))?;
+        }
+        for key in &left.socket_dirs {
+            files::remove_dir(&self.layout.socket_dir(app, key))?;
+        }
+        for release in &left.verdicts {
+            files::remove_file(&self.layout.verdict(app, release))?;
+        }
+        files::remove_dir_if_empty(&self.layout.verdicts(app));
+        if left.everything {
+            files::remove_file(&self.layout.proven(app))?;
+            for dir in [self.layout.app_routes(app), self.layout.app_sockets(app), self.layout.verdicts(app), self.layout.app_env(app)] {
+                files::remove_dir(&dir)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins to ask an instance that is about to start: a socket can be asked before Docker's call returns.
+    pub async fn expect(&self, app: &AppName, id: &ContainerId, observed: &ObservedApp) {
+        let Some(instance) = observed.instances.iter().find(|i| i.id == *id) else { return };
+        if let (Some(prober), Some(address @ Address::Socket(_))) = (&self.prober, &instance.address) {
+            let group = if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None };
+            let question = crate::host::health::Question {
+                address: address.clone(),
+                check: instance.check.clone(),
+                started: Timestamp::now(),
+                group,
+            };
+            prober.ask(app, id, question);
+        }
+    }
+}
+
+fn socket(observed: &ObservedApp, key: &InstanceKey) -> Result<String, StepError> {
+    match observed.instances.iter().find(|i| i.key == *key).and_then(|i| i.address.as_ref()) {
+        Some(Address::Socket(path)) => Ok(path.clone()),
+        _ => Err(StepError::Gone(key.clone())),
+    }
+}
+
+/// Takes the values of the environment out of a text: a program that fails likes to print them.
+fn redact(mut text: String, release: &Release) -> String {
+    let mut secrets: Vec<&str> = release.env.values().flat_map(|v| std::iter::once(v.expose()).chain(v.expose().lines())).collect();
+    // Longest first, so that no secret is left in pieces.
+    secrets.sort_by_key(|s| std::cmp::Reverse(s.len()));
+    for secret in secrets.into_iter().filter(|s| s.len() >= SHORTEST_SECRET) {
+        text = text.replace(secret, "***");
+    }
+    text
+}

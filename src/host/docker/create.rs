@@ -1,0 +1,218 @@
+//! From a release to the body of Docker's create call.
+
+use std::collections::HashMap;
+
+use bollard::{
+    models::{
+        ContainerCreateBody, HealthConfig, HostConfig, HostConfigLogConfig, Mount, MountType, PortBinding, RestartPolicy,
+        RestartPolicyNameEnum,
+    },
+    query_parameters::CreateContainerOptionsBuilder,
+};
+
+use super::{Docker, DockerError, label};
+use crate::model::{
+    name::{AppName, ContainerId},
+    observed::InstanceKey,
+    release::Release,
+    spec::{Endpoint, Probe, VolumeSource},
+};
+
+/// Everything that a container is created from.
+#[derive(Debug)]
+pub struct CreateRequest<'a> {
+    /// The app.
+    pub app: &'a AppName,
+    /// Which instance.
+    pub key: &'a InstanceKey,
+    /// The release.
+    pub release: &'a Release,
+    /// The image id that the release was resolved to.
+    pub image: &'a str,
+    /// The directory of the host for its socket.
+    pub socket_dir: Option<&'a str>,
+    /// The loopback port for its port.
+    pub port: Option<u16>,
+    /// How long requests may take to leave it.
+    pub drain: std::time::Duration,
+}
+
+impl Docker {
+    /// Creates a container beside whatever runs. If one of ours with the same key is there already, that is the one.
+    ///
+    /// # Errors
+    /// If the engine cannot; a name taken by somebody else gets the container another name.
+    pub async fn create(&self, request: &CreateRequest<'_>) -> Result<ContainerId, DockerError> {
+        let body = self.body(request);
+        let base = format!("demae.{}.{}.{}", self.host, request.app, request.key);
+        for attempt in 0..10 {
+            let name = if attempt == 0 { base.clone() } else { format!("{base}.{attempt}") };
+            let options = CreateContainerOptionsBuilder::default().name(&name).build();
+            match self.call("create the container", self.client.create_container(Some(options), body.clone())).await {
+                Ok(created) => return id(&created.id),
+                Err(e) if e.is_status(409) => match self.ours(&name, request).await? {
+                    Some(found) => return Ok(found),
+                    None => tracing::warn!("container name `{name}` belongs to somebody else; taking another"),
+                },
+                Err(e) => return Err(e),
+            }
+        }
+        Err(DockerError::Refused {
+            operation: "create the container",
+            status: 409,
+            message: format!("`{base}` and nine names after it belong to somebody else"),
+        })
+    }
+
+    /// A container by this name, if its labels say that it is the one asked for.
+    async fn ours(&self, name: &str, request: &CreateRequest<'_>) -> Result<Option<ContainerId>, DockerError> {
+        let found = match self.call("inspect", self.client.inspect_container(name, None)).await {
+            Ok(found) => found,
+            Err(e) if e.is_status(404) => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        let labels = found.config.and_then(|c| c.labels).unwrap_or_default();
+        let same = self.labels(request).iter().all(|(k, v)| k == label::PORT || labels.get(k) == Some(v));
+        if same { found.id.map(|i| id(&i)).transpose() } else { Ok(None) }
+    }
+
+    fn labels(&self, r: &CreateRequest<'_>) -> HashMap<String, String> {
+        let json = |value: Result<String, serde_json::Error>| value.unwrap_or_default();
+        let mut labels: HashMap<String, String> =
+            r.release.container.labels.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+        labels.extend([
+            (label::HOST.to_owned(), self.host.to_string()),
+            (label::APP.to_owned(), r.app.to_string()),
+            (label::RELEASE.to_owned(), r.key.release.to_string()),
+            (label::NUMBER.to_owned(), r.key.number.to_string()),
+            (label::DRAIN.to_owned(), r.drain.as_millis().to_string()),
+            (label::HEALTH.to_owned(), json(serde_json::to_string(&r.release.health))),
+        ]);
+        if let Some(port) = r.port {
+            labels.insert(label::PORT.to_owned(), port.to_string());
+        }
+        if let Some(endpoint) = &r.release.endpoint {
+            labels.insert(label::ENDPOINT.to_owned(), json(serde_json::to_string(endpoint)));
+        }
+        labels
+    }
+
+    fn body(&self, r: &CreateRequest<'_>) -> ContainerCreateBody {
+        let c = &r.release.container;
+        let mut env: Vec<String> = r.release.env.iter().map(|(k, v)| format!("{k}={}", v.expose())).collect();
+        env.extend(facts(r.app, r.key, self.host.as_str()).map(|(k, v)| format!("{k}={v}")));
+        let mut mounts: Vec<Mount> = c
+            .volumes
+            .iter()
+            .map(|v| {
+                let (typ, source) = match &v.source {
+                    VolumeSource::Host(path) => (MountType::BIND, path),
+                    VolumeSource::Named(name) => (MountType::VOLUME, name),
+                };
+                mount(typ, source, &v.target, v.read_only)
+            })
+            .collect();
+        let mut published = HashMap::new();
+        let mut exposed = Vec::new();
+        match (&r.release.endpoint, r.socket_dir, r.port) {
+            (Some(Endpoint::Socket(path)), Some(dir), _) => {
+                let inside = path.rsplit_once('/').map_or("/", |(dir, _)| dir);
+                mounts.push(mount(MountType::BIND, dir, inside, false));
+            }
+            (Some(Endpoint::Port(inside)), _, Some(port)) => {
+                let binding = PortBinding { host_ip: Some("127.0.0.1".into()), host_port: Some(port.to_string()) };
+                published.insert(format!("{inside}/tcp"), Some(vec![binding]));
+                exposed.push(format!("{inside}/tcp"));
+            }
+            _ => {}
+        }
+        let logging = c.logging.clone();
+        let log_config = HostConfigLogConfig {
+            typ: Some(logging.as_ref().map_or_else(|| "json-file".to_owned(), |l| l.driver.clone())),
+            config: Some(match logging {
+                Some(l) => l.options.into_iter().collect(),
+                // Docker's own default has no limit.
+                None => HashMap::from([("max-size".into(), "10m".into()), ("max-file".into(), "3".into())]),
+            }),
+        };
+        let host_config = HostConfig {
+            mounts: Some(mounts),
+            port_bindings: Some(published),
+            // A candidate is not revived: its end is evidence. Once proven it is settled.
+            restart_policy: Some(RestartPolicy { name: Some(RestartPolicyNameEnum::NO), maximum_retry_count: None }),
+            log_config: Some(log_config),
+            network_mode: c.network.clone(),
+            extra_hosts: some(c.extra_hosts.clone()),
+            cap_drop: some(c.cap_drop.clone()),
+            tmpfs: some(c.tmpfs.iter().map(|t| (t.clone(), String::new())).collect::<HashMap<_, _>>()),
+            readonly_rootfs: Some(c.read_only),
+            init: Some(c.init),
+            memory: c.memory,
+            nano_cpus: c.nano_cpus,
+            pids_limit: c.pids,
+            ..Default::default()
+        };
+        ContainerCreateBody {
+            image: Some(r.image.to_owned()),
+            cmd: c.command.clone(),
+            entrypoint: c.entrypoint.clone(),
+            user: c.user.clone(),
+            working_dir: c.working_dir.clone(),
+            env: Some(env),
+            labels: Some(self.labels(r)),
+            exposed_ports: some(exposed),
+            healthcheck: Some(health(r.release)),
+            stop_signal: c.stop_signal.clone(),
+            stop_timeout: i64::try_from(c.stop_grace_period.as_secs()).ok(),
+            host_config: Some(host_config),
+            ..Default::default()
+        }
+    }
+}
+
+/// What demae tells every container about itself.
+pub fn facts<'a>(app: &AppName, key: &InstanceKey, host: &str) -> impl Iterator<Item = (&'a str, String)> + use<'a> {
+    [
+        ("DEMAE_APP", app.to_string()),
+        ("DEMAE_RELEASE", key.release.to_string()),
+        ("DEMAE_HOST", host.to_owned()),
+        ("DEMAE_REPLICA", key.number.to_string()),
+    ]
+    .into_iter()
+}
+
+/// Docker's own check, or none: an image's check must not run beside ours.
+fn health(release: &Release) -> HealthConfig {
+    let h = &release.health;
+    let nanos = |d: std::time::Duration| i64::try_from(d.as_nanos()).ok();
+    match &h.probe {
+        Probe::Command(test) => HealthConfig {
+            test: Some(test.clone()),
+            interval: nanos(h.interval),
+            timeout: nanos(h.timeout),
+            retries: Some(i64::from(h.retries)),
+            start_period: nanos(h.start_period),
+            start_interval: None,
+        },
+        _ => HealthConfig { test: Some(vec!["NONE".into()]), ..Default::default() },
+    }
+}
+
+fn mount(typ: MountType, source: &str, target: &str, read_only: bool) -> Mount {
+    Mount {
+        typ: Some(typ),
+        source: Some(source.to_owned()),
+        target: Some(target.to_owned()),
+        read_only: Some(read_only),
+        ..Default::default()
+    }
+}
+
+/// Nothing in place of an empty list, which some versions of the API take for a wish.
+fn some<T: IntoIterator + Clone>(list: T) -> Option<T> {
+    if list.clone().into_iter().next().is_some() { Some(list) } else { None }
+}
+
+fn id(text: &str) -> Result<ContainerId, DockerError> {
+    ContainerId::try_from(text).map_err(|e| DockerError::Labels { id: text.to_owned(), what: e.to_string() })
+}

@@ -1,0 +1,502 @@
+//! The Docker engine: the only users of `bollard`.
+//!
+//! Only containers with our label *and* our host name are ever seen, so several agents can share one engine. Every call
+//! has a deadline; after one has passed nothing is assumed, the next look tells.
+
+mod create;
+mod pull;
+
+use std::{collections::HashMap, time::Duration};
+
+use bollard::{
+    Docker as Client,
+    container::LogOutput,
+    errors::Error,
+    exec::StartExecResults,
+    models::{
+        ContainerInspectResponse, ContainerStateStatusEnum, ContainerUpdateBody, EventMessageTypeEnum, ExecConfig,
+        HealthStatusEnum, RestartPolicy, RestartPolicyNameEnum,
+    },
+    query_parameters::{
+        EventsOptionsBuilder, KillContainerOptionsBuilder, ListContainersOptionsBuilder, LogsOptionsBuilder,
+        RemoveContainerOptionsBuilder, StopContainerOptionsBuilder,
+    },
+};
+use futures_util::{Stream, StreamExt as _};
+
+pub use create::{CreateRequest, facts};
+
+use crate::model::{
+    name::{AppName, ContainerId, HostName, ReleaseId},
+    observed::{Health, InstanceKey, Phase},
+    spec::{Endpoint, HealthCheck, Probe, SETTLE},
+    time::Timestamp,
+};
+
+/// Longest time for an ordinary call. A loaded engine takes a second or two to start a container.
+const CALL: Duration = Duration::from_secs(60);
+/// Most of a log that is kept as evidence.
+const LOG_TAIL: usize = 2_000;
+
+mod label {
+    pub(super) const HOST: &str = "demae.host";
+    pub(super) const APP: &str = "demae.app";
+    pub(super) const RELEASE: &str = "demae.release";
+    pub(super) const NUMBER: &str = "demae.replica";
+    pub(super) const DRAIN: &str = "demae.drain-ms";
+    pub(super) const ENDPOINT: &str = "demae.endpoint";
+    pub(super) const PORT: &str = "demae.port";
+    pub(super) const HEALTH: &str = "demae.healthcheck";
+}
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum DockerError {
+    /// The engine is not there, or did not answer in time: nothing is known.
+    #[error("Docker does not answer ({operation}): {reason}")]
+    Unreachable {
+        /// What was asked.
+        operation: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// The engine refused.
+    #[error("Docker cannot {operation}: {message}")]
+    Refused {
+        /// What was asked.
+        operation: &'static str,
+        /// The HTTP status.
+        status: u16,
+        /// In its own words.
+        message: String,
+    },
+    /// The image is nowhere to be had, or may not be.
+    #[error("image `{image}` cannot be pulled: {message}")]
+    Image {
+        /// Which.
+        image: String,
+        /// In the registry's words.
+        message: String,
+        /// Whether trying again can help without a person.
+        temporary: bool,
+    },
+    /// The container is in the way of its own labels.
+    #[error("container {id} has labels that demae does not write: {what}")]
+    Labels {
+        /// Which.
+        id: String,
+        /// What is wrong.
+        what: String,
+    },
+}
+
+impl DockerError {
+    fn of(operation: &'static str) -> impl Fn(Error) -> Self {
+        move |error| match error {
+            Error::DockerResponseServerError { status_code, message } => {
+                DockerError::Refused { operation, status: status_code, message: one_line(&message) }
+            }
+            other => DockerError::Unreachable { operation, reason: causes(&other) },
+        }
+    }
+
+    fn is_status(&self, wanted: u16) -> bool {
+        matches!(self, DockerError::Refused { status, .. } if *status == wanted)
+    }
+
+    /// Whether another program holds the port that was asked for.
+    pub fn is_port_taken(&self) -> bool {
+        matches!(self, DockerError::Refused { message, .. }
+            if message.contains("port is already allocated") || message.contains("address already in use"))
+    }
+
+    /// Whether trying again can help without a person.
+    pub fn is_temporary(&self) -> bool {
+        !matches!(self, DockerError::Image { temporary: false, .. })
+    }
+}
+
+type Result<T, E = DockerError> = std::result::Result<T, E>;
+
+/// The engine of this machine, seen by one host.
+#[derive(Debug, Clone)]
+pub struct Docker {
+    client: Client,
+    host: HostName,
+}
+
+/// A container of this host, as the engine tells of it.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// Which app.
+    pub app: AppName,
+    /// Which instance.
+    pub key: InstanceKey,
+    /// Docker's id.
+    pub id: ContainerId,
+    /// Docker's id of its image.
+    pub image: String,
+    /// What Docker says of it.
+    pub phase: Phase,
+    /// What Docker's own check says, or that it runs; `None` if the agent must ask.
+    pub health: Option<Health>,
+    /// Whether Docker keeps it running.
+    pub settled: bool,
+    /// When it last started, or was created.
+    pub started: Timestamp,
+    /// Where the app listens inside.
+    pub endpoint: Option<Endpoint>,
+    /// The published port.
+    pub port: Option<u16>,
+    /// Its process.
+    pub pid: Option<i32>,
+    /// Its check.
+    pub check: HealthCheck,
+    /// Its drain time.
+    pub drain: Duration,
+    /// How long it may take to end.
+    pub grace: Duration,
+}
+
+/// One line of a list: enough to see whether anything changed.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Listed {
+    /// Which app.
+    pub app: AppName,
+    /// Docker's id.
+    pub id: String,
+    /// Its state in Docker's words.
+    pub state: String,
+    /// Its published port.
+    pub port: Option<u16>,
+}
+
+impl Docker {
+    /// Connects to the engine behind a unix socket.
+    ///
+    /// # Errors
+    /// If there is no such socket.
+    pub fn connect(socket: &str, host: HostName) -> Result<Self> {
+        let client = Client::connect_with_unix(socket, CALL.as_secs(), bollard::API_DEFAULT_VERSION)
+            .map_err(DockerError::of("connect"))?;
+        Ok(Self { client, host })
+    }
+
+    async fn call<T>(&self, operation: &'static str, call: impl Future<Output = std::result::Result<T, Error>>) -> Result<T> {
+        within(CALL, operation, call).await
+    }
+
+    /// The engine's version and API version.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn version(&self) -> Result<(String, String)> {
+        let version = self.call("tell its version", self.client.version()).await?;
+        Ok((version.version.unwrap_or_default(), version.api_version.unwrap_or_default()))
+    }
+
+    /// All containers of this host, or of one of its apps, without details.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn list(&self, app: Option<&AppName>) -> Result<Vec<Listed>> {
+        let mut labels = vec![format!("{}={}", label::HOST, self.host)];
+        labels.extend(app.map(|app| format!("{}={app}", label::APP)));
+        let options = ListContainersOptionsBuilder::default().all(true).filters(&HashMap::from([("label", labels)])).build();
+        let found = self.call("list containers", self.client.list_containers(Some(options))).await?;
+        let mut listed: Vec<Listed> = found
+            .into_iter()
+            .filter_map(|c| {
+                let labels = c.labels.as_ref()?;
+                let app = AppName::try_from(labels.get(label::APP)?.as_str()).ok()?;
+                let port = labels.get(label::PORT).and_then(|p| p.parse().ok());
+                let state = c.state.map(|s| s.to_string()).unwrap_or_default();
+                Some(Listed { app, id: c.id?, state, port })
+            })
+            .collect();
+        listed.sort();
+        Ok(listed)
+    }
+
+    /// The containers of an app, with details.
+    ///
+    /// # Errors
+    /// If the engine does not answer, or a container has labels that make no sense.
+    pub async fn instances(&self, app: &AppName, now: Timestamp) -> Result<Vec<Found>> {
+        let mut instances = Vec::new();
+        for listed in self.list(Some(app)).await? {
+            match self.call("inspect", self.client.inspect_container(&listed.id, None)).await {
+                Ok(details) => instances.push(read(app, &listed.id, details, now)?),
+                // Gone since the list.
+                Err(e) if e.is_status(404) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        instances.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(instances)
+    }
+
+    /// The local id of an image, if it is here.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn image(&self, reference: &str) -> Result<Option<String>> {
+        match self.call("inspect the image", self.client.inspect_image(reference)).await {
+            Ok(image) => Ok(image.id),
+            Err(e) if e.is_status(404) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The numeric user that a container runs as; `None` if it is given by name.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn user_of(&self, id: &ContainerId) -> Result<Option<u32>> {
+        let found = self.call("inspect", self.client.inspect_container(id.as_str(), None)).await?;
+        let user = found.config.and_then(|c| c.user).unwrap_or_default();
+        Ok(numeric_user(&user))
+    }
+
+    /// Starts a container, or unpauses it. One that runs is left alone.
+    ///
+    /// # Errors
+    /// If the engine cannot.
+    pub async fn start(&self, id: &ContainerId) -> Result<()> {
+        match self.call("start the container", self.client.start_container(id.as_str(), None)).await {
+            Err(e) if matches!(&e, DockerError::Refused { message, .. } if message.contains("paused")) => {
+                self.call("unpause the container", self.client.unpause_container(id.as_str())).await
+            }
+            other => other,
+        }
+    }
+
+    /// Asks a container to end, and kills it after its grace. One that has ended, or is gone, is done.
+    ///
+    /// # Errors
+    /// If the engine cannot.
+    pub async fn stop(&self, id: &ContainerId, grace: Duration) -> Result<()> {
+        let seconds = i32::try_from(grace.as_secs()).unwrap_or(i32::MAX);
+        let options = StopContainerOptionsBuilder::default().t(seconds).build();
+        let patient = self.client.clone().with_timeout(grace + Duration::from_secs(15));
+        let stop = patient.stop_container(id.as_str(), Some(options));
+        match within(grace + Duration::from_secs(15), "stop the container", stop).await {
+            Err(e) if e.is_status(404) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Removes a container. One that is gone is done.
+    ///
+    /// # Errors
+    /// If the engine cannot, for one because it still runs.
+    pub async fn remove(&self, id: &ContainerId) -> Result<()> {
+        let options = RemoveContainerOptionsBuilder::default().v(true).build();
+        match self.call("remove the container", self.client.remove_container(id.as_str(), Some(options))).await {
+            Err(e) if e.is_status(404) => Ok(()),
+            // Somebody else is at it; the next look tells when it is gone.
+            Err(DockerError::Refused { message, .. }) if message.contains("already in progress") => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Lets the engine keep a container running, also when no agent is there.
+    ///
+    /// # Errors
+    /// If the engine cannot.
+    pub async fn settle(&self, id: &ContainerId) -> Result<()> {
+        let policy = RestartPolicy { name: Some(RestartPolicyNameEnum::UNLESS_STOPPED), maximum_retry_count: None };
+        let body = ContainerUpdateBody { restart_policy: Some(policy), ..Default::default() };
+        self.call("change the restart policy", self.client.update_container(id.as_str(), body)).await
+    }
+
+    /// The end of a container's log, as far as it comes quickly.
+    pub async fn log_tail(&self, id: &ContainerId) -> String {
+        let options = LogsOptionsBuilder::default().stdout(true).stderr(true).tail("30").build();
+        let mut lines = self.client.logs(id.as_str(), Some(options));
+        let mut text = String::new();
+        let reading = async {
+            while let Some(Ok(line)) = lines.next().await {
+                text.push_str(&String::from_utf8_lossy(&line.into_bytes()));
+            }
+        };
+        // A log that hangs is evidence that does not come; the verdict stands without it.
+        let _ = tokio::time::timeout(Duration::from_secs(2), reading).await;
+        let from = text.len().saturating_sub(LOG_TAIL);
+        let from = (from..text.len()).find(|i| text.is_char_boundary(*i)).unwrap_or(text.len());
+        text[from..].trim_end().to_owned()
+    }
+
+    /// The apps whose containers something happens to. Ends when the engine does, or goes silent for good; whoever
+    /// listens looks at everything and asks again.
+    pub fn events(&self) -> impl Stream<Item = Result<AppName>> + use<> {
+        let filters = HashMap::from([
+            ("label", vec![format!("{}={}", label::HOST, self.host)]),
+            ("type", vec!["container".to_owned()]),
+        ]);
+        let client = self.client.clone();
+        let options = EventsOptionsBuilder::default().filters(&filters).build();
+        client.events(Some(options)).filter_map(async |event| match event {
+            Err(e) => Some(Err(DockerError::of("tell events")(e))),
+            Ok(event) if event.typ == Some(EventMessageTypeEnum::CONTAINER) => {
+                // Checks run by exec would wake us twice a second and change nothing.
+                if event.action.as_deref().is_some_and(|a| a.starts_with("exec_")) {
+                    return None;
+                }
+                let attributes = event.actor?.attributes?;
+                AppName::try_from(attributes.get(label::APP)?.as_str()).ok().map(Ok)
+            }
+            Ok(_) => None,
+        })
+    }
+
+    /// The process of a container that need not be ours, if it runs.
+    ///
+    /// # Errors
+    /// If there is no such container, or the engine does not answer.
+    pub async fn pid_of(&self, container: &str) -> Result<Option<i32>> {
+        let found = self.call("inspect", self.client.inspect_container(container, None)).await?;
+        let pid = found.state.and_then(|s| s.pid).and_then(|p| i32::try_from(p).ok());
+        Ok(pid.filter(|p| *p > 0))
+    }
+
+    /// Sends a signal to a container that need not be ours.
+    ///
+    /// # Errors
+    /// If the engine cannot.
+    pub async fn signal(&self, container: &str, signal: &str) -> Result<()> {
+        let options = KillContainerOptionsBuilder::default().signal(signal).build();
+        self.call("signal the container", self.client.kill_container(container, Some(options))).await
+    }
+
+    /// Runs a command in a container that need not be ours: its exit code and what it printed.
+    ///
+    /// # Errors
+    /// If the engine cannot.
+    pub async fn exec(&self, container: &str, command: Vec<String>) -> Result<(i64, String)> {
+        let config =
+            ExecConfig { cmd: Some(command), attach_stdout: Some(true), attach_stderr: Some(true), ..Default::default() };
+        let exec = self.call("run a command", self.client.create_exec(container, config)).await?.id;
+        let started = self.call("run a command", self.client.start_exec(&exec, None)).await?;
+        let mut text = String::new();
+        if let StartExecResults::Attached { mut output, .. } = started {
+            let reading = async {
+                while let Some(Ok(line)) = output.next().await {
+                    if let LogOutput::StdOut { message } | LogOutput::StdErr { message } | LogOutput::Console { message } = line {
+                        text.push_str(&String::from_utf8_lossy(&message));
+                    }
+                }
+            };
+            if tokio::time::timeout(CALL, reading).await.is_err() {
+                return Err(DockerError::Unreachable { operation: "run a command", reason: "it does not end".into() });
+            }
+        }
+        let inspected = self.call("run a command", self.client.inspect_exec(&exec)).await?;
+        Ok((inspected.exit_code.unwrap_or(-1), text))
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    operation: &'static str,
+    call: impl Future<Output = std::result::Result<T, Error>>,
+) -> Result<T> {
+    match tokio::time::timeout(limit, call).await {
+        Ok(answer) => answer.map_err(DockerError::of(operation)),
+        Err(_) => Err(DockerError::Unreachable { operation, reason: format!("no answer within {} s", limit.as_secs()) }),
+    }
+}
+
+/// A container from its labels and what the engine says of it.
+fn read(app: &AppName, id: &str, details: ContainerInspectResponse, now: Timestamp) -> Result<Found> {
+    let bad = |what: &str| DockerError::Labels { id: id.get(..12).unwrap_or(id).to_owned(), what: what.to_owned() };
+    let config = details.config.unwrap_or_default();
+    let labels = config.labels.unwrap_or_default();
+    let get = |name: &str| labels.get(name).map(String::as_str);
+    let release = get(label::RELEASE).and_then(|r| ReleaseId::try_from(r).ok()).ok_or_else(|| bad(label::RELEASE))?;
+    let number = get(label::NUMBER).and_then(|n| n.parse().ok()).ok_or_else(|| bad(label::NUMBER))?;
+    let drain = get(label::DRAIN).and_then(|d| d.parse().ok()).ok_or_else(|| bad(label::DRAIN))?;
+    let check: HealthCheck =
+        get(label::HEALTH).and_then(|h| serde_json::from_str(h).ok()).ok_or_else(|| bad(label::HEALTH))?;
+    let endpoint = match get(label::ENDPOINT) {
+        None => None,
+        Some(text) => Some(serde_json::from_str(text).map_err(|_| bad(label::ENDPOINT))?),
+    };
+    let state = details.state.unwrap_or_default();
+    let created = details.created.as_deref().and_then(Timestamp::parse).unwrap_or_default();
+    let started = state.started_at.as_deref().and_then(Timestamp::parse).unwrap_or_default().max(created);
+    let phase = match state.status {
+        Some(ContainerStateStatusEnum::CREATED) => Phase::Created,
+        Some(ContainerStateStatusEnum::RUNNING | ContainerStateStatusEnum::STOPPING) => Phase::Running,
+        Some(ContainerStateStatusEnum::PAUSED) => Phase::Paused,
+        Some(ContainerStateStatusEnum::RESTARTING) => Phase::Restarting,
+        Some(ContainerStateStatusEnum::EXITED) => Phase::Exited(state.exit_code.unwrap_or(-1)),
+        _ => Phase::Removing,
+    };
+    let health = match &check.probe {
+        Probe::Http(_) | Probe::Tcp => None,
+        Probe::Command(_) => {
+            let health = state.health.unwrap_or_default();
+            // What the command printed may hold secrets; its exit code does not.
+            let code = health.log.and_then(|mut l| l.pop()).and_then(|l| l.exit_code);
+            let answer = code.map(|c| format!("the check ended with exit code {c}")).unwrap_or_default();
+            Some(match health.status {
+                Some(HealthStatusEnum::HEALTHY) => Health::Healthy,
+                Some(HealthStatusEnum::UNHEALTHY) => Health::Unhealthy { since: started, answer },
+                _ => Health::Starting(answer),
+            })
+        }
+        Probe::Running => Some(match phase {
+            Phase::Running if now >= started.plus(SETTLE) => Health::Healthy,
+            Phase::Restarting => Health::Unhealthy { since: started, answer: "it ends again and again".into() },
+            _ => Health::Starting(String::new()),
+        }),
+    };
+    let host_config = details.host_config.unwrap_or_default();
+    let settled = host_config.restart_policy.and_then(|p| p.name) == Some(RestartPolicyNameEnum::UNLESS_STOPPED);
+    let port = host_config.port_bindings.into_iter().flatten().find_map(|(_, bindings)| {
+        bindings?.into_iter().find_map(|b| b.host_port?.parse().ok())
+    });
+    Ok(Found {
+        app: app.clone(),
+        key: InstanceKey { release, number },
+        id: ContainerId::try_from(id).map_err(|_| bad("id"))?,
+        image: details.image.unwrap_or_default(),
+        phase,
+        health,
+        settled,
+        started,
+        endpoint,
+        port,
+        pid: state.pid.and_then(|p| i32::try_from(p).ok()).filter(|p| *p > 0),
+        check,
+        drain: Duration::from_millis(drain),
+        grace: Duration::from_secs(config.stop_timeout.and_then(|t| u64::try_from(t).ok()).unwrap_or(10)),
+    })
+}
+
+/// The user id of `user`, `user:group` or nothing; `None` for a name.
+fn numeric_user(user: &str) -> Option<u32> {
+    match user.split(':').next() {
+        None | Some("" | "root") => Some(0),
+        Some(id) => id.parse().ok(),
+    }
+}
+
+fn one_line(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.chars().take(400).collect()
+}
+
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let more = cause.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        source = cause.source();
+    }
+    one_line(&text)
+}

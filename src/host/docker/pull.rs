@@ -1,0 +1,124 @@
+//! Bringing an image to this host.
+
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bollard::{auth::DockerCredentials, errors::Error, query_parameters::CreateImageOptionsBuilder};
+use futures_util::StreamExt as _;
+use serde::Deserialize;
+
+use super::{Docker, DockerError, one_line};
+use crate::model::name::ImageRef;
+
+/// Longest silence of a pull: a registry that hangs in the middle of a layer says nothing for ever.
+const IDLE: Duration = Duration::from_secs(120);
+/// Longest pull.
+const TOTAL: Duration = Duration::from_secs(30 * 60);
+
+impl Docker {
+    /// Pulls an image, with the credentials that `docker login` left for this user.
+    ///
+    /// # Errors
+    /// If it cannot be had, and whether trying again can help.
+    pub async fn pull(&self, image: &ImageRef) -> Result<(), DockerError> {
+        let options = CreateImageOptionsBuilder::default().from_image(&image.tagged()).build();
+        let mut progress = self.client.create_image(Some(options), None, credentials(image));
+        let failed = |message: String| {
+            let message = one_line(&message);
+            DockerError::Image { image: image.to_string(), temporary: is_temporary(&message), message }
+        };
+        let pulling = async {
+            loop {
+                match tokio::time::timeout(IDLE, progress.next()).await {
+                    Err(_) => return Err(failed(format!("the registry said nothing for {} s", IDLE.as_secs()))),
+                    Ok(None) => return Ok(()),
+                    Ok(Some(Ok(info))) => {
+                        if let Some(message) = info.error_detail.and_then(|e| e.message) {
+                            return Err(failed(message));
+                        }
+                    }
+                    Ok(Some(Err(Error::DockerResponseServerError { message, .. }))) => return Err(failed(message)),
+                    Ok(Some(Err(e))) => return Err(failed(super::causes(&e))),
+                }
+            }
+        };
+        match tokio::time::timeout(TOTAL, pulling).await {
+            Ok(ended) => ended,
+            Err(_) => Err(failed(format!("it was not here after {} minutes", TOTAL.as_secs() / 60))),
+        }
+    }
+}
+
+/// Docker answers 500 to everything that goes wrong with a registry; only its words tell what helps. What is not known
+/// is taken for temporary.
+fn is_temporary(message: &str) -> bool {
+    let message = message.to_lowercase();
+    let final_words = [
+        "manifest unknown", "not found", "unauthorized", "authentication required", "access denied", "access to the resource is denied",
+        "does not exist", "no matching manifest", "invalid reference", "name unknown", "repository name not known", "forbidden", "no basic auth credentials",
+    ];
+    !final_words.iter().any(|w| message.contains(w))
+}
+
+#[derive(Deserialize)]
+struct ConfigFile {
+    #[serde(default)]
+    auths: BTreeMap<String, AuthEntry>,
+}
+
+#[derive(Deserialize)]
+struct AuthEntry {
+    auth: Option<String>,
+}
+
+/// What `docker login` left for the registry of an image. It is read at each pull, so that a renewed login is seen.
+fn credentials(image: &ImageRef) -> Option<DockerCredentials> {
+    let directory = std::env::var_os("DOCKER_CONFIG")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".docker")))?;
+    let text = std::fs::read(directory.join("config.json")).ok()?;
+    let config: ConfigFile = serde_json::from_slice(&text).ok()?;
+    let registry = registry(image.as_str());
+    let entry = config.auths.iter().find(|(name, _)| {
+        let name = name.trim_start_matches("https://").trim_start_matches("http://").split('/').next().unwrap_or(name);
+        name == registry || (registry == "docker.io" && name == "index.docker.io")
+    });
+    let decoded = STANDARD.decode(entry?.1.auth.as_deref()?).ok()?;
+    let decoded = String::from_utf8(decoded).ok()?;
+    let (username, password) = decoded.split_once(':')?;
+    Some(DockerCredentials {
+        username: Some(username.to_owned()),
+        password: Some(password.trim_end_matches('\0').to_owned()),
+        serveraddress: Some(registry.to_owned()),
+        ..Default::default()
+    })
+}
+
+/// The registry of a reference: its first part, if that looks like a host.
+fn registry(image: &str) -> &str {
+    match image.split_once('/') {
+        Some((host, _)) if host.contains('.') || host.contains(':') || host == "localhost" => host,
+        _ => "docker.io",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_registries_are_told_apart() {
+        assert!(!is_temporary("manifest for web:v9 not found: manifest unknown"));
+        assert!(!is_temporary("pull access denied for web, repository does not exist or may require 'docker login'"));
+        assert!(is_temporary("Get \"http://localhost:5000/v2/\": dial tcp 127.0.0.1:5000: connect: connection refused"));
+        assert!(is_temporary("toomanyrequests: You have reached your pull rate limit"));
+    }
+
+    #[test]
+    fn the_registry_of_a_reference_is_its_host() {
+        assert_eq!(registry("web:v1"), "docker.io");
+        assert_eq!(registry("team/web"), "docker.io");
+        assert_eq!(registry("registry.example.com/team/web:v1"), "registry.example.com");
+        assert_eq!(registry("localhost:5000/web"), "localhost:5000");
+    }
+}

@@ -1,0 +1,198 @@
+//! Asks running instances whether they are well, each by its own check, for as long as they run.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::{sync::mpsc::UnboundedSender, task::AbortHandle};
+use tokio_util::task::TaskTracker;
+
+use super::{files, probe};
+use crate::model::{
+    name::{AppName, ContainerId},
+    observed::{Address, Health},
+    spec::{HealthCheck, Probe},
+    time::Timestamp,
+};
+
+/// After a success of an instance that is not healthy yet, the next question comes this soon: the second success in a
+/// row is meant to catch a program that dies at its first request, not to make a deploy wait.
+const CONFIRM: Duration = Duration::from_millis(5);
+/// Longest pause after a failure of an instance in service.
+const SUSPECT: Duration = Duration::from_secs(1);
+
+/// Whom to ask, and how.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Question {
+    /// Where.
+    pub address: Address,
+    /// What.
+    pub check: HealthCheck,
+    /// When it last started.
+    pub started: Timestamp,
+    /// The group that must be able to connect to its socket.
+    pub group: Option<u32>,
+}
+
+/// All instances that are being asked.
+#[derive(Debug)]
+pub struct Prober {
+    asked: Mutex<BTreeMap<AppName, HashMap<ContainerId, Asked>>>,
+    news: UnboundedSender<AppName>,
+    tasks: TaskTracker,
+}
+
+#[derive(Debug)]
+struct Asked {
+    health: Arc<Mutex<Health>>,
+    question: Question,
+    task: AbortHandle,
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Prober {
+    /// Tells `news` of each app whose health changed.
+    pub fn new(news: UnboundedSender<AppName>) -> Self {
+        Self { asked: Mutex::default(), news, tasks: TaskTracker::new() }
+    }
+
+    /// Asks this instance from now on, and answers with what is known of it.
+    pub fn ask(&self, app: &AppName, id: &ContainerId, question: Question) -> Health {
+        if !matches!(question.check.probe, Probe::Http(_) | Probe::Tcp) {
+            return Health::Unknown;
+        }
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_app = asked.entry(app.clone()).or_default();
+        if let Some(known) = of_app.get(id)
+            && known.question.address == question.address
+            && known.question.check == question.check
+        {
+            return known.health.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        }
+        let health = Arc::new(Mutex::new(Health::Unknown));
+        let asking = Asking { app: app.clone(), question: question.clone(), health: health.clone(), news: self.news.clone() };
+        let task = self.tasks.spawn(asking.run()).abort_handle();
+        of_app.insert(id.clone(), Asked { health, question, task });
+        Health::Unknown
+    }
+
+    /// Stops asking all instances of an app but these.
+    pub fn keep(&self, app: &AppName, ids: &[&ContainerId]) {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(of_app) = asked.get_mut(app) {
+            of_app.retain(|id, _| ids.contains(&id));
+            if of_app.is_empty() {
+                asked.remove(app);
+            }
+        }
+    }
+}
+
+/// One instance being asked.
+struct Asking {
+    app: AppName,
+    question: Question,
+    health: Arc<Mutex<Health>>,
+    news: UnboundedSender<AppName>,
+}
+
+impl Asking {
+    async fn run(self) {
+        let check = &self.question.check;
+        let (mut successes, mut failures, mut was_healthy) = (0u32, 0u32, false);
+        loop {
+            let answer = self.ask().await;
+            let now = Timestamp::now();
+            let pause = match answer {
+                Ok(()) => {
+                    (successes, failures) = (successes + 1, 0);
+                    if successes >= check.successes {
+                        was_healthy = true;
+                        self.tell(Health::Healthy);
+                        check.interval
+                    } else {
+                        CONFIRM.min(check.start_interval)
+                    }
+                }
+                Err(answer) => {
+                    (successes, failures) = (0, failures + 1);
+                    let late = now >= self.question.started.plus(check.deadline());
+                    if failures >= check.retries && (was_healthy || late) {
+                        self.tell(Health::Unhealthy { since: now, answer });
+                    } else if !was_healthy {
+                        self.tell(Health::Starting(answer));
+                    }
+                    let starting = now < self.question.started.plus(check.start_period);
+                    match (was_healthy, starting) {
+                        (true, _) => check.interval.min(SUSPECT),
+                        (false, true) => check.start_interval,
+                        (false, false) => check.interval,
+                    }
+                }
+            };
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn ask(&self) -> Result<(), String> {
+        let timeout = self.question.check.timeout;
+        match (&self.question.address, &self.question.check.probe) {
+            (Address::Socket(path), probe) => {
+                let path = Path::new(path);
+                open_to_group(path, self.question.group)?;
+                match probe {
+                    Probe::Http(uri) => expect_success(uri, probe::get_unix(path, uri, timeout).await?),
+                    _ => probe::connect_unix(path, timeout).await,
+                }
+            }
+            (Address::Port(port), probe) => {
+                let address = format!("127.0.0.1:{port}");
+                match probe {
+                    Probe::Http(uri) => expect_success(uri, probe::get_tcp(&address, "localhost", uri, timeout).await?),
+                    _ => probe::connect_tcp(&address, timeout).await,
+                }
+            }
+        }
+    }
+
+    fn tell(&self, health: Health) {
+        let mut known = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = std::mem::discriminant(&*known) == std::mem::discriminant(&health);
+        match (&mut *known, health) {
+            // Since when stays; only the last answer is new.
+            (Health::Unhealthy { answer, .. }, Health::Unhealthy { answer: new, .. }) => *answer = new,
+            (known, health) => *known = health,
+        }
+        if !same {
+            // Nobody listens only when the agent is ending.
+            let _ = self.news.send(self.app.clone());
+        }
+    }
+}
+
+fn expect_success(uri: &str, answer: probe::Answer) -> Result<(), String> {
+    if (200..400).contains(&answer.status) { Ok(()) } else { Err(format!("`GET {uri}` is answered with status {}", answer.status)) }
+}
+
+/// An app binds its socket with the rights of its own user; nginx's group must be able to connect to it.
+fn open_to_group(path: &Path, group: Option<u32>) -> Result<(), String> {
+    let Some(group) = group else { return Ok(()) };
+    let Ok(meta) = std::fs::symlink_metadata(path) else { return Ok(()) };
+    if !meta.file_type().is_socket() {
+        return Err(format!("`{}` is not a socket", path.display()));
+    }
+    let mode = meta.mode() & 0o777;
+    if meta.gid() == group && mode & 0o060 == 0o060 {
+        return Ok(());
+    }
+    files::hand_over(path, None, Some(group), mode | 0o660).map_err(|e| e.to_string())
+}

@@ -1,0 +1,489 @@
+//! nginx: rendered, tested as part of the tree it will load, made live by one rename, and proven by a worker's answer.
+//!
+//! A set that nginx refuses is never at the live path, not for a moment, whenever this agent ends.
+
+mod render;
+mod server;
+mod stage;
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicI32, Ordering},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::Mutex;
+
+pub use render::{Profile, Settings};
+pub use server::{Contained, Local, Server};
+
+use super::{
+    files::{self, FileError},
+    layout::Layout,
+    probe,
+};
+use crate::model::{
+    name::AppName,
+    proxy::{Manifest, ObservedProxy, Rejected, Vhost},
+    time::Timestamp,
+};
+use render::{PROBE_HOST, Renderer};
+
+/// Longest wait for a worker that answers with a new generation.
+const PROOF: Duration = Duration::from_secs(10);
+/// Between two questions to nginx while waiting for it.
+const ASK_AGAIN: Duration = Duration::from_millis(2);
+/// What the manifest of a set is called.
+const MANIFEST: &str = "manifest.json";
+
+/// Why nginx does not serve what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum NginxError {
+    /// nginx does not run, or cannot be reached.
+    #[error("{0}")]
+    NotRunning(String),
+    /// Its own tree cannot be read, or does not include ours.
+    #[error(transparent)]
+    Stage(#[from] stage::StageError),
+    /// It refuses its tree even without anything new of ours.
+    #[error("`nginx -t` fails without any change of demae: {0}")]
+    Broken(String),
+    /// A template of demae's own is broken.
+    #[error("the configuration of the host cannot be made: {0}")]
+    Template(String),
+    /// It was told to reload, and no worker answers with the new set.
+    #[error("nginx was reloaded and no worker answers with generation {generation} after {} s: {last}", PROOF.as_secs())]
+    NotProven {
+        /// The set.
+        generation: u64,
+        /// The last answer.
+        last: String,
+    },
+    /// A file could not be written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// An app does not answer through nginx.
+    #[error("{0}")]
+    NoAnswer(String),
+}
+
+impl From<io::Error> for NginxError {
+    fn from(error: io::Error) -> Self {
+        Self::NotRunning(error.to_string())
+    }
+}
+
+/// How nginx is found.
+#[derive(Debug, Clone)]
+pub struct NginxConfig {
+    /// Its main file.
+    pub conf: PathBuf,
+    /// Where its pid file is, unless its main file says.
+    pub pid: PathBuf,
+    /// Where the agent reaches it, `address:port`.
+    pub address: String,
+    /// The group its workers run as, if that cannot be seen.
+    pub group: Option<u32>,
+    /// What is in its text.
+    pub settings: Settings,
+}
+
+/// One nginx, and the sets that were made for it.
+pub struct Nginx {
+    server: Box<dyn Server>,
+    config: NginxConfig,
+    layout: Layout,
+    renderer: Mutex<Option<Renderer>>,
+    master: AtomicI32,
+}
+
+/// What a publication did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// The new set.
+    pub generation: u64,
+    /// What nginx refused.
+    pub rejected: BTreeMap<AppName, String>,
+}
+
+impl Nginx {
+    /// Nothing is done yet.
+    pub fn new(server: Box<dyn Server>, config: NginxConfig, layout: Layout) -> Self {
+        Self { server, config, layout, renderer: Mutex::new(None), master: AtomicI32::new(0) }
+    }
+
+    /// Forgets the templates, so that they are read again.
+    pub async fn reread_templates(&self) {
+        *self.renderer.lock().await = None;
+    }
+
+    /// What nginx serves, and what it is meant to.
+    pub async fn observe(&self) -> ObservedProxy {
+        let (live, published, drifted) = match self.manifest() {
+            Ok(Some((manifest, at, drifted))) => (Some(manifest), at, drifted),
+            Ok(None) => (None, Timestamp::default(), false),
+            Err(e) => {
+                return ObservedProxy { error: Some(e.to_string()), ..ObservedProxy::default() };
+            }
+        };
+        let templates = match self.with_renderer(|r| r.fingerprint().to_owned()).await {
+            Ok(fingerprint) => fingerprint,
+            Err(e) => {
+                // nginx cannot tell its version: it does not run, and what is live stays.
+                let templates = live.as_ref().map(|m| m.templates.clone()).unwrap_or_default();
+                return ObservedProxy { live, published, drifted, templates, error: Some(e.to_string()), ..Default::default() };
+            }
+        };
+        let serving = self.serving().await;
+        ObservedProxy {
+            live,
+            published,
+            serving: serving.as_ref().ok().copied(),
+            error: serving.err(),
+            drifted,
+            templates,
+            old_workers: self.old_workers().await.unwrap_or(0),
+        }
+    }
+
+    /// Workers that finish their last requests with an older set.
+    ///
+    /// # Errors
+    /// If nginx does not run.
+    pub async fn old_workers(&self) -> Result<usize, NginxError> {
+        Ok(server::old_workers(self.master().await?))
+    }
+
+    /// nginx's master process.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub async fn master(&self) -> Result<i32, NginxError> {
+        let root = self.server.root().await?;
+        let (_, tree) = stage::survey(&root, &self.config.conf, &self.layout.nginx_live())?;
+        let master = self.server.master(tree.pid.as_deref().unwrap_or(&self.config.pid)).await?;
+        self.master.store(master, Ordering::Relaxed);
+        Ok(master)
+    }
+
+    /// The master process that was last seen, without looking again.
+    pub fn known_master(&self) -> Option<i32> {
+        let pid = self.master.load(Ordering::Relaxed);
+        (pid > 0 && Path::new(&format!("/proc/{pid}")).exists()).then_some(pid)
+    }
+
+    /// The group that may connect to sockets: that of nginx's workers.
+    pub async fn group(&self) -> Option<u32> {
+        if self.config.group.is_some() {
+            return self.config.group;
+        }
+        let master = match self.known_master() {
+            Some(master) => master,
+            None => self.master().await.ok()?,
+        };
+        server::worker_group(master)
+    }
+
+    /// Makes a set of vhosts live, as far as nginx takes it, and proves it. A vhost that nginx refuses is left out, or
+    /// stays as it was; all others go on.
+    ///
+    /// # Errors
+    /// If nothing could be made live, or no worker answers with it.
+    pub async fn publish(&self, wanted: &BTreeMap<AppName, Vhost>) -> Result<Published, NginxError> {
+        let mut slot = self.renderer.lock().await;
+        self.fill(&mut slot).await?;
+        let Some(renderer) = slot.as_ref() else { return Err(NginxError::Template("no templates".into())) };
+        let old = self.manifest()?.map(|(m, ..)| m).unwrap_or_default();
+        let generation = old.generation + 1;
+        let set = Set { nginx: self, renderer, generation, old: &old };
+        let root = self.server.root().await?;
+        let chosen = set.choose(wanted, &root).await?;
+        let rejected = chosen.rejected.iter().map(|(app, r)| (app.clone(), r.error.clone())).collect();
+        files::symlink(&PathBuf::from(format!("{generation}.set")), &self.layout.nginx_live())?;
+        self.sweep(generation);
+        self.reload_to(generation).await?;
+        Ok(Published { generation, rejected })
+    }
+
+    /// Tells nginx to load the live set, and proves that it did.
+    ///
+    /// # Errors
+    /// If nginx does not run, or no worker answers with the live set.
+    pub async fn reload(&self) -> Result<u64, NginxError> {
+        let Some((manifest, ..)) = self.manifest()? else {
+            return Err(NginxError::NotRunning("there is no live configuration".into()));
+        };
+        let root = self.server.root().await?;
+        self.test(&root, &self.layout.nginx_generation(manifest.generation)).await?.map_err(NginxError::Broken)?;
+        self.reload_to(manifest.generation).await?;
+        Ok(manifest.generation)
+    }
+
+    async fn reload_to(&self, generation: u64) -> Result<(), NginxError> {
+        let master = self.master().await?;
+        let before = server::workers(master);
+        self.server.reload(master).await?;
+        self.prove(generation).await?;
+        // The master lets old workers take connections for another 100 ms. Whoever asks nginx after this asks new ones.
+        let until = Instant::now() + PROOF;
+        while Instant::now() < until && server::workers(master).iter().any(|pid| before.contains(pid)) {
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
+        Ok(())
+    }
+
+    /// Asks an app through nginx, as a client would, until it answers or the time is over.
+    ///
+    /// # Errors
+    /// The last answer that was none of its own.
+    pub async fn ask_app(&self, host: &str, path: &str, only_success: bool, within: Duration) -> Result<(), NginxError> {
+        let until = Instant::now() + within;
+        loop {
+            let last = match probe::get_tcp(&self.config.address, host, path, Duration::from_secs(2)).await {
+                Ok(answer) if answer.unknown_host => format!("nginx does not know host `{host}`"),
+                Ok(answer) if answer.status == 502 || answer.status == 504 || (only_success && !(200..400).contains(&answer.status)) => {
+                    format!("`GET {path}` for host `{host}` is answered with status {}", answer.status)
+                }
+                Ok(_) => return Ok(()),
+                Err(e) => format!("nginx at {}: {e}", self.config.address),
+            };
+            if Instant::now() >= until {
+                return Err(NginxError::NoAnswer(last));
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// The generation that a worker answers with.
+    async fn serving(&self) -> Result<u64, String> {
+        let answer = probe::get_tcp(&self.config.address, PROBE_HOST, "/", Duration::from_secs(2)).await;
+        let answer = answer.map_err(|e| format!("nginx at {}: {e}", self.config.address))?;
+        let number = answer.body.strip_prefix("generation ").and_then(|n| n.trim().parse().ok());
+        number.ok_or_else(|| format!("nginx at {} does not serve demae's files", self.config.address))
+    }
+
+    /// After the reload old workers keep taking connections for a moment, so one answer of an old one proves nothing,
+    /// and one of a new one everything.
+    async fn prove(&self, generation: u64) -> Result<(), NginxError> {
+        let until = Instant::now() + PROOF;
+        loop {
+            let last = match self.serving().await {
+                Ok(found) if found == generation => return Ok(()),
+                Ok(found) => format!("it answers with generation {found}"),
+                Err(e) => e,
+            };
+            if Instant::now() >= until {
+                return Err(NginxError::NotProven { generation, last });
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
+    }
+
+    /// The live manifest, when it was written, and whether its files are as they were.
+    fn manifest(&self) -> Result<Option<(Manifest, Timestamp, bool)>, FileError> {
+        let live = self.layout.nginx_live();
+        let path = live.join(MANIFEST);
+        let Some(text) = files::read(&path)? else { return Ok(None) };
+        let Ok(saved) = serde_json::from_slice::<Saved>(&text) else { return Ok(None) };
+        let at = std::fs::metadata(&path).and_then(|m| m.modified()).map(Timestamp::from_system).unwrap_or_default();
+        let mut drifted = false;
+        for (file, digest) in &saved.files {
+            drifted |= files::read(&live.join(file))?.map(|t| digest_of(&t)).as_ref() != Some(digest);
+        }
+        let expected = saved.files.keys().cloned().chain([MANIFEST.to_owned()]).count();
+        drifted |= files::list(&live)?.len() != expected;
+        Ok(Some((saved.manifest, at, drifted)))
+    }
+
+    /// Runs `nginx -t` on nginx's own tree with a set in the place of the live one.
+    async fn test(&self, root: &Path, set: &Path) -> Result<Result<(), String>, NginxError> {
+        let test = self.layout.nginx_test();
+        let (main, _) = stage::stage(root, &self.config.conf, &self.layout.nginx_live(), set, &test)?;
+        let (fine, text) = self.server.run(vec!["-t".into(), "-q".into(), "-c".into(), main.display().to_string()]).await?;
+        files::remove_dir(&test)?;
+        Ok(if fine { Ok(()) } else { Err(emergency(&text)) })
+    }
+
+    async fn with_renderer<T>(&self, read: impl FnOnce(&Renderer) -> T) -> Result<T, NginxError> {
+        let mut slot = self.renderer.lock().await;
+        self.fill(&mut slot).await?;
+        slot.as_ref().map(read).ok_or_else(|| NginxError::Template("no templates".into()))
+    }
+
+    async fn fill(&self, slot: &mut Option<Renderer>) -> Result<(), NginxError> {
+        if slot.is_none() {
+            let (_, text) = self.server.run(vec!["-v".into()]).await?;
+            *slot = Some(Renderer::new(self.config.settings.clone(), version(&text)));
+        }
+        Ok(())
+    }
+
+    /// Removes sets that are neither live nor the one before.
+    fn sweep(&self, generation: u64) {
+        for name in files::list(&self.layout.nginx()).unwrap_or_default() {
+            let number = name.strip_suffix(".set").and_then(|n| n.parse::<u64>().ok());
+            if number.is_some_and(|n| n + 1 < generation || n > generation)
+                && let Err(e) = files::remove_dir(&self.layout.nginx().join(&name))
+            {
+                tracing::warn!("{e}");
+            }
+        }
+    }
+}
+
+/// What lies in the directory of a set.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Saved {
+    #[serde(flatten)]
+    manifest: Manifest,
+    files: BTreeMap<String, String>,
+}
+
+/// A set in the making.
+struct Set<'a> {
+    nginx: &'a Nginx,
+    renderer: &'a Renderer,
+    generation: u64,
+    old: &'a Manifest,
+}
+
+impl Set<'_> {
+    /// Writes what nginx takes of the wanted vhosts: all at once if it takes all, else one after the other.
+    async fn choose(&self, wanted: &BTreeMap<AppName, Vhost>, root: &Path) -> Result<Manifest, NginxError> {
+        let mut rejected = BTreeMap::new();
+        let mut texts = BTreeMap::new();
+        let mut rendered = BTreeMap::new();
+        for (app, vhost) in wanted {
+            match self.renderer.app(app, vhost, &self.nginx.layout) {
+                Ok(text) => {
+                    texts.insert(app.clone(), text);
+                    rendered.insert(app.clone(), vhost.clone());
+                }
+                Err(error) => self.refuse(app, vhost, error, &mut rendered, &mut texts, &mut rejected),
+            }
+        }
+        // What was refused and is still wanted in another form stays refused in the old one.
+        let manifest = |vhosts: BTreeMap<AppName, Vhost>, rejected: BTreeMap<AppName, Rejected>| Manifest {
+            generation: self.generation,
+            vhosts,
+            rejected,
+            templates: self.renderer.fingerprint().to_owned(),
+        };
+        let earlier = self.old.rejected.clone().into_iter().filter(|_| self.old.templates == self.renderer.fingerprint());
+        let kept: BTreeMap<AppName, Rejected> = earlier.chain(rejected.clone()).collect();
+        let all = manifest(rendered.clone(), kept.clone());
+        let Err(error) = self.try_set(&all, &texts, root).await? else { return Ok(all) };
+        tracing::warn!("nginx refuses the new configuration; looking for the app that is the cause: {error}");
+
+        let same = |app: &AppName, vhost: &Vhost| self.old.vhosts.get(app) == Some(vhost);
+        let mut good: BTreeMap<AppName, Vhost> =
+            rendered.iter().filter(|(a, v)| same(a, v)).map(|(a, v)| (a.clone(), v.clone())).collect();
+        if let Err(error) = self.try_set(&manifest(good.clone(), kept.clone()), &texts, root).await? {
+            // With new templates even what was fine may be refused; else it is not ours to mend.
+            if self.old.templates == self.renderer.fingerprint() || good.is_empty() {
+                return Err(NginxError::Broken(error));
+            }
+            good.clear();
+        }
+        let mut rejected = kept;
+        for (app, vhost) in &rendered {
+            if good.contains_key(app) {
+                continue;
+            }
+            good.insert(app.clone(), vhost.clone());
+            if let Err(error) = self.try_set(&manifest(good.clone(), rejected.clone()), &texts, root).await? {
+                good.remove(app);
+                self.refuse(app, vhost, error, &mut good, &mut texts, &mut rejected);
+            }
+        }
+        let chosen = manifest(good, rejected);
+        match self.try_set(&chosen, &texts, root).await? {
+            Ok(()) => Ok(chosen),
+            Err(error) => Err(NginxError::Broken(error)),
+        }
+    }
+
+    /// Puts an app back to its last good vhost, if it has one.
+    fn refuse(
+        &self,
+        app: &AppName,
+        vhost: &Vhost,
+        error: String,
+        vhosts: &mut BTreeMap<AppName, Vhost>,
+        texts: &mut BTreeMap<AppName, String>,
+        rejected: &mut BTreeMap<AppName, Rejected>,
+    ) {
+        rejected.insert(app.clone(), Rejected { vhost: vhost.clone(), error });
+        texts.remove(app);
+        if let Some(last) = self.old.vhosts.get(app).filter(|last| *last != vhost)
+            && let Ok(text) = self.renderer.app(app, last, &self.nginx.layout)
+        {
+            vhosts.insert(app.clone(), last.clone());
+            texts.insert(app.clone(), text);
+        }
+    }
+
+    async fn try_set(
+        &self,
+        manifest: &Manifest,
+        texts: &BTreeMap<AppName, String>,
+        root: &Path,
+    ) -> Result<Result<(), String>, NginxError> {
+        let dir = self.nginx.layout.nginx_generation(self.generation);
+        files::remove_dir(&dir)?;
+        files::make_dir(&dir, 0o755)?;
+        let survey = stage::survey(root, &self.nginx.config.conf, &self.nginx.layout.nginx_live())?.1;
+        let host = self.renderer.host(self.generation, &manifest.vhosts, &survey.directives).map_err(NginxError::Template)?;
+        let mut digests = BTreeMap::new();
+        let mut put = |name: String, text: &str| -> Result<(), FileError> {
+            files::write(&dir.join(&name), text.as_bytes(), 0o644)?;
+            digests.insert(name, digest_of(text.as_bytes()));
+            Ok(())
+        };
+        put("00-demae.conf".to_owned(), &host)?;
+        for app in manifest.vhosts.keys() {
+            if let Some(text) = texts.get(app) {
+                put(format!("app-{app}.conf"), text)?;
+            }
+        }
+        let saved = Saved { manifest: manifest.clone(), files: digests };
+        let json = serde_json::to_vec_pretty(&saved).map_err(|e| NginxError::Template(e.to_string()))?;
+        files::write(&dir.join(MANIFEST), &json, 0o644)?;
+        self.nginx.test(root, &dir).await
+    }
+}
+
+fn digest_of(text: &[u8]) -> String {
+    use sha2::{Digest as _, Sha256};
+    Sha256::digest(text).iter().take(8).map(|b| format!("{b:02x}")).collect()
+}
+
+/// The line that says why, of what `nginx -t` prints.
+fn emergency(text: &str) -> String {
+    let line = text.lines().find(|l| l.contains("[emerg]")).or_else(|| text.lines().find(|l| !l.trim().is_empty()));
+    let line = line.unwrap_or("it says nothing").trim();
+    line.strip_prefix("nginx: ").unwrap_or(line).to_owned()
+}
+
+/// `nginx version: nginx/1.22.1`; the oldest there is if it cannot be read.
+fn version(text: &str) -> (u32, u32, u32) {
+    let numbers = text.split("nginx/").nth(1).unwrap_or_default();
+    let mut parts = numbers.split(|c: char| !c.is_ascii_digit()).map(|p| p.parse().unwrap_or(0));
+    let mut next = || parts.next().unwrap_or(0);
+    (next(), next(), next())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_and_errors_are_read() {
+        assert_eq!(version("nginx version: nginx/1.22.1\n"), (1, 22, 1));
+        assert_eq!(version("nginx version: nginx/1.27.4 (Ubuntu)"), (1, 27, 4));
+        let text = "nginx: [warn] x\nnginx: [emerg] unknown directive \"y\" in /a:1\nnginx: test failed\n";
+        assert_eq!(emergency(text), "[emerg] unknown directive \"y\" in /a:1");
+    }
+}

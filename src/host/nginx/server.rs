@@ -1,0 +1,150 @@
+//! An nginx that runs: as a process of this machine, or in a container. All that differs between the two is here.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::host::docker::Docker;
+
+/// Longest time for `nginx -t`: 5,000 virtual hosts take a second.
+const TEST: Duration = Duration::from_secs(30);
+
+/// What can be asked of an nginx.
+pub trait Server: Send + Sync {
+    /// Runs nginx with arguments: whether it succeeded, and what it printed.
+    fn run<'a>(&'a self, arguments: Vec<String>) -> BoxFuture<'a, io::Result<(bool, String)>>;
+    /// The master process, by its number on this machine.
+    fn master<'a>(&'a self, pid_file: &'a Path) -> BoxFuture<'a, io::Result<i32>>;
+    /// Tells the master to reload.
+    fn reload<'a>(&'a self, master: i32) -> BoxFuture<'a, io::Result<()>>;
+    /// What its paths are relative to on this machine.
+    fn root<'a>(&'a self) -> BoxFuture<'a, io::Result<PathBuf>>;
+}
+
+/// A process of this machine.
+#[derive(Debug)]
+pub struct Local {
+    /// The program.
+    pub binary: String,
+}
+
+impl Server for Local {
+    #[expect(clippy::disallowed_methods, reason = "the home of nginx")]
+    fn run<'a>(&'a self, arguments: Vec<String>) -> BoxFuture<'a, io::Result<(bool, String)>> {
+        Box::pin(async move {
+            let mut command = tokio::process::Command::new(&self.binary);
+            command.args(arguments).stdin(std::process::Stdio::null()).kill_on_drop(true);
+            let output = tokio::time::timeout(TEST, command.output()).await.map_err(|_| io::ErrorKind::TimedOut)??;
+            let text = [output.stdout, output.stderr].concat();
+            Ok((output.status.success(), String::from_utf8_lossy(&text).into_owned()))
+        })
+    }
+
+    fn master<'a>(&'a self, pid_file: &'a Path) -> BoxFuture<'a, io::Result<i32>> {
+        Box::pin(async move {
+            let text = fs::read_to_string(pid_file).map_err(|e| match e.kind() {
+                io::ErrorKind::NotFound => io::Error::other(format!("nginx does not run: there is no `{}`", pid_file.display())),
+                _ => e,
+            })?;
+            let pid: i32 = text.trim().parse().map_err(|_| io::Error::other(format!("`{}` holds no number", pid_file.display())))?;
+            // A stale file may name a process that is somebody else by now.
+            match fs::read_to_string(format!("/proc/{pid}/comm")) {
+                Ok(name) if name.trim() == "nginx" => Ok(pid),
+                _ => Err(io::Error::other(format!("nginx does not run: process {pid} of `{}` is not nginx", pid_file.display()))),
+            }
+        })
+    }
+
+    fn reload<'a>(&'a self, master: i32) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move {
+            let pid = Pid::from_raw(master).ok_or(io::ErrorKind::InvalidInput)?;
+            Ok(kill_process(pid, Signal::HUP)?)
+        })
+    }
+
+    fn root<'a>(&'a self) -> BoxFuture<'a, io::Result<PathBuf>> {
+        Box::pin(async { Ok(PathBuf::from("/")) })
+    }
+}
+
+/// In a container, whose first process is the master. The state directory must be mounted into it at the same path.
+#[derive(Debug)]
+pub struct Contained {
+    /// The engine.
+    pub docker: Docker,
+    /// The container, by name.
+    pub container: String,
+    /// The program inside.
+    pub binary: String,
+}
+
+impl Server for Contained {
+    fn run<'a>(&'a self, arguments: Vec<String>) -> BoxFuture<'a, io::Result<(bool, String)>> {
+        Box::pin(async move {
+            let command = std::iter::once(self.binary.clone()).chain(arguments).collect();
+            let (code, text) = self.docker.exec(&self.container, command).await.map_err(io::Error::other)?;
+            Ok((code == 0, text))
+        })
+    }
+
+    fn master<'a>(&'a self, _pid_file: &'a Path) -> BoxFuture<'a, io::Result<i32>> {
+        Box::pin(async move {
+            let pid = self.docker.pid_of(&self.container).await.map_err(io::Error::other)?;
+            let pid = pid.ok_or_else(|| io::Error::other(format!("container `{}` does not run", self.container)))?;
+            // With an init process in front, nginx is its child.
+            let is_nginx = |pid: i32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|n| n.trim() == "nginx");
+            if is_nginx(pid) {
+                return Ok(pid);
+            }
+            children(pid).into_iter().find(|c| is_nginx(*c)).ok_or_else(|| {
+                io::Error::other(format!("no nginx runs in container `{}`, as far as this process can see", self.container))
+            })
+        })
+    }
+
+    fn reload<'a>(&'a self, _master: i32) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move { self.docker.signal(&self.container, "SIGHUP").await.map_err(io::Error::other) })
+    }
+
+    fn root<'a>(&'a self) -> BoxFuture<'a, io::Result<PathBuf>> {
+        Box::pin(async move {
+            let pid = self.docker.pid_of(&self.container).await.map_err(io::Error::other)?;
+            let pid = pid.ok_or_else(|| io::Error::other(format!("container `{}` does not run", self.container)))?;
+            Ok(PathBuf::from(format!("/proc/{pid}/root")))
+        })
+    }
+}
+
+/// The children of a process.
+fn children(pid: i32) -> Vec<i32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace().filter_map(|p| p.parse().ok()).collect()
+}
+
+/// How many workers of a master finish their last requests with an older configuration.
+pub fn old_workers(master: i32) -> usize {
+    children(master).into_iter().filter(|pid| is_leaving(*pid)).count()
+}
+
+/// Workers of a master that take new connections.
+pub fn workers(master: i32) -> Vec<i32> {
+    children(master).into_iter().filter(|pid| !is_leaving(*pid)).collect()
+}
+
+fn is_leaving(pid: i32) -> bool {
+    fs::read(format!("/proc/{pid}/cmdline"))
+        .is_ok_and(|line| String::from_utf8_lossy(&line).contains("worker process is shutting down"))
+}
+
+/// The group that workers run as, if one runs.
+pub fn worker_group(master: i32) -> Option<u32> {
+    let worker = *children(master).first()?;
+    let status = fs::read_to_string(format!("/proc/{worker}/status")).ok()?;
+    let line = status.lines().find(|l| l.starts_with("Gid:"))?;
+    line.split_whitespace().nth(2)?.parse().ok()
+}

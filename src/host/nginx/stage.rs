@@ -1,0 +1,302 @@
+//! A copy of the tree that nginx loads, in which a set of ours is tested before it is live.
+//!
+//! Testing one file by itself proves little: it is the whole tree that nginx refuses or takes. So the tree is copied,
+//! from the main file down to the include of ours, with that include led to the set under test. Everything else is
+//! included from where it is.
+
+use std::{
+    collections::HashSet,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use crate::host::files::{self, FileError};
+
+/// Deepest chain of includes that is followed.
+const MAX_DEPTH: usize = 20;
+
+/// Why the tree could not be copied.
+#[derive(Debug, thiserror::Error)]
+pub enum StageError {
+    /// A file of the tree cannot be read.
+    #[error("cannot read nginx's `{}`", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Our set would never be loaded.
+    #[error("`{}` does not include demae's files; add `include {live}/*.conf;` to its `http` block", conf.display())]
+    NotIncluded {
+        /// The main file.
+        conf: PathBuf,
+        /// Where ours lie.
+        live: String,
+    },
+    /// The copy cannot be written.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+/// What was learned on the way.
+#[derive(Debug, Default)]
+pub struct Tree {
+    /// Names of the directives seen in the files that lead to ours.
+    pub directives: HashSet<String>,
+    /// The value of `pid`, if it is set.
+    pub pid: Option<PathBuf>,
+}
+
+/// Copies the tree of `conf` into `test`, with `live` replaced by `set`, and answers with the copied main file.
+///
+/// `root` is what nginx's paths are relative to on this machine.
+pub fn stage(root: &Path, conf: &Path, live: &Path, set: &Path, test: &Path) -> Result<(PathBuf, Tree), StageError> {
+    files::remove_dir(test)?;
+    files::make_dir(test, 0o755)?;
+    let prefix = conf.parent().unwrap_or(Path::new("/")).to_owned();
+    link_neighbours(root, conf, &prefix, test)?;
+    let mut stager = Stager { root, prefix, live, set, test, copies: 0, tree: Tree::default() };
+    let main = stager.copy(conf, true, 0)?;
+    match main {
+        Some(path) => Ok((path, stager.tree)),
+        None => Err(StageError::NotIncluded { conf: conf.to_owned(), live: live.display().to_string() }),
+    }
+}
+
+/// Reads the tree of `conf` without copying anything: whether ours is included, and what else it says.
+pub fn survey(root: &Path, conf: &Path, live: &Path) -> Result<(bool, Tree), StageError> {
+    let prefix = conf.parent().unwrap_or(Path::new("/")).to_owned();
+    let mut stager = Stager { root, prefix, live, set: live, test: live, copies: 0, tree: Tree::default() };
+    let included = stager.leads_to_us(conf, 0)?;
+    Ok((included, stager.tree))
+}
+
+/// nginx takes relative paths from the directory of its main file, so the copy gets links to everything beside it.
+fn link_neighbours(root: &Path, conf: &Path, prefix: &Path, test: &Path) -> Result<(), StageError> {
+    for name in files::list(&under(root, prefix))? {
+        if conf.file_name().is_none_or(|c| c != name.as_str()) {
+            files::symlink(&prefix.join(&name), &test.join(&name))?;
+        }
+    }
+    Ok(())
+}
+
+struct Stager<'a> {
+    root: &'a Path,
+    prefix: PathBuf,
+    live: &'a Path,
+    set: &'a Path,
+    test: &'a Path,
+    copies: usize,
+    tree: Tree,
+}
+
+impl Stager<'_> {
+    fn read(&self, path: &Path) -> Result<String, StageError> {
+        fs::read_to_string(under(self.root, path)).map_err(|source| StageError::Read { path: path.to_owned(), source })
+    }
+
+    /// The files that an include names.
+    fn expand(&self, pattern: &str) -> Vec<PathBuf> {
+        let absolute = self.prefix.join(pattern);
+        let on_host = under(self.root, &absolute);
+        let Some(text) = on_host.to_str() else { return Vec::new() };
+        if !text.contains(['*', '?', '[']) {
+            return vec![absolute];
+        }
+        let found = glob::glob(text).into_iter().flatten().filter_map(Result::ok);
+        found
+            .filter_map(|p| if self.root == Path::new("/") { Some(p) } else { p.strip_prefix(self.root).ok().map(|p| Path::new("/").join(p)) })
+            .collect()
+    }
+
+    fn is_ours(&self, pattern: &str) -> bool {
+        self.prefix.join(pattern).starts_with(self.live)
+    }
+
+    fn leads_to_us(&mut self, path: &Path, depth: usize) -> Result<bool, StageError> {
+        if depth > MAX_DEPTH {
+            return Ok(false);
+        }
+        let text = self.read(path)?;
+        let mut found = false;
+        let mut seen = Vec::new();
+        for directive in directives(&text) {
+            seen.push(directive.words[0].clone());
+            match directive.words.as_slice() {
+                [name, pid] if name == "pid" => self.tree.pid = Some(self.prefix.join(pid)),
+                [name, pattern] if name == "include" => {
+                    if self.is_ours(pattern) {
+                        found = true;
+                    } else {
+                        for file in self.expand(pattern) {
+                            // A broken neighbour is nginx's to complain about.
+                            found |= self.leads_to_us(&file, depth + 1).unwrap_or(false);
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        if found {
+            self.tree.directives.extend(seen);
+        }
+        Ok(found)
+    }
+
+    /// Copies a file if it leads to us.
+    fn copy(&mut self, path: &Path, main: bool, depth: usize) -> Result<Option<PathBuf>, StageError> {
+        if depth > MAX_DEPTH || !self.leads_to_us(path, depth)? {
+            return Ok(None);
+        }
+        let text = self.read(path)?;
+        let mut out = String::with_capacity(text.len());
+        let mut done = 0;
+        for directive in directives(&text) {
+            let [name, pattern] = directive.words.as_slice() else { continue };
+            if name != "include" {
+                continue;
+            }
+            let replacement = if self.is_ours(pattern) {
+                let rest = self.prefix.join(pattern);
+                let rest = rest.strip_prefix(self.live).unwrap_or(Path::new("*.conf"));
+                vec![self.set.join(rest)]
+            } else {
+                let mut files = Vec::new();
+                let mut copied = false;
+                for file in self.expand(pattern) {
+                    match self.copy(&file, false, depth + 1).unwrap_or(None) {
+                        Some(copy) => {
+                            copied = true;
+                            files.push(copy);
+                        }
+                        None => files.push(file),
+                    }
+                }
+                if !copied {
+                    continue;
+                }
+                files
+            };
+            out.push_str(&text[done..directive.start]);
+            for file in replacement {
+                out.push_str(&format!("include \"{}\";\n", file.display()));
+            }
+            done = directive.end;
+        }
+        out.push_str(&text[done..]);
+        self.copies += 1;
+        let name = if main { "demae-test.conf".to_owned() } else { format!("demae-test-{}.inc", self.copies) };
+        let copy = self.test.join(name);
+        files::write(&copy, out.as_bytes(), 0o644)?;
+        Ok(Some(copy))
+    }
+}
+
+/// A path of nginx, as this machine sees it.
+fn under(root: &Path, path: &Path) -> PathBuf {
+    match path.strip_prefix("/") {
+        Ok(rest) if root != Path::new("/") => root.join(rest),
+        _ => path.to_owned(),
+    }
+}
+
+/// A simple directive: its words, and where in the text it is, with its semicolon.
+struct Directive {
+    words: Vec<String>,
+    start: usize,
+    end: usize,
+}
+
+/// The simple directives of a file of nginx, at any depth of blocks. The names of blocks count as nothing.
+fn directives(text: &str) -> Vec<Directive> {
+    let mut found = Vec::new();
+    let mut words: Vec<String> = Vec::new();
+    let mut start = 0;
+    let mut chars = text.char_indices().peekable();
+    while let Some((at, c)) = chars.next() {
+        match c {
+            '#' => while chars.next_if(|(_, c)| *c != '\n').is_some() {},
+            ';' => {
+                if !words.is_empty() {
+                    found.push(Directive { words: std::mem::take(&mut words), start, end: at + 1 });
+                }
+            }
+            '{' | '}' => words.clear(),
+            c if c.is_whitespace() => {}
+            first => {
+                if words.is_empty() {
+                    start = at;
+                }
+                let mut word = String::new();
+                if matches!(first, '"' | '\'') {
+                    while let Some((_, c)) = chars.next() {
+                        match c {
+                            '\\' => word.extend(chars.next().map(|(_, c)| c)),
+                            c if c == first => break,
+                            c => word.push(c),
+                        }
+                    }
+                } else {
+                    word.push(first);
+                    let mut variable = false;
+                    while let Some((_, c)) = chars.next_if(|(_, c)| variable || !(c.is_whitespace() || matches!(c, ';' | '{' | '}'))) {
+                        // `${name}` is part of a word.
+                        match c {
+                            '$' if chars.peek().is_some_and(|(_, n)| *n == '{') => variable = true,
+                            '}' => variable = false,
+                            _ => {}
+                        }
+                        word.push(c);
+                    }
+                }
+                words.push(word);
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directives_are_found_through_quotes_comments_and_blocks() {
+        let text = "user www; # include a;\nhttp { include \"b c/*.conf\"; log_format x '{; include d; }'; server { include e; } }";
+        let found: Vec<Vec<String>> = directives(text).into_iter().map(|d| d.words).collect();
+        assert_eq!(found[0], ["user", "www"]);
+        assert_eq!(found[1], ["include", "b c/*.conf"]);
+        assert_eq!(found[2], ["log_format", "x", "{; include d; }"]);
+        assert_eq!(found[3], ["include", "e"]);
+        assert_eq!(found.len(), 4);
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a test writes its own files")]
+    fn the_copy_leads_to_the_set_under_test() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let at = |p: &str| dir.path().join(p);
+        for d in ["etc/conf.d", "live", "7.set"] {
+            fs::create_dir_all(at(d)).expect("a directory");
+        }
+        let live = at("live");
+        fs::write(at("etc/nginx.conf"), "pid run.pid;\nhttp { include mime.types; include conf.d/*.conf; }\n").expect("a file");
+        fs::write(at("etc/mime.types"), "types { }\n").expect("a file");
+        fs::write(at("etc/conf.d/other.conf"), "server { }\n").expect("a file");
+        fs::write(at("etc/conf.d/demae.conf"), format!("include {}/*.conf;\n", live.display())).expect("a file");
+        let (copy, tree) = stage(Path::new("/"), &at("etc/nginx.conf"), &live, &at("7.set"), &at("test")).expect("it is staged");
+        let main = fs::read_to_string(copy).expect("a copy");
+        assert!(main.contains("include mime.types;"), "{main}");
+        assert!(main.contains("conf.d/other.conf\";"), "{main}");
+        assert!(main.contains("demae-test-1.inc"), "{main}");
+        let inner = fs::read_to_string(at("test/demae-test-1.inc")).expect("a copy");
+        assert!(inner.contains(&format!("include \"{}/*.conf\";", at("7.set").display())), "{inner}");
+        assert!(at("test/mime.types").exists());
+        assert_eq!(tree.pid, Some(at("etc/run.pid")));
+        fs::write(at("etc/conf.d/demae.conf"), "").expect("a file");
+        let error = stage(Path::new("/"), &at("etc/nginx.conf"), &live, &at("7.set"), &at("test")).expect_err("it is not included");
+        assert!(error.to_string().contains("add `include"), "{error}");
+    }
+}

@@ -1,0 +1,80 @@
+//! Loopback ports for apps that listen on TCP.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::TcpListener,
+    ops::RangeInclusive,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+/// How long a port rests after its use: nginx workers that know it may live a while.
+const QUARANTINE: Duration = Duration::from_secs(120);
+
+/// Why there is no port.
+#[derive(Debug, thiserror::Error)]
+#[error("no port of {}-{} is free: {taken} belong to containers, {resting} rest after use, the others are taken by other programs", range.start(), range.end())]
+pub struct NoPort {
+    range: RangeInclusive<u16>,
+    taken: usize,
+    resting: usize,
+}
+
+/// The ports of a range, and which of them are spoken for.
+#[derive(Debug)]
+pub struct Ports {
+    range: RangeInclusive<u16>,
+    resting: Mutex<HashMap<u16, Instant>>,
+}
+
+impl Ports {
+    /// Hands out ports of this range.
+    pub fn new(range: RangeInclusive<u16>) -> Self {
+        Self { range, resting: Mutex::new(HashMap::new()) }
+    }
+
+    /// A port that nobody has: not a container of this host, nobody who listens, nobody who just had it. The seed
+    /// spreads the choice, so that one app does not get the port another has just left.
+    ///
+    /// # Errors
+    /// If the whole range is in use.
+    pub fn take(&self, seed: &str, taken: &HashSet<u16>) -> Result<u16, NoPort> {
+        let mut resting = self.resting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        resting.retain(|_, until| *until > Instant::now());
+        let count = u64::from(*self.range.end() - *self.range.start()) + 1;
+        let begin = seed.bytes().fold(0u64, |h, b| h.wrapping_mul(31).wrapping_add(u64::from(b)));
+        for offset in 0..count {
+            let Ok(step) = u16::try_from(begin.wrapping_add(offset) % count) else { continue };
+            let port = *self.range.start() + step;
+            if !taken.contains(&port) && !resting.contains_key(&port) && TcpListener::bind(("127.0.0.1", port)).is_ok() {
+                // Two apps may ask at once, before either container is there to be seen.
+                resting.insert(port, Instant::now() + QUARANTINE);
+                return Ok(port);
+            }
+        }
+        Err(NoPort { range: self.range.clone(), taken: taken.len(), resting: resting.len() })
+    }
+
+    /// Lets a port rest.
+    pub fn rest(&self, port: u16) {
+        let mut resting = self.resting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        resting.insert(port, Instant::now() + QUARANTINE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_never_handed_out_twice() {
+        let busy = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = busy.local_addr().expect("an address").port();
+        let ports = Ports::new(port..=port);
+        assert!(ports.take("a", &HashSet::new()).is_err(), "somebody listens there");
+        drop(busy);
+        assert!(ports.take("a", &HashSet::from([port])).is_err(), "a container has it");
+        assert_eq!(ports.take("a", &HashSet::new()).expect("it is free"), port);
+        assert!(ports.take("a", &HashSet::new()).is_err(), "it was just handed out");
+    }
+}

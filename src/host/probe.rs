@@ -1,0 +1,136 @@
+//! One question to an instance, or to nginx.
+
+use std::{io, path::Path, time::Duration};
+
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::{Request, body::Bytes, client::conn::http1, header::HOST};
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpStream, UnixStream};
+
+/// Most of an answer that is read: whoever asks wants a status, or a number.
+const MAX_BODY: usize = 64 * 1024;
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// The status.
+    pub status: u16,
+    /// Whether our own default server gave it.
+    pub unknown_host: bool,
+    /// The beginning of the body.
+    pub body: String,
+}
+
+/// Why there was none, in words for people.
+pub type NoAnswer = String;
+
+/// Asks over a unix socket.
+///
+/// # Errors
+/// In words, if there is no answer in time.
+pub async fn get_unix(path: &Path, uri: &str, within: Duration) -> Result<Answer, NoAnswer> {
+    bounded(within, async {
+        let stream = UnixStream::connect(path).await.map_err(|e| refused(&e, &path.display().to_string()))?;
+        get(TokioIo::new(stream), "localhost", uri).await
+    })
+    .await
+}
+
+/// Asks over TCP.
+///
+/// # Errors
+/// In words, if there is no answer in time.
+pub async fn get_tcp(address: &str, host: &str, uri: &str, within: Duration) -> Result<Answer, NoAnswer> {
+    bounded(within, async {
+        let stream = TcpStream::connect(address).await.map_err(|e| refused(&e, address))?;
+        get(TokioIo::new(stream), host, uri).await
+    })
+    .await
+}
+
+/// Whether a unix socket takes a connection.
+///
+/// # Errors
+/// In words, if it does not in time.
+pub async fn connect_unix(path: &Path, within: Duration) -> Result<(), NoAnswer> {
+    bounded(within, async {
+        UnixStream::connect(path).await.map(drop).map_err(|e| refused(&e, &path.display().to_string()))
+    })
+    .await
+}
+
+/// Whether a port takes a connection and keeps it: Docker's proxy takes any, and drops it if nobody listens behind.
+///
+/// # Errors
+/// In words, if it does not in time.
+pub async fn connect_tcp(address: &str, within: Duration) -> Result<(), NoAnswer> {
+    bounded(within, async {
+        let stream = TcpStream::connect(address).await.map_err(|e| refused(&e, address))?;
+        let mut byte = [0u8; 1];
+        // An app may speak first; most wait. Only an end within this moment means that nobody is there.
+        match tokio::time::timeout(Duration::from_millis(20), stream.peek(&mut byte)).await {
+            Ok(Ok(0)) => Err(format!("{address} takes connections and closes them at once")),
+            Ok(Err(e)) => Err(refused(&e, address)),
+            Ok(Ok(_)) | Err(_) => Ok(()),
+        }
+    })
+    .await
+}
+
+async fn bounded<T>(within: Duration, asking: impl Future<Output = Result<T, NoAnswer>>) -> Result<T, NoAnswer> {
+    match tokio::time::timeout(within, asking).await {
+        Ok(answer) => answer,
+        Err(_) => Err(format!("no answer within {} ms", within.as_millis())),
+    }
+}
+
+async fn get<S>(stream: TokioIo<S>, host: &str, uri: &str) -> Result<Answer, NoAnswer>
+where
+    TokioIo<S>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
+    let (mut sender, connection) = http1::handshake(stream).await.map_err(|e| words(&e))?;
+    let request = Request::get(uri)
+        .header(HOST, host)
+        .header("user-agent", concat!("demae/", env!("CARGO_PKG_VERSION")))
+        .header("connection", "close")
+        .body(Empty::<Bytes>::new())
+        .map_err(|e| e.to_string())?;
+    let asking = async {
+        let response = sender.send_request(request).await.map_err(|e| words(&e))?;
+        let status = response.status().as_u16();
+        let unknown_host = response.headers().contains_key("x-demae-unknown-host");
+        // A cut body is an answer all the same: the status is what was asked for.
+        let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
+        let body = body.map(|b| String::from_utf8_lossy(&b.to_bytes()).into_owned()).unwrap_or_default();
+        Ok(Answer { status, unknown_host, body })
+    };
+    // The connection must be driven beside the request, and ends with it.
+    tokio::pin!(asking);
+    let mut connection = std::pin::pin!(connection);
+    let mut open = true;
+    loop {
+        tokio::select! {
+            answer = &mut asking => return answer,
+            _ = &mut connection, if open => open = false,
+        }
+    }
+}
+
+fn refused(error: &io::Error, whom: &str) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "its socket does not exist yet".to_owned(),
+        io::ErrorKind::ConnectionRefused => "nobody listens there".to_owned(),
+        io::ErrorKind::PermissionDenied => format!("`{whom}` may not be connected to by this agent"),
+        _ => format!("cannot connect: {error}"),
+    }
+}
+
+fn words(error: &hyper::Error) -> String {
+    let mut text = format!("no proper HTTP answer: {error}");
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

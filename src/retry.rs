@@ -1,0 +1,47 @@
+//! How long to wait before trying again. The one file that knows the `backoff` crate.
+
+use std::time::Duration;
+
+use backoff::{ExponentialBackoff, ExponentialBackoffBuilder, backoff::Backoff};
+
+/// Growing pauses with jitter, without an end: a controller never gives up.
+#[derive(Debug)]
+pub struct Retry {
+    policy: ExponentialBackoff,
+    longest: Duration,
+}
+
+impl Retry {
+    /// Pauses from `first` to `longest`, each twice the one before, give or take a fifth.
+    pub fn new(first: Duration, longest: Duration) -> Self {
+        let policy = ExponentialBackoffBuilder::new()
+            .with_initial_interval(first)
+            .with_multiplier(2.0)
+            .with_randomization_factor(0.2)
+            .with_max_interval(longest)
+            .with_max_elapsed_time(None)
+            .build();
+        Self { policy, longest }
+    }
+
+    /// The next pause. The crate adds its jitter after its limit, so the limit is held here.
+    pub fn pause(&mut self) -> Duration {
+        self.policy.next_backoff().unwrap_or(self.longest).min(self.longest)
+    }
+
+    /// Begins again with the first pause.
+    pub fn reset(&mut self) {
+        self.policy.reset();
+    }
+}
+
+/// The pause after `attempts` failures in a row, for what keeps only their count: 1 s, 2 s, 4 s … 5 min, the curve
+/// that Kubernetes' kubelet uses for crash loops, begun ten times sooner since most failures of a deploy are short.
+pub fn pause_after(attempts: u32) -> Duration {
+    Duration::from_secs(1u64 << attempts.saturating_sub(1).min(9)).min(Duration::from_secs(300))
+}
+
+/// A duration, give or take a fifth, so that many agents do not act at once.
+pub fn jittered(duration: Duration) -> Duration {
+    Retry::new(duration, duration * 2).pause()
+}

@@ -1,0 +1,157 @@
+//! A connection to one member of etcd.
+
+use std::{path::PathBuf, time::Duration};
+
+use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, TlsOptions};
+
+use super::keys::Prefix;
+use crate::model::env::Secret;
+
+/// How etcd is reached: the names that etcdctl uses.
+#[derive(Debug, Clone)]
+pub struct EtcdConfig {
+    /// Members, `host:port` or URLs.
+    pub endpoints: Vec<String>,
+    /// User and password, if the store asks for them.
+    pub user: Option<(String, Secret)>,
+    /// The CA that signed the members' certificates.
+    pub cacert: Option<PathBuf>,
+    /// Our certificate and its key.
+    pub cert: Option<(PathBuf, PathBuf)>,
+    /// Longest time for a connection.
+    pub dial_timeout: Duration,
+    /// Longest time for one answer.
+    pub command_timeout: Duration,
+    /// What all keys begin with.
+    pub prefix: Prefix,
+}
+
+/// Why etcd could not be read or written. All of these may pass; the caller tries again.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// A file of the configuration could not be read.
+    #[error("cannot read `{}`", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The connection could not be made.
+    #[error("cannot connect to etcd at {endpoint}: {reason}")]
+    Connect {
+        /// Where.
+        endpoint: String,
+        /// Why.
+        reason: String,
+    },
+    /// A call failed.
+    #[error("etcd at {endpoint}: {operation}: {reason}")]
+    Call {
+        /// Where.
+        endpoint: String,
+        /// What was asked.
+        operation: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// The watch ended, or said nothing for too long.
+    #[error("etcd at {endpoint}: the watch {reason}")]
+    Watch {
+        /// Where.
+        endpoint: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl StoreError {
+    /// The kind: a bounded set, for metrics.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::File { .. } => "file",
+            Self::Connect { .. } => "connect",
+            Self::Call { .. } => "call",
+            Self::Watch { .. } => "watch",
+        }
+    }
+}
+
+/// One member, connected.
+#[derive(Clone)]
+pub struct Connection {
+    /// The client. Cheap to clone.
+    pub client: Client,
+    /// Which member.
+    pub endpoint: String,
+}
+
+impl Connection {
+    /// Connects to the member whose turn it is. One member at a time: the client of several members fails the calls it
+    /// happens to send to a dead one.
+    ///
+    /// # Errors
+    /// If a file cannot be read, or the connection cannot be made.
+    pub async fn open(config: &EtcdConfig, turn: usize) -> Result<Self, StoreError> {
+        let endpoint = config.endpoints[turn % config.endpoints.len()].clone();
+        let mut options = ConnectOptions::new()
+            .with_connect_timeout(config.dial_timeout)
+            .with_timeout(config.command_timeout)
+            // etcd ends connections that ask more often than every 5 s.
+            .with_keep_alive(Duration::from_secs(10), Duration::from_secs(5))
+            .with_keep_alive_while_idle(true)
+            .with_require_leader(true);
+        if let Some((user, password)) = &config.user {
+            options = options.with_user(user, password.expose()).with_auto_token_refresh(true);
+        }
+        if endpoint.starts_with("https://") || (!endpoint.contains("://") && config.cacert.is_some()) {
+            let mut tls = match &config.cacert {
+                Some(path) => TlsOptions::new().ca_certificate(Certificate::from_pem(pem(path)?)),
+                None => TlsOptions::new().with_enabled_roots(),
+            };
+            if let Some((cert, key)) = &config.cert {
+                tls = tls.identity(Identity::from_pem(pem(cert)?, pem(key)?));
+            }
+            options = options.with_tls(tls);
+        }
+        match Client::connect([&endpoint], Some(options)).await {
+            Ok(client) => Ok(Self { client, endpoint }),
+            Err(e) => Err(StoreError::Connect { endpoint, reason: say(&e) }),
+        }
+    }
+
+    /// The error of a call to this member.
+    pub fn failed(&self, operation: &'static str) -> impl Fn(Error) -> StoreError + use<> {
+        let endpoint = self.endpoint.clone();
+        move |e| StoreError::Call { endpoint: endpoint.clone(), operation, reason: say(&e) }
+    }
+}
+
+/// Reads a PEM file. etcd-client takes anything and fails much later, so what is not PEM is refused here.
+fn pem(path: &PathBuf) -> Result<Vec<u8>, StoreError> {
+    let failed = |source| StoreError::File { path: path.clone(), source };
+    let text = std::fs::read(path).map_err(failed)?;
+    if !text.starts_with(b"-----BEGIN") && !text.windows(11).any(|w| w == b"\n-----BEGIN") {
+        return Err(failed(std::io::Error::other("this is not a PEM file")));
+    }
+    Ok(text)
+}
+
+/// The cause, for people: the client's own text of an error is the debug form of it.
+fn say(error: &Error) -> String {
+    match error {
+        Error::GRpcStatus(status) => {
+            let mut text = status.message().to_owned();
+            let mut cause = std::error::Error::source(status);
+            while let Some(e) = cause {
+                let more = e.to_string();
+                if !text.contains(&more) {
+                    text = if text.is_empty() { more } else { format!("{text}: {more}") };
+                }
+                cause = e.source();
+            }
+            if text.is_empty() { status.code().to_string() } else { text }
+        }
+        other => other.to_string(),
+    }
+}

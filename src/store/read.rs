@@ -1,0 +1,265 @@
+//! One consistent read of the store, and what it means.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use etcd_client::{Compare, CompareOp, GetOptions, SortOrder, SortTarget, Txn, TxnOp};
+
+use super::{
+    client::{Connection, StoreError},
+    keys::{BadKey, Key, Prefix},
+};
+use crate::model::{
+    desired::{self, DesiredApp, HostMode, Snapshot, Target},
+    name::{AppName, HostName},
+    problem::{Problem, Problems},
+    release::ReleaseKey,
+    spec::Spec,
+    yaml::{self, Value},
+};
+
+/// Keys of one page. With the largest value etcd takes (1.5 MiB) a page of this size fits the decoding limit below in
+/// any store of ordinary size.
+const PAGE: i64 = 500;
+/// Largest answer that is decoded: the client's own limit of 4 MiB is reached by a thousand specs.
+const LARGEST: usize = 256 << 20;
+
+/// A value, and when it was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    value: Vec<u8>,
+    created: i64,
+    modified: i64,
+}
+
+impl Entry {
+    pub(super) fn new(value: Vec<u8>, created: i64, modified: i64) -> Self {
+        Self { value, created, modified }
+    }
+}
+
+/// All that people wrote, at one revision.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Contents {
+    pub(super) entries: BTreeMap<Vec<u8>, Entry>,
+    pub(super) revision: i64,
+}
+
+/// What to do about the key that release ids are made with, if the store has none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadKey {
+    /// Make one. For agents.
+    OrCreate,
+    /// Take one for now, and write nothing. For `demae plan`.
+    OrPretend,
+}
+
+/// Reads everything at one revision, page by page, and the key that release ids are made with.
+///
+/// # Errors
+/// If a call fails.
+pub async fn read(connection: &Connection, prefix: &Prefix, key: ReadKey) -> Result<(Contents, ReleaseKey), StoreError> {
+    let mut kv = connection.client.kv_client().max_decoding_message_size(LARGEST);
+    let failed = connection.failed("reading");
+    let (mut from, to) = prefix.intent();
+    let mut contents = Contents::default();
+    loop {
+        let mut options = GetOptions::new()
+            .with_range(to.clone())
+            .with_limit(PAGE)
+            .with_sort(SortTarget::Key, SortOrder::Ascend);
+        if contents.revision > 0 {
+            options = options.with_revision(contents.revision);
+        }
+        let answer = kv.get(from.clone(), Some(options)).await.map_err(&failed)?;
+        if contents.revision == 0 {
+            contents.revision = answer.header().map_or(0, |h| h.revision());
+        }
+        for kv in answer.kvs() {
+            if let Some(rest) = prefix.strip(kv.key()) {
+                let entry = Entry::new(kv.value().to_vec(), kv.create_revision(), kv.mod_revision());
+                contents.entries.insert(rest.to_vec(), entry);
+            }
+        }
+        match answer.kvs().last() {
+            // The first key after the last one.
+            Some(last) if answer.more() => from = [last.key(), &[0]].concat(),
+            _ => break,
+        }
+    }
+    let release_key = release_key(connection, prefix, key).await?;
+    Ok((contents, release_key))
+}
+
+async fn release_key(connection: &Connection, prefix: &Prefix, read: ReadKey) -> Result<ReleaseKey, StoreError> {
+    let mut kv = connection.client.kv_client();
+    let key = prefix.release_key();
+    let failed = connection.failed("reading the release key");
+    if let Some(found) = kv.get(key.clone(), None).await.map_err(&failed)?.kvs().first() {
+        return Ok(ReleaseKey::new(found.value()));
+    }
+    let fresh = random_key().map_err(|source| StoreError::File { path: "/dev/urandom".into(), source })?;
+    if read == ReadKey::OrPretend {
+        return Ok(ReleaseKey::new(fresh));
+    }
+    // Whoever is first makes it; everybody else reads what the first one made.
+    let create = Txn::new()
+        .when([Compare::create_revision(key.clone(), CompareOp::Equal, 0)])
+        .and_then([TxnOp::put(key.clone(), fresh, None)]);
+    kv.txn(create).await.map_err(connection.failed("making the release key"))?;
+    let answer = kv.get(key.clone(), None).await.map_err(&failed)?;
+    match answer.kvs().first() {
+        Some(found) => Ok(ReleaseKey::new(found.value())),
+        None => Err(StoreError::Call {
+            endpoint: connection.endpoint.clone(),
+            operation: "reading the release key",
+            reason: format!("`{key}` is gone right after it was made"),
+        }),
+    }
+}
+
+/// 256 random bits, as text that survives a terminal.
+fn random_key() -> std::io::Result<String> {
+    let mut bytes = [0u8; 32];
+    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// Reads once, for commands that look and leave.
+///
+/// # Errors
+/// If no member answers; the last error.
+pub async fn read_once(
+    config: &super::client::EtcdConfig,
+    host: &HostName,
+    labels: &BTreeMap<String, String>,
+) -> Result<Snapshot, StoreError> {
+    let mut last = None;
+    for turn in 0..config.endpoints.len() {
+        let attempt = async {
+            let connection = Connection::open(config, turn).await?;
+            read(&connection, &config.prefix, ReadKey::OrPretend).await
+        };
+        match attempt.await {
+            Ok((contents, key)) => return Ok(Reader::new(host.clone(), labels.clone()).snapshot(&contents, &key)),
+            Err(e) => last = Some(e),
+        }
+    }
+    Err(last.unwrap_or_else(|| StoreError::Connect { endpoint: "nowhere".into(), reason: "no endpoint is configured".into() }))
+}
+
+/// Makes snapshots of contents. Keeps what it has read, so that one changed key costs one spec.
+pub struct Reader {
+    host: HostName,
+    labels: BTreeMap<String, String>,
+    specs: HashMap<AppName, (i64, Arc<Result<Spec, Problems>>)>,
+    last_good: BTreeMap<AppName, Target>,
+    mode: HostMode,
+}
+
+impl Reader {
+    /// For a host with these labels of its own.
+    pub fn new(host: HostName, labels: BTreeMap<String, String>) -> Self {
+        Self { host, labels, specs: HashMap::new(), last_good: BTreeMap::new(), mode: HostMode::Active }
+    }
+
+    /// What the contents mean for this host.
+    pub fn snapshot(&mut self, contents: &Contents, key: &ReleaseKey) -> Snapshot {
+        let mut unreadable = Vec::new();
+        let (keys, labels) = self.sort_out(contents, &mut unreadable);
+        let last_good = &self.last_good;
+        let apps = desired::resolve(&keys, key, self.mode, &labels, |app| last_good.get(app).cloned());
+        for (app, desired) in &apps {
+            if let DesiredApp::Run(target) = desired {
+                self.last_good.insert(app.clone(), target.clone());
+            }
+        }
+        self.last_good.retain(|app, _| apps.contains_key(app));
+        Snapshot { revision: contents.revision, mode: self.mode, labels, apps, unreadable }
+    }
+
+    fn sort_out(
+        &mut self,
+        contents: &Contents,
+        unreadable: &mut Vec<Problem>,
+    ) -> (desired::Keys, BTreeMap<String, String>) {
+        let mut keys = desired::Keys::default();
+        let mut labels = self.labels.clone();
+        let mut mode = HostMode::Active;
+        for (rest, entry) in &contents.entries {
+            let value = || Some(entry.value.clone());
+            match Key::parse(rest) {
+                Ok(Key::Spec(app)) => {
+                    let spec = self.spec(&app, entry);
+                    keys.apps.entry(app).or_default().spec = Some((entry.created, spec));
+                }
+                Ok(Key::Image(app)) => keys.apps.entry(app).or_default().image = value(),
+                Ok(Key::Restart(app)) => keys.apps.entry(app).or_default().restart = value(),
+                Ok(Key::Paused(app)) => keys.apps.entry(app).or_default().paused = value(),
+                Ok(Key::Env(set, name)) => {
+                    keys.env.entry(set).or_default().insert(name, entry.value.clone());
+                }
+                Ok(Key::HostLabels(host)) if host == self.host => match host_labels(&entry.value) {
+                    Ok(more) => labels.extend(more),
+                    Err(mut problem) => {
+                        problem.key = format!("hosts/{host}/labels");
+                        unreadable.push(problem);
+                    }
+                },
+                Ok(Key::HostMode(host)) if host == self.host => match host_mode(&entry.value) {
+                    Some(found) => mode = found,
+                    None => {
+                        // An unreadable mode is not a new mode.
+                        mode = self.mode;
+                        let problem = Problem::new(format!("hosts/{host}/mode"), "this is not a mode");
+                        unreadable.push(problem.hint("use `active`, `cordoned` or `drained`"));
+                    }
+                },
+                Ok(Key::HostLabels(_) | Key::HostMode(_) | Key::Cluster) => {}
+                Err(BadKey::App(app, problem)) => keys.apps.entry(app).or_default().problems.push(problem),
+                Err(BadKey::Set(set, problem)) => keys.env_problems.entry(set).or_default().push(problem),
+                Err(BadKey::Nobody(problem)) => unreadable.push(problem),
+            }
+        }
+        self.mode = mode;
+        self.specs.retain(|app, _| keys.apps.contains_key(app));
+        (keys, labels)
+    }
+
+    fn spec(&mut self, app: &AppName, entry: &Entry) -> Arc<Result<Spec, Problems>> {
+        match self.specs.get(app) {
+            Some((modified, spec)) if *modified == entry.modified => spec.clone(),
+            _ => {
+                let spec = Arc::new(Spec::parse(&entry.value));
+                self.specs.insert(app.clone(), (entry.modified, spec.clone()));
+                spec
+            }
+        }
+    }
+}
+
+fn host_mode(value: &[u8]) -> Option<HostMode> {
+    match std::str::from_utf8(value).ok()?.trim() {
+        "active" => Some(HostMode::Active),
+        "cordoned" => Some(HostMode::Cordoned),
+        "drained" => Some(HostMode::Drained),
+        _ => None,
+    }
+}
+
+fn host_labels(value: &[u8]) -> Result<BTreeMap<String, String>, Problem> {
+    let node = yaml::parse(value)?;
+    let Value::Map(entries) = node.value else {
+        return Err(Problem::new("", "write a mapping such as `role: web`").at(node.line, node.column));
+    };
+    let mut labels = BTreeMap::new();
+    for (key, node) in entries {
+        let Value::Scalar { text, .. } = node.value else {
+            return Err(Problem::new(key.name, "a label has a single value").at(node.line, node.column));
+        };
+        labels.insert(key.name, text);
+    }
+    Ok(labels)
+}

@@ -1,0 +1,192 @@
+//! Looks at this host: from containers, files and nginx to values a plan can be made of. Changes nothing.
+
+use std::{collections::BTreeSet, path::Path, sync::Arc};
+
+use crate::{
+    host::{
+        docker::{Docker, DockerError, Found},
+        drain,
+        files::{self, FileError},
+        health::{Prober, Question},
+        layout::Layout,
+        nginx::Nginx,
+        ports::Ports,
+    },
+    model::{
+        name::{AppName, HostName, ImageRef, ReleaseId},
+        observed::{Address, Health, Instance, ObservedApp, Phase, Verdict},
+        proxy::ObservedProxy,
+        spec::Endpoint,
+        time::Timestamp,
+    },
+};
+
+/// This host, and all that can be done to it.
+pub struct World {
+    /// Which host.
+    pub host: HostName,
+    /// Containers.
+    pub docker: Docker,
+    /// nginx.
+    pub nginx: Nginx,
+    /// Files.
+    pub layout: Layout,
+    /// Loopback ports.
+    pub ports: Ports,
+    /// Health checks; `None` for whoever only looks.
+    pub prober: Option<Prober>,
+}
+
+/// Why something could not be seen. Nothing is concluded from it.
+#[derive(Debug, thiserror::Error)]
+pub enum ObserveError {
+    /// Docker.
+    #[error(transparent)]
+    Docker(#[from] DockerError),
+    /// Files.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+impl World {
+    /// Everything of one app. The image is looked for only where no instance tells it.
+    ///
+    /// # Errors
+    /// If anything of it cannot be seen; a part is never taken for the whole.
+    pub async fn observe_app(&self, app: &AppName, wanted: Option<(&ReleaseId, &ImageRef)>) -> Result<ObservedApp, ObserveError> {
+        let now = Timestamp::now();
+        let found = self.docker.instances(app, now).await?;
+        let image = match wanted {
+            Some((release, image)) if !found.iter().any(|f| f.key.release == *release) => {
+                self.docker.image(&image.tagged()).await?
+            }
+            _ => None,
+        };
+        let group = if found.is_empty() { None } else { self.nginx_group().await };
+        let mut observed = ObservedApp { image, ..self.traces(app)? };
+        observed.instances = found.into_iter().map(|f| self.instance(f, group)).collect();
+        if let Some(prober) = &self.prober {
+            let alive: Vec<_> = observed.instances.iter().filter(|i| i.is_alive()).map(|i| &i.id).collect();
+            prober.keep(app, &alive);
+        }
+        Ok(observed)
+    }
+
+    /// Only what lies on disk.
+    fn traces(&self, app: &AppName) -> Result<ObservedApp, FileError> {
+        let layout = &self.layout;
+        let mut observed = ObservedApp::default();
+        let routes = layout.app_routes(app);
+        for name in files::list(&routes)? {
+            let Some(slot) = name.strip_suffix(".sock").and_then(|n| n.parse().ok()) else { continue };
+            let target = std::fs::read_link(routes.join(&name)).ok();
+            observed.slots.insert(slot, target.as_deref().and_then(Layout::instance_of));
+        }
+        observed.slots_changed = modified(&routes);
+        let releases = |names: Vec<String>| names.into_iter().filter_map(|n| ReleaseId::try_from(n).ok()).collect::<BTreeSet<_>>();
+        observed.env_files =
+            releases(files::list(&layout.app_env(app))?).into_iter().filter(|r| layout.env_file(app, r).exists()).collect();
+        observed.socket_dirs =
+            files::list(&layout.app_sockets(app))?.iter().filter_map(|n| Layout::parse_key(n)).collect();
+        let proven = files::read(&layout.proven(app))?;
+        observed.proven =
+            proven.and_then(|text| ReleaseId::try_from(String::from_utf8_lossy(&text).trim()).ok());
+        for name in files::list(&layout.verdicts(app))? {
+            let text = files::read(&layout.verdicts(app).join(&name))?.unwrap_or_default();
+            if let Ok(verdict) = serde_json::from_slice::<Verdict>(&text) {
+                observed.verdicts.insert(verdict.release.clone(), verdict);
+            }
+        }
+        Ok(observed)
+    }
+
+    /// Apps that have left anything on disk.
+    ///
+    /// # Errors
+    /// If a directory cannot be listed.
+    pub fn apps_on_disk(&self) -> Result<BTreeSet<AppName>, FileError> {
+        let mut apps = BTreeSet::new();
+        for dir in self.layout.by_app() {
+            apps.extend(files::list(&dir)?.into_iter().filter_map(|n| AppName::try_from(n).ok()));
+        }
+        Ok(apps)
+    }
+
+    /// nginx.
+    pub async fn observe_proxy(&self) -> ObservedProxy {
+        self.nginx.observe().await
+    }
+
+    async fn nginx_group(&self) -> Option<u32> {
+        if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None }
+    }
+
+    fn instance(&self, found: Found, group: Option<u32>) -> Instance {
+        let address = match (&found.endpoint, found.port) {
+            (Some(Endpoint::Socket(path)), _) => {
+                let name = Path::new(path).file_name().unwrap_or_default();
+                let path = self.layout.socket_dir(&found.app, &found.key).join(name);
+                Some(Address::Socket(path.to_string_lossy().into_owned()))
+            }
+            (Some(Endpoint::Port(_)), Some(port)) => Some(Address::Port(port)),
+            _ => None,
+        };
+        let running = found.phase == Phase::Running;
+        let health = match (&found.health, &address, &self.prober) {
+            (Some(health), ..) => health.clone(),
+            (None, Some(address), Some(prober)) if matches!(found.phase, Phase::Running | Phase::Restarting | Phase::Paused) => {
+                let (check, started) = (found.check.clone(), found.started);
+                prober.ask(&found.app, &found.id, Question { address: address.clone(), check, started, group })
+            }
+            _ => Health::Unknown,
+        };
+        let connections = match &address {
+            Some(address) if running => self.connections(&found, address),
+            _ => None,
+        };
+        let stale_socket = match &address {
+            Some(Address::Socket(path)) => !running && Path::new(path).symlink_metadata().is_ok(),
+            _ => false,
+        };
+        Instance {
+            key: found.key,
+            id: found.id,
+            image: found.image,
+            phase: found.phase,
+            health,
+            settled: found.settled,
+            started: found.started,
+            address,
+            connections,
+            check: found.check,
+            drain: found.drain,
+            grace: found.grace,
+            stale_socket,
+        }
+    }
+
+    /// Connections to an instance; `None` where they cannot be counted, which is not none.
+    fn connections(&self, found: &Found, address: &Address) -> Option<usize> {
+        match (address, &found.endpoint, found.pid) {
+            (Address::Socket(path), ..) => {
+                let inode = drain::socket_inode(Path::new(path))?;
+                let counts = match self.nginx.known_master() {
+                    Some(master) => drain::unix_connections_of(master),
+                    None => drain::unix_connections(),
+                };
+                counts.ok().map(|counts| counts.get(&inode).copied().unwrap_or(0))
+            }
+            (Address::Port(port), Some(Endpoint::Port(inside)), Some(pid)) => {
+                drain::port_connections(pid, *inside, *port).ok()
+            }
+            _ => None,
+        }
+    }
+}
+
+fn modified(path: &Path) -> Timestamp {
+    std::fs::metadata(path).and_then(|m| m.modified()).map(Timestamp::from_system).unwrap_or_default()
+}
+
+/// A world that many tasks share.
+pub type SharedWorld = Arc<World>;
