@@ -64,7 +64,9 @@ impl World {
         };
         let group = if found.is_empty() { None } else { self.nginx_group().await };
         let mut observed = ObservedApp { image, ..self.traces(app)? };
-        observed.instances = found.into_iter().map(|f| self.instance(f, group)).collect();
+        // Only who may be leaving is counted: a single instance of a wanted app stays.
+        let count = found.len() > 1 || wanted.is_none_or(|(release, _)| found.iter().any(|f| f.key.release != *release));
+        observed.instances = found.into_iter().map(|f| self.instance(f, group, count)).collect();
         if let Some(prober) = &self.prober {
             let alive: Vec<_> = observed.instances.iter().filter(|i| i.is_alive()).map(|i| &i.id).collect();
             prober.keep(app, &alive);
@@ -121,7 +123,7 @@ impl World {
         if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None }
     }
 
-    fn instance(&self, found: Found, group: Option<u32>) -> Instance {
+    fn instance(&self, found: Found, group: Option<u32>, count: bool) -> Instance {
         let address = match (&found.endpoint, found.port) {
             (Some(Endpoint::Socket(path)), _) => {
                 let name = Path::new(path).file_name().unwrap_or_default();
@@ -141,7 +143,7 @@ impl World {
             _ => Health::Unknown,
         };
         let connections = match &address {
-            Some(address) if running => self.connections(&found, address),
+            Some(address) if running && count => self.connections(&found, address),
             _ => None,
         };
         let stale_socket = match &address {
@@ -168,13 +170,8 @@ impl World {
     /// Connections to an instance; `None` where they cannot be counted, which is not none.
     fn connections(&self, found: &Found, address: &Address) -> Option<usize> {
         match (address, &found.endpoint, found.pid) {
-            (Address::Socket(path), ..) => {
-                let inode = drain::socket_inode(Path::new(path))?;
-                let counts = match self.nginx.known_master() {
-                    Some(master) => drain::unix_connections_of(master),
-                    None => drain::unix_connections(),
-                };
-                counts.ok().map(|counts| counts.get(&inode).copied().unwrap_or(0))
+            (Address::Socket(path), _, Some(pid)) => {
+                drain::socket_connections(Path::new(path), self.nginx.known_master(), pid).ok()
             }
             (Address::Port(port), Some(Endpoint::Port(inside)), Some(pid)) => {
                 drain::port_connections(pid, *inside, *port).ok()

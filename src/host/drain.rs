@@ -15,33 +15,115 @@ const BY_FAMILY: u16 = 20;
 const DUMP: u16 = 0x301;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
-/// `UDIAG_SHOW_VFS`, linux/unix_diag.h.
+/// `UDIAG_SHOW_VFS`, `UDIAG_SHOW_PEER` and `UDIAG_SHOW_RQLEN`, linux/unix_diag.h.
 const SHOW_VFS: u32 = 2;
-/// `UNIX_DIAG_VFS`, linux/unix_diag.h.
+const SHOW_PEER: u32 = 4;
+const SHOW_QUEUE: u32 = 16;
+/// `UNIX_DIAG_VFS`, `UNIX_DIAG_PEER` and `UNIX_DIAG_RQLEN`, linux/unix_diag.h.
 const VFS: u16 = 1;
+const PEER: u16 = 2;
+const QUEUE: u16 = 4;
+/// `TCP_ESTABLISHED`, `TCP_SYN_SENT` and `TCP_SYN_RECV` as bits, linux/tcp_states.h.
+const OPEN: u32 = 0b1110;
 /// `1 << TCP_ESTABLISHED`: the state of a connected socket, also of a unix one.
 const CONNECTED: u32 = 1 << 1;
+/// `1 << TCP_LISTEN`.
+const LISTENING: u32 = 1 << 10;
 
-/// Counts connected unix sockets by the inode of the socket file they came through, in this network namespace: that of
-/// whoever connected. The path would not tell instances apart, since each binds the same path in its own container.
+/// Connected unix sockets of a network namespace.
+#[derive(Debug, Default)]
+struct Connected {
+    /// Those that were accepted, by the inode of the socket file they came through.
+    accepted: HashMap<u32, usize>,
+    /// Those that nobody has accepted yet, to whatever file.
+    pending: usize,
+}
+
+/// Counts connections to a unix socket: those accepted, seen in the network namespace of whoever connected, and those
+/// still in the queue of the listener, seen in the namespace of the container. A request may wait there while the app
+/// is busy, and would be lost with it.
+///
+/// The path would not tell instances apart, since each binds the same path in its own container; the inode does.
 ///
 /// # Errors
 /// If the kernel does not answer.
-pub fn unix_connections() -> io::Result<HashMap<u32, usize>> {
+pub fn socket_connections(socket: &Path, nginx: Option<i32>, container: i32) -> io::Result<usize> {
+    let Some(inode) = socket_inode(socket) else { return Ok(0) };
+    // The queue first: what leaves it in between is counted as accepted.
+    let queue = within(container, move || queue_length(inode));
+    let connected = match nginx {
+        Some(pid) => within(pid, connected)?,
+        None => connected()?,
+    };
+    // An agent that is not root cannot look into the container, and takes every pending connection for one of it.
+    let pending = queue.unwrap_or(connected.pending);
+    Ok(connected.accepted.get(&inode).copied().unwrap_or(0) + pending)
+}
+
+fn connected() -> io::Result<Connected> {
+    let mut found = Connected::default();
+    dump(&unix_request(CONNECTED, SHOW_VFS | SHOW_PEER), |message| {
+        if let Some(inode) = attribute(message, VFS) {
+            *found.accepted.entry(inode).or_insert(0) += 1;
+        }
+        // The other end of a connection has an inode once it is accepted.
+        if attribute(message, PEER) == Some(0) {
+            found.pending += 1;
+        }
+    })?;
+    Ok(found)
+}
+
+fn queue_length(inode: u32) -> io::Result<usize> {
+    let mut length = 0;
+    dump(&unix_request(LISTENING, SHOW_VFS | SHOW_QUEUE), |message| {
+        if attribute(message, VFS) == Some(inode) {
+            length += attribute(message, QUEUE).unwrap_or(0) as usize;
+        }
+    })?;
+    Ok(length)
+}
+
+fn unix_request(states: u32, show: u32) -> Vec<u8> {
+    let mut request = vec![1, 0, 0, 0]; // unix_diag_req: AF_UNIX, protocol, padding
+    request.extend(states.to_ne_bytes());
+    request.extend(0u32.to_ne_bytes()); // inode: all
+    request.extend(show.to_ne_bytes());
+    request.extend([0; 8]); // cookie
+    request
+}
+
+/// Counts TCP connections that are made, or being made, in this network namespace, and whose ports fit.
+fn tcp_connections(fits: impl Fn(u16, u16) -> bool) -> io::Result<usize> {
+    let mut count = 0;
+    for family in [2, 10] {
+        let mut request = vec![family, 6, 0, 0]; // inet_diag_req_v2: AF_INET or AF_INET6, IPPROTO_TCP, nothing more
+        request.extend(OPEN.to_ne_bytes());
+        request.extend([0; 48]); // sockid: any
+        dump(&request, |message| {
+            // inet_diag_msg: four bytes, then the two ports in network order.
+            if let Some(&[a, b, c, d]) = message.get(4..8)
+                && fits(u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]))
+            {
+                count += 1;
+            }
+        })?;
+    }
+    Ok(count)
+}
+
+/// Asks the kernel for sockets, and hands over each of its messages.
+fn dump(request: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<()> {
     let fd = socket_with(AddressFamily::NETLINK, SocketType::DGRAM, SocketFlags::CLOEXEC, Some(netlink::SOCK_DIAG))?;
     rustix::net::sockopt::set_socket_timeout(&fd, rustix::net::sockopt::Timeout::Recv, Some(std::time::Duration::from_secs(2)))?;
-    let mut request = Vec::with_capacity(40);
-    request.extend(40u32.to_ne_bytes()); // nlmsghdr: length, type, flags, sequence, port
-    request.extend(BY_FAMILY.to_ne_bytes());
-    request.extend(DUMP.to_ne_bytes());
-    request.extend([0; 8]);
-    request.extend([1, 0, 0, 0]); // unix_diag_req: AF_UNIX, protocol, padding
-    request.extend(CONNECTED.to_ne_bytes());
-    request.extend(0u32.to_ne_bytes()); // inode: all
-    request.extend(SHOW_VFS.to_ne_bytes());
-    request.extend([0; 8]); // cookie
-    send(&fd, &request, SendFlags::empty())?;
-    let mut counts = HashMap::new();
+    let length = u32::try_from(16 + request.len()).map_err(io::Error::other)?;
+    let mut packet = Vec::with_capacity(16 + request.len());
+    packet.extend(length.to_ne_bytes()); // nlmsghdr: length, type, flags, sequence, port
+    packet.extend(BY_FAMILY.to_ne_bytes());
+    packet.extend(DUMP.to_ne_bytes());
+    packet.extend([0; 8]);
+    packet.extend(request);
+    send(&fd, &packet, SendFlags::empty())?;
     let mut buffer = vec![0u8; 64 * 1024];
     loop {
         let (length, _) = recv(fd.as_fd(), buffer.as_mut_slice(), RecvFlags::empty())?;
@@ -52,13 +134,9 @@ pub fn unix_connections() -> io::Result<HashMap<u32, usize>> {
                 return Err(io::Error::other("the kernel's answer about sockets is cut"));
             }
             match read_u16(rest, 4) {
-                NLMSG_DONE => return Ok(counts),
+                NLMSG_DONE => return Ok(()),
                 NLMSG_ERROR => return Err(io::Error::other("the kernel refuses to list sockets")),
-                BY_FAMILY => {
-                    if let Some(inode) = vfs_inode(&rest[16..size]) {
-                        *counts.entry(inode).or_insert(0) += 1;
-                    }
-                }
+                BY_FAMILY => each(&rest[16..size]),
                 _ => {}
             }
             rest = &rest[size.next_multiple_of(4).min(rest.len())..];
@@ -66,15 +144,15 @@ pub fn unix_connections() -> io::Result<HashMap<u32, usize>> {
     }
 }
 
-/// The inode in one `unix_diag_msg`: 16 bytes of header, then attributes.
-fn vfs_inode(message: &[u8]) -> Option<u32> {
+/// The first number in an attribute of one `unix_diag_msg`: 16 bytes of header, then attributes.
+fn attribute(message: &[u8], wanted: u16) -> Option<u32> {
     let mut rest = message.get(16..)?;
     while rest.len() >= 4 {
         let size = usize::from(read_u16(rest, 0));
         if size < 4 || size > rest.len() {
             return None;
         }
-        if read_u16(rest, 2) == VFS && size >= 8 {
+        if read_u16(rest, 2) == wanted && size >= 8 {
             return Some(read_u32(rest, 4));
         }
         rest = &rest[size.next_multiple_of(4).min(rest.len())..];
@@ -90,19 +168,16 @@ fn read_u32(bytes: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// The same, in the network namespace of another process: for an nginx in a container.
-///
-/// # Errors
-/// If this agent may not enter it, or the kernel does not answer.
-pub fn unix_connections_of(pid: i32) -> io::Result<HashMap<u32, usize>> {
+/// Counts something in the network namespace of another process.
+fn within<T: Send + 'static>(pid: i32, count: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     if same_namespace(pid)? {
-        return unix_connections();
+        return count();
     }
     let namespace = fs::File::open(format!("/proc/{pid}/ns/net"))?;
     // A namespace belongs to a thread; this one ends with the answer.
     let thread = std::thread::Builder::new().name("sock-diag".into()).spawn(move || {
         rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(rustix::thread::LinkNameSpaceType::Network))?;
-        unix_connections()
+        count()
     })?;
     thread.join().unwrap_or_else(|_| Err(io::Error::other("the counting thread panicked")))
 }
@@ -113,28 +188,35 @@ fn same_namespace(pid: i32) -> io::Result<bool> {
 }
 
 /// The inode of a socket file, as the kernel tells it in socket lists: cut to 32 bits.
-pub fn socket_inode(path: &Path) -> Option<u32> {
+fn socket_inode(path: &Path) -> Option<u32> {
     #[expect(clippy::cast_possible_truncation, reason = "the kernel cuts it the same way")]
     fs::symlink_metadata(path).ok().map(|m| m.ino() as u32)
 }
 
-/// Counts connections to a published port: those that end inside the container, in its own table, and those of this
-/// host that have not got there yet.
+/// Counts connections to a published port: those that end inside the container, and those of this host that have not
+/// got there yet.
 ///
 /// # Errors
-/// If the tables cannot be read.
+/// If neither the kernel nor its tables tell.
 pub fn port_connections(container_pid: i32, inside: u16, published: u16) -> io::Result<usize> {
-    let mut within = 0;
-    for table in ["tcp", "tcp6"] {
-        let text = match fs::read_to_string(format!("/proc/{container_pid}/net/{table}")) {
-            Ok(text) => text,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(e),
-        };
-        within += count(&text, |local, _| local == inside);
-    }
-    let outside = count(&fs::read_to_string("/proc/self/net/tcp")?, |_, remote| remote == published);
+    // An agent that is not root cannot enter the container, and reads its table: the same, slower.
+    let within = within(container_pid, move || tcp_connections(|local, _| local == inside))
+        .or_else(|_| table_connections(&format!("/proc/{container_pid}/net"), |local, _| local == inside))?;
+    let outside = tcp_connections(|_, remote| remote == published)
+        .or_else(|_| table_connections("/proc/self/net", |_, remote| remote == published))?;
     Ok(within.max(outside))
+}
+
+fn table_connections(net: &str, fits: impl Fn(u16, u16) -> bool + Copy) -> io::Result<usize> {
+    let mut total = 0;
+    for table in ["tcp", "tcp6"] {
+        match fs::read_to_string(format!("{net}/{table}")) {
+            Ok(text) => total += count(&text, fits),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(total)
 }
 
 /// Lines of `/proc/net/tcp` that are established, or on their way to be, and satisfy a condition on their ports.
@@ -162,10 +244,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let (a, b) = (dir.path().join("a.sock"), dir.path().join("b.sock"));
         let (listen_a, _listen_b) = (UnixListener::bind(&a).expect("a"), UnixListener::bind(&b).expect("b"));
-        let counted = |path: &Path| {
-            let inode = socket_inode(path).expect("an inode");
-            unix_connections().expect("a list").get(&inode).copied().unwrap_or(0)
-        };
+        let own = i32::try_from(std::process::id()).expect("a pid");
+        let counted = |path: &Path| socket_connections(path, Some(own), own).expect("a count");
         assert_eq!((counted(&a), counted(&b)), (0, 0));
         let clients: Vec<UnixStream> = (0..3).map(|_| UnixStream::connect(&a).expect("a connection")).collect();
         // Not yet accepted: a request may be on its way all the same.

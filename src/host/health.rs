@@ -22,6 +22,8 @@ use crate::model::{
 /// After a success of an instance that is not healthy yet, the next question comes this soon: the second success in a
 /// row is meant to catch a program that dies at its first request, not to make a deploy wait.
 const CONFIRM: Duration = Duration::from_millis(5);
+/// How often it is looked whether a socket is there yet: a look costs a microsecond, and asks nobody.
+const LOOK: Duration = Duration::from_millis(2);
 /// Longest pause after a failure of an instance in service.
 const SUSPECT: Duration = Duration::from_secs(1);
 
@@ -139,7 +141,19 @@ impl Asking {
                     }
                 }
             };
-            tokio::time::sleep(pause).await;
+            self.rest(pause).await;
+        }
+    }
+
+    /// Pauses; or less, if a socket that was not there appears.
+    async fn rest(&self, pause: Duration) {
+        let Address::Socket(path) = &self.question.address else { return tokio::time::sleep(pause).await };
+        let until = tokio::time::Instant::now() + pause;
+        if Path::new(path).exists() || pause > SUSPECT {
+            return tokio::time::sleep_until(until).await;
+        }
+        while !Path::new(path).exists() && tokio::time::Instant::now() < until {
+            tokio::time::sleep(LOOK).await;
         }
     }
 

@@ -102,7 +102,7 @@ mod tests {
 
     #[test]
     fn an_id_never_changes_between_versions_of_demae() {
-        assert_eq!(release("web:v1", &[("A", "1")], None).as_str(), "GOLDEN");
+        assert_eq!(release("web:v1", &[("A", "1")], None).as_str(), "9dbb613e4a1a");
     }
 
     #[test]

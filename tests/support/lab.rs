@@ -1,0 +1,462 @@
+//! A host of its own: real etcd, real nginx, the real agent, on the Docker engine of this machine.
+//!
+//! Everything carries a random name, so that labs run side by side; everything goes when the lab does.
+#![allow(clippy::disallowed_methods, reason = "a test starts programs and writes files of its own")]
+
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use demae::model::status::{AppStatus, HostStatus, State};
+
+use super::load;
+
+/// Longest wait for anything that should take a second: a loaded machine takes longer, and a wrong one takes for ever.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+pub struct Lab {
+    pub dir: tempfile::TempDir,
+    pub host: String,
+    pub etcd: SocketAddr,
+    pub ingress: SocketAddr,
+    pub metrics: SocketAddr,
+    pub tag: String,
+    etcd_process: Option<Child>,
+    nginx_process: Option<Child>,
+    agent_process: Option<Child>,
+    images: std::cell::RefCell<Vec<String>>,
+}
+
+/// What differs from lab to lab.
+#[derive(Default)]
+pub struct Setup<'a> {
+    /// Lines for the file's `[nginx]`.
+    pub nginx: &'a str,
+    /// Lines before all sections.
+    pub top: &'a str,
+    /// Do not start the agent yet.
+    pub no_agent: bool,
+}
+
+impl Lab {
+    pub fn new() -> Self {
+        Self::with(&Setup::default())
+    }
+
+    pub fn with(setup: &Setup<'_>) -> Self {
+        assert!(
+            Command::new("docker").arg("version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success()),
+            "these tests need a Docker engine; to leave them out on purpose: DEMAE_DOCKER=absent make test"
+        );
+        let dir = tempfile::Builder::new().prefix("demae-lab-").tempdir().expect("a directory");
+        let tag = random();
+        let lab = Self {
+            host: format!("lab-{tag}"),
+            etcd: free_address(),
+            ingress: free_address(),
+            metrics: free_address(),
+            etcd_process: None,
+            nginx_process: None,
+            agent_process: None,
+            images: Vec::new().into(),
+            tag,
+            dir,
+        };
+        let mut lab = lab;
+        lab.write_config(setup);
+        lab.start_etcd();
+        lab.start_nginx();
+        if !setup.no_agent {
+            lab.start_agent(&[]);
+        }
+        lab
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn write_config(&self, setup: &Setup<'_>) {
+        let dir = self.dir.path().display();
+        let base = 20_000 + u16::from_str_radix(&self.tag[..3], 16).expect("a number") % 190 * 50;
+        let text = format!(
+            "host = \"{}\"\nstate_dir = \"{dir}/state\"\nrun_dir = \"{dir}/run\"\nlisten = \"{}\"\n{}\n\
+             [etcd]\nendpoints = [\"{}\"]\n[nginx]\nconf = \"{dir}/nginx.conf\"\naddress = \"{}\"\nlisten = [\"{}\"]\n\
+             templates = \"{dir}/templates\"\n{}\n[ports]\nrange = \"{base}-{}\"\n",
+            self.host, self.metrics, setup.top, self.etcd, self.ingress, self.ingress, setup.nginx, base + 49
+        );
+        fs::write(self.path("agent.toml"), text).expect("a file");
+        let user = if fs::metadata("/proc/self").map(|m| std::os::unix::fs::MetadataExt::uid(&m)).ok() == Some(0) { "user root;" } else { "" };
+        let nginx = format!(
+            "{user}\nworker_processes 2;\nworker_rlimit_nofile 8192;\npid {dir}/nginx.pid;\nerror_log {dir}/nginx-error.log;\n\
+             events {{ worker_connections 2048; }}\nhttp {{ access_log off; keepalive_requests 1000000;\n\
+             client_body_temp_path {dir}/tmp/a; proxy_temp_path {dir}/tmp/b; fastcgi_temp_path {dir}/tmp/c; uwsgi_temp_path {dir}/tmp/d; scgi_temp_path {dir}/tmp/e;\n\
+             include {dir}/state/nginx/live/*.conf;\nserver {{ listen {}; server_name starting.invalid; return 503; }} }}\n",
+            self.ingress
+        );
+        fs::write(self.path("nginx.conf"), nginx).expect("a file");
+        fs::create_dir_all(self.path("tmp")).expect("a directory");
+    }
+
+    pub fn start_etcd(&mut self) {
+        let peer = free_address();
+        let url = |a: SocketAddr| format!("http://{a}");
+        let mut command = Command::new("etcd");
+        command.args(["--name", "lab", "--logger", "zap", "--log-level", "error", "--data-dir"]).arg(self.path("etcd"));
+        command.args(["--listen-client-urls", &url(self.etcd), "--advertise-client-urls", &url(self.etcd)]);
+        command.args(["--listen-peer-urls", &url(peer), "--initial-advertise-peer-urls", &url(peer)]);
+        command.args(["--initial-cluster", &format!("lab={}", url(peer))]);
+        self.etcd_process = Some(quiet(&mut command, &self.path("etcd.log")));
+        let etcd = self.etcd;
+        until("etcd takes connections", || std::net::TcpStream::connect(etcd).is_ok());
+    }
+
+    pub fn stop_etcd(&mut self) {
+        kill(&mut self.etcd_process);
+    }
+
+    pub fn start_nginx(&mut self) {
+        let mut command = Command::new("nginx");
+        command.arg("-c").arg(self.path("nginx.conf")).arg("-e").arg(self.path("nginx-error.log")).args(["-g", "daemon off;"]);
+        self.nginx_process = Some(quiet(&mut command, &self.path("nginx.log")));
+        let ingress = self.ingress;
+        until("nginx takes connections", || std::net::TcpStream::connect(ingress).is_ok());
+    }
+
+    /// Ends nginx as its supervisor would.
+    pub fn stop_nginx(&mut self) {
+        if let Some(child) = &mut self.nginx_process {
+            run(Command::new("kill").args(["-TERM", &child.id().to_string()]));
+            child.wait().expect("nginx ends");
+        }
+        self.nginx_process = None;
+    }
+
+    /// Starts the agent, without waiting for anything.
+    pub fn start_agent(&mut self, env: &[(&str, &str)]) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
+        command.args(["agent", "--config"]).arg(self.path("agent.toml")).envs(env.iter().copied());
+        command.env_remove("ETCDCTL_ENDPOINTS");
+        self.agent_process = Some(quiet(&mut command, &self.path("agent.log")));
+    }
+
+    /// `kill -9`.
+    pub fn kill_agent(&mut self) {
+        kill(&mut self.agent_process);
+    }
+
+    /// SIGTERM, and how long it took.
+    pub fn stop_agent(&mut self) -> Duration {
+        let began = Instant::now();
+        if let Some(mut child) = self.agent_process.take() {
+            run(Command::new("kill").args(["-TERM", &child.id().to_string()]));
+            let status = child.wait().expect("the agent ends");
+            assert!(status.success(), "the agent ended with {status}\n{}", self.agent_log());
+        }
+        began.elapsed()
+    }
+
+    /// Whether the agent ended by itself.
+    pub fn agent_ended(&mut self) -> bool {
+        match &mut self.agent_process {
+            Some(child) => child.try_wait().expect("a child").is_some(),
+            None => true,
+        }
+    }
+
+    pub fn agent_pid(&self) -> Option<u32> {
+        self.agent_process.as_ref().map(Child::id)
+    }
+
+    pub fn agent_log(&self) -> String {
+        fs::read_to_string(self.path("agent.log")).unwrap_or_default()
+    }
+
+    /// `demae` with the lab's configuration.
+    pub fn demae(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
+        command.args(args).env("DEMAE_CONFIG", self.path("agent.toml"));
+        command.env("DEMAE_METRICS", format!("http://{}/metrics", self.metrics)).env_remove("ETCDCTL_ENDPOINTS");
+        command.output().expect("demae runs")
+    }
+
+    fn etcdctl(&self) -> Command {
+        let mut command = Command::new("etcdctl");
+        command.env("ETCDCTL_API", "3").arg("--endpoints").arg(self.etcd.to_string());
+        command
+    }
+
+    /// Puts a key below `/demae/`.
+    pub fn put(&self, key: &str, value: &str) {
+        self.put_bytes(key, value.as_bytes());
+    }
+
+    pub fn put_bytes(&self, key: &str, value: &[u8]) {
+        use std::io::Write as _;
+        let mut command = self.etcdctl();
+        command.arg("put").arg(format!("/demae/{key}")).stdin(Stdio::piped()).stdout(Stdio::null());
+        let mut child = command.spawn().expect("etcdctl runs");
+        child.stdin.take().expect("a pipe").write_all(value).expect("it is taken");
+        assert!(child.wait().expect("etcdctl ends").success(), "put {key}");
+    }
+
+    /// Puts many keys in one transaction.
+    pub fn put_all(&self, pairs: &[(String, String)]) {
+        use std::io::Write as _;
+        let mut command = self.etcdctl();
+        command.arg("txn").stdin(Stdio::piped()).stdout(Stdio::null());
+        let mut child = command.spawn().expect("etcdctl runs");
+        let puts: String = pairs.iter().map(|(k, v)| format!("put /demae/{k} '{v}'\n")).collect();
+        // No conditions; what to do then; nothing else.
+        child.stdin.take().expect("a pipe").write_all(format!("\n{puts}\n\n").as_bytes()).expect("it is taken");
+        assert!(child.wait().expect("etcdctl ends").success(), "txn");
+    }
+
+    pub fn del(&self, key: &str) {
+        run(self.etcdctl().arg("del").arg("--prefix").arg(format!("/demae/{key}")).stdout(Stdio::null()));
+    }
+
+    /// The revision of the store.
+    pub fn revision(&self) -> i64 {
+        let output = self.etcdctl().args(["get", "/nothing", "-w", "json"]).output().expect("etcdctl runs");
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("json");
+        json["header"]["revision"].as_i64().expect("a revision")
+    }
+
+    /// An image of the example app that tells this version. Removed with the lab.
+    pub fn image(&self, version: &str) -> String {
+        let name = format!("demae-lab-{}:{version}", self.tag);
+        if !self.images.borrow().contains(&name) {
+            build_image(&name, version, &self.path(&format!("image-{version}")));
+            self.images.borrow_mut().push(name.clone());
+        }
+        name
+    }
+
+    /// A spec in socket mode, with more lines.
+    pub fn socket_spec(&self, image: &str, host: &str, more: &str) -> String {
+        let user = user_line();
+        format!(
+            "image: \"{image}\"\n{user}environment: {{SOCKET: /run/app/app.sock}}\nhealthcheck: {{http: /healthz, interval: 1s, start_period: 10s}}\n\
+             ingress: {{hosts: [{host}], socket: /run/app/app.sock, drain: 10s}}\nstop_grace_period: 2s\n{more}"
+        )
+    }
+
+    /// A spec in port mode, with more lines.
+    pub fn port_spec(&self, image: &str, host: &str, more: &str) -> String {
+        format!(
+            "image: \"{image}\"\nhealthcheck: {{http: /healthz, interval: 1s, start_period: 10s}}\n\
+             ingress: {{hosts: [{host}], port: 8080, drain: 10s}}\nstop_grace_period: 2s\n{more}"
+        )
+    }
+
+    pub fn status(&self) -> Option<HostStatus> {
+        let (code, body) = load::get(self.metrics, "localhost", "/status").ok()?;
+        (code == 200).then(|| serde_json::from_str(&body).expect("a status"))
+    }
+
+    pub fn app(&self, app: &str) -> Option<AppStatus> {
+        self.status()?.apps.into_iter().find(|a| a.app == app)
+    }
+
+    /// Waits until an app is as a test wants it.
+    pub fn wait_app(&self, app: &str, what: &str, fits: impl Fn(&AppStatus) -> bool) -> AppStatus {
+        let began = Instant::now();
+        loop {
+            let status = self.app(app);
+            if let Some(status) = status.as_ref().filter(|s| fits(s)) {
+                return status.clone();
+            }
+            assert!(
+                began.elapsed() < PATIENCE,
+                "`{app}` is not {what} after {PATIENCE:?}: {status:#?}\n{}\n{}",
+                self.agent_log(),
+                fs::read_to_string(self.path("nginx-error.log")).unwrap_or_default()
+            );
+            std::thread::yield_now();
+            pause();
+        }
+    }
+
+    /// Waits until the agent has seen this revision and everything is converged.
+    pub fn wait_converged(&self, revision: i64) -> HostStatus {
+        let began = Instant::now();
+        loop {
+            let status = self.status();
+            let fits = |s: &HostStatus| s.store.revision >= revision && s.apps.iter().all(|a| a.state == State::Converged);
+            if let Some(status) = status.as_ref().filter(|s| fits(s)) {
+                return status.clone();
+            }
+            assert!(began.elapsed() < PATIENCE * 2, "not converged: {status:#?}\n{}", self.agent_log());
+            pause();
+        }
+    }
+
+    /// Puts, and waits until the app is converged with it.
+    pub fn deploy(&self, app: &str, key: &str, value: &str) -> AppStatus {
+        let before = self.app(app).and_then(|a| a.release);
+        self.put(key, value);
+        self.wait_app(app, "converged on another release", |s| s.state == State::Converged && s.release != before)
+    }
+
+    /// What `/metrics` tells of one series, summed over its labels that contain a text.
+    pub fn metric(&self, name: &str, labels: &str) -> f64 {
+        let (_, text) = load::get(self.metrics, "localhost", "/metrics").expect("metrics");
+        let lines = text.lines().filter(|l| l.starts_with(name) && l.contains(labels));
+        lines.filter(|l| matches!(l.as_bytes().get(name.len()), Some(b' ' | b'{'))).filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
+    /// Names of the containers of this lab.
+    pub fn containers(&self) -> Vec<String> {
+        let output = docker(&["ps", "-a", "--filter", &format!("label=demae.host={}", self.host), "--format", "{{.Names}}"]);
+        output.lines().map(str::to_owned).collect()
+    }
+
+    /// Every file below the state and run directories, but those that are there on an empty host.
+    pub fn traces(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for dir in ["state/routes", "state/sockets", "state/proven", "state/verdicts", "run/env"] {
+            walk(&self.path(dir), &mut found);
+        }
+        found.retain(|p| !p.ends_with("/"));
+        found
+    }
+
+    /// One request of its own through nginx.
+    pub fn get(&self, host: &str, path: &str) -> Result<(u16, String), String> {
+        load::get(self.ingress, host, path)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        kill(&mut self.agent_process);
+        let ids = docker(&["ps", "-aq", "--filter", &format!("label=demae.host={}", self.host)]);
+        let mut remove = vec!["rm", "-fv"];
+        remove.extend(ids.lines());
+        if remove.len() > 2 {
+            docker(&remove);
+        }
+        for image in self.images.borrow().iter() {
+            docker(&["rmi", "-f", image]);
+        }
+        self.stop_nginx();
+        kill(&mut self.etcd_process);
+        if std::thread::panicking() {
+            eprintln!("the end of the agent's log:");
+            let log = self.agent_log();
+            let lines: Vec<&str> = log.lines().collect();
+            for line in &lines[lines.len().saturating_sub(40)..] {
+                eprintln!("  {line}");
+            }
+        }
+    }
+}
+
+fn walk(dir: &Path, found: &mut Vec<String>) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        found.push(path.display().to_string());
+        if path.is_dir() && !path.is_symlink() {
+            walk(&path, found);
+        }
+    }
+}
+
+/// Between two looks at something that is waited for. Not a guess of how long it takes: the condition decides.
+pub fn pause() {
+    std::thread::sleep(Duration::from_millis(5));
+}
+
+/// Waits until something holds.
+pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
+        pause();
+    }
+}
+
+pub fn docker(args: &[&str]) -> String {
+    let output = Command::new("docker").args(args).env("DOCKER_CLI_HINTS", "false").output().expect("docker runs");
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+fn run(command: &mut Command) {
+    let status = command.status().expect("it runs");
+    assert!(status.success(), "{command:?}: {status}");
+}
+
+fn quiet(command: &mut Command, log: &Path) -> Child {
+    let log = fs::File::options().create(true).append(true).open(log).expect("a log");
+    command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("it starts")
+}
+
+fn kill(child: &mut Option<Child>) {
+    if let Some(mut child) = child.take() {
+        // It may have ended by itself.
+        let _ = child.kill();
+        child.wait().expect("it ends");
+    }
+}
+
+pub fn random() -> String {
+    let mut bytes = [0u8; 4];
+    std::io::Read::read_exact(&mut fs::File::open("/dev/urandom").expect("random"), &mut bytes).expect("random");
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// A port below the ephemeral ones, so that no outgoing connection takes it between here and its use.
+pub fn free_address() -> SocketAddr {
+    loop {
+        let port = 10_000 + u16::from_str_radix(&random()[..4], 16).expect("a number") % 9_000;
+        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
+            return listener.local_addr().expect("an address");
+        }
+    }
+}
+
+/// For a spec: run as whoever runs the tests, so that a test that is not root can reach the sockets.
+fn user_line() -> String {
+    use std::os::unix::fs::MetadataExt as _;
+    match fs::metadata("/proc/self") {
+        Ok(meta) if meta.uid() != 0 => format!("user: \"{}:{}\"\n", meta.uid(), meta.gid()),
+        _ => String::new(),
+    }
+}
+
+/// The example app, built static, once for all tests.
+pub fn example_app() -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/app.rs");
+    let binary = dir.join("example-app");
+    let lock = fs::File::create(dir.join("example-app.lock")).expect("a lock");
+    lock.lock().expect("the lock");
+    let newer = |a: &Path, b: &Path| match (fs::metadata(a).and_then(|m| m.modified()), fs::metadata(b).and_then(|m| m.modified())) {
+        (Ok(a), Ok(b)) => a > b,
+        _ => false,
+    };
+    if !newer(&binary, &source) {
+        let beside = dir.join("example-app.new");
+        run(Command::new("rustc")
+            .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-C", "strip=symbols", "-o"])
+            .arg(&beside)
+            .arg(&source));
+        fs::rename(beside, &binary).expect("renamed");
+    }
+    binary
+}
+
+/// An image `FROM scratch` around the example app.
+pub fn build_image(name: &str, version: &str, dir: &Path) {
+    fs::create_dir_all(dir).expect("a directory");
+    fs::copy(example_app(), dir.join("app")).expect("copied");
+    let text = format!("FROM scratch\nCOPY app /app\nENV VERSION={version}\nENTRYPOINT [\"/app\"]\n");
+    fs::write(dir.join("Dockerfile"), text).expect("a file");
+    let output = Command::new("docker").args(["build", "-q", "-t", name]).arg(dir).env("DOCKER_BUILDKIT", "0").output().expect("docker runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
