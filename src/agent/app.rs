@@ -34,6 +34,8 @@ pub(super) struct AppState {
     desired: DesiredApp,
     observed: Option<ObservedApp>,
     planned: Option<AppPlan>,
+    /// Whether the last plan was made for what is wanted now.
+    current: bool,
     pub(super) busy: Option<StepKind>,
     pub(super) dirty: bool,
     pub(super) replan: bool,
@@ -55,6 +57,7 @@ impl AppState {
             desired: Self::not_wanted(),
             observed: None,
             planned: None,
+            current: false,
             busy: None,
             dirty: true,
             replan: false,
@@ -88,6 +91,7 @@ impl AppState {
             self.cooling.clear();
         }
         self.desired = desired;
+        self.current = false;
         self.dirty = true;
         self.look_after = now;
         // A change of mind during a change is measured from the first one: that is how long somebody waits.
@@ -153,6 +157,7 @@ impl AppState {
             serving: proxy.is_serving_live(),
             rejected: proxy.rejected(app),
             old_workers: proxy.old_workers > 0,
+            changed: proxy.changed(app),
             trouble,
         };
         let input = AppInput {
@@ -181,6 +186,7 @@ impl AppState {
         }
         let converged = plan.is_converged();
         self.planned = Some(plan);
+        self.current = true;
         if converged && let Some(change) = self.change.take() {
             let took = change.elapsed();
             self.timeline.push(Moment { what: "converged".into(), ms: millis(took) });
@@ -270,7 +276,7 @@ impl AppState {
 
     /// Whether the last plan leaves nothing to do here, and nothing to wait for but a person.
     pub(super) fn is_at_rest(&self) -> bool {
-        self.busy.is_none() && self.planned.as_ref().is_some_and(|p| p.step.is_none() && p.waits.iter().all(|w| matches!(w, Wait::CoolingDown { .. })))
+        self.busy.is_none() && self.current && self.planned.as_ref().is_some_and(|p| p.step.is_none() && p.waits.iter().all(|w| matches!(w, Wait::CoolingDown { .. })))
     }
 
     pub(super) fn is_blocked(&self) -> bool {
@@ -283,13 +289,18 @@ impl AppState {
             && !self.observing
             && !self.dirty
             && self.busy.is_none()
+            && self.current
             && self.planned.as_ref().is_some_and(AppPlan::is_converged)
     }
 
     /// What status tells; nothing of an app that is not here and not wanted here.
     pub(super) fn status(&mut self, app: &AppName, host: &crate::model::name::HostName, now: Timestamp) -> Option<AppStatus> {
         let target = target(&self.desired).cloned();
-        let plan = self.planned.clone().unwrap_or_default();
+        // A plan made for what was wanted before says nothing of what is wanted now, but who serves.
+        let mut plan = self.planned.clone().unwrap_or_default();
+        if !self.current {
+            plan.blocks.clear();
+        }
         let absent = matches!(self.desired, DesiredApp::Absent(_));
         if absent && (plan.is_converged() || self.observed.as_ref().is_none_or(|o| o.instances.is_empty() && o.slots.is_empty())) {
             return None;
@@ -299,7 +310,7 @@ impl AppState {
             Some(Block::Paused(_)) => State::Paused,
             Some(_) => State::Blocked,
             None if absent => State::Leaving,
-            None if self.planned.is_some() && plan.is_converged() && self.look_error.is_none() => State::Converged,
+            None if self.current && plan.is_converged() && self.look_error.is_none() => State::Converged,
             None => State::Converging,
         };
         let release = target.as_ref().map(|t| t.release.id.to_string());
@@ -330,8 +341,8 @@ impl AppState {
         if let Some((error, _)) = &self.look_error {
             return format!("the app cannot be seen now: {error}");
         }
-        if self.planned.is_none() {
-            return "it has not been looked at yet".to_owned();
+        if !self.current {
+            return "it is about to be looked at".to_owned();
         }
         if let Some(block) = plan.blocks.first() {
             return format!("{block} ({})", block.remedy(app));

@@ -45,6 +45,9 @@ pub struct Manifest {
     pub rejected: BTreeMap<AppName, Rejected>,
     /// Stands for the templates and the profile the text was made with.
     pub templates: String,
+    /// When the vhost of an app last changed, or went.
+    #[serde(default)]
+    pub changed: BTreeMap<AppName, Timestamp>,
 }
 
 /// A vhost that nginx, or its template, refused.
@@ -84,6 +87,11 @@ impl ObservedProxy {
     /// The live vhost of an app.
     pub fn vhost(&self, app: &AppName) -> Option<&Vhost> {
         self.live.as_ref()?.vhosts.get(app)
+    }
+
+    /// When the vhost of an app last changed, or went; whoever left it then began to drain.
+    pub fn changed(&self, app: &AppName) -> Timestamp {
+        self.live.as_ref().and_then(|m| m.changed.get(app)).copied().unwrap_or(self.published)
     }
 
     /// Why the last vhost of an app was refused.

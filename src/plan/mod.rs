@@ -56,6 +56,8 @@ pub struct ProxyView<'a> {
     pub rejected: Option<&'a Rejected>,
     /// Whether workers with an older set still finish requests.
     pub old_workers: bool,
+    /// When its part of the live set last changed, or went.
+    pub changed: Timestamp,
     /// Why nginx as a whole cannot be changed now.
     pub trouble: Option<&'a str>,
 }

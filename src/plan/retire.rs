@@ -69,7 +69,11 @@ fn end(draft: &mut Draft<'_>, instance: &Instance, reason: &'static str) {
         Phase::Removing => draft.wait(Wait::Removal(instance.key.clone())),
         Phase::Created | Phase::Exited(_) => draft.step(Step::Remove(handle(instance)), reason),
         Phase::Running | Phase::Paused | Phase::Restarting => {
-            let until = draft.observed().slots_changed.plus(instance.drain);
+            let left = match &instance.address {
+                Some(Address::Port(_)) => draft.input.proxy.changed,
+                _ => draft.observed().slots_changed,
+            };
+            let until = left.plus(instance.drain);
             let stop = Step::Stop { handle: handle(instance), grace: instance.grace };
             if is_drained(draft, instance) {
                 draft.step(stop, reason);

@@ -35,6 +35,8 @@ use render::{PROBE_HOST, Renderer};
 const PROOF: Duration = Duration::from_secs(10);
 /// Between two questions to nginx while waiting for it.
 const ASK_AGAIN: Duration = Duration::from_millis(2);
+/// How long it is remembered when the vhost of an app went.
+const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 /// What the manifest of a set is called.
 const MANIFEST: &str = "manifest.json";
 
@@ -370,6 +372,7 @@ impl Set<'_> {
             vhosts,
             rejected,
             templates: self.renderer.fingerprint().to_owned(),
+            changed: BTreeMap::new(),
         };
         let earlier = self.old.rejected.clone().into_iter().filter(|_| self.old.templates == self.renderer.fingerprint());
         let kept: BTreeMap<AppName, Rejected> = earlier.chain(rejected.clone()).collect();
@@ -403,6 +406,19 @@ impl Set<'_> {
             Ok(()) => Ok(chosen),
             Err(error) => Err(NginxError::Broken(error)),
         }
+    }
+
+    /// When each app last changed. What went is remembered for longer than anything drains.
+    fn changed(&self, manifest: &Manifest) -> BTreeMap<AppName, Timestamp> {
+        let now = Timestamp::now();
+        let mut changed = self.old.changed.clone();
+        changed.retain(|app, at| manifest.vhosts.contains_key(app) || now.since(*at) < REMEMBERED);
+        for app in manifest.vhosts.keys().chain(self.old.vhosts.keys()) {
+            if manifest.vhosts.get(app) != self.old.vhosts.get(app) {
+                changed.insert(app.clone(), now);
+            }
+        }
+        changed
     }
 
     /// Puts an app back to its last good vhost, if it has one.
@@ -448,7 +464,8 @@ impl Set<'_> {
                 put(format!("app-{app}.conf"), text)?;
             }
         }
-        let saved = Saved { manifest: manifest.clone(), files: digests };
+        let manifest = Manifest { changed: self.changed(manifest), ..manifest.clone() };
+        let saved = Saved { manifest, files: digests };
         let json = serde_json::to_vec_pretty(&saved).map_err(|e| NginxError::Template(e.to_string()))?;
         files::write(&dir.join(MANIFEST), &json, 0o644)?;
         self.nginx.test(root, &dir).await
