@@ -7,6 +7,12 @@
 //! Paths: `/` tells version and release, `/healthz`, `/slow?MS`, `/stream?N` (N lines, one every 100 ms),
 //! `/env?NAME` (a variable, to see that it arrived), `/echo` (a connection that is upgraded and echoes bytes),
 //! `/sicken` (from now on `/healthz` answers 503), `/die` (ends, code 4).
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::disallowed_methods,
+    reason = "a program of its own, without demae's rules"
+)]
 
 use std::{
     env,
@@ -102,7 +108,9 @@ fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
             "/stream" => stream(&mut output, query.parse().unwrap_or(10))?,
             "/env" => answer(&mut output, "200 OK", &env::var(query).unwrap_or_default())?,
             "/echo" => {
-                output.write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")?;
+                output.write_all(
+                    b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+                )?;
                 output.flush()?;
                 let mut bytes = [0; 1024];
                 loop {
@@ -122,7 +130,13 @@ fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
 
 fn hello(received: usize) -> String {
     let get = |name| env::var(name).unwrap_or_default();
-    format!("version={} release={} replica={} greeting={} received={received}\n", version(), get("DEMAE_RELEASE"), get("DEMAE_REPLICA"), get("GREETING"))
+    format!(
+        "version={} release={} replica={} greeting={} received={received}\n",
+        version(),
+        get("DEMAE_RELEASE"),
+        get("DEMAE_REPLICA"),
+        get("GREETING")
+    )
 }
 
 fn answer(output: &mut impl Write, status: &str, body: &str) -> std::io::Result<()> {

@@ -239,8 +239,9 @@ impl Config {
         };
         let mut labels = file.labels;
         for label in &flags.labels {
-            let (name, value) =
-                label.split_once('=').ok_or_else(|| bad("label")(format!("`{label}` has no `=`; write it like `role=web`")))?;
+            let (name, value) = label
+                .split_once('=')
+                .ok_or_else(|| bad("label")(format!("`{label}` has no `=`; write it like `role=web`")))?;
             labels.insert(name.to_owned(), value.to_owned());
         }
         let n = file.nginx;
@@ -286,7 +287,8 @@ impl Config {
 
 fn read(path: &Path) -> Result<File, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-    toml::from_str(&text).map_err(|e| ConfigError::Parse { path: path.to_owned(), message: e.to_string().trim_end().to_owned() })
+    toml::from_str(&text)
+        .map_err(|e| ConfigError::Parse { path: path.to_owned(), message: e.to_string().trim_end().to_owned() })
 }
 
 /// How etcd is reached, for commands that need nothing else.
@@ -326,7 +328,9 @@ fn etcd(flags: &EtcdFlags, file: EtcdFile) -> Result<EtcdConfig, ConfigError> {
             };
             let password = inline.or_else(|| flags.password.clone()).or(from_file);
             let password = password.ok_or_else(|| {
-                bad("user")(format!("there is no password for `{name}`; set `ETCDCTL_PASSWORD`, or `etcd.password_file` in the file"))
+                bad("user")(format!(
+                    "there is no password for `{name}`; set `ETCDCTL_PASSWORD`, or `etcd.password_file` in the file"
+                ))
             })?;
             Some((name, Secret::new(password)))
         }
@@ -345,7 +349,8 @@ fn etcd(flags: &EtcdFlags, file: EtcdFile) -> Result<EtcdConfig, ConfigError> {
         cert,
         dial_timeout: duration("dial_timeout", dial.as_deref())?.unwrap_or(Duration::from_secs(2)),
         command_timeout: duration("command_timeout", command.as_deref())?.unwrap_or(Duration::from_secs(5)),
-        prefix: Prefix::new(flags.prefix.as_deref().or(file.prefix.as_deref()).unwrap_or("/demae")).map_err(bad("prefix"))?,
+        prefix: Prefix::new(flags.prefix.as_deref().or(file.prefix.as_deref()).unwrap_or("/demae"))
+            .map_err(bad("prefix"))?,
     })
 }
 
@@ -402,7 +407,11 @@ mod tests {
     #[expect(clippy::disallowed_methods, reason = "a test writes its own file")]
     fn the_shipped_file_is_read_and_flags_win() {
         let shipped = include_str!("../deploy/agent.toml");
-        let plain: String = shipped.lines().map(|l| l.strip_prefix("# ").filter(|r| r.contains(" = ") || r.starts_with('[')).unwrap_or(l)).map(|l| format!("{l}\n")).collect();
+        let plain: String = shipped
+            .lines()
+            .map(|l| l.strip_prefix("# ").filter(|r| r.contains(" = ") || r.starts_with('[')).unwrap_or(l))
+            .map(|l| format!("{l}\n"))
+            .collect();
         let file: File = toml::from_str(&plain).expect("every commented option is a real one");
         assert_eq!(file.parallel, Some(crate::agent::PARALLEL_STEPS));
         let dir = tempfile::tempdir().expect("a directory");
@@ -421,7 +430,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("agent.toml");
         std::fs::write(&path, "host = \"a\"\n[nginx]\nprofil = \"strict\"\n").expect("a file");
-        let error = Config::load(&Flags { config: Some(path), ..Flags::default() }).expect_err("it is wrong").to_string();
+        let error =
+            Config::load(&Flags { config: Some(path), ..Flags::default() }).expect_err("it is wrong").to_string();
         assert!(error.contains("line 3") && error.contains("profil"), "{error}");
     }
 }

@@ -158,8 +158,7 @@ impl World {
             }
             None => {}
         }
-        let request =
-            CreateRequest { app, key, release, image, socket_dir: socket_dir.as_deref(), port, drain };
+        let request = CreateRequest { app, key, release, image, socket_dir: socket_dir.as_deref(), port, drain };
         self.docker.create(&request).await?;
         Ok(())
     }
@@ -252,7 +251,12 @@ impl World {
         files::remove_dir_if_empty(&self.layout.verdicts(app));
         if left.everything {
             files::remove_file(&self.layout.proven(app))?;
-            for dir in [self.layout.app_routes(app), self.layout.app_sockets(app), self.layout.verdicts(app), self.layout.app_env(app)] {
+            for dir in [
+                self.layout.app_routes(app),
+                self.layout.app_sockets(app),
+                self.layout.verdicts(app),
+                self.layout.app_env(app),
+            ] {
                 files::remove_dir(&dir)?;
             }
         }
@@ -284,7 +288,8 @@ fn socket(observed: &ObservedApp, key: &InstanceKey) -> Result<String, StepError
 
 /// Takes the values of the environment out of a text: a program that fails likes to print them.
 fn redact(mut text: String, release: &Release) -> String {
-    let mut secrets: Vec<&str> = release.env.values().flat_map(|v| std::iter::once(v.expose()).chain(v.expose().lines())).collect();
+    let mut secrets: Vec<&str> =
+        release.env.values().flat_map(|v| std::iter::once(v.expose()).chain(v.expose().lines())).collect();
     // Longest first, so that no secret is left in pieces.
     secrets.sort_by_key(|s| std::cmp::Reverse(s.len()));
     for secret in secrets.into_iter().filter(|s| s.len() >= SHORTEST_SECRET) {

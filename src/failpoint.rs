@@ -3,7 +3,10 @@
 /// A boundary between two steps. With `DEMAE_FAILPOINT=n` the process aborts at the n-th it comes to.
 #[cfg(feature = "failpoints")]
 pub fn boundary(what: &str) {
-    use std::sync::{LazyLock, atomic::{AtomicU64, Ordering}};
+    use std::sync::{
+        LazyLock,
+        atomic::{AtomicU64, Ordering},
+    };
     static COUNT: AtomicU64 = AtomicU64::new(0);
     static LIMIT: LazyLock<Option<u64>> =
         LazyLock::new(|| std::env::var("DEMAE_FAILPOINT").ok().and_then(|n| n.parse().ok()));

@@ -52,7 +52,9 @@ pub async fn serve(listener: TcpListener, shown: Shown, token: CancellationToken
 /// # Errors
 /// In words, if it cannot be had.
 pub async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
-    TcpListener::bind(address).await.map_err(|e| format!("cannot listen on {address}: {e}; choose another with `--listen`"))
+    TcpListener::bind(address)
+        .await
+        .map_err(|e| format!("cannot listen on {address}: {e}; choose another with `--listen`"))
 }
 
 async fn metrics(State(shown): State<Shown>) -> impl IntoResponse {

@@ -5,8 +5,8 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use prometheus::{
-    Encoder as _, Gauge, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder, core::Collector,
+    Encoder as _, Gauge, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder, core::Collector,
 };
 
 use crate::model::name::AppName;
@@ -72,24 +72,59 @@ impl Metrics {
         let counter = |name: &str, help: &str, labels: &[&str]| IntCounterVec::new(Opts::new(name, help), labels);
         let gauge = |name: &str, help: &str, labels: &[&str]| IntGaugeVec::new(Opts::new(name, help), labels);
         let metrics = Self {
-            convergence: histogram("demae_convergence_seconds", "Time from a change in the store to the app being converged", &["app"])?,
-            first_answer: histogram("demae_first_answer_seconds", "Time from a change in the store to the first answer of the new release through nginx", &["app"])?,
+            convergence: histogram(
+                "demae_convergence_seconds",
+                "Time from a change in the store to the app being converged",
+                &["app"],
+            )?,
+            first_answer: histogram(
+                "demae_first_answer_seconds",
+                "Time from a change in the store to the first answer of the new release through nginx",
+                &["app"],
+            )?,
             wanted: gauge("demae_app_instances_wanted", "Instances wanted on this host", &["app"])?,
-            healthy: gauge("demae_app_instances_healthy", "Instances that serve on this host and are healthy", &["app"])?,
-            converged: gauge("demae_app_converged", "Whether the app is as it should be on this host (1) or not (0)", &["app"])?,
+            healthy: gauge(
+                "demae_app_instances_healthy",
+                "Instances that serve on this host and are healthy",
+                &["app"],
+            )?,
+            converged: gauge(
+                "demae_app_converged",
+                "Whether the app is as it should be on this host (1) or not (0)",
+                &["app"],
+            )?,
             blocks: gauge("demae_blocks", "Things that a person must end, by kind", &["kind"])?,
             waits: gauge("demae_waits", "Things that end by themselves, by kind", &["kind"])?,
             steps: counter("demae_steps_total", "Steps taken, by kind and outcome", &["kind", "outcome"])?,
-            step_failures: counter("demae_step_failures_total", "Steps that failed, by kind and the kind of error", &["kind", "error"])?,
+            step_failures: counter(
+                "demae_step_failures_total",
+                "Steps that failed, by kind and the kind of error",
+                &["kind", "error"],
+            )?,
             step_seconds: histogram("demae_step_seconds", "How long steps take, by kind", &["kind"])?,
             reloads: counter("demae_nginx_reloads_total", "Reloads of nginx, by outcome", &["outcome"])?,
-            reload_seconds: histogram("demae_nginx_reload_seconds", "Time from a new nginx configuration to a worker that answers with it", &[])?,
-            drains: counter("demae_drains_total", "Instances drained, by whether all requests ended (complete) or time ran out (cut)", &["outcome"])?,
+            reload_seconds: histogram(
+                "demae_nginx_reload_seconds",
+                "Time from a new nginx configuration to a worker that answers with it",
+                &[],
+            )?,
+            drains: counter(
+                "demae_drains_total",
+                "Instances drained, by whether all requests ended (complete) or time ran out (cut)",
+                &["outcome"],
+            )?,
             drain_seconds: histogram("demae_drain_seconds", "How long instances take to drain", &[])?,
-            sync_age: Gauge::new("demae_store_sync_age_seconds", "Seconds since the store was last proven to be as it was read")?,
+            sync_age: Gauge::new(
+                "demae_store_sync_age_seconds",
+                "Seconds since the store was last proven to be as it was read",
+            )?,
             revision: IntGauge::new("demae_store_revision", "Revision of the store last read")?,
             store_reads: IntGauge::new("demae_store_reads", "Full reads of the store since the agent started")?,
-            store_errors: gauge("demae_store_errors", "Errors of the store since the agent started, by kind", &["kind"])?,
+            store_errors: gauge(
+                "demae_store_errors",
+                "Errors of the store since the agent started, by kind",
+                &["kind"],
+            )?,
             lists: IntCounter::new("demae_docker_lists_total", "Full lists of containers")?,
             registry,
         };

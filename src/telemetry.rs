@@ -17,7 +17,9 @@ struct NoSecrets;
 
 impl<S: Subscriber> Filter<S> for NoSecrets {
     fn enabled(&self, meta: &Metadata<'_>, _: &Context<'_, S>) -> bool {
-        let talkative = TALKATIVE.iter().any(|t| meta.target().strip_prefix(t).is_some_and(|r| r.is_empty() || r.starts_with("::")));
+        let talkative = TALKATIVE
+            .iter()
+            .any(|t| meta.target().strip_prefix(t).is_some_and(|r| r.is_empty() || r.starts_with("::")));
         !(talkative && *meta.level() > Level::INFO)
     }
 
@@ -31,7 +33,8 @@ impl<S: Subscriber> Filter<S> for NoSecrets {
 /// # Errors
 /// If the filter cannot be read, or logging has been started already.
 pub fn start(filter: &str) -> Result<(), String> {
-    let chosen = EnvFilter::try_new(filter).map_err(|e| format!("`{filter}` is not a log filter: {e}; write it like `info` or `demae=debug`"))?;
+    let chosen = EnvFilter::try_new(filter)
+        .map_err(|e| format!("`{filter}` is not a log filter: {e}; write it like `info` or `demae=debug`"))?;
     let format = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let layer = if std::io::stderr().is_terminal() {
         format.with_target(false).compact().boxed()

@@ -53,7 +53,11 @@ impl World {
     ///
     /// # Errors
     /// If anything of it cannot be seen; a part is never taken for the whole.
-    pub async fn observe_app(&self, app: &AppName, wanted: Option<(&ReleaseId, &ImageRef)>) -> Result<ObservedApp, ObserveError> {
+    pub async fn observe_app(
+        &self,
+        app: &AppName,
+        wanted: Option<(&ReleaseId, &ImageRef)>,
+    ) -> Result<ObservedApp, ObserveError> {
         let now = Timestamp::now();
         let found = self.docker.instances(app, now).await?;
         let image = match wanted {
@@ -65,7 +69,8 @@ impl World {
         let group = if found.is_empty() { None } else { self.nginx_group().await };
         let mut observed = ObservedApp { image, ..self.traces(app)? };
         // Only who may be leaving is counted: a single instance of a wanted app stays.
-        let count = found.len() > 1 || wanted.is_none_or(|(release, _)| found.iter().any(|f| f.key.release != *release));
+        let count =
+            found.len() > 1 || wanted.is_none_or(|(release, _)| found.iter().any(|f| f.key.release != *release));
         observed.instances = found.into_iter().map(|f| self.instance(f, group, count)).collect();
         if let Some(prober) = &self.prober {
             let alive: Vec<_> = observed.instances.iter().filter(|i| i.is_alive()).map(|i| &i.id).collect();
@@ -85,14 +90,16 @@ impl World {
             observed.slots.insert(slot, target.as_deref().and_then(Layout::instance_of));
         }
         observed.slots_changed = modified(&routes);
-        let releases = |names: Vec<String>| names.into_iter().filter_map(|n| ReleaseId::try_from(n).ok()).collect::<BTreeSet<_>>();
-        observed.env_files =
-            releases(files::list(&layout.app_env(app))?).into_iter().filter(|r| layout.env_file(app, r).exists()).collect();
+        let releases =
+            |names: Vec<String>| names.into_iter().filter_map(|n| ReleaseId::try_from(n).ok()).collect::<BTreeSet<_>>();
+        observed.env_files = releases(files::list(&layout.app_env(app))?)
+            .into_iter()
+            .filter(|r| layout.env_file(app, r).exists())
+            .collect();
         observed.socket_dirs =
             files::list(&layout.app_sockets(app))?.iter().filter_map(|n| Layout::parse_key(n)).collect();
         let proven = files::read(&layout.proven(app))?;
-        observed.proven =
-            proven.and_then(|text| ReleaseId::try_from(String::from_utf8_lossy(&text).trim()).ok());
+        observed.proven = proven.and_then(|text| ReleaseId::try_from(String::from_utf8_lossy(&text).trim()).ok());
         for name in files::list(&layout.verdicts(app))? {
             let text = files::read(&layout.verdicts(app).join(&name))?.unwrap_or_default();
             if let Ok(verdict) = serde_json::from_slice::<Verdict>(&text) {
@@ -136,7 +143,9 @@ impl World {
         let running = found.phase == Phase::Running;
         let health = match (&found.health, &address, &self.prober) {
             (Some(health), ..) => health.clone(),
-            (None, Some(address), Some(prober)) if matches!(found.phase, Phase::Running | Phase::Restarting | Phase::Paused) => {
+            (None, Some(address), Some(prober))
+                if matches!(found.phase, Phase::Running | Phase::Restarting | Phase::Paused) =>
+            {
                 let (check, started) = (found.check.clone(), found.started);
                 prober.ask(&found.app, &found.id, Question { address: address.clone(), check, started, group })
             }

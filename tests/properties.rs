@@ -30,7 +30,10 @@ enum Behaviour {
 #[derive(Debug, Clone)]
 enum Event {
     /// Want this version with this many replicas.
-    Want { version: u8, replicas: u16 },
+    Want {
+        version: u8,
+        replicas: u16,
+    },
     /// The app's key goes, or is paused.
     Leave,
     Pause,
@@ -272,7 +275,8 @@ impl History {
 }
 
 fn behaviours() -> impl Strategy<Value = [Behaviour; 4]> {
-    let one = || prop_oneof![3 => Just(Behaviour::Works), 1 => Just(Behaviour::NeverHealthy), 1 => Just(Behaviour::Exits)];
+    let one =
+        || prop_oneof![3 => Just(Behaviour::Works), 1 => Just(Behaviour::NeverHealthy), 1 => Just(Behaviour::Exits)];
     // Version 0 always works, so that there is something to lose.
     [Just(Behaviour::Works).boxed(), one().boxed(), one().boxed(), one().boxed()]
 }
@@ -337,7 +341,8 @@ fn cases() -> u32 {
 /// The properties must be able to fail: a planner that stops the old instance as soon as the new one runs is caught.
 #[test]
 fn a_broken_plan_is_caught() {
-    let mut history = History::new([Behaviour::Works; 4], Some(Endpoint::Socket("/run/app/app.sock".into())), Order::StartFirst);
+    let mut history =
+        History::new([Behaviour::Works; 4], Some(Endpoint::Socket("/run/app/app.sock".into())), Order::StartFirst);
     history.happen(&Event::Want { version: 0, replicas: 1 });
     history.happen(&Event::Run(30));
     let instance = history.host.observed.instances.first().expect("it runs").clone();

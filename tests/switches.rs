@@ -1,4 +1,5 @@
 //! Switching under load: real etcd, real nginx, real containers, and a client that forgives nothing.
+#![expect(clippy::print_stdout, reason = "a test tells its figures, and runs programs and writes files of its own")]
 
 mod support;
 
@@ -28,7 +29,10 @@ fn switch(lab: &Lab, app: &str, count: usize) {
 }
 
 fn expect_none_lost(tally: &Tally, what: &str) {
-    println!("{what}: requests: {}  failed: {}  stale: {}  slowest: {:?}", tally.requests, tally.failed, tally.stale, tally.slowest);
+    println!(
+        "{what}: requests: {}  failed: {}  stale: {}  slowest: {:?}",
+        tally.requests, tally.failed, tally.stale, tally.slowest
+    );
     assert_eq!((tally.failed, tally.stale), (0, 0), "{what}: {:#?}", tally.reasons);
     assert!(tally.requests > 100, "{what}: too few requests to mean anything: {}", tally.requests);
 }
@@ -55,7 +59,8 @@ fn port_mode_loses_nothing_on_new_connections() {
     let lab = Lab::new();
     lab.deploy("web", "apps/web/spec", &lab.port_spec(&lab.image("v1"), "web.test", ""));
     let quick = Duration::from_millis(2);
-    let clients = vec![Client::get(false).pausing(quick), Client::post(false).pausing(quick), Client::slow(false, 2000)];
+    let clients =
+        vec![Client::get(false).pausing(quick), Client::post(false).pausing(quick), Client::slow(false, 2000)];
     let load = Load::start(lab.ingress, "web.test", clients);
     until("requests flow", || load.requests() > 50);
     let count = switches(5, "DEMAE_PORT_SWITCHES");
@@ -87,7 +92,10 @@ fn port_mode_loses_only_reused_connections_under_the_default_profile() {
     switch(&lab, "web", count);
     let tally = load.stop();
     let share = tally.stale as f64 * 100.0 / tally.requests as f64;
-    println!("{count} switches in port mode, default profile: requests: {}  failed: {}  stale: {} ({share:.2} %)", tally.requests, tally.failed, tally.stale);
+    println!(
+        "{count} switches in port mode, default profile: requests: {}  failed: {}  stale: {} ({share:.2} %)",
+        tally.requests, tally.failed, tally.stale
+    );
     assert_eq!(tally.failed, 0, "{:#?}", tally.reasons);
 }
 
@@ -114,7 +122,8 @@ fn open_streams_and_upgraded_connections_end_undisturbed() {
     let mut stream = TcpStream::connect(lab.ingress).expect("a connection");
     write!(stream, "GET /stream?25 HTTP/1.1\r\nHost: web.test\r\nConnection: close\r\n\r\n").expect("sent");
     let mut echo = TcpStream::connect(lab.ingress).expect("a connection");
-    write!(echo, "GET /echo HTTP/1.1\r\nHost: web.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").expect("sent");
+    write!(echo, "GET /echo HTTP/1.1\r\nHost: web.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        .expect("sent");
     let mut bytes = [0; 1024];
     let n = echo.read(&mut bytes).expect("an answer");
     assert!(bytes[..n].starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&bytes[..n]));
@@ -150,7 +159,9 @@ fn several_replicas_and_hosts_switch_as_one() {
     lab.deploy("web", "apps/web/spec", &spec(&lab.image("v1")));
     let replicas = |host: &str| {
         let bodies = (0..30).map(|_| lab.get(host, "/").expect("an answer").1);
-        bodies.map(|b| b.split("replica=").nth(1).and_then(|r| r.chars().next()).unwrap_or('?')).collect::<std::collections::BTreeSet<char>>()
+        bodies
+            .map(|b| b.split("replica=").nth(1).and_then(|r| r.chars().next()).unwrap_or('?'))
+            .collect::<std::collections::BTreeSet<char>>()
     };
     assert_eq!(replicas("b.test").len(), 3, "all replicas answer");
     let load = Load::start(lab.ingress, "a.test", mixed(Duration::from_millis(2)));
@@ -162,8 +173,12 @@ fn several_replicas_and_hosts_switch_as_one() {
     let load = Load::start(lab.ingress, "a.test", mixed(Duration::from_millis(2)));
     let release = lab.app("web").and_then(|a| a.release);
     for (count, line) in [(1, "1"), (2, "2")] {
-        lab.put("apps/web/spec", &lab.socket_spec(&lab.image("v1"), "a.test, b.test", &format!("deploy: {{replicas_per_host: {line}}}\n")));
-        let status = lab.wait_app("web", "converged on another count", |s| s.state == State::Converged && s.wanted == count);
+        lab.put(
+            "apps/web/spec",
+            &lab.socket_spec(&lab.image("v1"), "a.test, b.test", &format!("deploy: {{replicas_per_host: {line}}}\n")),
+        );
+        let status =
+            lab.wait_app("web", "converged on another count", |s| s.state == State::Converged && s.wanted == count);
         assert_eq!((status.release, lab.containers().len()), (release.clone(), usize::from(count)));
     }
     let tally = load.stop();

@@ -276,7 +276,12 @@ impl AppState {
 
     /// Whether the last plan leaves nothing to do here, and nothing to wait for but a person.
     pub(super) fn is_at_rest(&self) -> bool {
-        self.busy.is_none() && self.current && self.planned.as_ref().is_some_and(|p| p.step.is_none() && p.waits.iter().all(|w| matches!(w, Wait::CoolingDown { .. })))
+        self.busy.is_none()
+            && self.current
+            && self
+                .planned
+                .as_ref()
+                .is_some_and(|p| p.step.is_none() && p.waits.iter().all(|w| matches!(w, Wait::CoolingDown { .. })))
     }
 
     pub(super) fn is_blocked(&self) -> bool {
@@ -294,7 +299,12 @@ impl AppState {
     }
 
     /// What status tells; nothing of an app that is not here and not wanted here.
-    pub(super) fn status(&mut self, app: &AppName, host: &crate::model::name::HostName, now: Timestamp) -> Option<AppStatus> {
+    pub(super) fn status(
+        &mut self,
+        app: &AppName,
+        host: &crate::model::name::HostName,
+        now: Timestamp,
+    ) -> Option<AppStatus> {
         let target = target(&self.desired).cloned();
         // A plan made for what was wanted before says nothing of what is wanted now, but who serves.
         let mut plan = self.planned.clone().unwrap_or_default();
@@ -302,7 +312,10 @@ impl AppState {
             plan.blocks.clear();
         }
         let absent = matches!(self.desired, DesiredApp::Absent(_));
-        if absent && (plan.is_converged() || self.observed.as_ref().is_none_or(|o| o.instances.is_empty() && o.slots.is_empty())) {
+        if absent
+            && (plan.is_converged()
+                || self.observed.as_ref().is_none_or(|o| o.instances.is_empty() && o.slots.is_empty()))
+        {
             return None;
         }
         let state = match plan.blocks.first() {

@@ -4,6 +4,7 @@
 //! *look again at this app*. What is decided follows from what is then seen, so a lost event costs time, never safety.
 
 mod app;
+mod listen;
 mod report;
 
 use std::{
@@ -12,7 +13,6 @@ use std::{
     time::Duration,
 };
 
-use futures_util::StreamExt as _;
 use tokio::{
     sync::{Semaphore, mpsc, watch},
     task::JoinSet,
@@ -24,16 +24,12 @@ use crate::{
     execute::StepError,
     failpoint,
     host::{
-        docker::{DockerError, Listed},
+        docker::Listed,
         nginx::{NginxError, Published},
     },
     metrics::Metrics,
     model::{
-        desired::Snapshot,
-        name::AppName,
-        observed::ObservedApp,
-        proxy::ObservedProxy,
-        status::HostStatus,
+        desired::Snapshot, name::AppName, observed::ObservedApp, proxy::ObservedProxy, status::HostStatus,
         time::Timestamp,
     },
     plan::{
@@ -41,11 +37,12 @@ use crate::{
         proxy::{Conflict, ProxyInput, ProxyStep, conflicts, plan_proxy},
         step::Step,
     },
-    retry::{Retry, jittered, pause_after},
+    retry::{jittered, pause_after},
     store::Update,
     world::{ObserveError, SharedWorld},
 };
 use app::AppState;
+use listen::{Hint, listen};
 
 /// Steps at a time. Measured on two cores: four at a time start 50 containers in 4.8 s, eight in 4.4 s, sixteen in
 /// 4.2 s; one at a time takes 10.2 s.
@@ -65,13 +62,6 @@ enum Done {
     ProxyObserved(Box<ObservedProxy>),
     OldWorkers(usize),
     ProxyStepped(Result<Option<Published>, NginxError>, Duration),
-}
-
-/// What woke the loop, if not a task.
-#[derive(Debug)]
-enum Hint {
-    App(AppName),
-    All,
 }
 
 /// Where the agent tells what it knows.
@@ -456,7 +446,11 @@ impl Agent {
         }
         let conflict = self.conflicts.get(app).cloned();
         let trouble = self.proxy.trouble.clone();
-        let Some(step) = state.plan(app, &self.proxy.observed, trouble.as_deref(), conflict, now, &self.outlets.metrics) else { return };
+        let Some(step) =
+            state.plan(app, &self.proxy.observed, trouble.as_deref(), conflict, now, &self.outlets.metrics)
+        else {
+            return;
+        };
         let (world, app, observed) = (self.world.clone(), app.clone(), state.observed().cloned().unwrap_or_default());
         let permits = if matches!(step, Step::Pull(_)) { self.pulls.clone() } else { self.steps.clone() };
         self.jobs.spawn(async move {
@@ -525,55 +519,9 @@ impl Agent {
         if !idle || !settled || !proxy {
             return None;
         }
-        let blocked = self.apps.values().any(AppState::is_blocked) || self.snapshot.iter().any(|s| !s.unreadable.is_empty());
+        let blocked =
+            self.apps.values().any(AppState::is_blocked) || self.snapshot.iter().any(|s| !s.unreadable.is_empty());
         Some(if blocked { Ended::Blocked } else { Ended::Converged })
-    }
-}
-
-/// Turns events of Docker into hints, for as long as the agent lives. After every gap: look at everything.
-async fn listen(world: SharedWorld, hints: mpsc::UnboundedSender<Hint>) {
-    let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(10));
-    loop {
-        let mut events = std::pin::pin!(world.docker.events());
-        // The request goes out with the first look; what happened before it is only found by looking at everything.
-        let mut first = true;
-        loop {
-            let next = if first {
-                first = false;
-                match tokio::time::timeout(Duration::from_millis(50), events.next()).await {
-                    Ok(event) => event,
-                    Err(_) => {
-                        if hints.send(Hint::All).is_err() {
-                            return;
-                        }
-                        continue;
-                    }
-                }
-            } else {
-                events.next().await
-            };
-            match next {
-                Some(Ok(app)) => {
-                    retry.reset();
-                    if hints.send(Hint::App(app)).is_err() {
-                        return;
-                    }
-                }
-                Some(Err(DockerError::Unreachable { reason, .. })) => {
-                    tracing::debug!("events of Docker ended: {reason}");
-                    break;
-                }
-                Some(Err(e)) => {
-                    tracing::debug!("events of Docker ended: {e}");
-                    break;
-                }
-                None => break,
-            }
-        }
-        tokio::time::sleep(retry.pause()).await;
-        if hints.send(Hint::All).is_err() {
-            return;
-        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! What the loop tells after each round: status, metrics, readiness. Told only when it changed.
 
-use super::Agent;
+use super::{Agent, app::AppState};
 use crate::{
     metrics::Metrics,
     model::{
@@ -8,6 +8,7 @@ use crate::{
         status::{HostStatus, State, VERSION},
         time::Timestamp,
     },
+    plan::wait::{Block, Wait},
 };
 
 impl Agent {
@@ -22,8 +23,8 @@ impl Agent {
         }
         let (blocks, waits) = (&self.outlets.metrics.blocks, &self.outlets.metrics.waits);
         let plans = || self.apps.values().filter_map(|s| s.plan_made());
-        Metrics::set_kinds(blocks, &mut self.known_blocks, plans().flat_map(|p| &p.blocks).map(|b| b.kind()));
-        Metrics::set_kinds(waits, &mut self.known_waits, plans().flat_map(|p| &p.waits).map(|w| w.kind()));
+        Metrics::set_kinds(blocks, &mut self.known_blocks, plans().flat_map(|p| &p.blocks).map(Block::kind));
+        Metrics::set_kinds(waits, &mut self.known_waits, plans().flat_map(|p| &p.waits).map(Wait::kind));
         for app in &apps {
             let metrics = &self.outlets.metrics;
             let name = &[app.app.as_str()];
@@ -58,7 +59,8 @@ impl Agent {
             !same
         });
         self.outlets.status.send_replace(status);
-        let ready = self.snapshot.is_some() && self.listed && self.proxy.seen && self.apps.values().all(|s| s.is_planned());
+        let ready =
+            self.snapshot.is_some() && self.listed && self.proxy.seen && self.apps.values().all(AppState::is_planned);
         let first = self.outlets.ready.send_if_modified(|known| std::mem::replace(known, ready) != ready);
         if first && ready {
             tracing::info!(apps = self.apps.len(), "ready: etcd, Docker and nginx have been read");

@@ -36,7 +36,7 @@ pub(super) struct Args {
     timeout: String,
 }
 
-pub(super) fn run(args: Args) -> CliEnded {
+pub(super) fn run(args: &Args) -> CliEnded {
     let config = Config::load(&args.common)?;
     telemetry::start(&config.log).map_err(Failed::because)?;
     let timeout = crate::model::text::duration(&args.timeout).map_err(Failed::because)?;
@@ -48,7 +48,7 @@ pub(super) fn run(args: Args) -> CliEnded {
             if args.once {
                 tokio::time::sleep(timeout).await;
             } else {
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         };
         tokio::select! {

@@ -1,5 +1,8 @@
 //! `demae dev`: a whole demae on one machine, to try it. etcd and nginx are the real ones.
-#![expect(clippy::disallowed_methods, reason = "starts and ends programs of its own, and keeps their files in one directory")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "starts and ends programs of its own, and keeps their files in one directory"
+)]
 
 use std::{
     fs,
@@ -55,7 +58,7 @@ struct Place {
     metrics: SocketAddr,
 }
 
-pub(super) fn run(args: Args, printer: &mut Printer) -> Ended {
+pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     telemetry::start(&args.log).map_err(Failed::because)?;
     let etcd = program("etcd", "etcd-server")?;
     let nginx = program("nginx", "nginx")?;
@@ -166,11 +169,16 @@ impl Place {
         command
             .args(["--name", "dev", "--logger", "zap", "--log-level", "error", "--initial-cluster"])
             .arg(format!("dev={}", url(self.peer)))
-            .arg("--data-dir").arg(dir.join("etcd"))
-            .arg("--listen-client-urls").arg(url(self.etcd))
-            .arg("--advertise-client-urls").arg(url(self.etcd))
-            .arg("--listen-peer-urls").arg(url(self.peer))
-            .arg("--initial-advertise-peer-urls").arg(url(self.peer));
+            .arg("--data-dir")
+            .arg(dir.join("etcd"))
+            .arg("--listen-client-urls")
+            .arg(url(self.etcd))
+            .arg("--advertise-client-urls")
+            .arg(url(self.etcd))
+            .arg("--listen-peer-urls")
+            .arg(url(self.peer))
+            .arg("--initial-advertise-peer-urls")
+            .arg(url(self.peer));
         let pid = spawn(command, &dir.join("etcd.log"))?;
         fs::write(pid_file, pid.to_string())?;
         Ok(())
@@ -195,7 +203,12 @@ impl Place {
         );
         fs::write(dir.join("nginx.conf"), text)?;
         let mut command = tokio::process::Command::new(nginx);
-        command.arg("-c").arg(dir.join("nginx.conf")).arg("-e").arg(dir.join("nginx-error.log")).args(["-g", "daemon off;"]);
+        command
+            .arg("-c")
+            .arg(dir.join("nginx.conf"))
+            .arg("-e")
+            .arg(dir.join("nginx-error.log"))
+            .args(["-g", "daemon off;"]);
         spawn(command, &dir.join("nginx-error.log"))?;
         Ok(())
     }
@@ -214,9 +227,14 @@ impl Place {
     fn greet(&self, dir: &Path, printer: &mut Printer) {
         printer.line(&format!("demae runs as host `{}`, in {}\n", self.host, dir.display()));
         printer.line(&format!("  export ETCDCTL_API=3 ETCDCTL_ENDPOINTS={}", self.etcd));
-        printer.line(&format!("  export DEMAE_INGRESS=http://{} DEMAE_METRICS=http://{}/metrics\n", self.ingress, self.metrics));
+        printer.line(&format!(
+            "  export DEMAE_INGRESS=http://{} DEMAE_METRICS=http://{}/metrics\n",
+            self.ingress, self.metrics
+        ));
         printer.line("Try, in another terminal:\n");
-        printer.line("  etcdctl put /demae/apps/hello/spec '{image: IMAGE, ingress: {hosts: [hello.localhost], port: 8080}}'");
+        printer.line(
+            "  etcdctl put /demae/apps/hello/spec '{image: IMAGE, ingress: {hosts: [hello.localhost], port: 8080}}'",
+        );
         printer.line("  demae status");
         printer.line("  curl -H 'Host: hello.localhost' $DEMAE_INGRESS\n");
         printer.line("Ctrl-C ends it and removes its containers, processes and files.");
@@ -280,7 +298,9 @@ fn spawn(mut command: tokio::process::Command, log: &Path) -> Result<u32, Failed
     for (name, _) in std::env::vars().filter(|(n, _)| n.starts_with("ETCD_")) {
         command.env_remove(name);
     }
-    let child = command.spawn().map_err(|e| Failed::because(format!("cannot start `{:?}`: {e}", command.as_std().get_program())))?;
+    let child = command
+        .spawn()
+        .map_err(|e| Failed::because(format!("cannot start `{:?}`: {e}", command.as_std().get_program())))?;
     child.id().ok_or_else(|| Failed::because("the program ended at once"))
 }
 

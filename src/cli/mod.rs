@@ -18,7 +18,12 @@ use print::Printer;
 
 /// demae: write what you want into etcd; every Docker host makes it so.
 #[derive(Debug, Parser)]
-#[command(name = "demae", version, about = "Write what you want into etcd; every Docker host makes it so, without dropping a request", disable_help_subcommand = true)]
+#[command(
+    name = "demae",
+    version,
+    about = "Write what you want into etcd; every Docker host makes it so, without dropping a request",
+    disable_help_subcommand = true
+)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -107,12 +112,12 @@ pub fn run() -> ExitCode {
     };
     let mut printer = Printer::new();
     let ended = match cli.verb {
-        Verb::Agent(args) => agent::run(args),
+        Verb::Agent(args) => agent::run(&args),
         Verb::Status(args) => status::run(&args, &mut printer),
         Verb::Plan(args) => plan::run(&args, &mut printer),
         Verb::Validate(args) => validate::run(&args, &mut printer),
         Verb::Schema => schema::run(&mut printer),
-        Verb::Dev(args) => dev::run(args, &mut printer),
+        Verb::Dev(args) => dev::run(&args, &mut printer),
     };
     match ended {
         Ok(exit) => exit.code(),

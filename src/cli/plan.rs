@@ -32,7 +32,9 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
 
 async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) -> Ended {
     let world = setup::world(config, None)?;
-    let snapshot = store::read_once(&config.etcd, &config.host, &config.labels).await.map_err(|e| Failed::for_now(e.to_string()))?;
+    let snapshot = store::read_once(&config.etcd, &config.host, &config.labels)
+        .await
+        .map_err(|e| Failed::for_now(e.to_string()))?;
     let proxy = world.observe_proxy().await;
     let mut apps: BTreeSet<AppName> = world.docker.list(None).await?.into_iter().map(|l| l.app).collect();
     apps.extend(world.apps_on_disk()?);

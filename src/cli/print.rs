@@ -25,8 +25,9 @@ impl Printer {
     /// A table: columns as wide as their widest cell, the last one as it is.
     pub(super) fn table(&mut self, rows: &[Vec<String>]) {
         let columns = rows.first().map_or(0, Vec::len);
-        let widths: Vec<usize> =
-            (0..columns).map(|c| rows.iter().filter_map(|r| r.get(c)).map(|t| t.chars().count()).max().unwrap_or(0)).collect();
+        let widths: Vec<usize> = (0..columns)
+            .map(|c| rows.iter().filter_map(|r| r.get(c)).map(|t| t.chars().count()).max().unwrap_or(0))
+            .collect();
         for row in rows {
             let mut line = String::new();
             for (cell, width) in row.iter().zip(&widths) {

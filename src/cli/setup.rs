@@ -32,7 +32,9 @@ pub(super) fn world(config: &Config, news: Option<UnboundedSender<AppName>>) -> 
     let n = &config.nginx;
     let server: Box<dyn Server> = match &n.container {
         None => Box::new(Local { binary: n.binary.clone() }),
-        Some(container) => Box::new(Contained { docker: docker.clone(), container: container.clone(), binary: n.binary.clone() }),
+        Some(container) => {
+            Box::new(Contained { docker: docker.clone(), container: container.clone(), binary: n.binary.clone() })
+        }
     };
     let nginx = NginxConfig {
         conf: n.conf.clone(),

@@ -94,9 +94,9 @@ async fn read(args: &Args, printer: &mut Printer) -> Result<Shown, Failed> {
         Err(e) => e,
     };
     let etcd = config::etcd_only(&args.common)?;
-    let mut apps = store::published(&etcd).await.map_err(|e| {
-        Failed::for_now(format!("no agent answers at {address} ({error}), and the store neither: {e}"))
-    })?;
+    let mut apps = store::published(&etcd)
+        .await
+        .map_err(|e| Failed::for_now(format!("no agent answers at {address} ({error}), and the store neither: {e}")))?;
     printer.error(&format!("note: no agent answers at {address} ({error}); this is what agents last told the store"));
     apps.retain(|a| is_chosen(args, &a.app) && args.common.host.as_ref().is_none_or(|h| *h == a.host.as_str()));
     Ok(Shown { version: VERSION, proxy: None, store_error: None, apps, unreadable: Vec::new() })
@@ -123,7 +123,8 @@ fn print(args: &Args, shown: &Shown, printer: &mut Printer) -> Result<(), Failed
         return Ok(());
     }
     let now = Timestamp::now();
-    let mut rows = vec![["APP", "HOST", "RELEASE", "IMAGE", "HEALTHY", "STATE", "SINCE", "REASON"].map(String::from).to_vec()];
+    let mut rows =
+        vec![["APP", "HOST", "RELEASE", "IMAGE", "HEALTHY", "STATE", "SINCE", "REASON"].map(String::from).to_vec()];
     for app in &shown.apps {
         let release = match (&app.release, &app.serving) {
             (Some(wanted), Some(serving)) => format!("{serving}->{wanted}"),
@@ -151,7 +152,9 @@ fn print(args: &Args, shown: &Shown, printer: &mut Printer) -> Result<(), Failed
         rows.push(vec![name, dash(), dash(), dash(), dash(), State::Invalid.as_str().to_owned(), dash(), reason]);
     }
     printer.table(&rows);
-    for verdict in shown.apps.iter().filter_map(|a| a.verdict.as_ref().map(|v| (a, v))).filter(|(_, v)| !v.log_tail.is_empty()) {
+    for verdict in
+        shown.apps.iter().filter_map(|a| a.verdict.as_ref().map(|v| (a, v))).filter(|(_, v)| !v.log_tail.is_empty())
+    {
         printer.line(&format!("\nthe last lines of {} {}:", verdict.0.app, verdict.1.release));
         for line in verdict.1.log_tail.lines() {
             printer.line(&format!("  {line}"));

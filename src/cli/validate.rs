@@ -37,7 +37,8 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
                 for problem in problems.iter() {
                     let key = if problem.key.is_empty() { String::new() } else { format!("`{}`: ", problem.key) };
                     let hint = problem.hint.as_ref().map(|h| format!(" ({h})")).unwrap_or_default();
-                    printer.line(&format!("{name}:{}:{}: {key}{}{hint}", problem.line, problem.column, problem.message));
+                    printer
+                        .line(&format!("{name}:{}:{}: {key}{}{hint}", problem.line, problem.column, problem.message));
                 }
             }
         }

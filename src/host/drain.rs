@@ -115,7 +115,11 @@ fn tcp_connections(fits: impl Fn(u16, u16) -> bool) -> io::Result<usize> {
 /// Asks the kernel for sockets, and hands over each of its messages.
 fn dump(request: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<()> {
     let fd = socket_with(AddressFamily::NETLINK, SocketType::DGRAM, SocketFlags::CLOEXEC, Some(netlink::SOCK_DIAG))?;
-    rustix::net::sockopt::set_socket_timeout(&fd, rustix::net::sockopt::Timeout::Recv, Some(std::time::Duration::from_secs(2)))?;
+    rustix::net::sockopt::set_socket_timeout(
+        &fd,
+        rustix::net::sockopt::Timeout::Recv,
+        Some(std::time::Duration::from_secs(2)),
+    )?;
     let length = u32::try_from(16 + request.len()).map_err(io::Error::other)?;
     let mut packet = Vec::with_capacity(16 + request.len());
     packet.extend(length.to_ne_bytes()); // nlmsghdr: length, type, flags, sequence, port

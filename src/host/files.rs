@@ -188,8 +188,9 @@ pub struct Lock(#[expect(dead_code, reason = "the lock ends when the file is clo
 pub fn lock(path: &Path) -> Result<Lock> {
     let take = || -> io::Result<fs::File> {
         let file = fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
-        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive)
-            .map_err(|e| if e == rustix::io::Errno::WOULDBLOCK { io::Error::other("another agent holds it") } else { e.into() })?;
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|e| {
+            if e == rustix::io::Errno::WOULDBLOCK { io::Error::other("another agent holds it") } else { e.into() }
+        })?;
         Ok(file)
     };
     take().map(Lock).map_err(failed("lock", path))

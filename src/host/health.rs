@@ -81,7 +81,8 @@ impl Prober {
             return known.health.lock().unwrap_or_else(PoisonError::into_inner).clone();
         }
         let health = Arc::new(Mutex::new(Health::Unknown));
-        let asking = Asking { app: app.clone(), question: question.clone(), health: health.clone(), news: self.news.clone() };
+        let asking =
+            Asking { app: app.clone(), question: question.clone(), health: health.clone(), news: self.news.clone() };
         let task = self.tasks.spawn(asking.run()).abort_handle();
         of_app.insert(id.clone(), Asked { health, question, task });
         Health::Unknown
@@ -164,14 +165,16 @@ impl Asking {
                 let path = Path::new(path);
                 open_to_group(path, self.question.group)?;
                 match probe {
-                    Probe::Http(uri) => expect_success(uri, probe::get_unix(path, uri, timeout).await?),
+                    Probe::Http(uri) => expect_success(uri, &probe::get_unix(path, uri, timeout).await?),
                     _ => probe::connect_unix(path, timeout).await,
                 }
             }
             (Address::Port(port), probe) => {
                 let address = format!("127.0.0.1:{port}");
                 match probe {
-                    Probe::Http(uri) => expect_success(uri, probe::get_tcp(&address, "localhost", uri, timeout).await?),
+                    Probe::Http(uri) => {
+                        expect_success(uri, &probe::get_tcp(&address, "localhost", uri, timeout).await?)
+                    }
                     _ => probe::connect_tcp(&address, timeout).await,
                 }
             }
@@ -193,8 +196,12 @@ impl Asking {
     }
 }
 
-fn expect_success(uri: &str, answer: probe::Answer) -> Result<(), String> {
-    if (200..400).contains(&answer.status) { Ok(()) } else { Err(format!("`GET {uri}` is answered with status {}", answer.status)) }
+fn expect_success(uri: &str, answer: &probe::Answer) -> Result<(), String> {
+    if (200..400).contains(&answer.status) {
+        Ok(())
+    } else {
+        Err(format!("`GET {uri}` is answered with status {}", answer.status))
+    }
 }
 
 /// An app binds its socket with the rights of its own user; nginx's group must be able to connect to it.

@@ -46,7 +46,8 @@ impl Ports {
         for offset in 0..count {
             let Ok(step) = u16::try_from(begin.wrapping_add(offset) % count) else { continue };
             let port = *self.range.start() + step;
-            if !taken.contains(&port) && !resting.contains_key(&port) && TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            if !taken.contains(&port) && !resting.contains_key(&port) && TcpListener::bind(("127.0.0.1", port)).is_ok()
+            {
                 // Two apps may ask at once, before either container is there to be seen.
                 resting.insert(port, Instant::now() + QUARANTINE);
                 return Ok(port);

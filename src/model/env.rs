@@ -96,6 +96,9 @@ mod tests {
     #[test]
     fn an_env_file_is_literal_and_marks_what_it_cannot_carry() {
         let text = env_file([("A", "\"q\" $x #y "), ("PEM", "a\nb"), ("EMPTY", "")]);
-        assert_eq!(text, "A=\"q\" $x #y \n# PEM cannot stand in an env-file (it has a line break); the container has it\nEMPTY=\n");
+        assert_eq!(
+            text,
+            "A=\"q\" $x #y \n# PEM cannot stand in an env-file (it has a line break); the container has it\nEMPTY=\n"
+        );
     }
 }

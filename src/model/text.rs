@@ -121,7 +121,10 @@ mod tests {
 
     #[test]
     fn commands_are_split_as_a_shell_would() {
-        assert_eq!(words("a 'b c' \"d \\\" e\" f\\ g"), Ok(vec!["a".into(), "b c".into(), "d \" e".into(), "f g".into()]));
+        assert_eq!(
+            words("a 'b c' \"d \\\" e\" f\\ g"),
+            Ok(vec!["a".into(), "b c".into(), "d \" e".into(), "f g".into()])
+        );
         assert_eq!(words("x ''"), Ok(vec!["x".into(), String::new()]));
         assert!(words("a 'b").is_err());
     }

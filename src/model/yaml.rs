@@ -70,7 +70,10 @@ impl Value {
 /// The first place where the text is not YAML, is too large or too deep, or uses what is refused.
 pub fn parse(bytes: &[u8]) -> Result<Node, Problem> {
     if bytes.len() > MAX_TEXT {
-        return Err(Problem::new("", format!("the text has {} bytes; {MAX_TEXT} is the most that is read", bytes.len())));
+        return Err(Problem::new(
+            "",
+            format!("the text has {} bytes; {MAX_TEXT} is the most that is read", bytes.len()),
+        ));
     }
     let text = std::str::from_utf8(bytes).map_err(|e| {
         let before = &bytes[..e.valid_up_to()];
@@ -78,7 +81,11 @@ pub fn parse(bytes: &[u8]) -> Result<Node, Problem> {
         Problem::new("", format!("the text is not UTF-8 at byte {}", e.valid_up_to())).at(line, 1)
     })?;
     let mut reader = Reader { events: Parser::new_from_str(text), depth: 0 };
-    reader.document()
+    reader.document().map_err(|mut problem| {
+        // What is missing at the end is missed on a line that is not there.
+        problem.line = problem.line.min(text.lines().count().max(1));
+        problem
+    })
 }
 
 struct Reader<'i> {

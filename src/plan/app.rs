@@ -209,14 +209,18 @@ impl<'a> Draft<'a> {
             let key = InstanceKey { release: release.id.clone(), number: group.free_number() };
             let drain = target.ingress.as_ref().map_or(Duration::ZERO, |i| i.drain);
             let step = Step::Create { key, release: release.clone(), image, drain };
-            self.step(step, if group.all.is_empty() { "the release has no instance" } else { "an instance is missing" });
+            self.step(
+                step,
+                if group.all.is_empty() { "the release has no instance" } else { "an instance is missing" },
+            );
         }
         if !proven && target.order == Order::StopFirst {
             // Only once the new instance could start at once: the gap is as short as it can be.
             if missing > 0 {
                 return false;
             }
-            for old in self.observed().instances.iter().filter(|i| i.key.release != release.id && i.is_alive()) {
+            let mut others = self.observed().instances.iter().filter(|i| i.key.release != release.id);
+            if let Some(old) = others.find(|i| i.is_alive()) {
                 let step = Step::Stop { handle: handle(old), grace: old.grace };
                 self.step(step, "the old instance goes first");
                 return false;
@@ -228,7 +232,9 @@ impl<'a> Draft<'a> {
                 (Phase::Paused, _) => self.step(Step::Start(handle(instance)), "somebody paused it"),
                 (Phase::Exited(_), _) => self.step(Step::Start(handle(instance)), "it should run and does not"),
                 (Phase::Running, Health::Healthy) | (Phase::Removing, _) => {}
-                (Phase::Running | Phase::Restarting, Health::Unhealthy { since, answer }) if proven && is_established(self.input, instance) => {
+                (Phase::Running | Phase::Restarting, Health::Unhealthy { since, answer })
+                    if proven && is_established(self.input, instance) =>
+                {
                     let until = since.plus(patience(instance));
                     self.wait(Wait::Recovery { key: instance.key.clone(), until, answer: answer.clone() });
                 }
@@ -274,7 +280,8 @@ impl<'a> Draft<'a> {
     fn count(&mut self, serving: Option<&ReleaseId>) {
         let Some(serving) = serving else { return };
         let instances = self.observed().instances.iter();
-        let healthy = instances.filter(|i| i.key.release == *serving && i.is_running() && i.health.is_healthy()).count();
+        let healthy =
+            instances.filter(|i| i.key.release == *serving && i.is_running() && i.health.is_healthy()).count();
         self.plan.healthy = u16::try_from(healthy).unwrap_or(u16::MAX);
         self.plan.serving = Some(serving.clone());
     }
@@ -301,7 +308,9 @@ impl<'a> Group<'a> {
             .filter(|i| matches!(i.phase, Phase::Exited(_)) || (is_late(i, input) && !i.health.is_healthy()))
             .collect();
         let condemned = |i: &Instance| match &i.health {
-            Health::Unhealthy { since, .. } => proven && is_established(input, i) && input.now >= since.plus(patience(i)),
+            Health::Unhealthy { since, .. } => {
+                proven && is_established(input, i) && input.now >= since.plus(patience(i))
+            }
             _ => false,
         };
         let mut good: Vec<&Instance> = all
@@ -335,7 +344,8 @@ impl<'a> Group<'a> {
     fn failure(&self, input: &AppInput<'_>, target: &Target) -> Option<Step> {
         self.all.iter().find_map(|i| {
             let release = || target.release.clone();
-            let verdict = |cause, exit_code| Step::RecordVerdict { handle: handle(i), release: release(), cause, exit_code };
+            let verdict =
+                |cause, exit_code| Step::RecordVerdict { handle: handle(i), release: release(), cause, exit_code };
             match &i.phase {
                 Phase::Exited(code) if !i.settled => {
                     Some(verdict(format!("it ended with exit code {code} before it was healthy"), Some(*code)))

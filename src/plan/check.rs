@@ -20,7 +20,9 @@ pub fn violations(input: &AppInput<'_>, plan: &AppPlan) -> Vec<String> {
         check_step(input, &planned.step, &mut found);
     }
     if silent(input, plan) {
-        found.push("the app is not converged and the plan says neither what is done, nor waited for, nor in the way".into());
+        found.push(
+            "the app is not converged and the plan says neither what is done, nor waited for, nor in the way".into(),
+        );
     }
     found
 }
@@ -62,7 +64,8 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
             }
         }
         Step::Prove { release, .. } => {
-            let healthy = |i: &&Instance| i.key.release == *release && i.phase == Phase::Running && i.health.is_healthy();
+            let healthy =
+                |i: &&Instance| i.key.release == *release && i.phase == Phase::Running && i.health.is_healthy();
             if !input.observed.instances.iter().any(|i| healthy(&i)) {
                 found.push(format!("`{step}` proves a release without a healthy instance"));
             }
@@ -101,7 +104,11 @@ fn check_ending(input: &AppInput<'_>, instance: &Instance, step: &Step, found: &
     let serves = |i: &Instance| i.phase == Phase::Running && i.health.is_healthy() && i.settled;
     if matches!(input.desired, DesiredApp::Run(_))
         && serves(instance)
-        && !input.observed.instances.iter().any(|i| i.id != instance.id && i.phase == Phase::Running && i.health.is_healthy())
+        && !input
+            .observed
+            .instances
+            .iter()
+            .any(|i| i.id != instance.id && i.phase == Phase::Running && i.health.is_healthy())
     {
         found.push(format!("`{step}` ends the last healthy instance"));
     }
@@ -147,7 +154,9 @@ fn silent(input: &AppInput<'_>, plan: &AppPlan) -> bool {
                 || (t.ingress.is_some() && !instances.iter().all(|i| routed(input, i)))
                 || input.observed.proven.as_ref() != Some(&t.release.id)
         }
-        DesiredApp::Absent(_) => !instances.is_empty() || !input.observed.slots.is_empty() || input.proxy.live.is_some(),
+        DesiredApp::Absent(_) => {
+            !instances.is_empty() || !input.observed.slots.is_empty() || input.proxy.live.is_some()
+        }
         DesiredApp::Invalid { .. } | DesiredApp::Paused(_) => true,
     }
 }

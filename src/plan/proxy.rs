@@ -69,7 +69,9 @@ pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
             Some((ProxyStep::Publish(wanted), "the templates changed"))
         }
         Some(_) if observed.drifted => Some((ProxyStep::Publish(wanted), "somebody changed the files of demae")),
-        Some(_) if !observed.is_serving_live() => Some((ProxyStep::Reload, "nginx does not answer with the live configuration")),
+        Some(_) if !observed.is_serving_live() => {
+            Some((ProxyStep::Reload, "nginx does not answer with the live configuration"))
+        }
         Some(_) => None,
     };
     let Some(step) = step else { return plan };

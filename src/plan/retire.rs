@@ -102,7 +102,8 @@ fn is_drained(draft: &Draft<'_>, instance: &Instance) -> bool {
 /// Removes files that nothing needs, once nothing else is to be done.
 pub(super) fn clean_up(draft: &mut Draft<'_>, wanted: Option<&ReleaseId>) {
     let observed = draft.observed();
-    let in_use = |release: &ReleaseId| Some(release) == wanted || observed.instances.iter().any(|i| i.key.release == *release);
+    let in_use =
+        |release: &ReleaseId| Some(release) == wanted || observed.instances.iter().any(|i| i.key.release == *release);
     let left = Leftovers {
         env_files: observed.env_files.iter().filter(|r| !in_use(r)).cloned().collect(),
         socket_dirs: observed
@@ -111,7 +112,12 @@ pub(super) fn clean_up(draft: &mut Draft<'_>, wanted: Option<&ReleaseId>) {
             .filter(|k| !observed.instances.iter().any(|i| i.key == **k))
             .cloned()
             .collect(),
-        verdicts: observed.verdicts.keys().filter(|r| Some(*r) != wanted || observed.proven.as_ref() == Some(r)).cloned().collect(),
+        verdicts: observed
+            .verdicts
+            .keys()
+            .filter(|r| Some(*r) != wanted || observed.proven.as_ref() == Some(r))
+            .cloned()
+            .collect(),
         everything: wanted.is_none() && has_traces(draft),
     };
     if !left.is_empty() {

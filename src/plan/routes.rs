@@ -79,7 +79,11 @@ fn pool<'a>(draft: &Draft<'a>, active: Option<&ReleaseId>, group: Option<&Group<
     let routable = |i: &&&Instance| i.is_running() && i.address.is_some();
     let known: Vec<&Instance> = of_release.iter().filter(routable).filter(|i| i.health.is_healthy()).copied().collect();
     // One that has not been asked yet stays where it is, and is not brought in.
-    let unasked = of_release.iter().filter(routable).filter(|i| i.health == Health::Unknown && is_routed(draft.input, i)).copied();
+    let unasked = of_release
+        .iter()
+        .filter(routable)
+        .filter(|i| i.health == Health::Unknown && is_routed(draft.input, i))
+        .copied();
     let mut pool: Vec<&Instance> = known.into_iter().chain(unasked).collect();
     pool.sort_by_key(|i| i.key.number);
     pool

@@ -71,7 +71,9 @@ impl PaperHost {
                 let Ok(id) = ContainerId::try_from(format!("{:064x}", self.containers)) else { return };
                 let address = release.endpoint.as_ref().map(|endpoint| match endpoint {
                     Endpoint::Socket(_) => Address::Socket(format!("{key}")),
-                    Endpoint::Port(_) => Address::Port(u16::try_from(20_000 + self.containers % 10_000).unwrap_or(20_000)),
+                    Endpoint::Port(_) => {
+                        Address::Port(u16::try_from(20_000 + self.containers % 10_000).unwrap_or(20_000))
+                    }
                 });
                 if matches!(address, Some(Address::Socket(_))) {
                     self.observed.socket_dirs.insert(key.clone());

@@ -159,8 +159,19 @@ pub enum StepKind {
 impl StepKind {
     /// Every kind.
     pub const ALL: [StepKind; 13] = [
-        Self::Pull, Self::WriteEnvFile, Self::Create, Self::Start, Self::ClearSocket, Self::Switch, Self::Prove,
-        Self::Settle, Self::Stop, Self::Remove, Self::Discard, Self::RecordVerdict, Self::CleanUp,
+        Self::Pull,
+        Self::WriteEnvFile,
+        Self::Create,
+        Self::Start,
+        Self::ClearSocket,
+        Self::Switch,
+        Self::Prove,
+        Self::Settle,
+        Self::Stop,
+        Self::Remove,
+        Self::Discard,
+        Self::RecordVerdict,
+        Self::CleanUp,
     ];
 
     /// The word for it, in logs and metrics.
@@ -226,7 +237,9 @@ impl fmt::Display for Step {
             Self::Stop { handle, .. } => write!(f, "stop {}", handle.key),
             Self::Remove(handle) => write!(f, "remove {}", handle.key),
             Self::Discard { handle, why } => write!(f, "discard {} ({why})", handle.key),
-            Self::RecordVerdict { handle, cause, .. } => write!(f, "record verdict on {} ({cause})", handle.key.release),
+            Self::RecordVerdict { handle, cause, .. } => {
+                write!(f, "record verdict on {} ({cause})", handle.key.release)
+            }
             Self::CleanUp(left) => {
                 f.write_str("clean up")?;
                 for release in &left.env_files {

@@ -161,7 +161,9 @@ impl Block {
             Self::Paused(_) => format!("delete `apps/{app}/paused` to go on"),
             Self::Cordoned => "set `hosts/<host>/mode` to `active` to let it come".to_owned(),
             Self::Halted(_) => {
-                format!("put a mended image or environment, or a new value to `apps/{app}/restart` to try this one again")
+                format!(
+                    "put a mended image or environment, or a new value to `apps/{app}/restart` to try this one again"
+                )
             }
             Self::HostTaken { .. } => "take the virtual host out of one of the two specs".to_owned(),
             Self::RoutesRejected(_) => "mend the spec, or the template on the host".to_owned(),

@@ -113,7 +113,8 @@ impl Key {
         };
         match kind {
             "apps" => {
-                let (app, what) = rest.rsplit_once('/').ok_or_else(|| nobody("write `apps/<app>/spec` and the like".into()))?;
+                let (app, what) =
+                    rest.rsplit_once('/').ok_or_else(|| nobody("write `apps/<app>/spec` and the like".into()))?;
                 let app = AppName::try_from(app).map_err(|e| nobody(e.to_string()))?;
                 match what {
                     "spec" => Ok(Self::Spec(app)),
@@ -135,7 +136,9 @@ impl Key {
                 }
             }
             "hosts" => {
-                let (host, what) = rest.rsplit_once('/').ok_or_else(|| nobody("write `hosts/<host>/labels` or `hosts/<host>/mode`".into()))?;
+                let (host, what) = rest
+                    .rsplit_once('/')
+                    .ok_or_else(|| nobody("write `hosts/<host>/labels` or `hosts/<host>/mode`".into()))?;
                 let host = HostName::try_from(host).map_err(|e| nobody(e.to_string()))?;
                 match what {
                     "labels" => Ok(Self::HostLabels(host)),
@@ -158,7 +161,9 @@ mod tests {
         assert_eq!(Key::parse(b"apps/web/image"), Ok(Key::Image(web.clone())));
         assert_eq!(Key::parse(b"cluster"), Ok(Key::Cluster));
         assert!(matches!(Key::parse(b"apps/web/imagee"), Err(BadKey::App(app, _)) if app == web));
-        for bad in ["apps/../x/spec", "apps/WEB/spec", "apps/spec", "apps//spec", "env/web", "hosts/a/b/c", "clusters", "x"] {
+        for bad in
+            ["apps/../x/spec", "apps/WEB/spec", "apps/spec", "apps//spec", "env/web", "hosts/a/b/c", "clusters", "x"]
+        {
             assert!(matches!(Key::parse(bad.as_bytes()), Err(BadKey::Nobody(_))), "{bad} was taken");
         }
         assert!(matches!(Key::parse(b"env/web/1A"), Err(BadKey::Set(..))));

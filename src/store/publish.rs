@@ -40,7 +40,11 @@ pub struct HostInfo {
 }
 
 /// Publishes every status, until cancelled; then takes it back.
-pub async fn publish(config: EtcdConfig, mut statuses: Receiver<(HostStatus, BTreeMap<String, String>)>, token: CancellationToken) {
+pub async fn publish(
+    config: EtcdConfig,
+    mut statuses: Receiver<(HostStatus, BTreeMap<String, String>)>,
+    token: CancellationToken,
+) {
     let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(15));
     let mut turn = 0;
     loop {
@@ -131,11 +135,17 @@ impl Publisher<'_> {
     }
 
     /// Writes what differs from what was told, and nothing else.
-    async fn write(&mut self, connection: &mut Connection, lease: i64, wanted: BTreeMap<String, String>) -> Result<(), StoreError> {
+    async fn write(
+        &mut self,
+        connection: &mut Connection,
+        lease: i64,
+        wanted: BTreeMap<String, String>,
+    ) -> Result<(), StoreError> {
         let gone = self.told.keys().filter(|k| !wanted.contains_key(*k)).map(|k| TxnOp::delete(k.clone(), None));
-        let fresh = wanted.iter().filter(|(k, v)| self.told.get(*k) != Some(v)).map(|(k, v)| {
-            TxnOp::put(k.clone(), v.clone(), Some(PutOptions::new().with_lease(lease)))
-        });
+        let fresh = wanted
+            .iter()
+            .filter(|(k, v)| self.told.get(*k) != Some(v))
+            .map(|(k, v)| TxnOp::put(k.clone(), v.clone(), Some(PutOptions::new().with_lease(lease))));
         let operations: Vec<TxnOp> = gone.chain(fresh).collect();
         for batch in operations.chunks(BATCH) {
             let txn = Txn::new().and_then(batch.to_vec());
@@ -166,5 +176,8 @@ pub async fn published(config: &EtcdConfig) -> Result<Vec<AppStatus>, StoreError
             Err(e) => last = Some(e),
         }
     }
-    Err(last.unwrap_or_else(|| StoreError::Connect { endpoint: "nowhere".into(), reason: "no endpoint is configured".into() }))
+    Err(last.unwrap_or_else(|| StoreError::Connect {
+        endpoint: "nowhere".into(),
+        reason: "no endpoint is configured".into(),
+    }))
 }

@@ -60,22 +60,24 @@ pub enum ReadKey {
 ///
 /// # Errors
 /// If a call fails.
-pub async fn read(connection: &Connection, prefix: &Prefix, key: ReadKey) -> Result<(Contents, ReleaseKey), StoreError> {
+pub async fn read(
+    connection: &Connection,
+    prefix: &Prefix,
+    key: ReadKey,
+) -> Result<(Contents, ReleaseKey), StoreError> {
     let mut kv = connection.client.kv_client().max_decoding_message_size(LARGEST);
     let failed = connection.failed("reading");
     let (mut from, to) = prefix.intent();
     let mut contents = Contents::default();
     loop {
-        let mut options = GetOptions::new()
-            .with_range(to.clone())
-            .with_limit(PAGE)
-            .with_sort(SortTarget::Key, SortOrder::Ascend);
+        let mut options =
+            GetOptions::new().with_range(to.clone()).with_limit(PAGE).with_sort(SortTarget::Key, SortOrder::Ascend);
         if contents.revision > 0 {
             options = options.with_revision(contents.revision);
         }
         let answer = kv.get(from.clone(), Some(options)).await.map_err(&failed)?;
         if contents.revision == 0 {
-            contents.revision = answer.header().map_or(0, |h| h.revision());
+            contents.revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
         }
         for kv in answer.kvs() {
             if let Some(rest) = prefix.strip(kv.key()) {
@@ -105,9 +107,11 @@ async fn release_key(connection: &Connection, prefix: &Prefix, read: ReadKey) ->
         return Ok(ReleaseKey::new(fresh));
     }
     // Whoever is first makes it; everybody else reads what the first one made.
-    let create = Txn::new()
-        .when([Compare::create_revision(key.clone(), CompareOp::Equal, 0)])
-        .and_then([TxnOp::put(key.clone(), fresh, None)]);
+    let create = Txn::new().when([Compare::create_revision(key.clone(), CompareOp::Equal, 0)]).and_then([TxnOp::put(
+        key.clone(),
+        fresh,
+        None,
+    )]);
     kv.txn(create).await.map_err(connection.failed("making the release key"))?;
     let answer = kv.get(key.clone(), None).await.map_err(&failed)?;
     match answer.kvs().first() {
@@ -147,7 +151,10 @@ pub async fn read_once(
             Err(e) => last = Some(e),
         }
     }
-    Err(last.unwrap_or_else(|| StoreError::Connect { endpoint: "nowhere".into(), reason: "no endpoint is configured".into() }))
+    Err(last.unwrap_or_else(|| StoreError::Connect {
+        endpoint: "nowhere".into(),
+        reason: "no endpoint is configured".into(),
+    }))
 }
 
 /// Makes snapshots of contents. Keeps what it has read, so that one changed key costs one spec.

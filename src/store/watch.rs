@@ -49,7 +49,8 @@ pub struct Viewer {
 /// Keeps `updates` as the store is, until cancelled.
 pub async fn watch(config: EtcdConfig, viewer: Viewer, updates: Sender<Update>, token: CancellationToken) {
     let reader = Reader::new(viewer.host.clone(), viewer.labels.clone());
-    let mut watcher = Watcher { config, resync: viewer.resync, reader, updates, contents: Contents::default(), key: None };
+    let mut watcher =
+        Watcher { config, resync: viewer.resync, reader, updates, contents: Contents::default(), key: None };
     let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(10));
     let mut turn = 0;
     loop {
@@ -91,7 +92,8 @@ impl Watcher {
         self.read_all(&connection).await?;
         let (from, to) = self.config.prefix.intent();
         let mut client = connection.client.watch_client().max_decoding_message_size(256 << 20);
-        let options = WatchOptions::new().with_range(to).with_start_revision(self.contents.revision + 1).with_fragment();
+        let options =
+            WatchOptions::new().with_range(to).with_start_revision(self.contents.revision + 1).with_fragment();
         // Opening waits for the first answer, which a member without a leader may never give.
         let opened = tokio::time::timeout(self.config.command_timeout, client.watch(from, Some(options))).await;
         let mut stream = match opened {
@@ -178,7 +180,9 @@ impl Watcher {
             changed = true;
         }
         // Parts of one revision may come in several messages; only the next revision closes it.
-        if let Some(newest) = message.events().iter().filter_map(|e| e.kv()).map(|kv| kv.mod_revision()).max() {
+        if let Some(newest) =
+            message.events().iter().filter_map(|e| e.kv()).map(etcd_client::KeyValue::mod_revision).max()
+        {
             self.contents.revision = self.contents.revision.max(newest - 1);
         }
         let snapshot = if changed { self.snapshot() } else { None };

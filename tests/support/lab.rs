@@ -1,7 +1,11 @@
 //! A host of its own: real etcd, real nginx, the real agent, on the Docker engine of this machine.
 //!
 //! Everything carries a random name, so that labs run side by side; everything goes when the lab does.
-#![allow(clippy::disallowed_methods, reason = "a test starts programs and writes files of its own")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stderr,
+    reason = "a test starts programs and writes files of its own"
+)]
 
 use std::{
     fs,
@@ -49,7 +53,12 @@ impl Lab {
 
     pub fn with(setup: &Setup<'_>) -> Self {
         assert!(
-            Command::new("docker").arg("version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success()),
+            Command::new("docker")
+                .arg("version")
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status()
+                .is_ok_and(|s| s.success()),
             "these tests need a Docker engine; to leave them out on purpose: DEMAE_DOCKER=absent make test"
         );
         let dir = tempfile::Builder::new().prefix("demae-lab-").tempdir().expect("a directory");
@@ -87,10 +96,21 @@ impl Lab {
             "host = \"{}\"\nstate_dir = \"{dir}/state\"\nrun_dir = \"{dir}/run\"\nlisten = \"{}\"\n{}\n\
              [etcd]\nendpoints = [\"{}\"]\n[nginx]\nconf = \"{dir}/nginx.conf\"\naddress = \"{}\"\nlisten = [\"{}\"]\n\
              templates = \"{dir}/templates\"\n{}\n[ports]\nrange = \"{base}-{}\"\n",
-            self.host, self.metrics, setup.top, self.etcd, self.ingress, self.ingress, setup.nginx, base + 49
+            self.host,
+            self.metrics,
+            setup.top,
+            self.etcd,
+            self.ingress,
+            self.ingress,
+            setup.nginx,
+            base + 49
         );
         fs::write(self.path("agent.toml"), text).expect("a file");
-        let user = if fs::metadata("/proc/self").map(|m| std::os::unix::fs::MetadataExt::uid(&m)).ok() == Some(0) { "user root;" } else { "" };
+        let user = if fs::metadata("/proc/self").map(|m| std::os::unix::fs::MetadataExt::uid(&m)).ok() == Some(0) {
+            "user root;"
+        } else {
+            ""
+        };
         let nginx = format!(
             "{user}\nworker_processes 2;\nworker_rlimit_nofile 8192;\npid {dir}/nginx.pid;\nerror_log {dir}/nginx-error.log;\n\
              events {{ worker_connections 2048; }}\nhttp {{ access_log off; keepalive_requests 1000000;\n\
@@ -121,7 +141,12 @@ impl Lab {
 
     pub fn start_nginx(&mut self) {
         let mut command = Command::new("nginx");
-        command.arg("-c").arg(self.path("nginx.conf")).arg("-e").arg(self.path("nginx-error.log")).args(["-g", "daemon off;"]);
+        command
+            .arg("-c")
+            .arg(self.path("nginx.conf"))
+            .arg("-e")
+            .arg(self.path("nginx-error.log"))
+            .args(["-g", "daemon off;"]);
         self.nginx_process = Some(quiet(&mut command, &self.path("nginx.log")));
         let ingress = self.ingress;
         until("nginx takes connections", || std::net::TcpStream::connect(ingress).is_ok());
@@ -210,7 +235,7 @@ impl Lab {
         let mut command = self.etcdctl();
         command.arg("txn").stdin(Stdio::piped()).stdout(Stdio::null());
         let mut child = command.spawn().expect("etcdctl runs");
-        let puts: String = pairs.iter().map(|(k, v)| format!("put /demae/{k} '{v}'\n")).collect();
+        let puts: String = pairs.iter().map(|(k, v)| format!("put /demae/{k} {v:?}\n")).collect();
         // No conditions; what to do then; nothing else.
         child.stdin.take().expect("a pipe").write_all(format!("\n{puts}\n\n").as_bytes()).expect("it is taken");
         assert!(child.wait().expect("etcdctl ends").success(), "txn");
@@ -287,7 +312,8 @@ impl Lab {
         let began = Instant::now();
         loop {
             let status = self.status();
-            let fits = |s: &HostStatus| s.store.revision >= revision && s.apps.iter().all(|a| a.state == State::Converged);
+            let fits =
+                |s: &HostStatus| s.store.revision >= revision && s.apps.iter().all(|a| a.state == State::Converged);
             if let Some(status) = status.as_ref().filter(|s| fits(s)) {
                 return status.clone();
             }
@@ -307,12 +333,16 @@ impl Lab {
     pub fn metric(&self, name: &str, labels: &str) -> f64 {
         let (_, text) = load::get(self.metrics, "localhost", "/metrics").expect("metrics");
         let lines = text.lines().filter(|l| l.starts_with(name) && l.contains(labels));
-        lines.filter(|l| matches!(l.as_bytes().get(name.len()), Some(b' ' | b'{'))).filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+        lines
+            .filter(|l| matches!(l.as_bytes().get(name.len()), Some(b' ' | b'{')))
+            .filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum()
     }
 
     /// Names of the containers of this lab.
     pub fn containers(&self) -> Vec<String> {
-        let output = docker(&["ps", "-a", "--filter", &format!("label=demae.host={}", self.host), "--format", "{{.Names}}"]);
+        let output =
+            docker(&["ps", "-a", "--filter", &format!("label=demae.host={}", self.host), "--format", "{{.Names}}"]);
         output.lines().map(str::to_owned).collect()
     }
 
@@ -436,7 +466,10 @@ pub fn example_app() -> PathBuf {
     let binary = dir.join("example-app");
     let lock = fs::File::create(dir.join("example-app.lock")).expect("a lock");
     lock.lock().expect("the lock");
-    let newer = |a: &Path, b: &Path| match (fs::metadata(a).and_then(|m| m.modified()), fs::metadata(b).and_then(|m| m.modified())) {
+    let newer = |a: &Path, b: &Path| match (
+        fs::metadata(a).and_then(|m| m.modified()),
+        fs::metadata(b).and_then(|m| m.modified()),
+    ) {
         (Ok(a), Ok(b)) => a > b,
         _ => false,
     };
@@ -457,6 +490,11 @@ pub fn build_image(name: &str, version: &str, dir: &Path) {
     fs::copy(example_app(), dir.join("app")).expect("copied");
     let text = format!("FROM scratch\nCOPY app /app\nENV VERSION={version}\nENTRYPOINT [\"/app\"]\n");
     fs::write(dir.join("Dockerfile"), text).expect("a file");
-    let output = Command::new("docker").args(["build", "-q", "-t", name]).arg(dir).env("DOCKER_BUILDKIT", "0").output().expect("docker runs");
+    let output = Command::new("docker")
+        .args(["build", "-q", "-t", name])
+        .arg(dir)
+        .env("DOCKER_BUILDKIT", "0")
+        .output()
+        .expect("docker runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -135,7 +135,9 @@ fn work(shared: &Shared, address: SocketAddr, host: &str, client: &Client) {
             tally.slowest = tally.slowest.max(took);
             match answer {
                 Ok(body) => {
-                    let word = |name: &str| body.split(name).nth(1).and_then(|r| r.split_whitespace().next()).unwrap_or("").to_owned();
+                    let word = |name: &str| {
+                        body.split(name).nth(1).and_then(|r| r.split_whitespace().next()).unwrap_or("").to_owned()
+                    };
                     *tally.versions.entry(word("version=")).or_default() += 1;
                     tally.first_seen.entry(word("release=")).or_insert_with(Instant::now);
                 }
@@ -167,7 +169,8 @@ fn ask(
     let stream = match connection {
         Some(stream) => stream,
         None => {
-            let stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).map_err(|e| format!("connect: {e}"))?;
+            let stream =
+                TcpStream::connect_timeout(&address, Duration::from_secs(5)).map_err(|e| format!("connect: {e}"))?;
             stream.set_nodelay(true).map_err(|e| e.to_string())?;
             stream.set_read_timeout(Some(Duration::from_secs(30))).map_err(|e| e.to_string())?;
             connection.insert(BufReader::new(stream))

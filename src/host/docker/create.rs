@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use bollard::{
     models::{
-        ContainerCreateBody, HealthConfig, HostConfig, HostConfigLogConfig, Mount, MountType, PortBinding, RestartPolicy,
-        RestartPolicyNameEnum,
+        ContainerCreateBody, HealthConfig, HostConfig, HostConfigLogConfig, Mount, MountType, PortBinding,
+        RestartPolicy, RestartPolicyNameEnum,
     },
     query_parameters::CreateContainerOptionsBuilder,
 };

@@ -182,7 +182,11 @@ impl Docker {
         Ok(Self { client, host })
     }
 
-    async fn call<T>(&self, operation: &'static str, call: impl Future<Output = std::result::Result<T, Error>>) -> Result<T> {
+    async fn call<T>(
+        &self,
+        operation: &'static str,
+        call: impl Future<Output = std::result::Result<T, Error>>,
+    ) -> Result<T> {
         within(CALL, operation, call).await
     }
 
@@ -202,7 +206,8 @@ impl Docker {
     pub async fn list(&self, app: Option<&AppName>) -> Result<Vec<Listed>> {
         let mut labels = vec![format!("{}={}", label::HOST, self.host)];
         labels.extend(app.map(|app| format!("{}={app}", label::APP)));
-        let options = ListContainersOptionsBuilder::default().all(true).filters(&HashMap::from([("label", labels)])).build();
+        let options =
+            ListContainersOptionsBuilder::default().all(true).filters(&HashMap::from([("label", labels)])).build();
         let found = self.call("list containers", self.client.list_containers(Some(options))).await?;
         let mut listed: Vec<Listed> = found
             .into_iter()
@@ -374,15 +379,22 @@ impl Docker {
     /// # Errors
     /// If the engine cannot.
     pub async fn exec(&self, container: &str, command: Vec<String>) -> Result<(i64, String)> {
-        let config =
-            ExecConfig { cmd: Some(command), attach_stdout: Some(true), attach_stderr: Some(true), ..Default::default() };
+        let config = ExecConfig {
+            cmd: Some(command),
+            attach_stdout: Some(true),
+            attach_stderr: Some(true),
+            ..Default::default()
+        };
         let exec = self.call("run a command", self.client.create_exec(container, config)).await?.id;
         let started = self.call("run a command", self.client.start_exec(&exec, None)).await?;
         let mut text = String::new();
         if let StartExecResults::Attached { mut output, .. } = started {
             let reading = async {
                 while let Some(Ok(line)) = output.next().await {
-                    if let LogOutput::StdOut { message } | LogOutput::StdErr { message } | LogOutput::Console { message } = line {
+                    if let LogOutput::StdOut { message }
+                    | LogOutput::StdErr { message }
+                    | LogOutput::Console { message } = line
+                    {
                         text.push_str(&String::from_utf8_lossy(&message));
                     }
                 }
@@ -403,7 +415,9 @@ async fn within<T>(
 ) -> Result<T> {
     match tokio::time::timeout(limit, call).await {
         Ok(answer) => answer.map_err(DockerError::of(operation)),
-        Err(_) => Err(DockerError::Unreachable { operation, reason: format!("no answer within {} s", limit.as_secs()) }),
+        Err(_) => {
+            Err(DockerError::Unreachable { operation, reason: format!("no answer within {} s", limit.as_secs()) })
+        }
     }
 }
 
@@ -454,9 +468,11 @@ fn read(app: &AppName, id: &str, details: ContainerInspectResponse, now: Timesta
     };
     let host_config = details.host_config.unwrap_or_default();
     let settled = host_config.restart_policy.and_then(|p| p.name) == Some(RestartPolicyNameEnum::UNLESS_STOPPED);
-    let port = host_config.port_bindings.into_iter().flatten().find_map(|(_, bindings)| {
-        bindings?.into_iter().find_map(|b| b.host_port?.parse().ok())
-    });
+    let port = host_config
+        .port_bindings
+        .into_iter()
+        .flatten()
+        .find_map(|(_, bindings)| bindings?.into_iter().find_map(|b| b.host_port?.parse().ok()));
     Ok(Found {
         app: app.clone(),
         key: InstanceKey { release, number },

@@ -54,8 +54,19 @@ impl Docker {
 fn is_temporary(message: &str) -> bool {
     let message = message.to_lowercase();
     let final_words = [
-        "manifest unknown", "not found", "unauthorized", "authentication required", "access denied", "access to the resource is denied",
-        "does not exist", "no matching manifest", "invalid reference", "name unknown", "repository name not known", "forbidden", "no basic auth credentials",
+        "manifest unknown",
+        "not found",
+        "unauthorized",
+        "authentication required",
+        "access denied",
+        "access to the resource is denied",
+        "does not exist",
+        "no matching manifest",
+        "invalid reference",
+        "name unknown",
+        "repository name not known",
+        "forbidden",
+        "no basic auth credentials",
     ];
     !final_words.iter().any(|w| message.contains(w))
 }
@@ -110,7 +121,9 @@ mod tests {
     fn errors_of_registries_are_told_apart() {
         assert!(!is_temporary("manifest for web:v9 not found: manifest unknown"));
         assert!(!is_temporary("pull access denied for web, repository does not exist or may require 'docker login'"));
-        assert!(is_temporary("Get \"http://localhost:5000/v2/\": dial tcp 127.0.0.1:5000: connect: connection refused"));
+        assert!(is_temporary(
+            "Get \"http://localhost:5000/v2/\": dial tcp 127.0.0.1:5000: connect: connection refused"
+        ));
         assert!(is_temporary("toomanyrequests: You have reached your pull rate limit"));
     }
 

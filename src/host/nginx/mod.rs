@@ -135,7 +135,14 @@ impl Nginx {
             Err(e) => {
                 // nginx cannot tell its version: it does not run, and what is live stays.
                 let templates = live.as_ref().map(|m| m.templates.clone()).unwrap_or_default();
-                return ObservedProxy { live, published, drifted, templates, error: Some(e.to_string()), ..Default::default() };
+                return ObservedProxy {
+                    live,
+                    published,
+                    drifted,
+                    templates,
+                    error: Some(e.to_string()),
+                    ..Default::default()
+                };
             }
         };
         let serving = self.serving().await;
@@ -240,12 +247,22 @@ impl Nginx {
     ///
     /// # Errors
     /// The last answer that was none of its own.
-    pub async fn ask_app(&self, host: &str, path: &str, only_success: bool, within: Duration) -> Result<(), NginxError> {
+    pub async fn ask_app(
+        &self,
+        host: &str,
+        path: &str,
+        only_success: bool,
+        within: Duration,
+    ) -> Result<(), NginxError> {
         let until = Instant::now() + within;
         loop {
             let last = match probe::get_tcp(&self.config.address, host, path, Duration::from_secs(2)).await {
                 Ok(answer) if answer.unknown_host => format!("nginx does not know host `{host}`"),
-                Ok(answer) if answer.status == 502 || answer.status == 504 || (only_success && !(200..400).contains(&answer.status)) => {
+                Ok(answer)
+                    if answer.status == 502
+                        || answer.status == 504
+                        || (only_success && !(200..400).contains(&answer.status)) =>
+                {
                     format!("`GET {path}` for host `{host}` is answered with status {}", answer.status)
                 }
                 Ok(_) => return Ok(()),
@@ -303,7 +320,8 @@ impl Nginx {
     async fn test(&self, root: &Path, set: &Path) -> Result<Result<(), String>, NginxError> {
         let test = self.layout.nginx_test();
         let (main, _) = stage::stage(root, &self.config.conf, &self.layout.nginx_live(), set, &test)?;
-        let (fine, text) = self.server.run(vec!["-t".into(), "-q".into(), "-c".into(), main.display().to_string()]).await?;
+        let (fine, text) =
+            self.server.run(vec!["-t".into(), "-q".into(), "-c".into(), main.display().to_string()]).await?;
         files::remove_dir(&test)?;
         Ok(if fine { Ok(()) } else { Err(emergency(&text)) })
     }
@@ -374,7 +392,8 @@ impl Set<'_> {
             templates: self.renderer.fingerprint().to_owned(),
             changed: BTreeMap::new(),
         };
-        let earlier = self.old.rejected.clone().into_iter().filter(|_| self.old.templates == self.renderer.fingerprint());
+        let earlier =
+            self.old.rejected.clone().into_iter().filter(|_| self.old.templates == self.renderer.fingerprint());
         let kept: BTreeMap<AppName, Rejected> = earlier.chain(rejected.clone()).collect();
         let all = manifest(rendered.clone(), kept.clone());
         let Err(error) = self.try_set(&all, &texts, root).await? else { return Ok(all) };
@@ -451,7 +470,8 @@ impl Set<'_> {
         files::remove_dir(&dir)?;
         files::make_dir(&dir, 0o755)?;
         let survey = stage::survey(root, &self.nginx.config.conf, &self.nginx.layout.nginx_live())?.1;
-        let host = self.renderer.host(self.generation, &manifest.vhosts, &survey.directives).map_err(NginxError::Template)?;
+        let host =
+            self.renderer.host(self.generation, &manifest.vhosts, &survey.directives).map_err(NginxError::Template)?;
         let mut digests = BTreeMap::new();
         let mut put = |name: String, text: &str| -> Result<(), FileError> {
             files::write(&dir.join(&name), text.as_bytes(), 0o644)?;

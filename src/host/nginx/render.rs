@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     host::{files, layout::Layout},
     model::{
-        name::{AppName, TemplateName},
+        name::{AppName, TemplateName, VirtualHost},
         proxy::{Upstreams, Vhost},
     },
 };
@@ -91,7 +91,10 @@ impl Renderer {
         }
         let keepalive_min_timeout = nginx_version >= (1, 27, 4);
         let mut digest = Sha256::new();
-        digest.update(format!("{:?} {HOST}", (&settings.listen, settings.default_server, settings.profile, keepalive_min_timeout)));
+        digest.update(format!(
+            "{:?} {HOST}",
+            (&settings.listen, settings.default_server, settings.profile, keepalive_min_timeout)
+        ));
         let mut handlebars = Handlebars::new();
         handlebars.set_strict_mode(true);
         handlebars.register_escape_fn(handlebars::no_escape);
@@ -115,12 +118,17 @@ impl Renderer {
     }
 
     /// The part that all apps share. `taken` are directives that the host's own files set already.
-    pub fn host(&self, generation: u64, vhosts: &BTreeMap<AppName, Vhost>, taken: &std::collections::HashSet<String>) -> Result<String, String> {
+    pub fn host(
+        &self,
+        generation: u64,
+        vhosts: &BTreeMap<AppName, Vhost>,
+        taken: &std::collections::HashSet<String>,
+    ) -> Result<String, String> {
         let names = || vhosts.values().flat_map(|v| &v.hosts);
         let longest = names().map(|h| h.as_str().len()).max().unwrap_or(0).max(PROBE_HOST.len());
         let count = names().count() + 2;
         // nginx's own default of 64 holds names of up to 46 characters; 512 holds the longest there can be.
-        let bucket = (longest > 40).then(|| if longest > 100 { 512 } else { 128 });
+        let bucket = (longest > 40).then_some(if longest > 100 { 512 } else { 128 });
         let max_size = (count > 400).then(|| (count * 4).next_power_of_two());
         let free = |name: &str| !taken.contains(name);
         let view = HostView {
@@ -147,7 +155,7 @@ impl Renderer {
             Upstreams::Slots(n) => (1..=*n).map(|slot| format!("unix:{}", layout.route(app, slot).display())).collect(),
             Upstreams::Ports(ports) => ports.iter().map(|port| format!("127.0.0.1:{port}")).collect(),
         };
-        let hosts: Vec<&str> = vhost.hosts.iter().map(|h| h.as_str()).collect();
+        let hosts: Vec<&str> = vhost.hosts.iter().map(VirtualHost::as_str).collect();
         let view = AppView {
             app: app.as_str(),
             server_names: hosts.join(" "),
@@ -210,7 +218,9 @@ mod tests {
         let ports = renderer.app(&app, &vhost(Upstreams::Ports(vec![20001]), None), &layout).expect("it renders");
         assert!(ports.contains("server 127.0.0.1:20001 max_fails=0;"), "{ports}");
         assert!(!ports.contains("keepalive_"), "{ports}");
-        let newer = Renderer::new(settings(), (1, 28, 0)).app(&app, &vhost(Upstreams::Slots(1), None), &layout).expect("it renders");
+        let newer = Renderer::new(settings(), (1, 28, 0))
+            .app(&app, &vhost(Upstreams::Slots(1), None), &layout)
+            .expect("it renders");
         assert!(newer.contains("keepalive_min_timeout 10s;"), "{newer}");
     }
 

@@ -48,14 +48,22 @@ impl Server for Local {
     fn master<'a>(&'a self, pid_file: &'a Path) -> BoxFuture<'a, io::Result<i32>> {
         Box::pin(async move {
             let text = fs::read_to_string(pid_file).map_err(|e| match e.kind() {
-                io::ErrorKind::NotFound => io::Error::other(format!("nginx does not run: there is no `{}`", pid_file.display())),
+                io::ErrorKind::NotFound => {
+                    io::Error::other(format!("nginx does not run: there is no `{}`", pid_file.display()))
+                }
                 _ => e,
             })?;
-            let pid: i32 = text.trim().parse().map_err(|_| io::Error::other(format!("`{}` holds no number", pid_file.display())))?;
+            let pid: i32 = text
+                .trim()
+                .parse()
+                .map_err(|_| io::Error::other(format!("`{}` holds no number", pid_file.display())))?;
             // A stale file may name a process that is somebody else by now.
             match fs::read_to_string(format!("/proc/{pid}/comm")) {
                 Ok(name) if name.trim() == "nginx" => Ok(pid),
-                _ => Err(io::Error::other(format!("nginx does not run: process {pid} of `{}` is not nginx", pid_file.display()))),
+                _ => Err(io::Error::other(format!(
+                    "nginx does not run: process {pid} of `{}` is not nginx",
+                    pid_file.display()
+                ))),
             }
         })
     }
@@ -97,12 +105,16 @@ impl Server for Contained {
             let pid = self.docker.pid_of(&self.container).await.map_err(io::Error::other)?;
             let pid = pid.ok_or_else(|| io::Error::other(format!("container `{}` does not run", self.container)))?;
             // With an init process in front, nginx is its child.
-            let is_nginx = |pid: i32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|n| n.trim() == "nginx");
+            let is_nginx =
+                |pid: i32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|n| n.trim() == "nginx");
             if is_nginx(pid) {
                 return Ok(pid);
             }
             children(pid).into_iter().find(|c| is_nginx(*c)).ok_or_else(|| {
-                io::Error::other(format!("no nginx runs in container `{}`, as far as this process can see", self.container))
+                io::Error::other(format!(
+                    "no nginx runs in container `{}`, as far as this process can see",
+                    self.container
+                ))
             })
         })
     }

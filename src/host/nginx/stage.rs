@@ -107,7 +107,13 @@ impl Stager<'_> {
         }
         let found = glob::glob(text).into_iter().flatten().filter_map(Result::ok);
         found
-            .filter_map(|p| if self.root == Path::new("/") { Some(p) } else { p.strip_prefix(self.root).ok().map(|p| Path::new("/").join(p)) })
+            .filter_map(|p| {
+                if self.root == Path::new("/") {
+                    Some(p)
+                } else {
+                    p.strip_prefix(self.root).ok().map(|p| Path::new("/").join(p))
+                }
+            })
             .collect()
     }
 
@@ -241,7 +247,9 @@ fn directives(text: &str) -> Vec<Directive> {
                 } else {
                     word.push(first);
                     let mut variable = false;
-                    while let Some((_, c)) = chars.next_if(|(_, c)| variable || !(c.is_whitespace() || matches!(c, ';' | '{' | '}'))) {
+                    while let Some((_, c)) =
+                        chars.next_if(|(_, c)| variable || !(c.is_whitespace() || matches!(c, ';' | '{' | '}')))
+                    {
                         // `${name}` is part of a word.
                         match c {
                             '$' if chars.peek().is_some_and(|(_, n)| *n == '{') => variable = true,
@@ -282,11 +290,13 @@ mod tests {
             fs::create_dir_all(at(d)).expect("a directory");
         }
         let live = at("live");
-        fs::write(at("etc/nginx.conf"), "pid run.pid;\nhttp { include mime.types; include conf.d/*.conf; }\n").expect("a file");
+        fs::write(at("etc/nginx.conf"), "pid run.pid;\nhttp { include mime.types; include conf.d/*.conf; }\n")
+            .expect("a file");
         fs::write(at("etc/mime.types"), "types { }\n").expect("a file");
         fs::write(at("etc/conf.d/other.conf"), "server { }\n").expect("a file");
         fs::write(at("etc/conf.d/demae.conf"), format!("include {}/*.conf;\n", live.display())).expect("a file");
-        let (copy, tree) = stage(Path::new("/"), &at("etc/nginx.conf"), &live, &at("7.set"), &at("test")).expect("it is staged");
+        let (copy, tree) =
+            stage(Path::new("/"), &at("etc/nginx.conf"), &live, &at("7.set"), &at("test")).expect("it is staged");
         let main = fs::read_to_string(copy).expect("a copy");
         assert!(main.contains("include mime.types;"), "{main}");
         assert!(main.contains("conf.d/other.conf\";"), "{main}");
@@ -296,7 +306,8 @@ mod tests {
         assert!(at("test/mime.types").exists());
         assert_eq!(tree.pid, Some(at("etc/run.pid")));
         fs::write(at("etc/conf.d/demae.conf"), "").expect("a file");
-        let error = stage(Path::new("/"), &at("etc/nginx.conf"), &live, &at("7.set"), &at("test")).expect_err("it is not included");
+        let error = stage(Path::new("/"), &at("etc/nginx.conf"), &live, &at("7.set"), &at("test"))
+            .expect_err("it is not included");
         assert!(error.to_string().contains("add `include"), "{error}");
     }
 }

@@ -3,6 +3,7 @@
 //! A [`Spec`] only comes out of [`Spec::parse`], which reports every problem of a text, not the first.
 
 mod read;
+mod values;
 
 use std::{collections::BTreeMap, time::Duration};
 

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::{
-    ContainerSpec, Deploy, Endpoint, HealthCheck, Ingress, Logging, Order, Probe, PullPolicy, Spec, Volume, VolumeSource,
+    ContainerSpec, Deploy, Endpoint, HealthCheck, Ingress, Logging, Order, Probe, Spec,
+    values::{
+        absolute, constraint, http_path, is_system_dir, nano_cpus, network, printable, pull_policy, signal, volume,
+    },
 };
 use crate::model::{
     env::{self, Secret},
@@ -15,14 +18,48 @@ use crate::model::{
 
 /// Keys of each mapping of a spec, by its dotted path. The JSON Schema is held to this list by a test.
 const KEYS: &[(&str, &[&str])] = &[
-    ("", &[
-        "image", "command", "entrypoint", "environment", "env_from", "volumes", "tmpfs", "user", "working_dir",
-        "network_mode", "extra_hosts", "labels", "cap_drop", "read_only", "init", "logging", "healthcheck", "ingress",
-        "stop_signal", "stop_grace_period", "pull_policy", "deploy",
-    ]),
-    ("healthcheck", &[
-        "http", "tcp", "test", "disable", "interval", "timeout", "retries", "start_period", "start_interval", "successes",
-    ]),
+    (
+        "",
+        &[
+            "image",
+            "command",
+            "entrypoint",
+            "environment",
+            "env_from",
+            "volumes",
+            "tmpfs",
+            "user",
+            "working_dir",
+            "network_mode",
+            "extra_hosts",
+            "labels",
+            "cap_drop",
+            "read_only",
+            "init",
+            "logging",
+            "healthcheck",
+            "ingress",
+            "stop_signal",
+            "stop_grace_period",
+            "pull_policy",
+            "deploy",
+        ],
+    ),
+    (
+        "healthcheck",
+        &[
+            "http",
+            "tcp",
+            "test",
+            "disable",
+            "interval",
+            "timeout",
+            "retries",
+            "start_period",
+            "start_interval",
+            "successes",
+        ],
+    ),
     ("ingress", &["hosts", "socket", "port", "drain", "template", "max_body_size", "read_timeout"]),
     ("logging", &["driver", "options"]),
     ("deploy", &["mode", "replicas_per_host", "placement", "resources", "update_config"]),
@@ -55,14 +92,6 @@ const NOT_HERE: &[(&str, &str)] = &[
     ("reservations", "use `limits`"),
     ("restart_policy", "leave it out; a proven instance is always restarted"),
     ("rollback_config", "leave it out; the old instances keep serving until the new ones are proven"),
-];
-
-/// Host paths that no app may mount, nor anything under those marked with `true`.
-const FORBIDDEN_SOURCES: &[(&str, bool)] = &[
-    ("/", false), ("/etc", true), ("/proc", true), ("/sys", true), ("/dev", true), ("/boot", true), ("/root", true),
-    ("/run/docker.sock", false), ("/var/run/docker.sock", false), ("/run/containerd", true), ("/var/run", false),
-    ("/run", false), ("/var", false), ("/var/lib", false), ("/var/lib/docker", true), ("/var/lib/containerd", true),
-    ("/var/lib/demae", true), ("/run/demae", true),
 ];
 
 pub(super) fn spec(text: &[u8]) -> Result<Spec, Problems> {
@@ -270,7 +299,11 @@ impl Reader {
         if let (Some(Ingress { endpoint: Endpoint::Port(_), .. }), Some("none"), Some(n)) =
             (&ingress, container.network.as_deref(), f.get("network_mode"))
         {
-            self.problem("network_mode", n, "an app with `ingress.port` needs a network; use `ingress.socket` or `bridge`");
+            self.problem(
+                "network_mode",
+                n,
+                "an app with `ingress.port` needs a network; use `ingress.socket` or `bridge`",
+            );
         }
         Spec {
             image: self.read(&f, "image", |t| t.try_into()),
@@ -305,7 +338,11 @@ impl Reader {
         let mut out = BTreeMap::new();
         for (name, value, node) in self.pairs(f, "labels") {
             if name.is_empty() || name.starts_with("demae.") || printable(&name).is_err() {
-                self.problem("labels", &node, format!("`{}` cannot be a label here; `demae.…` is demae's own", name.escape_debug()));
+                self.problem(
+                    "labels",
+                    &node,
+                    format!("`{}` cannot be a label here; `demae.…` is demae's own", name.escape_debug()),
+                );
             } else {
                 out.insert(name, value);
             }
@@ -336,7 +373,7 @@ impl Reader {
         let socket = self.read(&f, "socket", |t| {
             let path = absolute(t)?;
             let dir = path.rsplit_once('/').map_or("", |(dir, _)| dir);
-            if dir.is_empty() || FORBIDDEN_SOURCES.iter().any(|(p, _)| *p == dir) || path.len() > 100 {
+            if dir.is_empty() || is_system_dir(dir) || path.len() > 100 {
                 return Err(format!(
                     "`{path}` cannot be the socket: its directory is mounted from the host, so give it one of its own, such as `/run/app/web.sock`"
                 ));
@@ -353,7 +390,11 @@ impl Reader {
             }
             (None, None) => {
                 if f.get("socket").is_none() && f.get("port").is_none() {
-                    self.problem("ingress", node, "say where the app listens: `socket: /run/app/web.sock` or `port: 8080`");
+                    self.problem(
+                        "ingress",
+                        node,
+                        "say where the app listens: `socket: /run/app/web.sock` or `port: 8080`",
+                    );
                 }
                 Endpoint::Port(1)
             }
@@ -396,7 +437,11 @@ impl Reader {
         }
         let probe = probes.pop().unwrap_or(default.probe);
         if ingress.is_none() && matches!(probe, Probe::Http(_) | Probe::Tcp) {
-            self.problem("healthcheck", node, "`http` and `tcp` ask where the traffic goes, and there is no `ingress`; use `test`");
+            self.problem(
+                "healthcheck",
+                node,
+                "`http` and `tcp` ask where the traffic goes, and there is no `ingress`; use `test`",
+            );
         }
         let at_least = |least: u64, what: &'static str| {
             move |t: &str| match text::duration(t) {
@@ -440,7 +485,10 @@ impl Reader {
         let f = self.fields("deploy", node);
         self.read(&f, "mode", |t| match t {
             "global" => Ok(()),
-            "replicated" => Err("`replicated` needs a scheduler, which does not exist yet; use `global` with constraints".to_owned()),
+            "replicated" => {
+                Err("`replicated` needs a scheduler, which does not exist yet; use `global` with constraints"
+                    .to_owned())
+            }
             other => Err(format!("`{other}` is not a mode; use `global`")),
         });
         if let Some(n) = self.number(&f, "replicas_per_host", 1, 100) {
@@ -481,107 +529,6 @@ impl Reader {
         }
         (deploy, memory, cpus, pids)
     }
-}
-
-fn printable(text: &str) -> Result<&str, String> {
-    if text.is_empty() || text.chars().any(char::is_control) {
-        return Err("an empty text and control characters cannot stand here".to_owned());
-    }
-    Ok(text)
-}
-
-fn absolute(text: &str) -> Result<&str, String> {
-    let clean = text.starts_with('/')
-        && (text == "/" || !text.ends_with('/'))
-        && !text[1..].split('/').any(|part| (part.is_empty() && text != "/") || part == "." || part == "..")
-        && !text.chars().any(|c| c.is_control() || c == ',' || c == ':');
-    if clean { Ok(text) } else { Err(format!("`{}` is not a plain absolute path", text.escape_debug())) }
-}
-
-fn http_path(text: &str) -> Result<String, String> {
-    let fine = text.starts_with('/')
-        && text.len() <= 1024
-        && text.bytes().all(|b| b.is_ascii_graphic() && !b"\"'\\;{}<>`|^#".contains(&b));
-    if fine { Ok(text.to_owned()) } else { Err(format!("`{}` is not a path such as `/healthz`", text.escape_debug())) }
-}
-
-fn network(text: &str) -> Result<Option<String>, String> {
-    match text {
-        "bridge" | "default" => Ok(None),
-        "host" => Err("no app gets the network of its host; use `ingress` for requests".to_owned()),
-        t if t.starts_with("container:") || t.starts_with("service:") => {
-            Err("an app cannot join the network of another container".to_owned())
-        }
-        t if t.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) && !t.is_empty() => Ok(Some(t.to_owned())),
-        t => Err(format!("`{}` is not the name of a network", t.escape_debug())),
-    }
-}
-
-fn signal(text: &str) -> Result<String, String> {
-    let name = text.strip_prefix("SIG").unwrap_or(text);
-    let fine = (name.parse::<u8>().is_ok_and(|n| (1..=64).contains(&n)))
-        || (!name.is_empty() && name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b"+-".contains(&b)));
-    if fine { Ok(text.to_owned()) } else { Err(format!("`{}` is not a signal such as `SIGTERM`", text.escape_debug())) }
-}
-
-fn pull_policy(text: &str) -> Result<PullPolicy, String> {
-    match text {
-        "missing" | "if_not_present" => Ok(PullPolicy::Missing),
-        "always" => Ok(PullPolicy::Always),
-        "never" => Ok(PullPolicy::Never),
-        other => Err(format!("`{other}` is not a pull policy; use `missing`, `always` or `never`")),
-    }
-}
-
-fn nano_cpus(text: &str) -> Result<i64, String> {
-    match text.parse::<f64>() {
-        #[expect(clippy::cast_possible_truncation, reason = "checked to be in range by the guard")]
-        Ok(n) if (0.01..=1024.0).contains(&n) => Ok((n * 1e9).round() as i64),
-        _ => Err(format!("`{text}` is not a number of cores such as `1.5`")),
-    }
-}
-
-fn volume(text: &str) -> Result<Volume, String> {
-    let mut parts = text.split(':');
-    let (source, target, mode) = match (parts.next(), parts.next(), parts.next(), parts.next()) {
-        (Some(source), Some(target), mode, None) => (source, target, mode),
-        _ => return Err(format!("`{}` is not a volume; write `/host/path:/path` or `name:/path`, with `:ro` to only read", text.escape_debug())),
-    };
-    let read_only = match mode {
-        None | Some("rw") => false,
-        Some("ro") => true,
-        Some(other) => return Err(format!("`{other}` is not a mode of a volume; use `ro` or `rw`")),
-    };
-    let target = absolute(target)?.to_owned();
-    if target == "/" {
-        return Err("a volume cannot be mounted over `/`".to_owned());
-    }
-    let source = if source.starts_with('/') {
-        let path = absolute(source)?;
-        let refused = FORBIDDEN_SOURCES.iter().any(|(p, below)| path == *p || (*below && path.starts_with(&format!("{p}/"))));
-        if refused || path.ends_with(".sock") {
-            return Err(format!("`{path}` of the host cannot be mounted: it would hand the host to the app"));
-        }
-        VolumeSource::Host(path.to_owned())
-    } else if source.len() > 1 && source.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) && !source.starts_with('.') {
-        VolumeSource::Named(source.to_owned())
-    } else {
-        return Err(format!("`{}` is neither an absolute path nor the name of a volume", source.escape_debug()));
-    };
-    Ok(Volume { source, target, read_only })
-}
-
-fn constraint(text: &str) -> Result<super::Constraint, String> {
-    let (label, equal, value) = match (text.split_once("=="), text.split_once("!=")) {
-        (Some((label, value)), None) => (label, true, value),
-        (None, Some((label, value))) => (label, false, value),
-        _ => return Err(format!("`{}` is not a constraint; write `label == value` or `label != value`", text.escape_debug())),
-    };
-    let (label, value) = (label.trim(), value.trim());
-    if label.is_empty() || value.is_empty() || printable(label).is_err() || printable(value).is_err() {
-        return Err(format!("`{}` is not a constraint; write `label == value` or `label != value`", text.escape_debug()));
-    }
-    Ok(super::Constraint { label: label.to_owned(), value: value.to_owned(), equal })
 }
 
 #[cfg(test)]

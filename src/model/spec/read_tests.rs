@@ -87,8 +87,12 @@ fn the_schema_knows_the_keys_that_the_reader_knows() {
         for part in path.split('.').filter(|p| !p.is_empty()) {
             at = &at["properties"][part];
         }
-        let mut told: Vec<&str> =
-            at["properties"].as_object().unwrap_or_else(|| panic!("the schema has no `{path}`")).keys().map(String::as_str).collect();
+        let mut told: Vec<&str> = at["properties"]
+            .as_object()
+            .unwrap_or_else(|| panic!("the schema has no `{path}`"))
+            .keys()
+            .map(String::as_str)
+            .collect();
         told.sort_unstable();
         let mut read = keys.to_vec();
         read.sort_unstable();

@@ -1,0 +1,32 @@
+# The two commands of the README are `make demo` and `make test`. Both install what is missing.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+export PATH := $(PATH):/usr/sbin:/sbin
+
+.PHONY: help install demo test lint soak bench
+
+help: ## Show this
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: ## Install what is missing from Debian's packages
+	@scripts/install.sh
+
+demo: install ## A whole demae on this machine: deploys under load, counted
+	@cargo build --quiet --bin demae --example demo
+	@target/debug/examples/demo
+
+lint: install ## Format and clippy, warnings denied
+	cargo fmt --check
+	cargo clippy --quiet --all-targets --features failpoints -- -D warnings
+
+test: lint ## Everything: format, clippy, unit, property and integration tests
+	@scripts/test.sh
+
+soak: install ## The long forms: a thousand switches, every kill point, many histories
+	DEMAE_SOCKET_SWITCHES=1000 DEMAE_PORT_SWITCHES=100 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=50000 \
+	scripts/test.sh --soak
+
+bench: install ## Put to first answer and to converged, beside the floor, in one run
+	@cargo build --quiet --release --bin demae
+	@cargo bench --quiet --bench deploy

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Unit, property and integration tests, on real etcd, nginx and Docker.
+# `--soak` runs only those with a long form, one at a time, and prints their figures.
+set -euo pipefail
+
+features=(--features failpoints)
+if [ "${1:-}" = "--soak" ]; then
+    export NEXTEST_PROFILE=soak
+    exec cargo nextest run "${features[@]}" --test switches --test crash --test properties --no-capture
+fi
+if [ "${DEMAE_DOCKER:-}" = "absent" ]; then
+    echo "DEMAE_DOCKER=absent: the tests on real etcd, nginx and Docker are left out, as you decided"
+    exec cargo test --quiet "${features[@]}" --lib --test properties --test layering --test cli
+fi
+if cargo nextest --version >/dev/null 2>&1; then
+    exec cargo nextest run "${features[@]}"
+fi
+exec cargo test "${features[@]}" -- --test-threads 2

@@ -1,0 +1,151 @@
+//! Single values of a spec, checked: what they may be, and what to write instead.
+
+use super::{Constraint, PullPolicy, Volume, VolumeSource};
+
+/// Host paths that no app may mount, nor anything under those marked with `true`.
+const FORBIDDEN_SOURCES: &[(&str, bool)] = &[
+    ("/", false),
+    ("/etc", true),
+    ("/proc", true),
+    ("/sys", true),
+    ("/dev", true),
+    ("/boot", true),
+    ("/root", true),
+    ("/run/docker.sock", false),
+    ("/var/run/docker.sock", false),
+    ("/run/containerd", true),
+    ("/var/run", false),
+    ("/run", false),
+    ("/var", false),
+    ("/var/lib", false),
+    ("/var/lib/docker", true),
+    ("/var/lib/containerd", true),
+    ("/var/lib/demae", true),
+    ("/run/demae", true),
+];
+
+/// Whether a directory belongs to the system, so that nothing may be mounted over it.
+pub(super) fn is_system_dir(dir: &str) -> bool {
+    FORBIDDEN_SOURCES.iter().any(|(path, _)| *path == dir)
+}
+
+pub(super) fn printable(text: &str) -> Result<&str, String> {
+    if text.is_empty() || text.chars().any(char::is_control) {
+        return Err("an empty text and control characters cannot stand here".to_owned());
+    }
+    Ok(text)
+}
+
+pub(super) fn absolute(text: &str) -> Result<&str, String> {
+    let clean = text.starts_with('/')
+        && (text == "/" || !text.ends_with('/'))
+        && !text[1..].split('/').any(|part| (part.is_empty() && text != "/") || part == "." || part == "..")
+        && !text.chars().any(|c| c.is_control() || c == ',' || c == ':');
+    if clean { Ok(text) } else { Err(format!("`{}` is not a plain absolute path", text.escape_debug())) }
+}
+
+pub(super) fn http_path(text: &str) -> Result<String, String> {
+    let fine = text.starts_with('/')
+        && text.len() <= 1024
+        && text.bytes().all(|b| b.is_ascii_graphic() && !b"\"'\\;{}<>`|^#".contains(&b));
+    if fine { Ok(text.to_owned()) } else { Err(format!("`{}` is not a path such as `/healthz`", text.escape_debug())) }
+}
+
+pub(super) fn network(text: &str) -> Result<Option<String>, String> {
+    match text {
+        "bridge" | "default" => Ok(None),
+        "host" => Err("no app gets the network of its host; use `ingress` for requests".to_owned()),
+        t if t.starts_with("container:") || t.starts_with("service:") => {
+            Err("an app cannot join the network of another container".to_owned())
+        }
+        t if t.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) && !t.is_empty() => {
+            Ok(Some(t.to_owned()))
+        }
+        t => Err(format!("`{}` is not the name of a network", t.escape_debug())),
+    }
+}
+
+pub(super) fn signal(text: &str) -> Result<String, String> {
+    let name = text.strip_prefix("SIG").unwrap_or(text);
+    let fine = (name.parse::<u8>().is_ok_and(|n| (1..=64).contains(&n)))
+        || (!name.is_empty()
+            && name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b"+-".contains(&b)));
+    if fine { Ok(text.to_owned()) } else { Err(format!("`{}` is not a signal such as `SIGTERM`", text.escape_debug())) }
+}
+
+pub(super) fn pull_policy(text: &str) -> Result<PullPolicy, String> {
+    match text {
+        "missing" | "if_not_present" => Ok(PullPolicy::Missing),
+        "always" => Ok(PullPolicy::Always),
+        "never" => Ok(PullPolicy::Never),
+        other => Err(format!("`{other}` is not a pull policy; use `missing`, `always` or `never`")),
+    }
+}
+
+pub(super) fn nano_cpus(text: &str) -> Result<i64, String> {
+    match text.parse::<f64>() {
+        #[expect(clippy::cast_possible_truncation, reason = "checked to be in range by the guard")]
+        Ok(n) if (0.01..=1024.0).contains(&n) => Ok((n * 1e9).round() as i64),
+        _ => Err(format!("`{text}` is not a number of cores such as `1.5`")),
+    }
+}
+
+pub(super) fn volume(text: &str) -> Result<Volume, String> {
+    let mut parts = text.split(':');
+    let (source, target, mode) = match (parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some(source), Some(target), mode, None) => (source, target, mode),
+        _ => {
+            return Err(format!(
+                "`{}` is not a volume; write `/host/path:/path` or `name:/path`, with `:ro` to only read",
+                text.escape_debug()
+            ));
+        }
+    };
+    let read_only = match mode {
+        None | Some("rw") => false,
+        Some("ro") => true,
+        Some(other) => return Err(format!("`{other}` is not a mode of a volume; use `ro` or `rw`")),
+    };
+    let target = absolute(target)?.to_owned();
+    if target == "/" {
+        return Err("a volume cannot be mounted over `/`".to_owned());
+    }
+    let source = if source.starts_with('/') {
+        let path = absolute(source)?;
+        let refused =
+            FORBIDDEN_SOURCES.iter().any(|(p, below)| path == *p || (*below && path.starts_with(&format!("{p}/"))));
+        if refused || path.ends_with(".sock") {
+            return Err(format!("`{path}` of the host cannot be mounted: it would hand the host to the app"));
+        }
+        VolumeSource::Host(path.to_owned())
+    } else if source.len() > 1
+        && source.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        && !source.starts_with('.')
+    {
+        VolumeSource::Named(source.to_owned())
+    } else {
+        return Err(format!("`{}` is neither an absolute path nor the name of a volume", source.escape_debug()));
+    };
+    Ok(Volume { source, target, read_only })
+}
+
+pub(super) fn constraint(text: &str) -> Result<Constraint, String> {
+    let (label, equal, value) = match (text.split_once("=="), text.split_once("!=")) {
+        (Some((label, value)), None) => (label, true, value),
+        (None, Some((label, value))) => (label, false, value),
+        _ => {
+            return Err(format!(
+                "`{}` is not a constraint; write `label == value` or `label != value`",
+                text.escape_debug()
+            ));
+        }
+    };
+    let (label, value) = (label.trim(), value.trim());
+    if label.is_empty() || value.is_empty() || printable(label).is_err() || printable(value).is_err() {
+        return Err(format!(
+            "`{}` is not a constraint; write `label == value` or `label != value`",
+            text.escape_debug()
+        ));
+    }
+    Ok(Constraint { label: label.to_owned(), value: value.to_owned(), equal })
+}

@@ -1,0 +1,81 @@
+//! The agent ends between any two steps, as by `kill -9`, under load. The next start finishes the work.
+#![expect(clippy::print_stdout, reason = "a test tells its figures, and runs programs and writes files of its own")]
+
+mod support;
+
+use std::time::Duration;
+
+use support::{
+    lab::{Lab, Setup, pause, until},
+    load::{Client, Load},
+};
+
+use demae::model::status::State;
+
+/// Every boundary in the long form; every fourth in the short one, begun at another place for each mode.
+fn stride() -> usize {
+    if std::env::var("DEMAE_ALL_KILL_POINTS").is_ok() { 1 } else { 4 }
+}
+
+fn crash_everywhere(mut lab: Lab, spec: &str, clients: Vec<Client>, first: usize) {
+    lab.deploy("web", "apps/web/spec", spec);
+    let traces = |lab: &Lab| {
+        let release = lab.app("web").and_then(|a| a.release).expect("a release");
+        let traces: Vec<String> =
+            lab.traces().into_iter().map(|t| t.replace(&release, "RELEASE").replace(".2/", ".1/")).collect();
+        (lab.containers().len(), traces)
+    };
+    let clean = traces(&lab);
+    let load = Load::start(lab.ingress, "web.test", clients);
+    until("requests flow", || load.requests() > 20);
+    lab.kill_agent();
+    let images = [lab.image("v2"), lab.image("v1")];
+    let mut kills = 0;
+    for (round, boundary) in (first..).step_by(stride()).enumerate() {
+        let image = &images[round % 2];
+        lab.put("apps/web/image", image);
+        lab.start_agent(&[("DEMAE_FAILPOINT", &boundary.to_string())]);
+        let done =
+            |lab: &Lab| lab.app("web").is_some_and(|a| a.state == State::Converged && a.image.as_ref() == Some(image));
+        let mut ended = false;
+        until("the agent ends at the failpoint, or is done", || {
+            ended = lab.agent_ended();
+            ended || done(&lab)
+        });
+        if !ended {
+            // There are no more boundaries in a deploy.
+            lab.kill_agent();
+            break;
+        }
+        kills += 1;
+        lab.start_agent(&[]);
+        lab.wait_app("web", "converged after a crash", |a| {
+            a.state == State::Converged && a.image.as_ref() == Some(image)
+        });
+        until("the last leftovers go", || traces(&lab) == clean);
+        lab.kill_agent();
+    }
+    let tally = load.stop();
+    println!("{kills} kills: requests: {}  failed: {}  stale: {}", tally.requests, tally.failed, tally.stale);
+    assert!(kills >= 3, "too few boundaries: {kills}");
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    pause();
+}
+
+#[test]
+fn a_crash_anywhere_in_socket_mode_loses_nothing() {
+    let lab = Lab::new();
+    let spec = lab.socket_spec(&lab.image("v1"), "web.test", "");
+    let quick = Duration::from_millis(5);
+    let clients = vec![Client::get(true).pausing(quick), Client::post(false).pausing(quick), Client::slow(false, 500)];
+    crash_everywhere(lab, &spec, clients, 1);
+}
+
+#[test]
+fn a_crash_anywhere_in_port_mode_loses_nothing() {
+    let lab = Lab::with(&Setup { nginx: "profile = \"strict\"", ..Setup::default() });
+    let spec = lab.port_spec(&lab.image("v1"), "web.test", "");
+    let quick = Duration::from_millis(5);
+    let clients = vec![Client::get(true).pausing(quick), Client::post(false).pausing(quick), Client::slow(false, 500)];
+    crash_everywhere(lab, &spec, clients, 2);
+}

@@ -1,0 +1,137 @@
+//! The house: imports run one way, files are of reading size, and each effect has its home.
+#![expect(clippy::disallowed_methods, reason = "reads the sources")]
+
+use std::{fs, path::Path};
+
+/// Who may import whom: the part on the left uses only parts listed on the right, and itself.
+const MAY_USE: &[(&str, &[&str])] = &[
+    ("model", &[]),
+    ("plan", &["model"]),
+    ("store", &["model", "retry"]),
+    ("host", &["model", "retry"]),
+    ("world", &["model", "host"]),
+    ("execute", &["model", "plan", "host", "world"]),
+    ("agent", &["model", "plan", "host", "store", "world", "execute", "metrics", "retry", "failpoint"]),
+    ("metrics", &["model", "plan"]),
+    ("http", &["metrics", "model"]),
+    ("config", &["host", "model", "store", "agent"]),
+    (
+        "cli",
+        &[
+            "agent",
+            "config",
+            "execute",
+            "host",
+            "http",
+            "metrics",
+            "model",
+            "plan",
+            "shutdown",
+            "store",
+            "telemetry",
+            "world",
+        ],
+    ),
+    ("retry", &[]),
+    ("shutdown", &[]),
+    ("telemetry", &[]),
+    ("failpoint", &[]),
+];
+
+fn sources() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut found, mut todo) = (Vec::new(), vec![root.clone()]);
+    while let Some(dir) = todo.pop() {
+        for entry in fs::read_dir(&dir).expect("a directory") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                todo.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let name = path.strip_prefix(&root).expect("below the root").display().to_string();
+                found.push((name, fs::read_to_string(&path).expect("a source")));
+            }
+        }
+    }
+    found.sort();
+    assert!(found.len() > 30, "the sources were found");
+    found
+}
+
+/// The code of a file, without its tests.
+fn code(text: &str) -> &str {
+    text.split("#[cfg(test)]").next().unwrap_or(text)
+}
+
+#[test]
+fn imports_run_one_way() {
+    let mut wrong = Vec::new();
+    for (name, text) in sources() {
+        let part = name.split(['/', '.']).next().expect("a name");
+        if matches!(part, "lib" | "main") {
+            continue;
+        }
+        let (_, allowed) =
+            MAY_USE.iter().find(|(p, _)| *p == part).unwrap_or_else(|| panic!("`{part}` has no place in the order"));
+        // `use crate::{a::…, b::…}` spans lines, so every part is looked for at the places where one can stand.
+        let text = code(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        let mut in_use = false;
+        for line in lines {
+            let starts = line.starts_with("use crate::{");
+            in_use |= starts;
+            let mentioned = if in_use && !starts && line.starts_with("    ") && !line.starts_with("     ") {
+                line.trim().split([':', ',', '{']).next().map(str::to_owned)
+            } else {
+                line.split("crate::")
+                    .nth(1)
+                    .map(|r| r.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect())
+            };
+            if let Some(other) = mentioned.filter(|o| !o.is_empty() && o != part && o != "}")
+                && !allowed.contains(&other.as_str())
+            {
+                wrong.push(format!("{name} uses `{other}`: {}", line.trim()));
+            }
+            in_use &= !line.trim_end().ends_with("};");
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn libraries_have_one_home() {
+    for (library, homes) in [
+        ("etcd_client", &["store/"][..]),
+        ("bollard::", &["host/docker/"]),
+        ("backoff::", &["retry.rs"]),
+        ("handlebars", &["host/nginx/render.rs"]),
+        ("saphyr_parser", &["model/yaml.rs"]),
+        ("prometheus::", &["metrics.rs", "http.rs"]),
+        ("println!", &[]),
+    ] {
+        for (name, text) in sources() {
+            let used = code(&text).lines().any(|l| l.contains(library) && !l.trim_start().starts_with("//"));
+            assert!(
+                !used || homes.iter().any(|h| name.starts_with(h)),
+                "{name} uses `{library}`, whose home is {homes:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_planner_is_pure() {
+    for (name, text) in sources().into_iter().filter(|(n, _)| n.starts_with("plan/") || n.starts_with("model/")) {
+        for word in ["async ", ".await", "tracing::", "tokio", "std::fs", "std::net", "Instant::now", "rand"] {
+            let at = code(&text).lines().find(|l| l.contains(word) && !l.trim_start().starts_with("//"));
+            assert!(at.is_none(), "{name} is pure and has `{word}`: {at:?}");
+        }
+    }
+}
+
+#[test]
+fn files_are_of_reading_size() {
+    for (name, text) in sources() {
+        let lines = code(&text).lines().filter(|l| !l.trim().is_empty() && !l.trim_start().starts_with("//")).count();
+        assert!(lines <= 520, "{name} has {lines} lines of code: is there a second idea in it?");
+    }
+}
