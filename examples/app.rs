@@ -36,8 +36,10 @@ fn main() {
     if let Some(ms) = env::var("START_MS").ok().and_then(|ms| ms.parse().ok()) {
         thread::sleep(Duration::from_millis(ms));
     }
-    while mood == "deaf" {
-        thread::sleep(Duration::from_secs(1));
+    if mood == "deaf" {
+        loop {
+            thread::park();
+        }
     }
     SICK.store(mood == "sick", Ordering::Relaxed);
     match env::var("SOCKET") {

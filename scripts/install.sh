@@ -28,7 +28,7 @@ if [ "${#missing[@]}" -gt 0 ]; then
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-command -v cargo >/dev/null || { echo "error: there is no Rust toolchain; see https://rustup.rs" >&2; exit 1; }
+command -v cargo >/dev/null || { echo "error: there is no Rust toolchain (cargo); install one first" >&2; exit 1; }
 if ! docker version >/dev/null 2>&1; then
     echo "error: no Docker engine answers; start it, and make sure that this user may use it (group docker)" >&2
     exit 1

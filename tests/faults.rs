@@ -1,7 +1,6 @@
 //! Bad input, hand-made changes and lost neighbours: each costs its own app, and nobody else.
 #![expect(
     clippy::disallowed_methods,
-    clippy::print_stdout,
     reason = "a test tells its figures, and runs programs and writes files of its own"
 )]
 

@@ -1,5 +1,4 @@
 //! The house: imports run one way, files are of reading size, and each effect has its home.
-#![expect(clippy::disallowed_methods, reason = "reads the sources")]
 
 use std::{fs, path::Path};
 

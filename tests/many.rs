@@ -1,7 +1,6 @@
 //! Many apps at once, and the silence after them.
 #![expect(
     clippy::disallowed_methods,
-    clippy::print_stdout,
     reason = "a test tells its figures, and runs programs and writes files of its own"
 )]
 
