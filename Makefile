@@ -28,5 +28,4 @@ soak: install ## The long forms: a thousand switches, every kill point, many his
 	scripts/test.sh --soak
 
 bench: install ## Put to first answer and to converged, beside the floor, in one run
-	@cargo build --quiet --release --bin demae
 	@cargo bench --quiet --bench deploy
