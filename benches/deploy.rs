@@ -85,10 +85,16 @@ fn main() {
     let (floor_tally, demae_tally) = (floor_load.stop(), demae_load.stop());
     floor.remove(&runtime);
 
-    println!("\n{rounds} rounds; the app listens after {start_ms} ms; {} other virtual hosts", number("DEMAE_BENCH_VHOSTS", 0));
+    println!(
+        "\n{rounds} rounds; the app listens after {start_ms} ms; {} other virtual hosts",
+        number("DEMAE_BENCH_VHOSTS", 0)
+    );
     first.report("put -> first answer by the new release", 1.15);
     done.report("put -> old instance removed", 1.15);
-    println!("reloads of nginx over {rounds} deploys by demae: {}", lab.metric("demae_nginx_reloads_total", "done") - reloads);
+    println!(
+        "reloads of nginx over {rounds} deploys by demae: {}",
+        lab.metric("demae_nginx_reloads_total", "done") - reloads
+    );
     for (who, tally) in [("floor", floor_tally), ("demae", demae_tally)] {
         let lost = tally.failed + tally.stale;
         println!("{who}: requests: {}  failed: {lost}  slowest: {:?}", tally.requests, tally.slowest);
@@ -101,9 +107,7 @@ fn demae_round(lab: &Lab, load: &Load, round: usize, runtime: &tokio::runtime::R
     let began = Instant::now();
     lab.put("apps/web/restart", &format!("round {round}"));
     let docker = Docker::connect_with_unix_defaults().expect("Docker");
-    until("the old instance is removed", || {
-        runtime.block_on(docker.inspect_container(&before[0], None)).is_err()
-    });
+    until("the old instance is removed", || runtime.block_on(docker.inspect_container(&before[0], None)).is_err());
     let done = millis(began.elapsed());
     let status = lab.wait_app("web", "converged", |s| s.state == State::Converged);
     let release = status.release.expect("a release");
@@ -190,7 +194,11 @@ impl Floor {
             };
             let body = ContainerCreateBody {
                 image: Some(self.image.clone()),
-                env: Some(vec!["SOCKET=/run/app/app.sock".into(), format!("DEMAE_RELEASE={release}"), format!("START_MS={}", self.start_ms)]),
+                env: Some(vec![
+                    "SOCKET=/run/app/app.sock".into(),
+                    format!("DEMAE_RELEASE={release}"),
+                    format!("START_MS={}", self.start_ms),
+                ]),
                 labels: Some(HashMap::from([("demae.host".to_owned(), format!("{}-floor", self.host))])),
                 host_config: Some(HostConfig { mounts: Some(vec![mount]), init: Some(true), ..Default::default() }),
                 ..Default::default()
@@ -262,8 +270,20 @@ impl Columns {
         };
         println!("\n{what}");
         println!("  floor        {:7.1} ms (median)", median(&self.floor));
-        println!("  floor again  {:7.1} ms  ratio {:.2} [{:.2}, {:.2}]", median(&self.again), noise.1, noise.0, noise.2);
-        println!("  demae        {:7.1} ms  ratio {:.2} [{:.2}, {:.2}]  goal {goal}: {verdict}", median(&self.demae), ratio.1, ratio.0, ratio.2);
+        println!(
+            "  floor again  {:7.1} ms  ratio {:.2} [{:.2}, {:.2}]",
+            median(&self.again),
+            noise.1,
+            noise.0,
+            noise.2
+        );
+        println!(
+            "  demae        {:7.1} ms  ratio {:.2} [{:.2}, {:.2}]  goal {goal}: {verdict}",
+            median(&self.demae),
+            ratio.1,
+            ratio.0,
+            ratio.2
+        );
     }
 }
 

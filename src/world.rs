@@ -1,6 +1,10 @@
 //! Looks at this host: from containers, files and nginx to values a plan can be made of. Changes nothing.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::Arc,
+};
 
 use crate::{
     host::{
@@ -80,7 +84,10 @@ impl World {
     }
 
     /// Only what lies on disk.
-    fn traces(&self, app: &AppName) -> Result<ObservedApp, FileError> {
+    ///
+    /// # Errors
+    /// If any of it cannot be read.
+    pub fn traces(&self, app: &AppName) -> Result<ObservedApp, FileError> {
         let layout = &self.layout;
         let mut observed = ObservedApp::default();
         let routes = layout.app_routes(app);
@@ -107,6 +114,14 @@ impl World {
             }
         }
         Ok(observed)
+    }
+
+    /// What apps have left on disk, by app.
+    ///
+    /// # Errors
+    /// If a directory or a file cannot be read.
+    pub fn all_traces(&self) -> Result<BTreeMap<AppName, ObservedApp>, FileError> {
+        self.apps_on_disk()?.into_iter().map(|app| self.traces(&app).map(|traces| (app, traces))).collect()
     }
 
     /// Apps that have left anything on disk.
@@ -141,16 +156,15 @@ impl World {
             _ => None,
         };
         let running = found.phase == Phase::Running;
-        let health = match (&found.health, &address, &self.prober) {
-            (Some(health), ..) => health.clone(),
-            (None, Some(address), Some(prober))
-                if matches!(found.phase, Phase::Running | Phase::Restarting | Phase::Paused) =>
-            {
+        let alive = matches!(found.phase, Phase::Running | Phase::Restarting | Phase::Paused);
+        let asked = match (&address, &self.prober) {
+            (Some(address), Some(prober)) if alive => {
                 let (check, started) = (found.check.clone(), found.started);
                 prober.ask(&found.app, &found.id, Question { address: address.clone(), check, started, group })
             }
             _ => Health::Unknown,
         };
+        let health = found.health.clone().unwrap_or(asked);
         let connections = match &address {
             Some(address) if running && count => self.connections(&found, address),
             _ => None,
@@ -166,6 +180,7 @@ impl World {
             phase: found.phase,
             health,
             settled: found.settled,
+            out_of_memory: found.out_of_memory,
             started: found.started,
             address,
             connections,

@@ -9,7 +9,7 @@ use demae::{
         desired::{DesiredApp, Target},
         env::Secret,
         name::{AppName, EnvName, ImageRef},
-        observed::{Health, ObservedApp, Phase},
+        observed::{Address, Health, Instance, ObservedApp, Phase},
         proxy::Upstreams,
         release::{Release, ReleaseKey},
         spec::{ContainerSpec, Endpoint, HealthCheck, Ingress, Order, Probe, PullPolicy},
@@ -120,18 +120,21 @@ impl History {
             .map_or(Behaviour::Works, |v| self.behaviours[usize::from(v)])
     }
 
-    /// Healthy instances that requests go to.
-    fn serving(&self) -> usize {
-        let routed = |i: &&demae::model::observed::Instance| match (&self.endpoint, self.host.live.as_ref()) {
+    fn is_routed(&self, i: &Instance) -> bool {
+        match (&self.endpoint, self.host.live.as_ref()) {
             (Some(Endpoint::Socket(_)), _) => self.host.observed.slots.values().flatten().any(|k| *k == i.key),
             (Some(Endpoint::Port(_)), Some(vhost)) => match (&vhost.upstreams, &i.address) {
-                (Upstreams::Ports(ports), Some(demae::model::observed::Address::Port(p))) => ports.contains(p),
+                (Upstreams::Ports(ports), Some(Address::Port(p))) => ports.contains(p),
                 _ => false,
             },
             _ => false,
-        };
+        }
+    }
+
+    /// Healthy instances that requests go to.
+    fn serving(&self) -> usize {
         let instances = self.host.observed.instances.iter();
-        instances.filter(|i| i.phase == Phase::Running && i.health.is_healthy()).filter(routed).count()
+        instances.filter(|i| i.phase == Phase::Running && i.health.is_healthy()).filter(|i| self.is_routed(i)).count()
     }
 
     /// One pass of the agent. Answers with the plan it made.
@@ -182,6 +185,12 @@ impl History {
         let behaviours: Vec<Behaviour> =
             self.host.observed.instances.iter().map(|i| self.behaviour(i.key.release.as_str())).collect();
         let now = self.host.now;
+        let routed: Vec<bool> = self.host.observed.instances.iter().map(|i| self.is_routed(i)).collect();
+        for (instance, routed) in self.host.observed.instances.iter_mut().zip(routed) {
+            // Whoever is routed is busy; whoever was, finishes its requests one after the other.
+            let connections = instance.connections.unwrap_or(0);
+            instance.connections = Some(if routed { 3 } else { connections.saturating_sub(1) });
+        }
         for (instance, behaviour) in self.host.observed.instances.iter_mut().zip(behaviours) {
             if instance.phase != Phase::Running {
                 continue;

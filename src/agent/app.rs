@@ -44,6 +44,7 @@ pub(super) struct AppState {
     pub(super) look_after: Timestamp,
     cooling: Cooling,
     look_error: Option<(String, u32)>,
+    pulled: Option<ReleaseId>,
     change: Option<Instant>,
     timeline: Vec<Moment>,
     draining: Option<Instant>,
@@ -66,6 +67,7 @@ impl AppState {
             look_after: now,
             cooling: Cooling::new(),
             look_error: None,
+            pulled: None,
             change: None,
             timeline: Vec::new(),
             draining: None,
@@ -108,7 +110,8 @@ impl AppState {
 
     pub(super) fn take_observed(&mut self, observed: ObservedApp) {
         self.note_health(&observed);
-        self.observed = Some(observed);
+        let pulled = self.pulled.is_some() && self.pulled.as_ref() == release(&self.desired);
+        self.observed = Some(ObservedApp { pulled, ..observed });
         self.look_error = None;
         self.replan = true;
     }
@@ -121,9 +124,16 @@ impl AppState {
         self.dirty = true;
     }
 
-    /// Whether a list of containers shows anything that the last look did not.
-    pub(super) fn differs(&self, listed: &[(String, String)]) -> bool {
+    /// Whether a list of containers, or what lies on disk, shows anything that the last look did not.
+    pub(super) fn differs(&self, listed: &[(String, String)], traces: &ObservedApp) -> bool {
         let Some(observed) = &self.observed else { return true };
+        let on_disk = |o: &ObservedApp| {
+            let verdicts: Vec<ReleaseId> = o.verdicts.keys().cloned().collect();
+            (o.slots.clone(), o.env_files.clone(), o.socket_dirs.clone(), o.proven.clone(), verdicts)
+        };
+        if on_disk(observed) != on_disk(traces) {
+            return true;
+        }
         let word = |phase: &Phase| match phase {
             Phase::Created => "created",
             Phase::Running => "running",
@@ -201,7 +211,10 @@ impl AppState {
         let kind = step.kind();
         self.cooling.remove(&kind);
         let what = match step {
-            Step::Pull(_) => "pulled",
+            Step::Pull(_) => {
+                self.pulled = release(&self.desired).cloned();
+                "pulled"
+            }
             Step::Create { .. } => "created",
             Step::Start(_) => "started",
             Step::Switch(_) => "switched",
@@ -268,6 +281,11 @@ impl AppState {
 
     pub(super) fn is_planned(&self) -> bool {
         self.planned.is_some()
+    }
+
+    /// Whether status has told of the app since it was last asked.
+    pub(super) fn take_untold(&mut self) -> bool {
+        self.told.take().is_some()
     }
 
     pub(super) fn plan_made(&self) -> Option<&AppPlan> {

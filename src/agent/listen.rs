@@ -16,6 +16,16 @@ pub(super) enum Hint {
     All,
 }
 
+/// Turns SIGHUP into a look at everything: what an operator sends after changing a template by hand.
+pub(super) async fn hang_up(hints: mpsc::UnboundedSender<Hint>) {
+    let Ok(mut signals) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) else { return };
+    while signals.recv().await.is_some() {
+        if hints.send(Hint::All).is_err() {
+            return;
+        }
+    }
+}
+
 /// Turns events of Docker into hints, for as long as the agent lives. After every gap: look at everything.
 pub(super) async fn listen(world: SharedWorld, hints: mpsc::UnboundedSender<Hint>) {
     let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(10));

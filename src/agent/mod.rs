@@ -42,7 +42,7 @@ use crate::{
     world::{ObserveError, SharedWorld},
 };
 use app::AppState;
-use listen::{Hint, listen};
+use listen::{Hint, hang_up, listen};
 
 /// Steps at a time. Measured on two cores: four at a time start 50 containers in 4.8 s, eight in 4.4 s, sixteen in
 /// 4.2 s; one at a time takes 10.2 s.
@@ -58,7 +58,7 @@ const FIRST_LOOK: Duration = Duration::from_secs(5);
 enum Done {
     Observed(AppName, Result<ObservedApp, ObserveError>),
     Stepped(AppName, Box<Step>, Result<(), StepError>, Duration),
-    Listed(Result<(Vec<Listed>, BTreeSet<AppName>), ObserveError>),
+    Listed(Result<(Vec<Listed>, BTreeMap<AppName, ObservedApp>), ObserveError>),
     ProxyObserved(Box<ObservedProxy>),
     OldWorkers(usize),
     ProxyStepped(Result<Option<Published>, NginxError>, Duration),
@@ -170,7 +170,8 @@ impl Agent {
     pub async fn run(mut self, mut news: mpsc::UnboundedReceiver<AppName>, token: CancellationToken) -> Ended {
         let (hints, mut hinted) = mpsc::unbounded_channel();
         let mut listeners = JoinSet::new();
-        listeners.spawn(listen(self.world.clone(), hints));
+        listeners.spawn(listen(self.world.clone(), hints.clone()));
+        listeners.spawn(hang_up(hints));
         let mut watchdog = tokio::time::interval(Duration::from_secs(5));
         let mut updates = self.updates.clone();
         self.take_update();
@@ -210,6 +211,8 @@ impl Agent {
                     self.outlets.pulse.send_replace(Timestamp::now());
                     // Outside of systemd nobody listens.
                     let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+                    // nginx that was stopped or started anew is looked at soon, not only with everything else.
+                    self.proxy.dirty |= self.proxy.seen && self.world.nginx.known_master().is_none();
                 }
                 () = tokio::time::sleep_until(wake) => {}
             }
@@ -315,7 +318,7 @@ impl Agent {
         }
     }
 
-    fn take_list(&mut self, result: Result<(Vec<Listed>, BTreeSet<AppName>), ObserveError>) {
+    fn take_list(&mut self, result: Result<(Vec<Listed>, BTreeMap<AppName, ObservedApp>), ObserveError>) {
         self.listing = false;
         match result {
             Err(e) => {
@@ -328,8 +331,8 @@ impl Agent {
                 self.docker_error = None;
                 let now = Timestamp::now();
                 let mut by_app: BTreeMap<AppName, Vec<(String, String)>> = BTreeMap::new();
-                for app in on_disk {
-                    by_app.entry(app).or_default();
+                for app in on_disk.keys() {
+                    by_app.entry(app.clone()).or_default();
                 }
                 for container in listed {
                     by_app.entry(container.app).or_default().push((container.id, container.state));
@@ -338,9 +341,11 @@ impl Agent {
                     self.apps.entry(app.clone()).or_insert_with(|| AppState::new(now));
                 }
                 let first = !self.listed;
+                let nothing = ObservedApp::default();
                 for (app, state) in &mut self.apps {
                     let found = by_app.remove(app).unwrap_or_default();
-                    state.dirty |= first || state.differs(&found);
+                    let traces = on_disk.get(app).unwrap_or(&nothing);
+                    state.dirty |= first || state.differs(&found, traces);
                 }
                 self.listed = true;
                 self.relist_at = Instant::now() + jittered(self.options.resync);
@@ -390,7 +395,7 @@ impl Agent {
             self.listing = true;
             let world = self.world.clone();
             self.jobs.spawn(async move {
-                let list = async { Ok((world.docker.list(None).await?, world.apps_on_disk()?)) };
+                let list = async { Ok((world.docker.list(None).await?, world.all_traces()?)) };
                 Done::Listed(list.await)
             });
         }

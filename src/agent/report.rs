@@ -19,7 +19,12 @@ impl Agent {
         let store = self.updates.borrow().status.clone();
         let mut apps = Vec::new();
         for (app, state) in &mut self.apps {
-            apps.extend(state.status(app, &host, now));
+            match state.status(app, &host, now) {
+                Some(status) => apps.push(status),
+                // Neither here nor wanted here: its series would stand still for ever.
+                None if state.take_untold() => self.outlets.metrics.forget(app),
+                None => {}
+            }
         }
         let (blocks, waits) = (&self.outlets.metrics.blocks, &self.outlets.metrics.waits);
         let plans = || self.apps.values().filter_map(|s| s.plan_made());

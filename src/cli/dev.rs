@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use super::{Ended, Exit, Failed, agent, print::Printer, runtime};
 use crate::{
     config::{Config, Flags},
-    host::{docker::Docker, nginx::Profile},
+    host::docker::Docker,
     model::name::HostName,
     shutdown, telemetry,
 };
@@ -70,11 +70,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         None => temporary()?,
     };
     let place = Place::open(&dir)?;
-    let profile = match args.profile {
-        ProfileArg::Default => Profile::Default,
-        ProfileArg::Strict => Profile::Strict,
-    };
-    let config = place.config(&dir, &nginx, profile)?;
+    let config = place.config(&dir, &nginx, args.profile)?;
     let runtime = runtime(2)?;
     let ended = runtime.block_on(async {
         let tasks = TaskTracker::new();
@@ -105,7 +101,9 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     for name in ["state", "run", "etcd", "tmp"] {
         let _ = fs::remove_dir_all(dir.join(name));
     }
-    for name in ["dev.env", "dev.json", "nginx.conf", "nginx.pid", "nginx-error.log", "etcd.log", "etcd.pid"] {
+    for name in
+        ["dev.env", "dev.json", "agent.toml", "nginx.conf", "nginx.pid", "nginx-error.log", "etcd.log", "etcd.pid"]
+    {
         let _ = fs::remove_file(dir.join(name));
     }
     if args.dir.is_none() {
@@ -134,29 +132,30 @@ impl Place {
         Ok(place)
     }
 
-    fn config(&self, dir: &Path, nginx: &Path, profile: Profile) -> Result<Config, Failed> {
-        // Nothing of the machine's own agent is to reach this one.
-        let empty = dir.join("agent.toml");
-        fs::write(&empty, "")?;
-        let mut flags = Flags {
-            config: Some(empty.clone()),
-            host: Some(self.host.clone()),
-            state_dir: Some(dir.join("state")),
-            run_dir: Some(dir.join("run")),
-            listen: Some(self.metrics),
-            ..Flags::default()
+    /// The agent's file, which other verbs read too: `dev.env` names it.
+    fn config(&self, dir: &Path, nginx: &Path, profile: ProfileArg) -> Result<Config, Failed> {
+        let profile = match profile {
+            ProfileArg::Default => "default",
+            ProfileArg::Strict => "strict",
         };
+        let d = dir.display();
+        let text = format!(
+            "host = \"{}\"\nstate_dir = \"{d}/state\"\nrun_dir = \"{d}/run\"\nlisten = \"{}\"\n\
+             [etcd]\nendpoints = [\"{}\"]\n[nginx]\nbinary = \"{}\"\nconf = \"{d}/nginx.conf\"\npid = \"{d}/nginx.pid\"\n\
+             address = \"{}\"\nlisten = [\"{}\"]\nprofile = \"{profile}\"\ntemplates = \"{d}/templates\"\n",
+            self.host,
+            self.metrics,
+            self.etcd,
+            nginx.display(),
+            self.ingress,
+            self.ingress
+        );
+        let path = dir.join("agent.toml");
+        fs::write(&path, text)?;
+        // Nothing of the machine's own agent is to reach this one.
+        let mut flags = Flags { config: Some(path), ..Flags::default() };
         flags.etcd.endpoints = vec![self.etcd.to_string()];
-        let mut config = Config::load(&flags)?;
-        fs::remove_file(empty)?;
-        config.nginx.binary = nginx.display().to_string();
-        config.nginx.conf = dir.join("nginx.conf");
-        config.nginx.pid = dir.join("nginx.pid");
-        config.nginx.address = self.ingress.to_string();
-        config.nginx.settings.listen = vec![self.ingress.to_string()];
-        config.nginx.settings.profile = profile;
-        config.nginx.settings.templates = Some(dir.join("templates"));
-        Ok(config)
+        Ok(Config::load(&flags)?)
     }
 
     fn start_etcd(&self, dir: &Path, etcd: &Path) -> Result<(), Failed> {
@@ -215,8 +214,11 @@ impl Place {
 
     fn write_env(&self, dir: &Path) -> Result<(), Failed> {
         let text = format!(
-            "export ETCDCTL_API=3\nexport ETCDCTL_ENDPOINTS={}\nexport DEMAE_INGRESS=http://{}\nexport DEMAE_METRICS=http://{}/metrics\nexport DEMAE_HOST={}\n",
-            self.etcd, self.ingress, self.metrics, self.host
+            "export ETCDCTL_API=3\nexport ETCDCTL_ENDPOINTS={}\nexport DEMAE_INGRESS=http://{}\nexport DEMAE_METRICS=http://{}/metrics\nexport DEMAE_CONFIG={}/agent.toml\n",
+            self.etcd,
+            self.ingress,
+            self.metrics,
+            dir.display()
         );
         let beside = dir.join(".dev.env.new");
         fs::write(&beside, text)?;
@@ -228,8 +230,10 @@ impl Place {
         printer.line(&format!("demae runs as host `{}`, in {}\n", self.host, dir.display()));
         printer.line(&format!("  export ETCDCTL_API=3 ETCDCTL_ENDPOINTS={}", self.etcd));
         printer.line(&format!(
-            "  export DEMAE_INGRESS=http://{} DEMAE_METRICS=http://{}/metrics\n",
-            self.ingress, self.metrics
+            "  export DEMAE_INGRESS=http://{} DEMAE_METRICS=http://{}/metrics DEMAE_CONFIG={}/agent.toml\n",
+            self.ingress,
+            self.metrics,
+            dir.display()
         ));
         printer.line("Try, in another terminal:\n");
         printer.line(

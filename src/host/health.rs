@@ -69,9 +69,6 @@ impl Prober {
 
     /// Asks this instance from now on, and answers with what is known of it.
     pub fn ask(&self, app: &AppName, id: &ContainerId, question: Question) -> Health {
-        if !matches!(question.check.probe, Probe::Http(_) | Probe::Tcp) {
-            return Health::Unknown;
-        }
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         let of_app = asked.entry(app.clone()).or_default();
         if let Some(known) = of_app.get(id)
@@ -110,6 +107,9 @@ struct Asking {
 
 impl Asking {
     async fn run(self) {
+        if !matches!(self.question.check.probe, Probe::Http(_) | Probe::Tcp) {
+            return self.keep_open().await;
+        }
         let check = &self.question.check;
         let (mut successes, mut failures, mut was_healthy) = (0u32, 0u32, false);
         loop {
@@ -143,6 +143,17 @@ impl Asking {
                 }
             };
             self.rest(pause).await;
+        }
+    }
+
+    /// For an app that Docker asks: only its socket is opened to nginx, whenever it binds one.
+    async fn keep_open(&self) {
+        let Address::Socket(path) = &self.question.address else { return };
+        loop {
+            if let Err(e) = open_to_group(Path::new(path), self.question.group) {
+                tracing::warn!(app = %self.app, "nginx may not be able to connect: {e}");
+            }
+            self.rest(SUSPECT).await;
         }
     }
 

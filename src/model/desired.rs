@@ -10,16 +10,6 @@ use super::{
     spec::{Ingress, Order, PullPolicy, Spec},
 };
 
-/// What is wanted. *Not read* is never taken for *nothing wanted*.
-#[derive(Debug, Clone, Default)]
-pub enum Desired {
-    /// The store has not been read yet.
-    #[default]
-    NotYetRead,
-    /// One consistent read of it.
-    Known(Arc<Snapshot>),
-}
-
 /// One consistent read.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Snapshot {

@@ -20,6 +20,8 @@ pub struct ObservedApp {
     pub instances: Vec<Instance>,
     /// The local id of the image that is wanted, if it is on this host.
     pub image: Option<String>,
+    /// Whether this agent has pulled the image for the release that is wanted.
+    pub pulled: bool,
     /// Its route symlinks: slot to the instance it leads to; `None` where it leads nowhere known.
     pub slots: BTreeMap<u16, Option<InstanceKey>>,
     /// When the symlinks last changed.
@@ -64,6 +66,8 @@ pub struct Instance {
     pub health: Health,
     /// Whether Docker keeps it running: given once it is proven.
     pub settled: bool,
+    /// Whether the kernel ended it for want of memory.
+    pub out_of_memory: bool,
     /// When it last started, or was created.
     pub started: Timestamp,
     /// Where it takes requests.

@@ -19,6 +19,8 @@ use crate::model::{
 
 /// Proofs through nginx that may fail before the release is given up.
 const PROOFS: u32 = 3;
+/// How often an image that nobody pulls is looked for.
+const LOOK_FOR_IMAGE: Duration = Duration::from_secs(5);
 /// Shortest time that an unhealthy instance in service is watched before it is replaced.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -181,7 +183,7 @@ impl<'a> Draft<'a> {
             self.plan.step.get_or_insert(Planned::new(failed, "the release failed"));
             return false;
         }
-        if let Some(instance) = group.spent.first().filter(|_| proven) {
+        if let Some(instance) = group.spent.first() {
             let why = ending(instance);
             self.step(Step::Discard { handle: handle(instance), why }, "a replacement did not get healthy");
         }
@@ -189,11 +191,13 @@ impl<'a> Draft<'a> {
         let image = group.image().or_else(|| self.observed().image.clone());
         let env_written = self.observed().env_files.contains(&release.id);
         if missing > 0 {
-            let fresh = target.pull_policy == PullPolicy::Always && group.all.is_empty() && !env_written;
+            let fresh = target.pull_policy == PullPolicy::Always && group.all.is_empty() && !self.observed().pulled;
             if image.is_none() || fresh {
                 if target.pull_policy == PullPolicy::Never {
                     let error = format!("image `{}` is not on this host and `pull_policy` is `never`", release.image);
                     self.plan.blocks.push(Block::ImageMissing(error));
+                    // Loading an image is no event that wakes anybody.
+                    self.wait(Wait::Image(self.input.now.plus(LOOK_FOR_IMAGE)));
                 } else {
                     self.step(Step::Pull(release.image.clone()), "the image is not on this host");
                 }
@@ -304,8 +308,11 @@ impl<'a> Group<'a> {
         let spent: Vec<&Instance> = all
             .iter()
             .copied()
-            .filter(|i| proven && !is_established(input, i))
-            .filter(|i| matches!(i.phase, Phase::Exited(_)) || (is_late(i, input) && !i.health.is_healthy()))
+            .filter(|i| !is_established(input, i))
+            .filter(|i| {
+                was_killed(i)
+                    || proven && (is_late(i, input) && !i.health.is_healthy() || matches!(i.phase, Phase::Exited(_)))
+            })
             .collect();
         let condemned = |i: &Instance| match &i.health {
             Health::Unhealthy { since, .. } => {
@@ -347,8 +354,10 @@ impl<'a> Group<'a> {
             let verdict =
                 |cause, exit_code| Step::RecordVerdict { handle: handle(i), release: release(), cause, exit_code };
             match &i.phase {
+                Phase::Exited(_) if was_killed(i) => None,
                 Phase::Exited(code) if !i.settled => {
-                    Some(verdict(format!("it ended with exit code {code} before it was healthy"), Some(*code)))
+                    let memory = if i.out_of_memory { ", for want of memory," } else { "" };
+                    Some(verdict(format!("it ended with exit code {code}{memory} before it was healthy"), Some(*code)))
                 }
                 Phase::Restarting => Some(verdict("it ends again and again".to_owned(), None)),
                 Phase::Running if is_late(i, input) && !i.health.is_healthy() => {
@@ -380,6 +389,12 @@ fn is_late(instance: &Instance, input: &AppInput<'_>) -> bool {
 /// Whether an instance has been put in service: it is routed, or Docker keeps it running.
 pub(super) fn is_established(input: &AppInput<'_>, instance: &Instance) -> bool {
     instance.settled || routes::is_routed(input, instance)
+}
+
+/// Whether somebody ended an instance from outside: a person, or an engine or a host that went down. That says nothing
+/// about its release. 128 + SIGKILL and 128 + SIGTERM, as a shell would tell them.
+fn was_killed(instance: &Instance) -> bool {
+    matches!(instance.phase, Phase::Exited(137 | 143)) && !instance.out_of_memory
 }
 
 fn patience(instance: &Instance) -> Duration {

@@ -98,6 +98,18 @@ fn check_ending(input: &AppInput<'_>, instance: &Instance, step: &Step, found: &
     if routed(input, instance) && instance.phase == Phase::Running {
         found.push(format!("`{step}` ends an instance that requests go to"));
     }
+    let left = match &instance.address {
+        Some(Address::Port(_)) => input.proxy.changed,
+        _ => input.observed.slots_changed,
+    };
+    if matches!(step, Step::Stop { .. })
+        && instance.phase == Phase::Running
+        && instance.address.is_some()
+        && instance.connections != Some(0)
+        && input.now < left.plus(instance.drain)
+    {
+        found.push(format!("`{step}` cuts connections before their time is over"));
+    }
     if matches!(input.desired, DesiredApp::Invalid { last_good: None, .. }) || input.conflict.is_some() {
         found.push(format!("`{step}` ends an instance though it is not known what is wanted"));
     }

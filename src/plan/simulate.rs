@@ -27,6 +27,8 @@ pub struct PaperHost {
     pub observed: ObservedApp,
     /// What nginx serves of it.
     pub live: Option<Vhost>,
+    /// When that last changed.
+    pub live_changed: Timestamp,
     /// What time it is.
     pub now: Timestamp,
     containers: u64,
@@ -35,7 +37,7 @@ pub struct PaperHost {
 impl PaperHost {
     /// Begins with what is there.
     pub fn new(app: AppName, observed: ObservedApp, live: Option<Vhost>, now: Timestamp) -> Self {
-        Self { app, observed, live, now, containers: 0 }
+        Self { app, observed, live, live_changed: now, now, containers: 0 }
     }
 
     /// What the planner decides here.
@@ -45,7 +47,8 @@ impl PaperHost {
 
     /// The planner's input here: nginx serves what it was last told.
     pub fn input<'a>(&'a self, desired: &'a DesiredApp, cooling: &'a Cooling) -> AppInput<'a> {
-        let proxy = ProxyView { live: self.live.as_ref(), serving: true, ..ProxyView::default() };
+        let proxy =
+            ProxyView { live: self.live.as_ref(), serving: true, changed: self.live_changed, ..ProxyView::default() };
         AppInput {
             app: &self.app,
             desired,
@@ -62,7 +65,10 @@ impl PaperHost {
     pub fn apply(&mut self, step: &Step) {
         let now = self.now;
         match step {
-            Step::Pull(image) => self.observed.image = Some(format!("sha256:{image}")),
+            Step::Pull(image) => {
+                self.observed.image = Some(format!("sha256:{image}"));
+                self.observed.pulled = true;
+            }
             Step::WriteEnvFile(release) => {
                 self.observed.env_files.insert(release.id.clone());
             }
@@ -85,6 +91,7 @@ impl PaperHost {
                     phase: Phase::Created,
                     health: Health::Unknown,
                     settled: false,
+                    out_of_memory: false,
                     started: now,
                     address,
                     connections: Some(0),
@@ -142,10 +149,14 @@ impl PaperHost {
 
     /// nginx serves what is wished.
     pub fn serve(&mut self, wish: &VhostWish) {
-        match wish {
-            VhostWish::Keep => {}
-            VhostWish::Set(vhost) => self.live = Some(vhost.clone()),
-            VhostWish::Remove => self.live = None,
+        let wanted = match wish {
+            VhostWish::Keep => return,
+            VhostWish::Set(vhost) => Some(vhost.clone()),
+            VhostWish::Remove => None,
+        };
+        if self.live != wanted {
+            self.live = wanted;
+            self.live_changed = self.now;
         }
     }
 
@@ -154,6 +165,7 @@ impl PaperHost {
         self.now = self.now.plus(duration);
         for instance in self.observed.instances.iter_mut().filter(|i| i.phase == Phase::Running) {
             instance.health = Health::Healthy;
+            instance.connections = Some(0);
         }
     }
 }

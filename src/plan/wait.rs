@@ -60,6 +60,8 @@ pub enum Wait {
     },
     /// Docker is removing it.
     Removal(InstanceKey),
+    /// An image is loaded by other means; it is looked for again then.
+    Image(Timestamp),
 }
 
 impl Wait {
@@ -69,6 +71,7 @@ impl Wait {
             Self::Busy(_) => None,
             Self::Health { until, .. } | Self::CoolingDown { until, .. } | Self::Recovery { until, .. } => Some(*until),
             Self::Drain { until, .. } => Some((*until).min(now.plus(MEASURE_AGAIN))),
+            Self::Image(until) => Some(*until),
             Self::Proxy(_) | Self::Removal(_) => Some(now.plus(Duration::from_secs(1))),
         }
     }
@@ -83,6 +86,7 @@ impl Wait {
             Self::Proxy(_) => "proxy",
             Self::Recovery { .. } => "recovery",
             Self::Removal(_) => "removal",
+            Self::Image(_) => "image",
         }
     }
 }
@@ -108,6 +112,7 @@ impl fmt::Display for Wait {
             Self::Recovery { key, until, answer } => {
                 write!(f, "{key} is unhealthy and is replaced at {until} unless it recovers: {answer}")
             }
+            Self::Image(until) => write!(f, "the image is looked for again at {until}"),
             Self::Removal(key) => write!(f, "Docker is removing {key}"),
         }
     }

@@ -50,7 +50,7 @@ pub struct Viewer {
 pub async fn watch(config: EtcdConfig, viewer: Viewer, updates: Sender<Update>, token: CancellationToken) {
     let reader = Reader::new(viewer.host.clone(), viewer.labels.clone());
     let mut watcher =
-        Watcher { config, resync: viewer.resync, reader, updates, contents: Contents::default(), key: None };
+        Watcher { config, resync: viewer.resync, reader, updates, contents: Contents::default(), shown: 0, key: None };
     let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(10));
     let mut turn = 0;
     loop {
@@ -82,6 +82,8 @@ struct Watcher {
     reader: Reader,
     updates: Sender<Update>,
     contents: Contents,
+    /// The newest revision seen, for people; `contents` may still miss a part of it.
+    shown: i64,
     key: Option<ReleaseKey>,
 }
 
@@ -132,6 +134,7 @@ impl Watcher {
         self.contents = contents;
         self.key = Some(key);
         let snapshot = if same { None } else { self.snapshot() };
+        self.shown = self.contents.revision;
         self.tell(snapshot);
         self.updates.send_if_modified(|u| {
             u.reads += 1;
@@ -184,6 +187,7 @@ impl Watcher {
             message.events().iter().filter_map(|e| e.kv()).map(etcd_client::KeyValue::mod_revision).max()
         {
             self.contents.revision = self.contents.revision.max(newest - 1);
+            self.shown = self.shown.max(newest);
         }
         let snapshot = if changed { self.snapshot() } else { None };
         self.tell(snapshot);
@@ -192,7 +196,7 @@ impl Watcher {
 
     /// Tells the agent. Without a new snapshot only the time of the last proof changes, which wakes nobody.
     fn tell(&self, snapshot: Option<Arc<Snapshot>>) {
-        let revision = self.contents.revision;
+        let revision = self.shown;
         self.updates.send_if_modified(|u| {
             let recovered = u.status.error.take().is_some();
             u.status.revision = revision;

@@ -142,6 +142,8 @@ pub struct Found {
     pub health: Option<Health>,
     /// Whether Docker keeps it running.
     pub settled: bool,
+    /// Whether the kernel ended it for want of memory.
+    pub out_of_memory: bool,
     /// When it last started, or was created.
     pub started: Timestamp,
     /// Where the app listens inside.
@@ -439,6 +441,7 @@ fn read(app: &AppName, id: &str, details: ContainerInspectResponse, now: Timesta
     let state = details.state.unwrap_or_default();
     let created = details.created.as_deref().and_then(Timestamp::parse).unwrap_or_default();
     let started = state.started_at.as_deref().and_then(Timestamp::parse).unwrap_or_default().max(created);
+    let out_of_memory = state.oom_killed == Some(true);
     let phase = match state.status {
         Some(ContainerStateStatusEnum::CREATED) => Phase::Created,
         Some(ContainerStateStatusEnum::RUNNING | ContainerStateStatusEnum::STOPPING) => Phase::Running,
@@ -449,17 +452,7 @@ fn read(app: &AppName, id: &str, details: ContainerInspectResponse, now: Timesta
     };
     let health = match &check.probe {
         Probe::Http(_) | Probe::Tcp => None,
-        Probe::Command(_) => {
-            let health = state.health.unwrap_or_default();
-            // What the command printed may hold secrets; its exit code does not.
-            let code = health.log.and_then(|mut l| l.pop()).and_then(|l| l.exit_code);
-            let answer = code.map(|c| format!("the check ended with exit code {c}")).unwrap_or_default();
-            Some(match health.status {
-                Some(HealthStatusEnum::HEALTHY) => Health::Healthy,
-                Some(HealthStatusEnum::UNHEALTHY) => Health::Unhealthy { since: started, answer },
-                _ => Health::Starting(answer),
-            })
-        }
+        Probe::Command(_) => Some(docker_health(state.health.unwrap_or_default(), started)),
         Probe::Running => Some(match phase {
             Phase::Running if now >= started.plus(SETTLE) => Health::Healthy,
             Phase::Restarting => Health::Unhealthy { since: started, answer: "it ends again and again".into() },
@@ -481,6 +474,7 @@ fn read(app: &AppName, id: &str, details: ContainerInspectResponse, now: Timesta
         phase,
         health,
         settled,
+        out_of_memory,
         started,
         endpoint,
         port,
@@ -489,6 +483,24 @@ fn read(app: &AppName, id: &str, details: ContainerInspectResponse, now: Timesta
         drain: Duration::from_millis(drain),
         grace: Duration::from_secs(config.stop_timeout.and_then(|t| u64::try_from(t).ok()).unwrap_or(10)),
     })
+}
+
+/// What Docker's own check says.
+fn docker_health(health: bollard::models::Health, started: Timestamp) -> Health {
+    let log = health.log.unwrap_or_default();
+    // What the command printed may hold secrets; its exit code does not.
+    let code = log.last().and_then(|l| l.exit_code);
+    let answer = code.map(|c| format!("the check ended with exit code {c}")).unwrap_or_default();
+    match health.status {
+        Some(HealthStatusEnum::HEALTHY) => Health::Healthy,
+        Some(HealthStatusEnum::UNHEALTHY) => {
+            // The first of the failures in a row, as far back as Docker remembers: five checks.
+            let failures = log.iter().rev().take_while(|l| l.exit_code != Some(0));
+            let since = failures.last().and_then(|l| l.start.as_deref()).and_then(Timestamp::parse);
+            Health::Unhealthy { since: since.unwrap_or(started), answer }
+        }
+        _ => Health::Starting(answer),
+    }
 }
 
 /// The user id of `user`, `user:group` or nothing; `None` for a name.

@@ -50,7 +50,7 @@ pub enum NginxError {
     #[error(transparent)]
     Stage(#[from] stage::StageError),
     /// It refuses its tree even without anything new of ours.
-    #[error("`nginx -t` fails without any change of demae: {0}")]
+    #[error("`nginx -t` fails even without any app: {0}{hint}", hint = hint(.0))]
     Broken(String),
     /// A template of demae's own is broken.
     #[error("the configuration of the host cannot be made: {0}")]
@@ -69,6 +69,15 @@ pub enum NginxError {
     /// An app does not answer through nginx.
     #[error("{0}")]
     NoAnswer(String),
+}
+
+/// What to do about an error of nginx that many will meet.
+fn hint(error: &str) -> &'static str {
+    if error.contains("duplicate default server") {
+        " (another site is the default server: remove it, on Debian `/etc/nginx/sites-enabled/default`, or set `nginx.default_server` to false)"
+    } else {
+        ""
+    }
 }
 
 impl From<io::Error> for NginxError {
@@ -97,7 +106,7 @@ pub struct Nginx {
     server: Box<dyn Server>,
     config: NginxConfig,
     layout: Layout,
-    renderer: Mutex<Option<Renderer>>,
+    renderer: Mutex<Option<(String, Renderer)>>,
     master: AtomicI32,
 }
 
@@ -114,11 +123,6 @@ impl Nginx {
     /// Nothing is done yet.
     pub fn new(server: Box<dyn Server>, config: NginxConfig, layout: Layout) -> Self {
         Self { server, config, layout, renderer: Mutex::new(None), master: AtomicI32::new(0) }
-    }
-
-    /// Forgets the templates, so that they are read again.
-    pub async fn reread_templates(&self) {
-        *self.renderer.lock().await = None;
     }
 
     /// What nginx serves, and what it is meant to.
@@ -203,7 +207,7 @@ impl Nginx {
     pub async fn publish(&self, wanted: &BTreeMap<AppName, Vhost>) -> Result<Published, NginxError> {
         let mut slot = self.renderer.lock().await;
         self.fill(&mut slot).await?;
-        let Some(renderer) = slot.as_ref() else { return Err(NginxError::Template("no templates".into())) };
+        let Some((_, renderer)) = slot.as_ref() else { return Err(NginxError::Template("no templates".into())) };
         let old = self.manifest()?.map(|(m, ..)| m).unwrap_or_default();
         let generation = old.generation + 1;
         let set = Set { nginx: self, renderer, generation, old: &old };
@@ -329,13 +333,15 @@ impl Nginx {
     async fn with_renderer<T>(&self, read: impl FnOnce(&Renderer) -> T) -> Result<T, NginxError> {
         let mut slot = self.renderer.lock().await;
         self.fill(&mut slot).await?;
-        slot.as_ref().map(read).ok_or_else(|| NginxError::Template("no templates".into()))
+        slot.as_ref().map(|(_, r)| read(r)).ok_or_else(|| NginxError::Template("no templates".into()))
     }
 
-    async fn fill(&self, slot: &mut Option<Renderer>) -> Result<(), NginxError> {
-        if slot.is_none() {
+    /// Reads templates and version again if either may have changed: nginx was started anew, or a file was.
+    async fn fill(&self, slot: &mut Option<(String, Renderer)>) -> Result<(), NginxError> {
+        let state = format!("{:?} {:?}", self.known_master(), self.config.settings.templates.as_deref().map(changes));
+        if slot.as_ref().is_none_or(|(known, _)| *known != state) {
             let (_, text) = self.server.run(vec!["-v".into()]).await?;
-            *slot = Some(Renderer::new(self.config.settings.clone(), version(&text)));
+            *slot = Some((state, Renderer::new(self.config.settings.clone(), version(&text))));
         }
         Ok(())
     }
@@ -495,6 +501,14 @@ impl Set<'_> {
 fn digest_of(text: &[u8]) -> String {
     use sha2::{Digest as _, Sha256};
     Sha256::digest(text).iter().take(8).map(|b| format!("{b:02x}")).collect()
+}
+
+/// The files of a directory, and when each was written.
+fn changes(dir: &Path) -> Vec<(String, Timestamp)> {
+    let names = files::list(dir).unwrap_or_default();
+    let written =
+        |name: &String| std::fs::metadata(dir.join(name)).and_then(|m| m.modified()).map(Timestamp::from_system);
+    names.into_iter().map(|name| (name.clone(), written(&name).unwrap_or_default())).collect()
 }
 
 /// The line that says why, of what `nginx -t` prints.
