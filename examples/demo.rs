@@ -97,7 +97,10 @@ impl Stage {
                 format!("FROM scratch\nCOPY app /app\nENV VERSION={version} MOOD={mood}\nENTRYPOINT [\"/app\"]\n");
             fs::write(self.root.join("Dockerfile"), text).expect("a file");
             let mut docker = Command::new("docker");
-            docker.env("DOCKER_BUILDKIT", "0").args(["build", "-q", "-t", &self.image(version)]).arg(&self.root);
+            docker
+                .env("DOCKER_BUILDKIT", "0")
+                .args(["build", "-q", "--no-cache", "-t", &self.image(version)])
+                .arg(&self.root);
             run(docker.stdout(Stdio::null()).stderr(Stdio::null()));
         }
     }

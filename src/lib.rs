@@ -1,4 +1,4 @@
-//! demae: write what you want into etcd; every Docker host makes it so, without dropping a request.
+//! demae: keeps the containers and the nginx of a Docker host as etcd says, and drops no request on the way.
 //!
 //! Imports run one way, and a test holds them to it:
 //! `model <- {plan, store, host} <- {world, execute} <- agent <- cli <- main`.

@@ -72,10 +72,16 @@ impl World {
         };
         let group = if found.is_empty() { None } else { self.nginx_group().await };
         let mut observed = ObservedApp { image, ..self.traces(app)? };
-        // Only who may be leaving is counted: a single instance of a wanted app stays.
-        let count =
-            found.len() > 1 || wanted.is_none_or(|(release, _)| found.iter().any(|f| f.key.release != *release));
-        observed.instances = found.into_iter().map(|f| self.instance(f, group, count)).collect();
+        // Only who may be leaving is counted: not a single instance of a wanted app, nor one that a route leads to.
+        let several = found.len() > 1;
+        observed.instances = found
+            .into_iter()
+            .map(|f| {
+                let leaving = wanted.is_none_or(|(release, _)| f.key.release != *release) || several;
+                let count = leaving && !observed.slots.values().flatten().any(|k| *k == f.key);
+                self.instance(f, group, count)
+            })
+            .collect();
         if let Some(prober) = &self.prober {
             let alive: Vec<_> = observed.instances.iter().filter(|i| i.is_alive()).map(|i| &i.id).collect();
             prober.keep(app, &alive);

@@ -20,12 +20,17 @@ fn switches(short: usize, variable: &str) -> usize {
     std::env::var(variable).ok().and_then(|n| n.parse().ok()).unwrap_or(short)
 }
 
-/// Changes the image back and forth, and waits for each change.
+/// Changes the image back and forth. Each change takes over before the next one comes, while the one before may still
+/// be draining; the last one is waited for to its end.
 fn switch(lab: &Lab, app: &str, count: usize) {
     let images = [lab.image("v2"), lab.image("v1")];
     for n in 0..count {
-        lab.deploy(app, &format!("apps/{app}/image"), &images[n % 2]);
+        lab.take_over(app, &format!("apps/{app}/restart"), &format!("switch {n}"));
+        if n % 10 == 9 {
+            lab.deploy(app, &format!("apps/{app}/image"), &images[n / 10 % 2]);
+        }
     }
+    lab.deploy(app, &format!("apps/{app}/image"), &images[count / 10 % 2]);
 }
 
 fn expect_none_lost(tally: &Tally, what: &str) {

@@ -16,12 +16,12 @@ use clap::{Parser, Subcommand};
 use crate::config::Flags;
 use print::Printer;
 
-/// demae: write what you want into etcd; every Docker host makes it so.
+/// Keeps the containers and the nginx of a Docker host as etcd says, and drops no request on the way
 #[derive(Debug, Parser)]
 #[command(
     name = "demae",
     version,
-    about = "Write what you want into etcd; every Docker host makes it so, without dropping a request",
+    about = "Keeps the containers and the nginx of a Docker host as etcd says, and drops no request on the way",
     disable_help_subcommand = true
 )]
 struct Cli {

@@ -1,4 +1,4 @@
-//! One app on one host: its next safe step.
+//! What is safe to do next for one app.
 //!
 //! The order is the safety. What serves is kept serving first; then the wanted release is brought up beside it; only
 //! what is neither wanted nor routed leaves. Nothing here remembers anything: every answer follows from the input.

@@ -1,4 +1,4 @@
-//! A second opinion on a plan, by code that shares nothing with the planner.
+//! Reads a plan again, before it is believed. None of the planner's code is used here.
 //!
 //! It knows no way to do things, only what must never be done. The agent asks it before every step, and the property
 //! tests ask it about every step of thousands of made-up histories.

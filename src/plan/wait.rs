@@ -69,9 +69,11 @@ impl Wait {
     pub fn look_again(&self, now: Timestamp) -> Option<Timestamp> {
         match self {
             Self::Busy(_) => None,
-            Self::Health { until, .. } | Self::CoolingDown { until, .. } | Self::Recovery { until, .. } => Some(*until),
+            Self::Health { until, .. }
+            | Self::CoolingDown { until, .. }
+            | Self::Recovery { until, .. }
+            | Self::Image(until) => Some(*until),
             Self::Drain { until, .. } => Some((*until).min(now.plus(MEASURE_AGAIN))),
-            Self::Image(until) => Some(*until),
             Self::Proxy(_) | Self::Removal(_) => Some(now.plus(Duration::from_secs(1))),
         }
     }

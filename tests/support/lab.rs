@@ -322,6 +322,13 @@ impl Lab {
         }
     }
 
+    /// Puts, and waits until the new release serves; the old one may still be draining.
+    pub fn take_over(&self, app: &str, key: &str, value: &str) -> AppStatus {
+        let before = self.app(app).and_then(|a| a.release);
+        self.put(key, value);
+        self.wait_app(app, "serving another release", |s| s.release != before && s.serving.is_none() && s.healthy > 0)
+    }
+
     /// Puts, and waits until the app is converged with it.
     pub fn deploy(&self, app: &str, key: &str, value: &str) -> AppStatus {
         let before = self.app(app).and_then(|a| a.release);
@@ -491,7 +498,7 @@ pub fn build_image(name: &str, version: &str, dir: &Path) {
     let text = format!("FROM scratch\nCOPY app /app\nENV VERSION={version}\nENTRYPOINT [\"/app\"]\n");
     fs::write(dir.join("Dockerfile"), text).expect("a file");
     let output = Command::new("docker")
-        .args(["build", "-q", "-t", name])
+        .args(["build", "-q", "--no-cache", "-t", name])
         .arg(dir)
         .env("DOCKER_BUILDKIT", "0")
         .output()

@@ -230,10 +230,15 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer, or a container has labels that make no sense.
     pub async fn instances(&self, app: &AppName, now: Timestamp) -> Result<Vec<Found>> {
+        let listed = self.list(Some(app)).await?;
+        let inspect = |id: String| async move {
+            let details = self.call("inspect", self.client.inspect_container(&id, None)).await;
+            (id, details)
+        };
         let mut instances = Vec::new();
-        for listed in self.list(Some(app)).await? {
-            match self.call("inspect", self.client.inspect_container(&listed.id, None)).await {
-                Ok(details) => instances.push(read(app, &listed.id, details, now)?),
+        for (id, details) in futures_util::future::join_all(listed.into_iter().map(|l| inspect(l.id))).await {
+            match details {
+                Ok(details) => instances.push(read(app, &id, details, now)?),
                 // Gone since the list.
                 Err(e) if e.is_status(404) => {}
                 Err(e) => return Err(e),

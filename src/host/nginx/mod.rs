@@ -1,6 +1,6 @@
 //! nginx: rendered, tested as part of the tree it will load, made live by one rename, and proven by a worker's answer.
 //!
-//! A set that nginx refuses is never at the live path, not for a moment, whenever this agent ends.
+//! Whenever this agent ends, what lies at the live path is a set that nginx has taken.
 
 mod render;
 mod server;

@@ -135,7 +135,7 @@ pub struct Logging {
     pub options: BTreeMap<String, String>,
 }
 
-/// How an instance is asked whether it is well. Times as in Compose, with defaults that suit a deploy.
+/// How an instance is asked whether it is well. Compose's names; the defaults are shorter, for a deploy.
 #[derive(Debug, Clone, PartialEq, Serialize, serde::Deserialize)]
 pub struct HealthCheck {
     /// What is asked.

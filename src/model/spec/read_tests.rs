@@ -11,20 +11,20 @@ fn problems(text: &str) -> String {
 fn a_whole_spec_is_read() {
     let text = r#"
 image: registry.example.com/web:v41
-command: [bundle, exec, puma, -b, unix:///run/app/web.sock]
-environment: {RAILS_ENV: production, PORT: 8080}
+command: [shop, serve, --listen, /run/shop/http.sock]
+environment: {MODE: live, PORT: 8080}
 env_from: [common]
-volumes: ["/srv/web/uploads:/uploads:ro", "cache:/cache"]
+volumes: ["/srv/shop/media:/media:ro", "cache:/cache"]
 user: "1000:1000"
 healthcheck: {http: /healthz, interval: 5s, timeout: 2s, retries: 3, start_period: 30s, start_interval: 20ms}
-ingress: {hosts: [web.example.com, "*.web.example.com"], socket: /run/app/web.sock, drain: 30s}
 stop_grace_period: 10s
+ingress: {hosts: [shop.example.com, "*.shop.example.com"], drain: 45s, socket: /run/shop/http.sock}
 deploy:
   mode: global
   replicas_per_host: 2
-  placement: {constraints: ["role == web", "zone != b"]}
-  resources: {limits: {memory: 512M, cpus: "1.5"}}
-  update_config: {parallelism: 1, order: start-first, monitor: 10s, failure_action: rollback}
+  placement: {constraints: ["tier == front", "zone != b"]}
+  update_config: {order: start-first, parallelism: 2, failure_action: rollback, monitor: 5s}
+  resources: {limits: {cpus: "1.5", memory: 512M}}
 "#;
     let spec = spec(text.as_bytes()).expect("this spec is fine");
     assert_eq!(spec.container.memory, Some(536_870_912));
