@@ -24,7 +24,7 @@ test: lint ## Everything: format, clippy, unit, property and integration tests
 	@scripts/test.sh
 
 soak: install ## The long forms: a thousand switches, every kill point, many histories
-	DEMAE_SOCKET_SWITCHES=1000 DEMAE_PORT_SWITCHES=100 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=50000 \
+	DEMAE_SOCKET_SWITCHES=1000 DEMAE_PORT_SWITCHES=100 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=20000 \
 	scripts/test.sh --soak
 
 bench: install ## Put to first answer and to converged, beside the floor, in one run

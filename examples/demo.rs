@@ -99,7 +99,7 @@ impl Stage {
             let mut docker = Command::new("docker");
             docker
                 .env("DOCKER_BUILDKIT", "0")
-                .args(["build", "-q", "--no-cache", "-t", &self.image(version)])
+                .args(["build", "-q", "--no-cache", "--force-rm", "-t", &self.image(version)])
                 .arg(&self.root);
             run(docker.stdout(Stdio::null()).stderr(Stdio::null()));
         }

@@ -33,7 +33,7 @@ fn nginx_image(name: &str, dir: &Path) {
     );
     fs::write(dir.join("Dockerfile"), text).expect("a file");
     let output = Command::new("docker")
-        .args(["build", "-q", "--no-cache", "-t", name])
+        .args(["build", "-q", "--no-cache", "--force-rm", "-t", name])
         .arg(dir)
         .env("DOCKER_BUILDKIT", "0")
         .output()

@@ -5,6 +5,8 @@
 
 pub mod app;
 pub mod check;
+mod draft;
+mod group;
 pub mod proxy;
 mod retire;
 mod routes;

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::{
     VhostWish,
-    app::{Draft, Group, handle, is_established},
-    routes::{self, is_routed},
+    draft::Draft,
+    group::{Group, handle, is_established, is_routed},
     step::{Leftovers, Step},
     wait::Wait,
 };
@@ -48,7 +48,7 @@ pub(super) fn leave(draft: &mut Draft<'_>) {
     draft.plan.vhost = VhostWish::Remove;
     let observed = draft.observed();
     let known_to_nginx = draft.input.proxy.live.is_some() || !(observed.slots.is_empty() || draft.input.proxy.serving);
-    if known_to_nginx && !routes::report(draft) {
+    if known_to_nginx && !draft.report() {
         return;
     }
     if !observed.slots.is_empty() {

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::{
-    AppInput, VhostWish,
-    app::{Draft, Group},
+    VhostWish,
+    draft::Draft,
+    group::{Group, is_routed},
     step::Step,
-    wait::{Block, Wait},
+    wait::Wait,
 };
 use crate::model::{
     desired::Target,
@@ -22,7 +23,7 @@ pub(super) fn route(draft: &mut Draft<'_>, target: &Target, active: Option<&Rele
         // A worker: nothing to route, and whatever an earlier spec routed goes.
         draft.plan.vhost = VhostWish::Remove;
         let unknown_to_nginx = draft.input.proxy.live.is_none();
-        if (unknown_to_nginx || report(draft)) && !draft.observed().slots.is_empty() {
+        if (unknown_to_nginx || draft.report()) && !draft.observed().slots.is_empty() {
             draft.step(Step::Switch(BTreeMap::new()), "the app takes no requests any more");
         }
         return true;
@@ -43,7 +44,7 @@ pub(super) fn route(draft: &mut Draft<'_>, target: &Target, active: Option<&Rele
                 _ => None,
             });
             draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Ports(ports.collect())));
-            let met = report(draft);
+            let met = draft.report();
             if met && !draft.observed().slots.is_empty() {
                 draft.step(Step::Switch(BTreeMap::new()), "the app is routed by port now");
             }
@@ -89,18 +90,6 @@ fn pool<'a>(draft: &Draft<'a>, active: Option<&ReleaseId>, group: Option<&Group<
     pool
 }
 
-/// Whether requests go to an instance.
-pub(super) fn is_routed(input: &AppInput<'_>, instance: &Instance) -> bool {
-    match &instance.address {
-        Some(Address::Socket(_)) => input.observed.slots.values().flatten().any(|k| *k == instance.key),
-        Some(Address::Port(port)) => match input.proxy.live.map(|v| &v.upstreams) {
-            Some(Upstreams::Ports(ports)) => ports.contains(port),
-            _ => false,
-        },
-        None => false,
-    }
-}
-
 fn highest_slot(draft: &Draft<'_>) -> u16 {
     draft.observed().slots.keys().next_back().copied().unwrap_or(0)
 }
@@ -120,7 +109,7 @@ fn vhost(ingress: &Ingress, upstreams: Upstreams) -> Vhost {
 fn announce(draft: &mut Draft<'_>, target: &Target, ingress: &Ingress) {
     if matches!(ingress.endpoint, Endpoint::Socket(_)) {
         draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Slots(target.replicas)));
-        report(draft);
+        draft.report();
     }
 }
 
@@ -141,7 +130,7 @@ fn switch(draft: &mut Draft<'_>, ingress: &Ingress, pool: &[&Instance], slots: u
     }
     let told = if there == 0 || there >= slots { slots } else { there };
     draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Slots(told)));
-    let met = report(draft);
+    let met = draft.report();
     if met && there > needed {
         draft.wait(Wait::Proxy("old nginx workers still know a route that is going".to_owned()));
     }
@@ -173,23 +162,4 @@ fn assign(draft: &Draft<'_>, pool: &[&Instance], slots: u16) -> BTreeMap<u16, In
 fn differs(draft: &Draft<'_>, wanted: &BTreeMap<u16, InstanceKey>) -> bool {
     let observed = &draft.observed().slots;
     observed.len() != wanted.len() || wanted.iter().any(|(slot, key)| observed.get(slot) != Some(&Some(key.clone())))
-}
-
-/// Tells why nginx does not serve what is wished. True when it does.
-pub(super) fn report(draft: &mut Draft<'_>) -> bool {
-    if draft.plan.vhost.is_met(draft.input) {
-        return true;
-    }
-    if let (VhostWish::Set(wish), Some(rejected)) = (&draft.plan.vhost, draft.input.proxy.rejected)
-        && *wish == rejected.vhost
-    {
-        draft.plan.blocks.push(Block::RoutesRejected(rejected.error.clone()));
-        return false;
-    }
-    let why = match draft.input.proxy.trouble {
-        Some(trouble) => format!("nginx cannot be changed now: {trouble}"),
-        None => "waiting for nginx to serve the new configuration".to_owned(),
-    };
-    draft.wait(Wait::Proxy(why));
-    false
 }

@@ -498,7 +498,7 @@ pub fn build_image(name: &str, version: &str, dir: &Path) {
     let text = format!("FROM scratch\nCOPY app /app\nENV VERSION={version}\nENTRYPOINT [\"/app\"]\n");
     fs::write(dir.join("Dockerfile"), text).expect("a file");
     let output = Command::new("docker")
-        .args(["build", "-q", "--no-cache", "-t", name])
+        .args(["build", "-q", "--no-cache", "--force-rm", "-t", name])
         .arg(dir)
         .env("DOCKER_BUILDKIT", "0")
         .output()

@@ -1,0 +1,155 @@
+//! The instances of a release, told apart by what they are good for.
+
+use std::time::Duration;
+
+use super::{
+    AppInput,
+    step::{Handle, Step},
+    wait::within,
+};
+use crate::model::{
+    desired::Target,
+    name::ReleaseId,
+    observed::{Address, Health, Instance, ObservedApp, Phase},
+    proxy::Upstreams,
+};
+
+/// Shortest time that an unhealthy instance in service is watched before it is replaced.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The instances of the wanted release, told apart by what they are good for.
+pub(super) struct Group<'a> {
+    /// All of them.
+    pub(super) all: Vec<&'a Instance>,
+    /// At most as many as are wanted, the best first by state, then in order of number.
+    pub(super) good: Vec<&'a Instance>,
+    /// Candidates that failed though the release is proven.
+    pub(super) spent: Vec<&'a Instance>,
+}
+
+impl<'a> Group<'a> {
+    pub(super) fn of(input: &AppInput<'a>, target: &Target, proven: bool) -> Self {
+        let all: Vec<&Instance> =
+            input.observed.instances.iter().filter(|i| i.key.release == target.release.id).collect();
+        let spent: Vec<&Instance> = all
+            .iter()
+            .copied()
+            .filter(|i| !is_established(input, i))
+            .filter(|i| {
+                was_killed(i)
+                    || proven && (is_late(i, input) && !i.health.is_healthy() || matches!(i.phase, Phase::Exited(_)))
+            })
+            .collect();
+        let condemned = |i: &Instance| match &i.health {
+            Health::Unhealthy { since, .. } => {
+                proven && is_established(input, i) && input.now >= since.plus(patience(i))
+            }
+            _ => false,
+        };
+        let mut good: Vec<&Instance> = all
+            .iter()
+            .copied()
+            .filter(|i| i.phase != Phase::Removing && !spent.iter().any(|s| s.id == i.id) && !condemned(i))
+            .collect();
+        let rank = |i: &Instance| match &i.health {
+            Health::Healthy if i.is_running() => 0,
+            Health::Unhealthy { .. } => 3,
+            _ if i.is_running() => 1,
+            _ => 2,
+        };
+        good.sort_by_key(|i| (rank(i), !i.settled, i.key.number));
+        good.truncate(usize::from(target.replicas));
+        good.sort_by_key(|i| i.key.number);
+        Self { all, good, spent }
+    }
+
+    /// The image that the release was resolved to, if it has an instance.
+    pub(super) fn image(&self) -> Option<String> {
+        self.all.first().map(|i| i.image.clone())
+    }
+
+    /// The lowest number that no instance has.
+    pub(super) fn free_number(&self) -> u16 {
+        (1..=u16::MAX).find(|n| !self.all.iter().any(|i| i.key.number == *n)).unwrap_or(u16::MAX)
+    }
+
+    /// The verdict that a candidate earned, if one did.
+    pub(super) fn failure(&self, input: &AppInput<'_>, target: &Target) -> Option<Step> {
+        self.all.iter().find_map(|i| {
+            let release = || target.release.clone();
+            let verdict =
+                |cause, exit_code| Step::RecordVerdict { handle: handle(i), release: release(), cause, exit_code };
+            match &i.phase {
+                Phase::Exited(_) if was_killed(i) => None,
+                Phase::Exited(code) if !i.settled => {
+                    let memory = if i.out_of_memory { ", for want of memory," } else { "" };
+                    Some(verdict(format!("it ended with exit code {code}{memory} before it was healthy"), Some(*code)))
+                }
+                Phase::Restarting => Some(verdict("it ends again and again".to_owned(), None)),
+                Phase::Running if is_late(i, input) && !i.health.is_healthy() => {
+                    let took = within(i.check.deadline());
+                    let cause = match &i.health {
+                        Health::Starting(answer) | Health::Unhealthy { answer, .. } if !answer.is_empty() => {
+                            format!("it was not healthy {took}: {answer}")
+                        }
+                        _ => format!("it was not healthy {took}"),
+                    };
+                    Some(verdict(cause, None))
+                }
+                _ => None,
+            }
+        })
+    }
+}
+
+pub(super) fn of_release<'a>(
+    observed: &'a ObservedApp,
+    release: &ReleaseId,
+) -> impl Iterator<Item = &'a Instance> + use<'a> {
+    let release = release.clone();
+    observed.instances.iter().filter(move |i| i.key.release == release)
+}
+
+fn is_late(instance: &Instance, input: &AppInput<'_>) -> bool {
+    // An instance this agent has not asked yet is asked first: a restarted agent knows of no answer.
+    instance.is_alive() && instance.health != Health::Unknown && input.now >= instance.deadline()
+}
+
+/// Whether an instance has been put in service: it is routed, or Docker keeps it running.
+pub(super) fn is_established(input: &AppInput<'_>, instance: &Instance) -> bool {
+    instance.settled || is_routed(input, instance)
+}
+
+/// Whether somebody ended an instance from outside: a person, or an engine or a host that went down. That says nothing
+/// about its release. 128 + SIGKILL and 128 + SIGTERM, as a shell would tell them.
+fn was_killed(instance: &Instance) -> bool {
+    matches!(instance.phase, Phase::Exited(137 | 143)) && !instance.out_of_memory
+}
+
+pub(super) fn patience(instance: &Instance) -> Duration {
+    (instance.check.interval * instance.check.retries).max(PATIENCE)
+}
+
+pub(super) fn ending(instance: &Instance) -> String {
+    match (&instance.phase, &instance.health) {
+        (Phase::Exited(code), _) => format!("it ended with exit code {code}"),
+        (_, Health::Starting(answer) | Health::Unhealthy { answer, .. }) => format!("it was not healthy: {answer}"),
+        _ => "it was not healthy".to_owned(),
+    }
+}
+
+pub(super) fn handle(instance: &Instance) -> Handle {
+    Handle { key: instance.key.clone(), id: instance.id.clone() }
+}
+
+/// Whether requests go to an instance.
+pub(super) fn is_routed(input: &AppInput<'_>, instance: &Instance) -> bool {
+    match &instance.address {
+        Some(Address::Socket(_)) => input.observed.slots.values().flatten().any(|k| *k == instance.key),
+        Some(Address::Port(port)) => match input.proxy.live.map(|v| &v.upstreams) {
+            Some(Upstreams::Ports(ports)) => ports.contains(port),
+            _ => false,
+        },
+        None => false,
+    }
+}
