@@ -53,6 +53,9 @@ fn crash_everywhere(mut lab: Lab, spec: &str, clients: Vec<Client>, first: usize
             a.state == State::Converged && a.image.as_ref() == Some(image)
         });
         until("the last leftovers go", || traces(&lab) == clean);
+        let tally = load.so_far();
+        let lost = tally.failed + tally.stale;
+        assert_eq!(lost, 0, "requests were lost around the kill at boundary {boundary}: {:#?}", tally.reasons);
         lab.kill_agent();
     }
     let tally = load.stop();

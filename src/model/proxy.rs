@@ -74,7 +74,7 @@ pub struct ObservedProxy {
     pub drifted: bool,
     /// Stands for the templates and the profile of this agent.
     pub templates: String,
-    /// Workers that finish their last requests with an older set.
+    /// Workers that serve, or may serve, an older set.
     pub old_workers: usize,
 }
 

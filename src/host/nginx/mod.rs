@@ -161,12 +161,14 @@ impl Nginx {
         }
     }
 
-    /// Workers that finish their last requests with an older set.
+    /// Workers that serve, or may serve, an older set than the live one.
     ///
     /// # Errors
     /// If nginx does not run.
     pub async fn old_workers(&self) -> Result<usize, NginxError> {
-        Ok(server::old_workers(self.master().await?))
+        let written = std::fs::metadata(self.layout.nginx_live().join(MANIFEST)).and_then(|m| m.modified());
+        let published = written.map(Timestamp::from_system).unwrap_or_default();
+        Ok(server::old_workers(self.master().await?, published))
     }
 
     /// nginx's master process.
