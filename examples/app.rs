@@ -1,5 +1,7 @@
 //! A tiny web app to deploy: static, without dependencies, with the moods that a test needs.
 //!
+//! With the argument `check` it only asks whether another one listens on `SOCKET`.
+//!
 //! Environment: `SOCKET` (a path) or `PORT` (8080 unless given) to listen on, `VERSION` to tell, `GREETING` to tell,
 //! `START_MS` to be slow at the start, `MOOD` to be `sick` (`/healthz` answers 503), `exit` (ends at once, code 3),
 //! `deaf` (never listens) or `keep-socket` (does not remove a socket in its way).
@@ -27,6 +29,11 @@ use std::{
 static SICK: AtomicBool = AtomicBool::new(false);
 
 fn main() {
+    if env::args().nth(1).as_deref() == Some("check") {
+        // For a health check that Docker runs inside the container.
+        let path = env::var("SOCKET").unwrap_or_default();
+        std::process::exit(if std::os::unix::net::UnixStream::connect(path).is_ok() { 0 } else { 1 });
+    }
     let mood = env::var("MOOD").unwrap_or_default();
     println!("version {} starts, mood `{mood}`", version());
     if mood == "exit" {

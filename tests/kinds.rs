@@ -1,0 +1,135 @@
+//! Apps of other kinds: without requests, of which two must not run, asked by Docker, pulled from a registry.
+#![expect(clippy::disallowed_methods, reason = "a test runs programs and writes files of its own")]
+
+mod support;
+
+use std::{
+    fs,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use demae::model::status::State;
+use support::{
+    lab::{Lab, docker, free_address, until},
+    load::{Client, Load, mixed},
+};
+
+#[test]
+fn a_worker_is_replaced_and_kept_running() {
+    let lab = Lab::new();
+    let image = lab.image("v1");
+    lab.deploy(
+        "worker",
+        "apps/worker/spec",
+        &format!("image: \"{image}\"\nstop_grace_period: 1s\ndeploy: {{replicas_per_host: 2}}\n"),
+    );
+    let first = lab.containers();
+    assert_eq!(first.len(), 2);
+    docker(&["kill", &first[0]]);
+    until("it runs again", || lab.app("worker").is_some_and(|a| a.state == State::Converged && a.healthy == 2));
+    let status = lab.deploy("worker", "env/worker/GREETING", "hello");
+    assert_eq!((status.healthy, lab.containers().len()), (2, 2));
+    assert!(lab.containers().iter().all(|c| !first.contains(c)), "both were replaced");
+    lab.del("apps/worker/");
+    until("nothing is left", || lab.containers().is_empty() && lab.traces().is_empty());
+}
+
+#[test]
+fn of_a_stop_first_app_two_never_run() {
+    let lab = Lab::new();
+    let more = "deploy: {update_config: {order: stop-first}}\n";
+    lab.deploy("one", "apps/one/spec", &lab.socket_spec(&lab.image("v1"), "one.test", more));
+    lab.put("apps/one/image", &lab.image("v2"));
+    let filter = format!("label=demae.host={}", lab.host);
+    let mut most = 0;
+    until("v2 serves", || {
+        let running = docker(&["ps", "-q", "--filter", &filter]).lines().count();
+        most = most.max(running);
+        lab.app("one").is_some_and(|a| a.state == State::Converged && a.image == Some(lab.image("v2")))
+    });
+    assert_eq!(most, 1, "two ran at once");
+    // One that fails: the old one comes back.
+    lab.put("env/one/MOOD", "exit");
+    lab.wait_app("one", "blocked, and serving again", |s| s.state == State::Blocked && s.healthy == 1);
+    assert!(lab.get("one.test", "/").expect("an answer").1.contains("version=v2"));
+}
+
+#[test]
+fn an_app_that_docker_asks_is_routed_like_any_other() {
+    let lab = Lab::new();
+    let check = "healthcheck: {test: [CMD, /app, check], interval: 300ms, start_period: 10s}";
+    let spec = lab
+        .socket_spec(&lab.image("v1"), "asked.test", "")
+        .replace("healthcheck: {http: /healthz, interval: 1s, start_period: 10s}", check);
+    assert!(spec.contains("CMD"), "{spec}");
+    lab.deploy("asked", "apps/asked/spec", &spec);
+    let load = Load::start(lab.ingress, "asked.test", mixed(Duration::from_millis(2)));
+    lab.deploy("asked", "apps/asked/image", &lab.image("v2"));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+}
+
+struct Registry {
+    child: Child,
+    names: Vec<String>,
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        for name in &self.names {
+            docker(&["rmi", "-f", name]);
+        }
+    }
+}
+
+#[test]
+fn an_image_is_pulled_and_a_missing_one_is_waited_for() {
+    let lab = Lab::new();
+    let address = free_address();
+    let config = lab.path("registry.yml");
+    let text = format!(
+        "version: 0.1\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: {address}}}\n",
+        lab.path("registry").display()
+    );
+    fs::write(&config, text).expect("a file");
+    let child = Command::new("docker-registry")
+        .arg("serve")
+        .arg(&config)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("docker-registry runs");
+    let name = |version: &str| format!("localhost:{}/app:{version}", address.port());
+    let registry = Registry { child, names: vec![name("v1"), name("v2")] };
+    until("the registry answers", || {
+        support::load::get(address, "localhost", "/v2/").is_ok_and(|(code, _)| code == 200)
+    });
+    let push = |version: &str| {
+        docker(&["tag", &lab.image(version), &name(version)]);
+        docker(&["push", "-q", &name(version)]);
+        docker(&["rmi", &name(version)]);
+    };
+    push("v1");
+    let spec = lab.socket_spec(&name("v1"), "pulled.test", "pull_policy: always\n");
+    lab.deploy("pulled", "apps/pulled/spec", &spec);
+    assert!(lab.app("pulled").is_some_and(|a| a.timeline.iter().any(|m| m.what == "pulled")));
+    let load = Load::start(lab.ingress, "pulled.test", vec![Client::get(true)]);
+    // CI is late: the tag is put before the image is there.
+    lab.put("apps/pulled/image", &name("v2"));
+    let status = lab.wait_app("pulled", "told that there is no such image", |s| s.state == State::Blocked);
+    assert!(
+        status.reason.contains("cannot be pulled") && status.reason.contains("tried again by itself"),
+        "{}",
+        status.reason
+    );
+    push("v2");
+    lab.wait_app("pulled", "converged once it is there", |s| {
+        s.state == State::Converged && s.image == Some(name("v2"))
+    });
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    drop(registry);
+}
