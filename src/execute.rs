@@ -23,6 +23,8 @@ use crate::{
 
 /// Longest wait for an app's first answer through nginx.
 const PROOF: Duration = Duration::from_secs(5);
+/// Most of a log that is kept as evidence.
+const LOG_TAIL: usize = 2_000;
 /// Shortest value of a variable that is searched for in evidence: shorter ones are found in any text.
 const SHORTEST_SECRET: usize = 4;
 
@@ -51,6 +53,7 @@ impl StepError {
     pub fn is_temporary(&self) -> bool {
         match self {
             Self::Docker(e) => e.is_temporary(),
+            Self::Nginx(NginxError::NoAnswer(_)) => false,
             _ => true,
         }
     }
@@ -105,7 +108,7 @@ impl World {
                     release: handle.key.release.clone(),
                     cause: cause.clone(),
                     exit_code: *exit_code,
-                    log_tail: redact(self.docker.log_tail(&handle.id).await, release),
+                    log_tail: tail(&redact(self.docker.log_tail(&handle.id).await, release)).to_owned(),
                     at: Timestamp::now(),
                 };
                 self.private_dir(&self.layout.verdicts(app))?;
@@ -284,6 +287,13 @@ fn socket(observed: &ObservedApp, key: &InstanceKey) -> Result<String, StepError
         Some(Address::Socket(path)) => Ok(path.clone()),
         _ => Err(StepError::Gone(key.clone())),
     }
+}
+
+/// The end of a text, for people.
+fn tail(text: &str) -> &str {
+    let from = text.len().saturating_sub(LOG_TAIL);
+    let from = (from..text.len()).find(|i| text.is_char_boundary(*i)).unwrap_or(text.len());
+    text[from..].trim_end()
 }
 
 /// Takes the values of the environment out of a text: a program that fails likes to print them.

@@ -55,6 +55,12 @@ fn bad_input_is_told_in_one_sentence_and_stops_nothing() {
     );
     says("injected", State::Invalid, &["line 2", "ingress.hosts[0]", "not valid"]);
     says("thief", State::Blocked, &["`good.test`", "belongs to app `good`"]);
+    // Broken as well, it still takes nothing.
+    lab.put("apps/thief/spec", "image: [");
+    says("thief", State::Invalid, &["not YAML"]);
+    assert!(lab.get("good.test", "/").expect("an answer").1.contains("version=v1"));
+    lab.put("apps/thief/spec", &lab.port_spec(&image, "good.test", ""));
+    says("thief", State::Blocked, &["belongs to app `good`"]);
     says("no-image", State::Converging, &["localhost:1/none:v1", "cannot be pulled"]);
     says("exits", State::Blocked, &["exit code 3", "restart"]);
     says("deaf", State::Blocked, &["not healthy within"]);
@@ -250,7 +256,17 @@ fn paused_cordoned_and_drained_are_obeyed() {
     lab.put(&format!("hosts/{}/labels", lab.host), "role: db");
     lab.put(&format!("hosts/{}/mode", lab.host), "active");
     lab.wait_app("picky", "converged by its label", |s| s.state == State::Converged);
+    // Unreadable labels are not other labels.
+    lab.put(&format!("hosts/{}/labels", lab.host), "role: [db");
+    until("it is told", || lab.status().is_some_and(|s| !s.unreadable.is_empty()));
+    lab.deploy("picky", "env/picky/GREETING", "still here");
     lab.put(&format!("hosts/{}/mode", lab.host), "drained");
     until("everything leaves a drained host", || lab.containers().is_empty() && lab.traces().is_empty());
+    // A spec that breaks now brings nothing back.
+    lab.put("apps/web/spec", "image: [");
+    let lists = lab.metric("demae_docker_lists_total", "");
+    lab.put(&format!("hosts/{}/labels", lab.host), "role: db");
+    until("it is read", || lab.status().is_some_and(|s| s.unreadable.is_empty()));
+    assert!(lab.containers().is_empty(), "{lists}");
     pause();
 }

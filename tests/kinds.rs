@@ -26,6 +26,8 @@ fn a_worker_is_replaced_and_kept_running() {
     );
     let first = lab.containers();
     assert_eq!(first.len(), 2);
+    let took = lab.app("worker").and_then(|a| a.timeline.last().map(|m| m.ms)).expect("a timeline");
+    assert!(took < 20_000, "a worker settles in seconds, not at its deadline: {took} ms");
     docker(&["kill", &first[0]]);
     until("it runs again", || lab.app("worker").is_some_and(|a| a.state == State::Converged && a.healthy == 2));
     let status = lab.deploy("worker", "env/worker/GREETING", "hello");

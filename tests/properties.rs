@@ -10,6 +10,7 @@ use demae::{
         env::Secret,
         name::{AppName, EnvName, ImageRef},
         observed::{Address, Health, Instance, ObservedApp, Phase},
+        problem::Problem,
         proxy::Upstreams,
         release::{Release, ReleaseKey},
         spec::{ContainerSpec, Endpoint, HealthCheck, Ingress, Order, Probe, PullPolicy},
@@ -37,6 +38,8 @@ enum Event {
     /// The app's key goes, or is paused.
     Leave,
     Pause,
+    /// The spec breaks.
+    Break,
     /// A container dies, becomes unhealthy, is paused, or is removed by hand.
     Die(usize),
     Sicken(usize),
@@ -55,6 +58,7 @@ fn event() -> impl Strategy<Value = Event> {
         4 => (0u8..4, 1u16..4).prop_map(|(version, replicas)| Event::Want { version, replicas }),
         1 => Just(Event::Leave),
         1 => Just(Event::Pause),
+        1 => Just(Event::Break),
         1 => (0usize..6).prop_map(Event::Die),
         1 => (0usize..6).prop_map(Event::Sicken),
         1 => (0usize..6).prop_map(Event::Freeze),
@@ -159,15 +163,18 @@ impl History {
             } else {
                 self.log.push(format!("  {planned}"));
                 self.host.apply(&planned.step);
+                if planned.step.kind() != StepKind::Discard {
+                    self.cooling.remove(&planned.step.kind());
+                }
                 if let demae::plan::step::Step::Discard { why, .. } = &planned.step {
-                    self.cool(StepKind::Create, why);
+                    self.cool(StepKind::Discard, why);
                 }
             }
         } else {
             self.host.now = self.host.now.plus(Duration::from_millis(500));
             self.live();
         }
-        let wanted = matches!(self.desired, DesiredApp::Run(_) | DesiredApp::Paused(_));
+        let wanted = !matches!(self.desired, DesiredApp::Absent(_));
         if wanted && before > 0 && self.order == Order::StartFirst {
             assert!(self.serving() > 0, "the last healthy instance lost its requests\n{}", self.log.join("\n"));
         }
@@ -220,6 +227,15 @@ impl History {
             }
             Event::Leave => self.desired = DesiredApp::Absent("it was removed".into()),
             Event::Pause => self.desired = DesiredApp::Paused("a person said so".into()),
+            Event::Break => {
+                let last_good = match &self.desired {
+                    DesiredApp::Run(target) => Some(target.clone()),
+                    DesiredApp::Invalid { last_good, .. } => last_good.clone(),
+                    _ => None,
+                };
+                let problems = Problem::new("spec", "this is not YAML").into();
+                self.desired = DesiredApp::Invalid { problems, last_good };
+            }
             Event::Fail(n) => self.failing = *n,
             Event::Crash => {
                 self.cooling.clear();
@@ -257,7 +273,7 @@ impl History {
         self.log.push("faults stop".into());
         for _ in 0..600 {
             let plan = self.pass();
-            let halted = plan.blocks.iter().any(|b| b.kind() == "halted" || b.kind() == "paused");
+            let halted = plan.blocks.iter().any(|b| matches!(b.kind(), "halted" | "paused" | "invalid"));
             if plan.is_converged() || (halted && plan.step.is_none() && plan.waits.is_empty()) {
                 return self.holds(&plan);
             }

@@ -42,6 +42,7 @@ fn values_arrive_and_are_seen_nowhere_else() {
     lab.put("env/web/MOOD", CANARY);
     lab.wait_app("web", "converged", |s| s.state == State::Converged);
     lab.put("env/web/VERSION", CANARY);
+    lab.put("env/web/LONG", &format!("{CANARY}{}", "y".repeat(5000)));
     lab.put("env/web/MOOD", "exit");
     let failed = lab.wait_app("web", "blocked", |s| s.state == State::Blocked && s.verdict.is_some());
     let tail = failed.verdict.expect("a verdict").log_tail;

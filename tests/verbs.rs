@@ -99,8 +99,14 @@ fn dev_starts_resumes_and_cleans_up() {
         command.stderr(fs::File::options().create(true).append(true).open(lab.path("dev.log")).expect("a log"));
         command.spawn().expect("it starts")
     };
+    fs::create_dir(&dir).expect("a directory");
+    fs::write(dir.join("precious"), "").expect("a file");
+    assert!(!start().wait().expect("it ends").success(), "a directory with files of others is not taken");
+    fs::remove_file(dir.join("precious")).expect("it is still there");
     let mut dev = start();
     until("dev is up", || dir.join("dev.env").exists());
+    assert!(!start().wait().expect("it ends").success(), "two cannot share a directory");
+    assert!(dir.join("dev.env").exists(), "and the second one takes nothing from the first");
     let env: Vec<(String, String)> = fs::read_to_string(dir.join("dev.env"))
         .expect("a file")
         .lines()

@@ -19,7 +19,7 @@ use crate::{
         app::plan_app,
         check,
         proxy::Conflict,
-        step::{Step, StepKind},
+        step::{Step, StepKind, TIME_IS_OVER},
         wait::{Block, Wait},
     },
     retry::pause_after,
@@ -209,7 +209,9 @@ impl AppState {
 
     pub(super) fn took_step(&mut self, step: &Step, metrics: &Metrics, app: &AppName) {
         let kind = step.kind();
-        self.cooling.remove(&kind);
+        if kind != StepKind::Discard {
+            self.cooling.remove(&kind);
+        }
         let what = match step {
             Step::Pull(_) => {
                 self.pulled = release(&self.desired).cloned();
@@ -224,7 +226,7 @@ impl AppState {
             Step::RecordVerdict { .. } => "failed",
             Step::Discard { why, .. } => {
                 // A replacement that failed is not the failure of a step, and is not tried again at once all the same.
-                self.failed_step(StepKind::Create, why.clone(), true);
+                self.failed_step(StepKind::Discard, why.clone(), true);
                 "discarded"
             }
             Step::WriteEnvFile(_) | Step::ClearSocket(_) | Step::Settle(_) | Step::CleanUp(_) => return,
@@ -236,7 +238,8 @@ impl AppState {
     }
 
     pub(super) fn failed_step(&mut self, kind: StepKind, error: String, temporary: bool) {
-        let attempts = self.cooling.get(&kind).map_or(0, |c| c.attempts) + 1;
+        // Failures of one sort say nothing about those of another.
+        let attempts = self.cooling.get(&kind).filter(|c| c.temporary == temporary).map_or(0, |c| c.attempts) + 1;
         let until = Timestamp::now().plus(pause_after(attempts));
         self.cooling.insert(kind, Cooled { until, attempts, error, temporary });
     }
@@ -268,7 +271,7 @@ impl AppState {
             self.draining.get_or_insert_with(Instant::now);
         } else if let Some(planned) = stopping {
             let took = self.draining.take().map(|d| d.elapsed()).unwrap_or_default();
-            let outcome = if planned.reason == "its drain time is over" { "cut" } else { "complete" };
+            let outcome = if planned.reason == TIME_IS_OVER { "cut" } else { "complete" };
             metrics.drains.with_label_values(&[outcome]).inc();
             metrics.drain_seconds.with_label_values(&[] as &[&str]).observe(took.as_secs_f64());
             self.moment("drained");
@@ -277,6 +280,11 @@ impl AppState {
 
     pub(super) fn wish(&self) -> VhostWish {
         self.planned.as_ref().map(|p| p.vhost.clone()).unwrap_or_default()
+    }
+
+    /// Whether it was looked at, or that was tried.
+    pub(super) fn is_looked_at(&self) -> bool {
+        self.planned.is_some() || self.look_error.is_some()
     }
 
     pub(super) fn is_planned(&self) -> bool {
@@ -294,12 +302,10 @@ impl AppState {
 
     /// Whether the last plan leaves nothing to do here, and nothing to wait for but a person.
     pub(super) fn is_at_rest(&self) -> bool {
-        self.busy.is_none()
-            && self.current
-            && self
-                .planned
-                .as_ref()
-                .is_some_and(|p| p.step.is_none() && p.waits.iter().all(|w| matches!(w, Wait::CoolingDown { .. })))
+        let Some(plan) = self.planned.as_ref().filter(|_| self.busy.is_none() && self.current) else { return false };
+        // What is tried again for the sake of a block is still a block.
+        let only_tries = plan.waits.iter().all(|w| matches!(w, Wait::CoolingDown { .. } | Wait::Image(_)));
+        plan.step.is_none() && (plan.waits.is_empty() || !plan.blocks.is_empty() && only_tries)
     }
 
     pub(super) fn is_blocked(&self) -> bool {

@@ -99,6 +99,8 @@ pub enum Ended {
     Blocked,
     /// It was told to end.
     Told,
+    /// A mistake in demae: a part of it panicked.
+    Broken,
 }
 
 /// The agent of one host.
@@ -205,7 +207,12 @@ impl Agent {
                 },
                 Some(done) = self.jobs.join_next() => match done {
                     Ok(done) => self.take(done),
-                    Err(e) => tracing::error!("a task of the agent ended badly: {e}; looking at everything again"),
+                    Err(e) => {
+                        // Which app it worked for is lost with it. Starting again finds everything.
+                        tracing::error!("a task of the agent ended badly, and the agent with it: {e}");
+                        self.finish().await;
+                        return Ended::Broken;
+                    }
                 },
                 _ = watchdog.tick() => {
                     self.outlets.pulse.send_replace(Timestamp::now());
@@ -239,6 +246,8 @@ impl Agent {
             return;
         }
         let now = Timestamp::now();
+        // What an agent finds when it starts is no change that anybody waits for.
+        let seen = seen.filter(|_| self.snapshot.is_some());
         for (app, desired) in &snapshot.apps {
             let state = self.apps.entry(app.clone()).or_insert_with(|| AppState::new(now));
             state.want(desired.clone(), seen, now);
@@ -360,11 +369,13 @@ impl Agent {
         self.proxy.dirty = true;
         match result {
             Ok(published) => {
-                metrics.reloads.with_label_values(&["done"]).inc();
-                metrics.reload_seconds.with_label_values(&[] as &[&str]).observe(took.as_secs_f64());
                 self.proxy.cooled = None;
-                let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-                tracing::info!(step = "nginx", took_ms, "nginx serves a new configuration");
+                if published.as_ref().is_none_or(|p| p.reloaded) {
+                    metrics.reloads.with_label_values(&["done"]).inc();
+                    metrics.reload_seconds.with_label_values(&[] as &[&str]).observe(took.as_secs_f64());
+                    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+                    tracing::info!(step = "nginx", took_ms, "nginx serves a new configuration");
+                }
                 for (app, error) in published.iter().flat_map(|p| &p.rejected) {
                     tracing::warn!(app = %app, "nginx refuses the app: {error}");
                 }

@@ -65,7 +65,7 @@ impl Agent {
         });
         self.outlets.status.send_replace(status);
         let ready =
-            self.snapshot.is_some() && self.listed && self.proxy.seen && self.apps.values().all(AppState::is_planned);
+            self.snapshot.is_some() && self.listed && self.proxy.seen && self.apps.values().all(AppState::is_looked_at);
         let first = self.outlets.ready.send_if_modified(|known| std::mem::replace(known, ready) != ready);
         if first && ready {
             tracing::info!(apps = self.apps.len(), "ready: etcd, Docker and nginx have been read");

@@ -60,7 +60,7 @@ pub(super) fn run(args: &Args) -> CliEnded {
     runtime.shutdown_background();
     Ok(match ended? {
         Ended::Converged | Ended::Told => Exit::Success,
-        Ended::Blocked => Exit::Failure,
+        Ended::Blocked | Ended::Broken => Exit::Failure,
     })
 }
 

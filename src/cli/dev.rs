@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use super::{Ended, Exit, Failed, agent, print::Printer, runtime};
 use crate::{
     config::{Config, Flags},
-    host::docker::Docker,
+    host::{docker::Docker, files},
     model::name::HostName,
     shutdown, telemetry,
 };
@@ -69,15 +69,24 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         }
         None => temporary()?,
     };
+    let place_is_ours = dir.join("dev.json").exists() || fs::read_dir(&dir)?.next().is_none();
+    if !place_is_ours {
+        return Err(Failed::because(format!(
+            "`{}` is not empty, and everything in it would be removed in the end; give a directory that is empty or not there",
+            dir.display()
+        )));
+    }
+    // Before anything is started or cleaned up: another `dev` may be at home here.
+    let lock = files::lock(&dir.join("dev.lock"))?;
     let place = Place::open(&dir)?;
     let config = place.config(&dir, &nginx, args.profile)?;
     let runtime = runtime(2)?;
     let ended = runtime.block_on(async {
         let tasks = TaskTracker::new();
         let (orderly, at_once) = shutdown::on_signals(&tasks)?;
-        place.start_etcd(&dir, &etcd)?;
-        place.start_nginx(&dir, &nginx, &config)?;
         let up = async {
+            place.start_etcd(&dir, &etcd)?;
+            place.start_nginx(&dir, &nginx, &config)?;
             wait_for(place.etcd, "etcd", &dir.join("etcd.log")).await?;
             wait_for(place.ingress, "nginx", &dir.join("nginx-error.log")).await
         };
@@ -101,11 +110,20 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     for name in ["state", "run", "etcd", "tmp"] {
         let _ = fs::remove_dir_all(dir.join(name));
     }
-    for name in
-        ["dev.env", "dev.json", "agent.toml", "nginx.conf", "nginx.pid", "nginx-error.log", "etcd.log", "etcd.pid"]
-    {
+    for name in [
+        "dev.env",
+        "dev.json",
+        "dev.lock",
+        "agent.toml",
+        "nginx.conf",
+        "nginx.pid",
+        "nginx-error.log",
+        "etcd.log",
+        "etcd.pid",
+    ] {
         let _ = fs::remove_file(dir.join(name));
     }
+    drop(lock);
     if args.dir.is_none() {
         let _ = fs::remove_dir(&dir);
     }

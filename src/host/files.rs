@@ -113,6 +113,37 @@ pub fn hand_over(path: &Path, user: Option<u32>, group: Option<u32>, mode: u32) 
     give().map_err(failed("hand over", path))
 }
 
+/// Lets a group connect to a socket; what is not there is left alone.
+///
+/// The directory belongs to a container, which may put a symlink in the place of its socket at any moment. So the file
+/// is opened once, without following, and everything is done to what was opened.
+///
+/// # Errors
+/// If it is not a socket, or this agent may not.
+pub fn open_socket_to(path: &Path, group: u32) -> Result<()> {
+    use std::os::{fd::AsRawFd as _, unix::fs::FileTypeExt as _, unix::fs::MetadataExt as _};
+
+    use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags};
+    let open = || -> io::Result<()> {
+        let fd = match rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(fd) => fs::File::from(fd),
+            Err(rustix::io::Errno::NOENT) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        };
+        let meta = fd.metadata()?;
+        if !meta.file_type().is_socket() {
+            return Err(io::Error::other("this is not a socket"));
+        }
+        if meta.gid() == group && meta.mode() & 0o060 == 0o060 {
+            return Ok(());
+        }
+        rustix::fs::chownat(&fd, "", None, Some(Gid::from_raw(group)), AtFlags::EMPTY_PATH)?;
+        let mode = fs::Permissions::from_mode(meta.mode() & 0o777 | 0o660);
+        fs::set_permissions(format!("/proc/self/fd/{}", fd.as_raw_fd()), mode)
+    };
+    open().map_err(failed("open to nginx", path))
+}
+
 /// Removes a file or a symlink.
 ///
 /// # Errors

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -218,13 +217,5 @@ fn expect_success(uri: &str, answer: &probe::Answer) -> Result<(), String> {
 /// An app binds its socket with the rights of its own user; nginx's group must be able to connect to it.
 fn open_to_group(path: &Path, group: Option<u32>) -> Result<(), String> {
     let Some(group) = group else { return Ok(()) };
-    let Ok(meta) = std::fs::symlink_metadata(path) else { return Ok(()) };
-    if !meta.file_type().is_socket() {
-        return Err(format!("`{}` is not a socket", path.display()));
-    }
-    let mode = meta.mode() & 0o777;
-    if meta.gid() == group && mode & 0o060 == 0o060 {
-        return Ok(());
-    }
-    files::hand_over(path, None, Some(group), mode | 0o660).map_err(|e| e.to_string())
+    files::open_socket_to(path, group).map_err(|e| e.to_string())
 }

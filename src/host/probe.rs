@@ -7,8 +7,8 @@ use hyper::{Request, body::Bytes, client::conn::http1, header::HOST};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpStream, UnixStream};
 
-/// Most of an answer that is read: whoever asks wants a status, or a number.
-const MAX_BODY: usize = 64 * 1024;
+/// Most of an answer that is read: the status of a thousand apps with the ends of their logs.
+const MAX_BODY: usize = 16 * 1024 * 1024;
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -97,6 +97,8 @@ pub struct Keys {
     pub apps: BTreeMap<AppName, AppKeys>,
     /// By set and variable.
     pub env: BTreeMap<SetName, BTreeMap<EnvName, Vec<u8>>>,
+    /// Whether the store's labels of this host cannot be read, and never could.
+    pub labels_unknown: bool,
     /// Bad variable names, by set.
     pub env_problems: BTreeMap<SetName, Vec<Problem>>,
 }
@@ -131,6 +133,9 @@ fn resolve_app(
     mode: HostMode,
     labels: &BTreeMap<String, String>,
 ) -> Result<DesiredApp, Problems> {
+    if mode == HostMode::Drained {
+        return Ok(DesiredApp::Absent("this host is drained".to_owned()));
+    }
     if let Some(reason) = &app.paused {
         let reason = String::from_utf8_lossy(reason).trim().to_owned();
         return Ok(DesiredApp::Paused(if reason.is_empty() { "no reason given".to_owned() } else { reason }));
@@ -141,10 +146,11 @@ fn resolve_app(
     };
     let spec = spec.as_ref().as_ref().map_err(Clone::clone)?;
     if let Some(unmet) = spec.deploy.constraints.iter().find(|c| !c.holds(labels)) {
+        if keys.labels_unknown {
+            let problem = Problem::new("deploy.placement.constraints", format!("`{unmet}` cannot be decided"));
+            return Err(problem.hint("put readable labels to `hosts/<host>/labels`").into());
+        }
         return Ok(DesiredApp::Absent(format!("this host does not satisfy `{unmet}`")));
-    }
-    if mode == HostMode::Drained {
-        return Ok(DesiredApp::Absent("this host is drained".to_owned()));
     }
     let mut problems: Vec<Problem> = app.problems.clone();
     let image = image(name, app, spec).map_err(|p| problems.push(p)).ok();

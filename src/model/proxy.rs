@@ -57,6 +57,9 @@ pub struct Rejected {
     pub vhost: Vhost,
     /// Why it was refused.
     pub error: String,
+    /// When.
+    #[serde(default)]
+    pub at: Timestamp,
 }
 
 /// What is known of nginx.

@@ -17,11 +17,13 @@ use crate::model::{
     desired::{DesiredApp, Target},
     name::ReleaseId,
     observed::{Health, Instance, InstanceKey, Phase},
-    spec::{Order, Probe, PullPolicy},
+    spec::{Order, Probe, PullPolicy, SETTLE},
 };
 
 /// Proofs through nginx that may fail before the release is given up.
 const PROOFS: u32 = 3;
+/// Candidates of a release that may be killed from outside before the release is given up: programs can end as if.
+const KILLS: u32 = 5;
 /// How often an image that nobody pulls is looked for.
 const LOOK_FOR_IMAGE: Duration = Duration::from_secs(5);
 
@@ -38,21 +40,11 @@ pub fn plan_app(input: &AppInput<'_>) -> AppPlan {
         DesiredApp::Invalid { problems, last_good } => {
             draft.plan.blocks.push(Block::Invalid(problems.clone()));
             match last_good {
-                Some(target) => draft.converge(target),
+                Some(target) => draft.run(target),
                 None => draft.only_supervise(),
             }
         }
-        DesiredApp::Run(target) => {
-            if let Some(conflict) = &input.conflict {
-                let (host, owner) = (conflict.host.clone(), conflict.owner.clone());
-                draft.plan.blocks.push(Block::HostTaken { host, owner });
-                draft.only_supervise();
-            } else if target.cordoned && input.observed.instances.is_empty() {
-                draft.plan.blocks.push(Block::Cordoned);
-            } else {
-                draft.converge(target);
-            }
-        }
+        DesiredApp::Run(target) => draft.run(target),
     }
     draft.finish()
 }
@@ -63,6 +55,19 @@ impl<'a> Draft<'a> {
         let instances = &self.observed().instances;
         let proven = self.observed().proven.clone().filter(|r| instances.iter().any(|i| i.key.release == *r));
         proven.or_else(|| instances.iter().filter(|i| i.settled).map(|i| i.key.release.clone()).next_back())
+    }
+
+    /// Converges, unless somebody else's claim or a cordon is in the way.
+    fn run(&mut self, target: &Target) {
+        if let Some(conflict) = &self.input.conflict {
+            let (host, owner) = (conflict.host.clone(), conflict.owner.clone());
+            self.plan.blocks.push(Block::HostTaken { host, owner });
+            self.only_supervise();
+        } else if target.cordoned && self.observed().instances.is_empty() {
+            self.plan.blocks.push(Block::Cordoned);
+        } else {
+            self.converge(target);
+        }
     }
 
     /// Keeps what serves serving, and changes nothing else.
@@ -133,6 +138,13 @@ impl<'a> Draft<'a> {
             self.plan.step.get_or_insert(Planned::new(failed, "the release failed"));
             return false;
         }
+        let discarded = self.input.cooling.get(&StepKind::Discard).map_or(0, |c| c.attempts);
+        if let Some(instance) = group.spent.first().filter(|_| !proven && discarded >= KILLS) {
+            let cause = format!("{} {KILLS} times before it was healthy", ending(instance));
+            let (handle, release) = (handle(instance), release.clone());
+            self.step(Step::RecordVerdict { handle, release, cause, exit_code: None }, "the release failed");
+            return false;
+        }
         if let Some(instance) = group.spent.first() {
             let why = ending(instance);
             self.step(Step::Discard { handle: handle(instance), why }, "a replacement did not get healthy");
@@ -163,10 +175,12 @@ impl<'a> Draft<'a> {
             let key = InstanceKey { release: release.id.clone(), number: group.free_number() };
             let drain = target.ingress.as_ref().map_or(Duration::ZERO, |i| i.drain);
             let step = Step::Create { key, release: release.clone(), image, drain };
-            self.step(
-                step,
-                if group.all.is_empty() { "the release has no instance" } else { "an instance is missing" },
-            );
+            // A candidate that was given up is a reason to pause, though creating it did not fail.
+            if !self.is_cooling(StepKind::Discard) {
+                let reason =
+                    if group.all.is_empty() { "the release has no instance" } else { "an instance is missing" };
+                self.step(step, reason);
+            }
         }
         if !proven && target.order == Order::StopFirst {
             // Only once the new instance could start at once: the gap is as short as it can be.
@@ -198,7 +212,11 @@ impl<'a> Draft<'a> {
                         _ => String::new(),
                     };
                     let until = instance.deadline();
-                    self.wait(Wait::Health { key: instance.key.clone(), until, answer });
+                    // That a container has run long enough is no event.
+                    let settles = instance.started.plus(SETTLE);
+                    let by_time = instance.check.probe == Probe::Running && self.input.now < settles;
+                    let again = if by_time { settles } else { until };
+                    self.wait(Wait::Health { key: instance.key.clone(), until, answer, again });
                 }
             }
         }
@@ -208,7 +226,8 @@ impl<'a> Draft<'a> {
 
     fn prove(&mut self, target: &Target, group: &Group<'_>, proven: bool) {
         if !proven {
-            if let Some(cooled) = self.input.cooling.get(&StepKind::Prove).filter(|c| c.attempts >= PROOFS)
+            if let Some(cooled) =
+                self.input.cooling.get(&StepKind::Prove).filter(|c| c.attempts >= PROOFS && !c.temporary)
                 && let Some(first) = group.good.first()
             {
                 let cause = format!("it is healthy, and does not answer through nginx: {}", cooled.error);

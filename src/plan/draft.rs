@@ -38,6 +38,15 @@ impl<'a> Draft<'a> {
         }
     }
 
+    /// Whether steps of a kind have failed and are not due; then that is waited for.
+    pub(super) fn is_cooling(&mut self, kind: StepKind) -> bool {
+        let cooling = self.input.cooling.get(&kind).is_some_and(|c| c.until > self.input.now);
+        if cooling {
+            self.cooling(kind);
+        }
+        cooling
+    }
+
     fn cooling(&mut self, step: StepKind) {
         if let Some(cooled) = self.input.cooling.get(&step) {
             let (until, attempts, error) = (cooled.until, cooled.attempts, cooled.error.clone());

@@ -13,6 +13,9 @@ use crate::model::{
 /// Shortest time between two reloads. Each one starts new workers beside the old ones, so changes are gathered.
 pub const RELOAD_GAP: Duration = Duration::from_secs(1);
 
+/// How long a vhost that nginx refused is not offered again: what it refers to may have been put there meanwhile.
+pub const OFFER_AGAIN: Duration = Duration::from_secs(60);
+
 /// Everything a decision about nginx is made from.
 #[derive(Debug)]
 pub struct ProxyInput<'a> {
@@ -106,7 +109,8 @@ fn wanted(input: &ProxyInput<'_>) -> BTreeMap<AppName, Vhost> {
             }
             VhostWish::Set(vhost) => {
                 let same_templates = observed.live.as_ref().is_some_and(|m| m.templates == observed.templates);
-                let refused = same_templates && observed.rejected(app).is_some_and(|r| r.vhost == *vhost);
+                let refused = same_templates
+                    && observed.rejected(app).is_some_and(|r| r.vhost == *vhost && input.now < r.at.plus(OFFER_AGAIN));
                 if !refused {
                     wanted.insert(app.clone(), vhost.clone());
                 }
@@ -128,34 +132,78 @@ pub struct Conflict {
 /// Which apps want a virtual host that belongs to another. Whoever is served keeps it; else the older app has it. The
 /// loser's traffic goes on as it is.
 pub fn conflicts(snapshot: &Snapshot, proxy: &ObservedProxy) -> BTreeMap<AppName, Conflict> {
-    let mut claims: BTreeMap<&VirtualHost, Vec<(bool, i64, &AppName)>> = BTreeMap::new();
+    let mut owners: BTreeMap<&VirtualHost, &AppName> = BTreeMap::new();
+    let mut claims: Vec<(i64, &AppName, Vec<&VirtualHost>)> = Vec::new();
     for (app, desired) in &snapshot.apps {
-        let live = proxy.vhost(app);
-        match desired {
+        let served = || proxy.vhost(app).into_iter().flat_map(|v| &v.hosts);
+        let (wanted, created): (Vec<&VirtualHost>, i64) = match desired {
             DesiredApp::Run(target) | DesiredApp::Invalid { last_good: Some(target), .. } => {
-                for host in target.ingress.iter().flat_map(|i| &i.hosts) {
-                    let serves = live.is_some_and(|v| v.hosts.contains(host));
-                    claims.entry(host).or_default().push((!serves, target.created, app));
-                }
+                (target.ingress.iter().flat_map(|i| &i.hosts).collect(), target.created)
             }
             // What is kept as it is keeps its virtual hosts too.
-            DesiredApp::Paused(_) | DesiredApp::Invalid { last_good: None, .. } => {
-                for host in live.iter().flat_map(|v| &v.hosts) {
-                    claims.entry(host).or_default().push((false, i64::MIN, app));
-                }
-            }
-            DesiredApp::Absent(_) => {}
+            DesiredApp::Paused(_) | DesiredApp::Invalid { last_good: None, .. } => (served().collect(), i64::MIN),
+            DesiredApp::Absent(_) => continue,
+        };
+        for host in served().filter(|h| wanted.contains(h)) {
+            owners.entry(host).or_insert(app);
         }
+        claims.push((created, app, wanted));
     }
+    claims.sort();
     let mut conflicts = BTreeMap::new();
-    for (host, mut claimants) in claims {
-        claimants.sort();
-        if let Some(((_, _, owner), losers)) = claimants.split_first() {
-            for (_, _, loser) in losers {
-                let conflict = Conflict { host: host.clone(), owner: (*owner).clone() };
-                conflicts.entry((*loser).clone()).or_insert(conflict);
+    for (_, app, wanted) in claims {
+        // Whoever loses one takes no other: it is not served, so it must not keep others from being.
+        match wanted.iter().find_map(|h| owners.get(h).filter(|o| **o != app).map(|o| (*h, *o))) {
+            Some((host, owner)) => {
+                conflicts.insert(app.clone(), Conflict { host: host.clone(), owner: owner.clone() });
             }
+            None => owners.extend(wanted.into_iter().map(|host| (host, app))),
         }
     }
     conflicts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::desired::Target;
+
+    fn target(created: i64, hosts: &[&str]) -> DesiredApp {
+        let text = format!("image: a\ningress: {{hosts: [{}], port: 80}}\n", hosts.join(", "));
+        let spec = crate::model::spec::Spec::parse(text.as_bytes()).expect("a spec");
+        let key = crate::model::release::ReleaseKey::new("k");
+        let image = spec.image.clone().expect("an image");
+        let release = crate::model::release::Release::new(
+            &key,
+            image,
+            spec.container.clone(),
+            BTreeMap::new(),
+            spec.health.clone(),
+            None,
+            None,
+        );
+        DesiredApp::Run(Target {
+            release: std::sync::Arc::new(release),
+            replicas: 1,
+            ingress: spec.ingress,
+            order: spec.deploy.order,
+            pull_policy: spec.pull_policy,
+            created,
+            cordoned: false,
+        })
+    }
+
+    #[test]
+    fn who_loses_a_virtual_host_keeps_nobody_else_from_one() {
+        let name = |n: &str| AppName::try_from(n).expect("a name");
+        let apps = [
+            (name("a"), target(1, &["x.test", "y.test"])),
+            (name("c"), target(2, &["y.test", "z.test"])),
+            (name("d"), target(3, &["z.test"])),
+        ];
+        let snapshot = Snapshot { apps: apps.into(), ..Snapshot::default() };
+        let found = conflicts(&snapshot, &ObservedProxy::default());
+        assert_eq!(found.keys().collect::<Vec<_>>(), [&name("c")]);
+        assert_eq!(found[&name("c")].owner, name("a"));
+    }
 }

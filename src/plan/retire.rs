@@ -1,12 +1,12 @@
 //! What leaves: instances that are neither wanted nor routed, and files that nothing needs.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use super::{
     VhostWish,
     draft::Draft,
     group::{Group, handle, is_established, is_routed},
-    step::{Leftovers, Step},
+    step::{Leftovers, Step, TIME_IS_OVER},
     wait::Wait,
 };
 use crate::model::{
@@ -14,6 +14,10 @@ use crate::model::{
     name::ReleaseId,
     observed::{Address, Instance, Phase},
 };
+
+/// How soon the connections of a draining instance are counted again, at first and at last.
+const MEASURE_SOON: Duration = Duration::from_millis(15);
+const MEASURE_LATE: Duration = Duration::from_millis(500);
 
 /// Retires every instance that is not kept: those of the wanted group, of the release that serves until the wanted one
 /// is proven, and all that requests are routed to.
@@ -78,9 +82,13 @@ fn end(draft: &mut Draft<'_>, instance: &Instance, reason: &'static str) {
             if is_drained(draft, instance) {
                 draft.step(stop, reason);
             } else if draft.input.now >= until {
-                draft.step(stop, "its drain time is over");
+                draft.step(stop, if instance.connections == Some(0) { reason } else { TIME_IS_OVER });
             } else {
-                draft.wait(Wait::Drain { key: instance.key.clone(), connections: instance.connections, until });
+                // Measured often while it is young, seldom once it has taken long: most drains take milliseconds.
+                let pause = (draft.input.now.since(left) / 10).clamp(MEASURE_SOON, MEASURE_LATE);
+                let again = draft.input.now.plus(pause).min(until);
+                let (key, connections) = (instance.key.clone(), instance.connections);
+                draft.wait(Wait::Drain { key, connections, until, again });
             }
         }
     }

@@ -30,6 +30,9 @@ impl fmt::Display for Planned {
     }
 }
 
+/// Why an instance is stopped that still had connections.
+pub const TIME_IS_OVER: &str = "its drain time is over";
+
 /// Something to do for one app. Each is idempotent and leaves a trace that the next look finds.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Step {

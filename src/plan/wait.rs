@@ -10,9 +10,6 @@ use crate::model::{
     time::{Timestamp, humane},
 };
 
-/// How soon a measured condition (connections, workers) is measured again.
-const MEASURE_AGAIN: Duration = Duration::from_millis(15);
-
 /// Something that ends by itself.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Wait {
@@ -26,6 +23,8 @@ pub enum Wait {
         until: Timestamp,
         /// What it last answered.
         answer: String,
+        /// When it may be healthy without anybody telling.
+        again: Timestamp,
     },
     /// Requests are still under way.
     Drain {
@@ -35,6 +34,8 @@ pub enum Wait {
         connections: Option<usize>,
         /// At the latest.
         until: Timestamp,
+        /// Counted again then.
+        again: Timestamp,
     },
     /// A step failed and is tried again.
     CoolingDown {
@@ -69,11 +70,11 @@ impl Wait {
     pub fn look_again(&self, now: Timestamp) -> Option<Timestamp> {
         match self {
             Self::Busy(_) => None,
-            Self::Health { until, .. }
+            Self::Health { again: until, .. }
             | Self::CoolingDown { until, .. }
             | Self::Recovery { until, .. }
             | Self::Image(until) => Some(*until),
-            Self::Drain { until, .. } => Some((*until).min(now.plus(MEASURE_AGAIN))),
+            Self::Drain { again, .. } => Some(*again),
             Self::Proxy(_) | Self::Removal(_) => Some(now.plus(Duration::from_secs(1))),
         }
     }
@@ -97,17 +98,23 @@ impl fmt::Display for Wait {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Busy(kind) => write!(f, "step `{}` is under way", kind.as_str()),
-            Self::Health { key, until, answer } => {
+            Self::Health { key, until, answer, .. } => {
                 write!(f, "waiting until {key} is healthy, at the latest at {until}")?;
                 if answer.is_empty() { Ok(()) } else { write!(f, " (last answer: {answer})") }
             }
-            Self::Drain { key, connections: Some(n), until } => {
+            Self::Drain { key, connections: Some(0), until, .. } => {
+                write!(f, "draining {key}: an old nginx worker still runs and may know it, at the latest until {until}")
+            }
+            Self::Drain { key, connections: Some(n), until, .. } => {
                 write!(f, "draining {key}: {n} connections left, at the latest until {until}")
             }
-            Self::Drain { key, connections: None, until } => {
+            Self::Drain { key, connections: None, until, .. } => {
                 write!(f, "draining {key} until {until}; its connections cannot be counted")
             }
             Self::CoolingDown { step, until, attempts, error } => {
+                if *step == StepKind::Discard {
+                    return write!(f, "{attempts} instances were given up, the next one comes at {until}: {error}");
+                }
                 write!(f, "step `{}` failed {attempts} times, next try at {until}: {error}", step.as_str())
             }
             Self::Proxy(what) => f.write_str(what),

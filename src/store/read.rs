@@ -164,12 +164,21 @@ pub struct Reader {
     specs: HashMap<AppName, (i64, Arc<Result<Spec, Problems>>)>,
     last_good: BTreeMap<AppName, Target>,
     mode: HostMode,
+    /// The labels that the store last had for this host; `None` while it has never been seen to have good ones.
+    host_labels: Option<BTreeMap<String, String>>,
 }
 
 impl Reader {
     /// For a host with these labels of its own.
     pub fn new(host: HostName, labels: BTreeMap<String, String>) -> Self {
-        Self { host, labels, specs: HashMap::new(), last_good: BTreeMap::new(), mode: HostMode::Active }
+        Self {
+            host,
+            labels,
+            specs: HashMap::new(),
+            last_good: BTreeMap::new(),
+            mode: HostMode::Active,
+            host_labels: None,
+        }
     }
 
     /// What the contents mean for this host.
@@ -179,8 +188,15 @@ impl Reader {
         let last_good = &self.last_good;
         let apps = desired::resolve(&keys, key, self.mode, &labels, |app| last_good.get(app).cloned());
         for (app, desired) in &apps {
-            if let DesiredApp::Run(target) = desired {
-                self.last_good.insert(app.clone(), target.clone());
+            match desired {
+                DesiredApp::Run(target) => {
+                    self.last_good.insert(app.clone(), target.clone());
+                }
+                // What was wanted before it left is no reason to come back.
+                DesiredApp::Absent(_) => {
+                    self.last_good.remove(app);
+                }
+                DesiredApp::Invalid { .. } | DesiredApp::Paused(_) => {}
             }
         }
         self.last_good.retain(|app, _| apps.contains_key(app));
@@ -193,8 +209,8 @@ impl Reader {
         unreadable: &mut Vec<Problem>,
     ) -> (desired::Keys, BTreeMap<String, String>) {
         let mut keys = desired::Keys::default();
-        let mut labels = self.labels.clone();
         let mut mode = HostMode::Active;
+        let mut given_labels = Some(BTreeMap::new());
         for (rest, entry) in &contents.entries {
             let value = || Some(entry.value.clone());
             match Key::parse(rest) {
@@ -209,8 +225,10 @@ impl Reader {
                     keys.env.entry(set).or_default().insert(name, entry.value.clone());
                 }
                 Ok(Key::HostLabels(host)) if host == self.host => match host_labels(&entry.value) {
-                    Ok(more) => labels.extend(more),
+                    Ok(labels) => given_labels = Some(labels),
                     Err(mut problem) => {
+                        // Unreadable labels are not other labels.
+                        given_labels = self.host_labels.clone();
                         problem.key = format!("hosts/{host}/labels");
                         unreadable.push(problem);
                     }
@@ -230,6 +248,10 @@ impl Reader {
                 Err(BadKey::Nobody(problem)) => unreadable.push(problem),
             }
         }
+        keys.labels_unknown = given_labels.is_none();
+        let mut labels = self.labels.clone();
+        labels.extend(given_labels.iter().flatten().map(|(k, v)| (k.clone(), v.clone())));
+        self.host_labels = given_labels;
         self.mode = mode;
         self.specs.retain(|app, _| keys.apps.contains_key(app));
         (keys, labels)

@@ -35,8 +35,6 @@ use crate::model::{
 
 /// Longest time for an ordinary call. A loaded engine takes a second or two to start a container.
 const CALL: Duration = Duration::from_secs(60);
-/// Most of a log that is kept as evidence.
-const LOG_TAIL: usize = 2_000;
 
 mod label {
     pub(super) const HOST: &str = "demae.host";
@@ -255,7 +253,8 @@ impl Docker {
     pub async fn image(&self, reference: &str) -> Result<Option<String>> {
         match self.call("inspect the image", self.client.inspect_image(reference)).await {
             Ok(image) => Ok(image.id),
-            Err(e) if e.is_status(404) => Ok(None),
+            // 400: Docker does not take it for a reference; pulling it tells why.
+            Err(e) if e.is_status(404) || e.is_status(400) => Ok(None),
             Err(e) => Err(e),
         }
     }
@@ -322,7 +321,8 @@ impl Docker {
         self.call("change the restart policy", self.client.update_container(id.as_str(), body)).await
     }
 
-    /// The end of a container's log, as far as it comes quickly.
+    /// The last lines of a container's log, as far as they come quickly; whole, since whoever takes secrets out must
+    /// see them whole.
     pub async fn log_tail(&self, id: &ContainerId) -> String {
         let options = LogsOptionsBuilder::default().stdout(true).stderr(true).tail("30").build();
         let mut lines = self.client.logs(id.as_str(), Some(options));
@@ -334,9 +334,7 @@ impl Docker {
         };
         // A log that hangs is evidence that does not come; the verdict stands without it.
         let _ = tokio::time::timeout(Duration::from_secs(2), reading).await;
-        let from = text.len().saturating_sub(LOG_TAIL);
-        let from = (from..text.len()).find(|i| text.is_char_boundary(*i)).unwrap_or(text.len());
-        text[from..].trim_end().to_owned()
+        text
     }
 
     /// The apps whose containers something happens to. Ends when the engine does, or goes silent for good; whoever

@@ -115,6 +115,8 @@ pub struct Nginx {
 pub struct Published {
     /// The new set.
     pub generation: u64,
+    /// Whether nginx had to load it.
+    pub reloaded: bool,
     /// What nginx refused.
     pub rejected: BTreeMap<AppName, String>,
 }
@@ -166,8 +168,8 @@ impl Nginx {
     /// # Errors
     /// If nginx does not run.
     pub async fn old_workers(&self) -> Result<usize, NginxError> {
-        let written = std::fs::metadata(self.layout.nginx_live().join(MANIFEST)).and_then(|m| m.modified());
-        let published = written.map(Timestamp::from_system).unwrap_or_default();
+        let text = files::read(&self.layout.nginx_live().join(MANIFEST))?.unwrap_or_default();
+        let published = serde_json::from_slice::<Saved>(&text).map(|s| s.published).unwrap_or_default();
         Ok(server::old_workers(self.master().await?, published))
     }
 
@@ -216,10 +218,16 @@ impl Nginx {
         let root = self.server.root().await?;
         let chosen = set.choose(wanted, &root).await?;
         let rejected = chosen.rejected.iter().map(|(app, r)| (app.clone(), r.error.clone())).collect();
+        if chosen.vhosts == old.vhosts && chosen.templates == old.templates && self.is_unchanged()? {
+            // Only refusals are new: nothing for nginx to load.
+            files::remove_dir(&self.layout.nginx_generation(generation))?;
+            self.note_refusals(chosen.rejected)?;
+            return Ok(Published { generation: old.generation, reloaded: false, rejected });
+        }
         files::symlink(&PathBuf::from(format!("{generation}.set")), &self.layout.nginx_live())?;
         self.sweep(generation);
         self.reload_to(generation).await?;
-        Ok(Published { generation, rejected })
+        Ok(Published { generation, reloaded: true, rejected })
     }
 
     /// Tells nginx to load the live set, and proves that it did.
@@ -275,7 +283,11 @@ impl Nginx {
                 Err(e) => format!("nginx at {}: {e}", self.config.address),
             };
             if Instant::now() >= until {
-                return Err(NginxError::NoAnswer(last));
+                // An nginx that answers nobody says nothing about the app.
+                return Err(match self.serving().await {
+                    Ok(_) => NginxError::NoAnswer(last),
+                    Err(e) => NginxError::NotRunning(e),
+                });
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -306,13 +318,27 @@ impl Nginx {
         }
     }
 
+    fn is_unchanged(&self) -> Result<bool, FileError> {
+        Ok(self.manifest()?.is_some_and(|(_, _, drifted)| !drifted))
+    }
+
+    /// Writes into the live set what was refused, and when.
+    fn note_refusals(&self, rejected: BTreeMap<AppName, Rejected>) -> Result<(), NginxError> {
+        let path = self.layout.nginx_live().join(MANIFEST);
+        let Some(text) = files::read(&path)? else { return Ok(()) };
+        let mut saved: Saved = serde_json::from_slice(&text).map_err(|e| NginxError::Template(e.to_string()))?;
+        saved.manifest.rejected = rejected;
+        let json = serde_json::to_vec_pretty(&saved).map_err(|e| NginxError::Template(e.to_string()))?;
+        Ok(files::write(&path, &json, 0o644)?)
+    }
+
     /// The live manifest, when it was written, and whether its files are as they were.
     fn manifest(&self) -> Result<Option<(Manifest, Timestamp, bool)>, FileError> {
         let live = self.layout.nginx_live();
         let path = live.join(MANIFEST);
         let Some(text) = files::read(&path)? else { return Ok(None) };
         let Ok(saved) = serde_json::from_slice::<Saved>(&text) else { return Ok(None) };
-        let at = std::fs::metadata(&path).and_then(|m| m.modified()).map(Timestamp::from_system).unwrap_or_default();
+        let at = saved.published;
         let mut drifted = false;
         for (file, digest) in &saved.files {
             drifted |= files::read(&live.join(file))?.map(|t| digest_of(&t)).as_ref() != Some(digest);
@@ -366,6 +392,7 @@ impl Nginx {
 struct Saved {
     #[serde(flatten)]
     manifest: Manifest,
+    published: Timestamp,
     files: BTreeMap<String, String>,
 }
 
@@ -458,7 +485,7 @@ impl Set<'_> {
         texts: &mut BTreeMap<AppName, String>,
         rejected: &mut BTreeMap<AppName, Rejected>,
     ) {
-        rejected.insert(app.clone(), Rejected { vhost: vhost.clone(), error });
+        rejected.insert(app.clone(), Rejected { vhost: vhost.clone(), error, at: Timestamp::now() });
         texts.remove(app);
         if let Some(last) = self.old.vhosts.get(app).filter(|last| *last != vhost)
             && let Ok(text) = self.renderer.app(app, last, &self.nginx.layout)
@@ -493,7 +520,7 @@ impl Set<'_> {
             }
         }
         let manifest = Manifest { changed: self.changed(manifest), ..manifest.clone() };
-        let saved = Saved { manifest, files: digests };
+        let saved = Saved { manifest, published: Timestamp::now(), files: digests };
         let json = serde_json::to_vec_pretty(&saved).map_err(|e| NginxError::Template(e.to_string()))?;
         files::write(&dir.join(MANIFEST), &json, 0o644)?;
         self.nginx.test(root, &dir).await
@@ -517,7 +544,15 @@ fn changes(dir: &Path) -> Vec<(String, Timestamp)> {
 fn emergency(text: &str) -> String {
     let line = text.lines().find(|l| l.contains("[emerg]")).or_else(|| text.lines().find(|l| !l.trim().is_empty()));
     let line = line.unwrap_or("it says nothing").trim();
-    line.strip_prefix("nginx: ").unwrap_or(line).to_owned()
+    // Some lines carry the time and the process: `2026/01/31 12:00:00 [emerg] 1#1: what it is about`.
+    match line.split_once("[emerg]") {
+        Some((_, rest)) => {
+            let rest = rest.trim();
+            let numbered = rest.split_once(": ").filter(|(n, _)| n.bytes().all(|b| b.is_ascii_digit() || b == b'#'));
+            format!("[emerg] {}", numbered.map_or(rest, |(_, text)| text))
+        }
+        None => line.strip_prefix("nginx: ").unwrap_or(line).to_owned(),
+    }
 }
 
 /// `nginx version: nginx/1.22.1`; the oldest there is if it cannot be read.
@@ -537,6 +572,8 @@ mod tests {
         assert_eq!(version("nginx version: nginx/1.22.1\n"), (1, 22, 1));
         assert_eq!(version("nginx version: nginx/1.27.4 (Ubuntu)"), (1, 27, 4));
         let text = "nginx: [warn] x\nnginx: [emerg] unknown directive \"y\" in /a:1\nnginx: test failed\n";
+        let timed = "2026/11/21 20:01:11 [emerg] 29921#29921: open() failed in /a:1";
+        assert_eq!(emergency(timed), "[emerg] open() failed in /a:1");
         assert_eq!(emergency(text), "[emerg] unknown directive \"y\" in /a:1");
     }
 }

@@ -2,31 +2,19 @@
 
 use super::{Constraint, PullPolicy, Volume, VolumeSource};
 
-/// Host paths that no app may mount, nor anything under those marked with `true`.
-const FORBIDDEN_SOURCES: &[(&str, bool)] = &[
-    ("/", false),
-    ("/etc", true),
-    ("/proc", true),
-    ("/sys", true),
-    ("/dev", true),
-    ("/boot", true),
-    ("/root", true),
-    ("/run/docker.sock", false),
-    ("/var/run/docker.sock", false),
-    ("/run/containerd", true),
-    ("/var/run", false),
-    ("/run", false),
-    ("/var", false),
-    ("/var/lib", false),
-    ("/var/lib/docker", true),
-    ("/var/lib/containerd", true),
-    ("/var/lib/demae", true),
-    ("/run/demae", true),
+/// Below these an app may mount what is on the host. All else belongs to the system, or to demae: a list of what is
+/// refused would always miss something.
+const MOUNTABLE: &[&str] = &["/srv", "/opt", "/mnt", "/media", "/data", "/home", "/var/www"];
+
+/// Directories inside a container over which nothing may be mounted: the app would lose its own system.
+const SYSTEM_DIRS: &[&str] = &[
+    "/", "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/run", "/sbin", "/sys", "/usr", "/var",
+    "/var/lib", "/var/run",
 ];
 
 /// Whether a directory belongs to the system, so that nothing may be mounted over it.
 pub(super) fn is_system_dir(dir: &str) -> bool {
-    FORBIDDEN_SOURCES.iter().any(|(path, _)| *path == dir)
+    SYSTEM_DIRS.contains(&dir)
 }
 
 pub(super) fn printable(text: &str) -> Result<&str, String> {
@@ -112,10 +100,10 @@ pub(super) fn volume(text: &str) -> Result<Volume, String> {
     }
     let source = if source.starts_with('/') {
         let path = absolute(source)?;
-        let refused =
-            FORBIDDEN_SOURCES.iter().any(|(p, below)| path == *p || (*below && path.starts_with(&format!("{p}/"))));
-        if refused || path.ends_with(".sock") {
-            return Err(format!("`{path}` of the host cannot be mounted: it would hand the host to the app"));
+        let allowed = MOUNTABLE.iter().any(|m| path.strip_prefix(m).is_some_and(|rest| rest.starts_with('/')));
+        if !allowed || path.ends_with(".sock") {
+            let places = MOUNTABLE.join(", ");
+            return Err(format!("`{path}` of the host cannot be mounted: an app may have directories below {places}"));
         }
         VolumeSource::Host(path.to_owned())
     } else if source.len() > 1
