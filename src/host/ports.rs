@@ -10,6 +10,8 @@ use std::{
 
 /// How long a port rests after its use: nginx workers that know it may live a while.
 const QUARANTINE: Duration = Duration::from_secs(120);
+/// How long it rests at least: a container that was just given one may not be there to be seen yet.
+const SHORTEST_REST: Duration = Duration::from_secs(10);
 
 /// Why there is no port.
 #[derive(Debug, thiserror::Error)]
@@ -40,26 +42,30 @@ impl Ports {
     /// If the whole range is in use.
     pub fn take(&self, seed: &str, taken: &HashSet<u16>) -> Result<u16, NoPort> {
         let mut resting = self.resting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        resting.retain(|_, until| *until > Instant::now());
+        resting.retain(|_, since| since.elapsed() < QUARANTINE);
         let count = u64::from(*self.range.end() - *self.range.start()) + 1;
         let begin = seed.bytes().fold(0u64, |h, b| h.wrapping_mul(31).wrapping_add(u64::from(b)));
-        for offset in 0..count {
-            let Ok(step) = u16::try_from(begin.wrapping_add(offset) % count) else { continue };
-            let port = *self.range.start() + step;
-            if !taken.contains(&port) && !resting.contains_key(&port) && TcpListener::bind(("127.0.0.1", port)).is_ok()
-            {
+        let in_order = (0..count).filter_map(|offset| u16::try_from(begin.wrapping_add(offset) % count).ok());
+        let fresh = in_order.map(|step| *self.range.start() + step).filter(|port| !resting.contains_key(port));
+        // Where all have been used lately, the one that has rested longest is better than none.
+        let mut rested: Vec<(Instant, u16)> = resting.iter().map(|(port, since)| (*since, *port)).collect();
+        rested.sort_unstable();
+        let rested = rested.into_iter().filter(|(since, _)| since.elapsed() >= SHORTEST_REST).map(|(_, port)| port);
+        let is_free = |port: &u16| !taken.contains(port) && TcpListener::bind(("127.0.0.1", *port)).is_ok();
+        match fresh.chain(rested).find(is_free) {
+            Some(port) => {
                 // Two apps may ask at once, before either container is there to be seen.
-                resting.insert(port, Instant::now() + QUARANTINE);
-                return Ok(port);
+                resting.insert(port, Instant::now());
+                Ok(port)
             }
+            None => Err(NoPort { range: self.range.clone(), taken: taken.len(), resting: resting.len() }),
         }
-        Err(NoPort { range: self.range.clone(), taken: taken.len(), resting: resting.len() })
     }
 
     /// Lets a port rest.
     pub fn rest(&self, port: u16) {
         let mut resting = self.resting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        resting.insert(port, Instant::now() + QUARANTINE);
+        resting.insert(port, Instant::now());
     }
 }
 
