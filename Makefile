@@ -14,7 +14,7 @@ install: ## Install what is missing from Debian's packages
 
 demo: install ## A whole demae on this machine: deploys under load, counted
 	@cargo build --quiet --bin demae --example demo
-	@target/debug/examples/demo
+	@cargo run --quiet --example demo
 
 lint: install ## Format and clippy, warnings denied
 	cargo fmt --check

@@ -97,10 +97,7 @@ impl Stage {
                 format!("FROM scratch\nCOPY app /app\nENV VERSION={version} MOOD={mood}\nENTRYPOINT [\"/app\"]\n");
             fs::write(self.root.join("Dockerfile"), text).expect("a file");
             let mut docker = Command::new("docker");
-            docker
-                .env("DOCKER_BUILDKIT", "0")
-                .args(["build", "-q", "--no-cache", "--force-rm", "-t", &self.image(version)])
-                .arg(&self.root);
+            docker.args(["build", "-q", "--no-cache", "--force-rm", "-t", &self.image(version)]).arg(&self.root);
             run(docker.stdout(Stdio::null()).stderr(Stdio::null()));
         }
     }

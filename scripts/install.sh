@@ -13,7 +13,6 @@ need etcdctl etcd-client
 need nginx nginx
 need curl curl
 need docker-registry docker-registry
-need ld.lld lld
 # An engine of any make will do; only where there is none, Debian's.
 command -v docker >/dev/null 2>&1 || missing+=(docker.io)
 

@@ -32,13 +32,7 @@ fn nginx_image(name: &str, dir: &Path) {
         "FROM scratch\nCOPY root /\nENTRYPOINT [\"{binary}\", \"-e\", \"/run/error.log\", \"-g\", \"daemon off;\"]\n"
     );
     fs::write(dir.join("Dockerfile"), text).expect("a file");
-    let output = Command::new("docker")
-        .args(["build", "-q", "--no-cache", "--force-rm", "-t", name])
-        .arg(dir)
-        .env("DOCKER_BUILDKIT", "0")
-        .output()
-        .expect("docker runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    support::lab::docker_build(name, dir);
 }
 
 struct Contained {

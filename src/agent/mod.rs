@@ -4,6 +4,7 @@
 //! *look again at this app*. What is decided follows from what is then seen, so a lost event costs time, never safety.
 
 mod app;
+mod done;
 mod listen;
 mod report;
 
@@ -21,27 +22,19 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    execute::StepError,
     failpoint,
-    host::{
-        docker::Listed,
-        nginx::{NginxError, Published},
-    },
     metrics::Metrics,
-    model::{
-        desired::Snapshot, name::AppName, observed::ObservedApp, proxy::ObservedProxy, status::HostStatus,
-        time::Timestamp,
-    },
+    model::{desired::Snapshot, name::AppName, proxy::ObservedProxy, status::HostStatus, time::Timestamp},
     plan::{
         Cooled, VhostWish,
         proxy::{Conflict, ProxyInput, ProxyStep, conflicts, plan_proxy},
         step::Step,
     },
-    retry::{jittered, pause_after},
     store::Update,
-    world::{ObserveError, SharedWorld},
+    world::SharedWorld,
 };
 use app::AppState;
+use done::Done;
 use listen::{Hint, hang_up, listen};
 
 /// Steps at a time. Measured on two cores: four at a time start 50 containers in 4.8 s, eight in 4.4 s, sixteen in
@@ -53,16 +46,6 @@ const PARALLEL_PULLS: usize = 3;
 const LAST_STEPS: Duration = Duration::from_secs(8);
 /// Apps that have not been looked at yet hold back changes of nginx for this long at most.
 const FIRST_LOOK: Duration = Duration::from_secs(5);
-
-/// What a task of the loop ended with.
-enum Done {
-    Observed(AppName, Result<ObservedApp, ObserveError>),
-    Stepped(AppName, Box<Step>, Result<(), StepError>, Duration),
-    Listed(Result<(Vec<Listed>, BTreeMap<AppName, ObservedApp>), ObserveError>),
-    ProxyObserved(Box<ObservedProxy>),
-    OldWorkers(usize),
-    ProxyStepped(Result<Option<Published>, NginxError>, Duration),
-}
 
 /// Where the agent tells what it knows.
 #[derive(Debug)]
@@ -270,127 +253,6 @@ impl Agent {
         }
     }
 
-    fn take(&mut self, done: Done) {
-        let now = Timestamp::now();
-        match done {
-            Done::Observed(app, result) => {
-                let Some(state) = self.apps.get_mut(&app) else { return };
-                state.observing = false;
-                match result {
-                    Ok(observed) => {
-                        state.take_observed(observed);
-                        self.docker_error = None;
-                    }
-                    Err(e) => {
-                        tracing::warn!(app = %app, "cannot look at the app: {e}");
-                        state.fail_look(&e.to_string(), now);
-                    }
-                }
-            }
-            Done::Stepped(app, step, result, took) => self.take_step(&app, &step, result, took),
-            Done::Listed(result) => self.take_list(result),
-            Done::ProxyObserved(observed) => {
-                self.proxy.observing = false;
-                self.proxy.seen = true;
-                self.proxy.observed = *observed;
-                self.replan_all();
-            }
-            Done::OldWorkers(count) => {
-                self.proxy.counting = false;
-                if std::mem::replace(&mut self.proxy.observed.old_workers, count) != count {
-                    self.replan_all();
-                }
-            }
-            Done::ProxyStepped(result, took) => self.take_proxy_step(result, took),
-        }
-    }
-
-    fn take_step(&mut self, app: &AppName, step: &Step, result: Result<(), StepError>, took: Duration) {
-        let kind = step.kind();
-        let metrics = &self.outlets.metrics;
-        metrics.step_seconds.with_label_values(&[kind.as_str()]).observe(took.as_secs_f64());
-        let Some(state) = self.apps.get_mut(app) else { return };
-        state.busy = None;
-        state.dirty = true;
-        match result {
-            Ok(()) => {
-                metrics.steps.with_label_values(&[kind.as_str(), "done"]).inc();
-                tracing::info!(app = %app, step = kind.as_str(), took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX), "{step}");
-                state.took_step(step, metrics, app);
-            }
-            Err(e) => {
-                metrics.steps.with_label_values(&[kind.as_str(), "failed"]).inc();
-                metrics.step_failures.with_label_values(&[kind.as_str(), e.kind()]).inc();
-                tracing::warn!(app = %app, step = kind.as_str(), error = e.kind(), "{step} failed: {}", chain(&e));
-                state.failed_step(kind, chain(&e), e.is_temporary());
-            }
-        }
-    }
-
-    fn take_list(&mut self, result: Result<(Vec<Listed>, BTreeMap<AppName, ObservedApp>), ObserveError>) {
-        self.listing = false;
-        match result {
-            Err(e) => {
-                tracing::warn!("cannot look at this host: {e}");
-                self.docker_error = Some(e.to_string());
-                self.relist_at = Instant::now() + Duration::from_secs(1);
-            }
-            Ok((listed, on_disk)) => {
-                self.outlets.metrics.lists.inc();
-                self.docker_error = None;
-                let now = Timestamp::now();
-                let mut by_app: BTreeMap<AppName, Vec<(String, String)>> = BTreeMap::new();
-                for app in on_disk.keys() {
-                    by_app.entry(app.clone()).or_default();
-                }
-                for container in listed {
-                    by_app.entry(container.app).or_default().push((container.id, container.state));
-                }
-                for app in by_app.keys() {
-                    self.apps.entry(app.clone()).or_insert_with(|| AppState::new(now));
-                }
-                let first = !self.listed;
-                let nothing = ObservedApp::default();
-                for (app, state) in &mut self.apps {
-                    let found = by_app.remove(app).unwrap_or_default();
-                    let traces = on_disk.get(app).unwrap_or(&nothing);
-                    state.dirty |= first || state.differs(&found, traces);
-                }
-                self.listed = true;
-                self.relist_at = Instant::now() + jittered(self.options.resync);
-                self.proxy.dirty = true;
-            }
-        }
-    }
-
-    fn take_proxy_step(&mut self, result: Result<Option<Published>, NginxError>, took: Duration) {
-        let metrics = &self.outlets.metrics;
-        self.proxy.busy = false;
-        self.proxy.dirty = true;
-        match result {
-            Ok(published) => {
-                self.proxy.cooled = None;
-                if published.as_ref().is_none_or(|p| p.reloaded) {
-                    metrics.reloads.with_label_values(&["done"]).inc();
-                    metrics.reload_seconds.with_label_values(&[] as &[&str]).observe(took.as_secs_f64());
-                    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-                    tracing::info!(step = "nginx", took_ms, "nginx serves a new configuration");
-                }
-                for (app, error) in published.iter().flat_map(|p| &p.rejected) {
-                    tracing::warn!(app = %app, "nginx refuses the app: {error}");
-                }
-            }
-            Err(e) => {
-                metrics.reloads.with_label_values(&["failed"]).inc();
-                let error = chain(&e);
-                tracing::warn!("nginx cannot be changed: {error}");
-                let attempts = self.proxy.cooled.as_ref().map_or(0, |c| c.attempts) + 1;
-                let until = Timestamp::now().plus(pause_after(attempts).min(Duration::from_secs(30)));
-                self.proxy.cooled = Some(Cooled { until, attempts, error, temporary: true });
-            }
-        }
-    }
-
     /// nginx changed, so that what apps wait for may be there; what was seen of them still holds.
     fn replan_all(&mut self) {
         for state in self.apps.values_mut() {
@@ -539,18 +401,4 @@ impl Agent {
             self.apps.values().any(AppState::is_blocked) || self.snapshot.iter().any(|s| !s.unreadable.is_empty());
         Some(if blocked { Ended::Blocked } else { Ended::Converged })
     }
-}
-
-/// An error with its causes, once each.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let more = cause.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        source = cause.source();
-    }
-    text
 }

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::config::Flags;
+use crate::{config::Flags, model::problem::chain};
 use print::Printer;
 
 /// Keeps the containers and the nginx of a Docker host as etcd says, and drops no request on the way
@@ -89,13 +89,7 @@ impl Failed {
 /// An error with its causes, one after the other.
 impl<E: std::error::Error> From<E> for Failed {
     fn from(error: E) -> Self {
-        let mut message = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            message = format!("{message}: {cause}");
-            source = cause.source();
-        }
-        Self::because(message)
+        Self::because(chain(&error))
     }
 }
 

@@ -29,6 +29,7 @@ pub use create::{CreateRequest, facts};
 use crate::model::{
     name::{AppName, ContainerId, HostName, ReleaseId},
     observed::{Health, InstanceKey, Phase},
+    problem::chain,
     spec::{Endpoint, HealthCheck, Probe, SETTLE},
     time::Timestamp,
 };
@@ -520,14 +521,5 @@ fn one_line(text: &str) -> String {
 }
 
 fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let more = cause.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        source = cause.source();
-    }
-    one_line(&text)
+    one_line(&chain(error))
 }

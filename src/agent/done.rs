@@ -1,0 +1,158 @@
+//! What tasks of the loop end with, and what is made of it.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use tokio::time::Instant;
+
+use super::{Agent, app::AppState};
+use crate::{
+    execute::StepError,
+    host::{
+        docker::Listed,
+        nginx::{NginxError, Published},
+    },
+    model::{name::AppName, observed::ObservedApp, problem::chain, proxy::ObservedProxy, time::Timestamp},
+    plan::{Cooled, step::Step},
+    retry::{jittered, pause_after},
+    world::ObserveError,
+};
+
+/// What a task of the loop ended with.
+pub(super) enum Done {
+    /// A look at an app.
+    Observed(AppName, Result<ObservedApp, ObserveError>),
+    /// A step for an app.
+    Stepped(AppName, Box<Step>, Result<(), StepError>, Duration),
+    /// A list of everything.
+    Listed(Result<(Vec<Listed>, BTreeMap<AppName, ObservedApp>), ObserveError>),
+    /// A look at nginx.
+    ProxyObserved(Box<ObservedProxy>),
+    /// A count of nginx's old workers.
+    OldWorkers(usize),
+    /// A step for nginx.
+    ProxyStepped(Result<Option<Published>, NginxError>, Duration),
+}
+
+impl Agent {
+    /// Takes what a task ended with.
+    pub(super) fn take(&mut self, done: Done) {
+        let now = Timestamp::now();
+        match done {
+            Done::Observed(app, result) => {
+                let Some(state) = self.apps.get_mut(&app) else { return };
+                state.observing = false;
+                match result {
+                    Ok(observed) => {
+                        state.take_observed(observed);
+                        self.docker_error = None;
+                    }
+                    Err(e) => {
+                        tracing::warn!(app = %app, "cannot look at the app: {e}");
+                        state.fail_look(&e.to_string(), now);
+                    }
+                }
+            }
+            Done::Stepped(app, step, result, took) => self.take_step(&app, &step, result, took),
+            Done::Listed(result) => self.take_list(result),
+            Done::ProxyObserved(observed) => {
+                self.proxy.observing = false;
+                self.proxy.seen = true;
+                self.proxy.observed = *observed;
+                self.replan_all();
+            }
+            Done::OldWorkers(count) => {
+                self.proxy.counting = false;
+                if std::mem::replace(&mut self.proxy.observed.old_workers, count) != count {
+                    self.replan_all();
+                }
+            }
+            Done::ProxyStepped(result, took) => self.take_proxy_step(result, took),
+        }
+    }
+
+    fn take_step(&mut self, app: &AppName, step: &Step, result: Result<(), StepError>, took: Duration) {
+        let kind = step.kind();
+        let metrics = &self.outlets.metrics;
+        metrics.step_seconds.with_label_values(&[kind.as_str()]).observe(took.as_secs_f64());
+        let Some(state) = self.apps.get_mut(app) else { return };
+        state.busy = None;
+        state.dirty = true;
+        match result {
+            Ok(()) => {
+                metrics.steps.with_label_values(&[kind.as_str(), "done"]).inc();
+                tracing::info!(app = %app, step = kind.as_str(), took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX), "{step}");
+                state.took_step(step, metrics, app);
+            }
+            Err(e) => {
+                metrics.steps.with_label_values(&[kind.as_str(), "failed"]).inc();
+                metrics.step_failures.with_label_values(&[kind.as_str(), e.kind()]).inc();
+                tracing::warn!(app = %app, step = kind.as_str(), error = e.kind(), "{step} failed: {}", chain(&e));
+                state.failed_step(kind, chain(&e), e.is_temporary());
+            }
+        }
+    }
+
+    fn take_list(&mut self, result: Result<(Vec<Listed>, BTreeMap<AppName, ObservedApp>), ObserveError>) {
+        self.listing = false;
+        match result {
+            Err(e) => {
+                tracing::warn!("cannot look at this host: {e}");
+                self.docker_error = Some(e.to_string());
+                self.relist_at = Instant::now() + Duration::from_secs(1);
+            }
+            Ok((listed, on_disk)) => {
+                self.outlets.metrics.lists.inc();
+                self.docker_error = None;
+                let now = Timestamp::now();
+                let mut by_app: BTreeMap<AppName, Vec<(String, String)>> = BTreeMap::new();
+                for app in on_disk.keys() {
+                    by_app.entry(app.clone()).or_default();
+                }
+                for container in listed {
+                    by_app.entry(container.app).or_default().push((container.id, container.state));
+                }
+                for app in by_app.keys() {
+                    self.apps.entry(app.clone()).or_insert_with(|| AppState::new(now));
+                }
+                let first = !self.listed;
+                let nothing = ObservedApp::default();
+                for (app, state) in &mut self.apps {
+                    let found = by_app.remove(app).unwrap_or_default();
+                    let traces = on_disk.get(app).unwrap_or(&nothing);
+                    state.dirty |= first || state.differs(&found, traces);
+                }
+                self.listed = true;
+                self.relist_at = Instant::now() + jittered(self.options.resync);
+                self.proxy.dirty = true;
+            }
+        }
+    }
+
+    fn take_proxy_step(&mut self, result: Result<Option<Published>, NginxError>, took: Duration) {
+        let metrics = &self.outlets.metrics;
+        self.proxy.busy = false;
+        self.proxy.dirty = true;
+        match result {
+            Ok(published) => {
+                self.proxy.cooled = None;
+                if published.as_ref().is_none_or(|p| p.reloaded) {
+                    metrics.reloads.with_label_values(&["done"]).inc();
+                    metrics.reload_seconds.with_label_values(&[] as &[&str]).observe(took.as_secs_f64());
+                    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+                    tracing::info!(step = "nginx", took_ms, "nginx serves a new configuration");
+                }
+                for (app, error) in published.iter().flat_map(|p| &p.rejected) {
+                    tracing::warn!(app = %app, "nginx refuses the app: {error}");
+                }
+            }
+            Err(e) => {
+                metrics.reloads.with_label_values(&["failed"]).inc();
+                let error = chain(&e);
+                tracing::warn!("nginx cannot be changed: {error}");
+                let attempts = self.proxy.cooled.as_ref().map_or(0, |c| c.attempts) + 1;
+                let until = Timestamp::now().plus(pause_after(attempts).min(Duration::from_secs(30)));
+                self.proxy.cooled = Some(Cooled { until, attempts, error, temporary: true });
+            }
+        }
+    }
+}
