@@ -120,7 +120,11 @@ fn refused(error: &io::Error, whom: &str) -> String {
     match error.kind() {
         io::ErrorKind::NotFound => "its socket does not exist yet".to_owned(),
         io::ErrorKind::ConnectionRefused => "nobody listens there".to_owned(),
-        io::ErrorKind::PermissionDenied => format!("`{whom}` may not be connected to by this agent"),
+        io::ErrorKind::PermissionDenied => {
+            format!(
+                "`{whom}` may not be connected to by this agent; run the agent as root, or the app as the agent's user (`user` in the spec)"
+            )
+        }
         _ => format!("cannot connect: {error}"),
     }
 }
