@@ -63,7 +63,12 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
             app,
             desired,
             observed: &observed,
-            proxy: ProxyView { live: proxy.vhost(app), serving: true, ..ProxyView::default() },
+            proxy: ProxyView {
+                live: proxy.vhost(app),
+                rejected: proxy.rejected(app),
+                serving: true,
+                ..ProxyView::default()
+            },
             conflict: conflicts.get(app).cloned(),
             cooling: &cooling,
             busy: None,
