@@ -32,7 +32,7 @@ pub struct Lab {
     etcd_process: Option<Child>,
     nginx_process: Option<Child>,
     agent_process: Option<Child>,
-    images: std::cell::RefCell<Vec<String>>,
+    images: std::sync::Mutex<Vec<String>>,
 }
 
 /// What differs from lab to lab.
@@ -255,9 +255,10 @@ impl Lab {
     /// An image of the example app that tells this version. Removed with the lab.
     pub fn image(&self, version: &str) -> String {
         let name = format!("demae-lab-{}:{version}", self.tag);
-        if !self.images.borrow().contains(&name) {
+        let mut images = self.images.lock().expect("no test panicked with it");
+        if !images.contains(&name) {
             build_image(&name, version, &self.path(&format!("image-{version}")));
-            self.images.borrow_mut().push(name.clone());
+            images.push(name.clone());
         }
         name
     }
@@ -378,7 +379,7 @@ impl Drop for Lab {
         if remove.len() > 2 {
             docker(&remove);
         }
-        for image in self.images.borrow().iter() {
+        for image in self.images.lock().unwrap_or_else(std::sync::PoisonError::into_inner).iter() {
             docker(&["rmi", "-f", image]);
         }
         self.stop_nginx();
