@@ -13,20 +13,38 @@ need etcdctl etcd-client
 need nginx nginx
 need curl curl
 need docker-registry docker-registry
-# An engine of any make will do; only where there is none, Debian's.
-command -v docker >/dev/null 2>&1 || missing+=(docker.io)
+
+as_root=()
+if [ "$(id -u)" -ne 0 ]; then
+    as_root=(sudo)
+    if [ "${#missing[@]}" -gt 0 ] && ! command -v sudo >/dev/null; then
+        echo "error: run this as root, or install these packages: ${missing[*]}" >&2
+        exit 1
+    fi
+fi
+
+install() {
+    echo "installing: $*"
+    "${as_root[@]}" apt-get update -qq
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
 
 if [ "${#missing[@]}" -gt 0 ]; then
-    echo "installing: ${missing[*]}"
-    sudo=()
-    if [ "$(id -u)" -ne 0 ]; then
-        command -v sudo >/dev/null || { echo "error: run as root, or install: ${missing[*]}" >&2; exit 1; }
-        sudo=(sudo)
+    # Debian starts the servers it installs. demae's are its own, on ports of its own, so none is to be started.
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee "$policy" >/dev/null
+        "${as_root[@]}" chmod 755 "$policy"
+        trap '"${as_root[@]}" rm -f "$policy"' EXIT
     fi
-    # Runlevel 1 keeps new services from being started: demae starts its own, on ports of its own.
-    "${sudo[@]}" apt-get update -qq
-    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    install "${missing[@]}"
+    if [ -n "$(trap -p EXIT)" ]; then
+        "${as_root[@]}" rm -f "$policy"
+        trap - EXIT
+    fi
 fi
+# An engine of any make will do; only where there is none, Debian's, which is started.
+command -v docker >/dev/null 2>&1 || install docker.io
 
 command -v cargo >/dev/null || { echo "error: there is no Rust toolchain (cargo); install one first" >&2; exit 1; }
 if ! docker version >/dev/null 2>&1; then
