@@ -18,7 +18,7 @@ demo: install ## A whole demae on this machine: deploys under load, counted
 
 lint: install ## Format and clippy, warnings denied
 	cargo fmt --check
-	cargo clippy --quiet --all-targets --features failpoints -- -D warnings
+	cargo clippy --quiet --all-targets --all-features -- -D warnings
 
 test: lint ## Everything: format, clippy, unit, property and integration tests
 	@scripts/test.sh

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing from Debian's packages: for the build, for the tests and for the demo.
+# Installs what is missing from Debian's packages: for the build, for the tests and for the demo. With the argument
+# `stack`, also what the whole stack needs.
 # With `sudo` if need be. Installs nothing that is there.
 set -euo pipefail
 
@@ -13,6 +14,12 @@ need etcdctl etcd-client
 need nginx nginx
 need curl curl
 need docker-registry docker-registry
+need prometheus prometheus
+if [ "${1:-}" = stack ]; then
+    docker compose version >/dev/null 2>&1 || need docker-compose docker-compose
+    # Where there is no registry, the base of all images is made with it.
+    docker image inspect debian:bookworm-slim >/dev/null 2>&1 || need debootstrap debootstrap
+fi
 
 as_root=()
 if [ "$(id -u)" -ne 0 ]; then

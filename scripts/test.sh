@@ -3,7 +3,7 @@
 # `--soak` runs only those with a long form, one at a time, and prints their figures.
 set -euo pipefail
 
-features=(--features failpoints)
+features=(--all-features)
 if [ "${1:-}" = "--soak" ]; then
     export NEXTEST_PROFILE=soak
     exec cargo nextest run "${features[@]}" --test switches --test crash --test properties --no-capture --no-fail-fast

@@ -12,8 +12,9 @@ use serde::Deserialize;
 
 use crate::{
     host::nginx::{Profile, Settings},
-    model::{env::Secret, name::HostName, text},
+    model::{env::Secret, event::What, name::HostName, text},
     store::{client::EtcdConfig, keys::Prefix},
+    webhook::WebhookConfig,
 };
 
 /// Where the file is, unless `--config` names another.
@@ -37,6 +38,15 @@ pub struct File {
     docker: DockerFile,
     nginx: NginxFile,
     ports: PortsFile,
+    webhook: Option<WebhookFile>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WebhookFile {
+    url: String,
+    secret_file: Option<PathBuf>,
+    events: Option<Vec<String>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -72,6 +82,7 @@ struct NginxFile {
     profile: Option<Profile>,
     templates: Option<PathBuf>,
     group: Option<u32>,
+    certificates: Vec<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -201,6 +212,8 @@ pub struct Config {
     pub nginx: NginxSetup,
     /// Loopback ports for apps.
     pub ports: RangeInclusive<u16>,
+    /// Who is told of events.
+    pub webhook: Option<WebhookConfig>,
 }
 
 /// The nginx of this host.
@@ -220,6 +233,8 @@ pub struct NginxSetup {
     pub group: Option<u32>,
     /// What is in its text.
     pub settings: Settings,
+    /// Certificates that it serves and that demae's own files do not name.
+    pub certificates: Vec<PathBuf>,
 }
 
 impl Config {
@@ -273,6 +288,7 @@ impl Config {
                 pid: absolute("nginx.pid", n.pid, "/run/nginx.pid")?,
                 address: n.address.unwrap_or_else(|| "127.0.0.1:80".to_owned()),
                 group: n.group,
+                certificates: n.certificates,
                 settings: Settings {
                     listen: listen_on,
                     default_server: n.default_server.unwrap_or(true),
@@ -280,6 +296,7 @@ impl Config {
                     templates: Some(n.templates.unwrap_or_else(|| "/etc/demae/templates".into())),
                 },
             },
+            webhook: file.webhook.map(webhook).transpose()?,
             ports: port_range(file.ports.range.as_deref().unwrap_or("20000-29999"))?,
         })
     }
@@ -352,6 +369,39 @@ fn etcd(flags: &EtcdFlags, file: EtcdFile) -> Result<EtcdConfig, ConfigError> {
         prefix: Prefix::new(flags.prefix.as_deref().or(file.prefix.as_deref()).unwrap_or("/demae"))
             .map_err(bad("prefix"))?,
     })
+}
+
+/// What a webhook is told of unless the file says: what people want to know, and not each step.
+const WEBHOOK_EVENTS: [&str; 4] = ["verdict", "block", "unblock", "converged"];
+
+fn webhook(file: WebhookFile) -> Result<WebhookConfig, ConfigError> {
+    let url: axum::http::Uri = file.url.parse().map_err(|e| bad("webhook.url")(format!("`{}`: {e}", file.url)))?;
+    if !matches!(url.scheme_str(), Some("http" | "https")) || url.host().is_none() {
+        return Err(bad("webhook.url")(format!(
+            "`{}` is not a URL of http or https, such as `https://hooks.example.com/demae`",
+            file.url
+        )));
+    }
+    let events = file.events.unwrap_or_else(|| WEBHOOK_EVENTS.map(str::to_owned).to_vec());
+    if let Some(unknown) = events.iter().find(|e| !What::TYPES.contains(&e.as_str())) {
+        return Err(bad("webhook.events")(format!(
+            "`{unknown}` is not a type of event; there are `{}`",
+            What::TYPES.join("`, `")
+        )));
+    }
+    let secret = match file.secret_file {
+        None => None,
+        Some(path) => {
+            let text =
+                std::fs::read_to_string(&path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+            let text = text.trim_end_matches('\n');
+            if text.is_empty() {
+                return Err(bad("webhook.secret_file")(format!("`{}` is empty", path.display())));
+            }
+            Some(Secret::new(text))
+        }
+    };
+    Ok(WebhookConfig { url, secret, events })
 }
 
 /// Only a unix socket will do: the agent mounts directories and reads `/proc` of the same machine.

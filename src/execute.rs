@@ -58,6 +58,10 @@ impl StepError {
         }
     }
 
+    /// Every kind.
+    pub const KINDS: [&'static str; 8] =
+        ["docker_unreachable", "docker", "image", "disk_full", "file", "nginx", "port", "gone"];
+
     /// The kind: a bounded set, for metrics.
     pub fn kind(&self) -> &'static str {
         match self {

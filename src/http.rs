@@ -1,20 +1,29 @@
-//! The agent's one HTTP listener: metrics, health, status.
+//! The agent's one HTTP listener: metrics, health, status, events.
 
 use std::{net::SocketAddr, sync::Arc};
 
 use axum::{
     Json, Router,
-    extract::State,
+    body::{Body, Bytes},
+    extract::{RawQuery, State},
     http::{StatusCode, header::CONTENT_TYPE},
     response::IntoResponse,
     routing::get,
 };
-use tokio::{net::TcpListener, sync::watch};
+use futures_util::{StreamExt as _, stream};
+use tokio::{
+    net::TcpListener,
+    sync::{
+        broadcast::{Receiver, error::RecvError},
+        watch,
+    },
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    metrics::Metrics,
-    model::{status::HostStatus, time::Timestamp},
+    events::Events,
+    metrics::{Metrics, View, Vitals},
+    model::{event::Event, status::HostStatus, time::Timestamp},
 };
 
 /// The loop must have gone round within this time for the agent to be alive.
@@ -25,26 +34,36 @@ const ALIVE: std::time::Duration = std::time::Duration::from_secs(30);
 pub struct Shown {
     /// Metrics.
     pub metrics: Arc<Metrics>,
+    /// What metrics show of the loop.
+    pub view: watch::Receiver<Arc<View>>,
+    /// What metrics show of this machine.
+    pub vitals: watch::Receiver<Vitals>,
+    /// What happens.
+    pub events: Events,
     /// Status of host and apps.
     pub status: watch::Receiver<HostStatus>,
     /// When the loop last went round.
     pub pulse: watch::Receiver<Timestamp>,
     /// Whether etcd and Docker have been read.
     pub ready: watch::Receiver<bool>,
+    /// Ends streams that would go on for ever.
+    pub end: CancellationToken,
 }
 
 /// Serves until cancelled.
 ///
 /// # Errors
 /// If the listener breaks.
-pub async fn serve(listener: TcpListener, shown: Shown, token: CancellationToken) -> std::io::Result<()> {
+pub async fn serve(listener: TcpListener, shown: Shown) -> std::io::Result<()> {
+    let end = shown.end.clone();
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/status", get(status))
+        .route("/events", get(events))
         .with_state(shown);
-    axum::serve(listener, router).with_graceful_shutdown(token.cancelled_owned()).await
+    axum::serve(listener, router).with_graceful_shutdown(end.cancelled_owned()).await
 }
 
 /// Binds the address.
@@ -58,11 +77,14 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
 }
 
 async fn metrics(State(shown): State<Shown>) -> impl IntoResponse {
-    let synced = shown.status.borrow().store.synced;
-    shown.metrics.set_sync_age(synced.map(|at| Timestamp::now().since(at)));
-    match shown.metrics.render() {
-        Ok(text) => ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
-        Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
+    let (view, vitals) = (shown.view.borrow().clone(), shown.vitals.borrow().clone());
+    // Text of a thousand apps takes milliseconds; the loop's thread is not kept from its work for that.
+    let rendered = tokio::task::spawn_blocking(move || shown.metrics.render(&view, &vitals, Timestamp::now())).await;
+    let failed = |e: String| (StatusCode::INTERNAL_SERVER_ERROR, e).into_response();
+    match rendered {
+        Ok(Ok(text)) => ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
+        Ok(Err(e)) => failed(e.to_string()),
+        Err(e) => failed(e.to_string()),
     }
 }
 
@@ -77,12 +99,47 @@ async fn healthz(State(shown): State<Shown>) -> impl IntoResponse {
 
 async fn readyz(State(shown): State<Shown>) -> impl IntoResponse {
     if *shown.ready.borrow() {
-        (StatusCode::OK, "etcd and Docker have been read\n")
+        (StatusCode::OK, "etcd, Docker and nginx have been read\n")
     } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "etcd or Docker has not been read yet\n")
+        (StatusCode::SERVICE_UNAVAILABLE, "etcd, Docker or nginx has not been read yet\n")
     }
 }
 
 async fn status(State(shown): State<Shown>) -> impl IntoResponse {
     Json(shown.status.borrow().clone())
+}
+
+/// One line of JSON for each event: those that are kept, and with `?follow` those that come.
+async fn events(State(shown): State<Shown>, RawQuery(query): RawQuery) -> impl IntoResponse {
+    let follow = query.as_deref().is_some_and(|q| q.split('&').any(|part| part == "follow"));
+    let (kept, coming) = shown.events.follow();
+    let past = stream::iter(kept).map(|event| line(&event));
+    let body = if follow {
+        let future = stream::unfold((coming, shown.events, shown.end), next);
+        Body::from_stream(past.chain(future).map(Ok::<_, std::convert::Infallible>))
+    } else {
+        Body::from_stream(past.map(Ok::<_, std::convert::Infallible>))
+    };
+    ([(CONTENT_TYPE, "application/x-ndjson")], body)
+}
+
+type Following = (Receiver<Arc<Event>>, Events, CancellationToken);
+
+async fn next((mut coming, events, end): Following) -> Option<(Bytes, Following)> {
+    let received = tokio::select! {
+        () = end.cancelled() => return None,
+        received = coming.recv() => received,
+    };
+    let line = match received {
+        Ok(event) => line(&event),
+        Err(RecvError::Lagged(count)) => line(&events.lost(count)),
+        Err(RecvError::Closed) => return None,
+    };
+    Some((line, (coming, events, end)))
+}
+
+fn line(event: &Event) -> Bytes {
+    let mut text = serde_json::to_vec(event).unwrap_or_default();
+    text.push(b'\n');
+    Bytes::from(text)
 }

@@ -14,8 +14,12 @@ pub mod world;
 
 pub mod agent;
 
+pub mod vitals;
+pub mod webhook;
+
 pub mod cli;
 pub mod config;
+pub mod events;
 pub mod failpoint;
 pub mod http;
 pub mod metrics;

@@ -1,10 +1,12 @@
-//! Logs: for people on a terminal, JSON otherwise.
+//! Logs: for people on a terminal, JSON otherwise. Each deploy is a tree of spans: every line of a step tells the deploy
+//! that it belongs to. With the feature `otel` the same spans can be exported.
 
 use std::io::IsTerminal as _;
 
 use tracing::{Level, Metadata, Subscriber, level_filters::LevelFilter};
 use tracing_subscriber::{
     EnvFilter, Layer,
+    filter::FilterExt as _,
     layer::{Context, Filter, SubscriberExt as _},
     util::SubscriberInitExt as _,
 };
@@ -28,11 +30,29 @@ impl<S: Subscriber> Filter<S> for NoSecrets {
     }
 }
 
+/// Logging, for as long as it lives. What was not exported yet is exported when it goes.
+#[must_use = "spans are exported until this goes"]
+pub struct Telemetry {
+    #[cfg(feature = "otel")]
+    exporter: Option<opentelemetry_sdk::trace::SdkTracerProvider>,
+}
+
+#[cfg(feature = "otel")]
+impl Drop for Telemetry {
+    fn drop(&mut self) {
+        if let Some(exporter) = &self.exporter
+            && let Err(e) = exporter.shutdown()
+        {
+            tracing::warn!("the last spans could not be exported: {e}");
+        }
+    }
+}
+
 /// Starts logging to standard error by a filter such as `info` or `demae=debug`.
 ///
 /// # Errors
-/// If the filter cannot be read, or logging has been started already.
-pub fn start(filter: &str) -> Result<(), String> {
+/// If the filter cannot be read, logging has been started already, or the exporter of spans cannot be made.
+pub fn start(filter: &str) -> Result<Telemetry, String> {
     let chosen = EnvFilter::try_new(filter)
         .map_err(|e| format!("`{filter}` is not a log filter: {e}; write it like `info` or `demae=debug`"))?;
     let format = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
@@ -41,6 +61,53 @@ pub fn start(filter: &str) -> Result<(), String> {
     } else {
         format.json().flatten_event(true).with_current_span(false).boxed()
     };
-    use tracing_subscriber::filter::FilterExt as _;
-    tracing_subscriber::registry().with(layer.with_filter(chosen.and(NoSecrets))).try_init().map_err(|e| e.to_string())
+    let logs = tracing_subscriber::registry().with(layer.with_filter(chosen.and(NoSecrets)));
+    #[cfg(feature = "otel")]
+    {
+        let exporter = otel::exporter()?;
+        let spans = exporter.as_ref().map(otel::layer);
+        logs.with(spans).try_init().map_err(|e| e.to_string())?;
+        Ok(Telemetry { exporter })
+    }
+    #[cfg(not(feature = "otel"))]
+    {
+        logs.try_init().map_err(|e| e.to_string())?;
+        Ok(Telemetry {})
+    }
+}
+
+/// The export of spans by OTLP over gRPC.
+#[cfg(feature = "otel")]
+mod otel {
+    use opentelemetry::trace::TracerProvider as _;
+    use opentelemetry_sdk::{Resource, trace::SdkTracerProvider};
+    use tracing::Subscriber;
+    use tracing_subscriber::{Layer, filter::Targets, registry::LookupSpan};
+
+    /// Where spans go: OpenTelemetry's own variable, so that demae is set up as other programs are.
+    const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
+
+    /// The exporter; none if nothing says where spans are to go.
+    pub(super) fn exporter() -> Result<Option<SdkTracerProvider>, String> {
+        if std::env::var_os(ENDPOINT).is_none_or(|v| v.is_empty()) {
+            return Ok(None);
+        }
+        let exporter = opentelemetry_otlp::SpanExporter::builder()
+            .with_tonic()
+            .build()
+            .map_err(|e| format!("`{ENDPOINT}`: {e}; write it like `http://127.0.0.1:4317`"))?;
+        let named = std::env::var_os("OTEL_SERVICE_NAME").is_some();
+        let resource = Resource::builder();
+        let resource = if named { resource } else { resource.with_service_name("demae") }.build();
+        Ok(Some(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build()))
+    }
+
+    /// Hands demae's own spans to the exporter, and no library's: those may hold what they send.
+    pub(super) fn layer<S>(provider: &SdkTracerProvider) -> impl Layer<S> + use<S>
+    where
+        S: Subscriber + for<'a> LookupSpan<'a>,
+    {
+        let spans = tracing_opentelemetry::layer().with_tracer(provider.tracer("demae"));
+        spans.with_filter(Targets::new().with_target("demae", tracing::Level::INFO))
+    }
 }

@@ -112,6 +112,7 @@ impl World {
         observed.socket_dirs =
             files::list(&layout.app_sockets(app))?.iter().filter_map(|n| Layout::parse_key(n)).collect();
         let proven = files::read(&layout.proven(app))?;
+        observed.proven_at = proven.as_ref().map(|_| modified(&layout.proven(app)));
         observed.proven = proven.and_then(|text| ReleaseId::try_from(String::from_utf8_lossy(&text).trim()).ok());
         for name in files::list(&layout.verdicts(app))? {
             let text = files::read(&layout.verdicts(app).join(&name))?.unwrap_or_default();
@@ -183,11 +184,13 @@ impl World {
             key: found.key,
             id: found.id,
             image: found.image,
+            ordered: found.ordered,
             phase: found.phase,
             health,
             settled: found.settled,
             out_of_memory: found.out_of_memory,
             started: found.started,
+            restarts: found.restarts,
             address,
             connections,
             check: found.check,

@@ -1,18 +1,13 @@
 //! Apps of other kinds: without requests, of which two must not run, asked by Docker, pulled from a registry.
-#![expect(clippy::disallowed_methods, reason = "a test runs programs and writes files of its own")]
-
 mod support;
 
-use std::{
-    fs,
-    process::{Child, Command, Stdio},
-    time::Duration,
-};
+use std::time::Duration;
 
 use demae::model::status::State;
 use support::{
-    lab::{Lab, docker, free_address, until},
+    lab::{Lab, docker, until},
     load::{Client, Load, mixed},
+    registry::Registry,
 };
 
 #[test]
@@ -72,48 +67,12 @@ fn an_app_that_docker_asks_is_routed_like_any_other() {
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
 }
 
-struct Registry {
-    child: Child,
-    names: Vec<String>,
-}
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        for name in &self.names {
-            docker(&["rmi", "-f", name]);
-        }
-    }
-}
-
 #[test]
 fn an_image_is_pulled_and_a_missing_one_is_waited_for() {
     let lab = Lab::new();
-    let address = free_address();
-    let config = lab.path("registry.yml");
-    let text = format!(
-        "version: 0.1\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: {address}}}\n",
-        lab.path("registry").display()
-    );
-    fs::write(&config, text).expect("a file");
-    let child = Command::new("docker-registry")
-        .arg("serve")
-        .arg(&config)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("docker-registry runs");
-    let name = |version: &str| format!("localhost:{}/app:{version}", address.port());
-    let registry = Registry { child, names: vec![name("v1"), name("v2")] };
-    until("the registry answers", || {
-        support::load::get(address, "localhost", "/v2/").is_ok_and(|(code, _)| code == 200)
-    });
-    let push = |version: &str| {
-        docker(&["tag", &lab.image(version), &name(version)]);
-        docker(&["push", "-q", &name(version)]);
-        docker(&["rmi", &name(version)]);
-    };
+    let registry = Registry::start(&lab);
+    let name = |version: &str| registry.name(version);
+    let push = |version: &str| registry.push(&lab, version);
     push("v1");
     let spec = lab.socket_spec(&name("v1"), "pulled.test", "pull_policy: always\n");
     lab.deploy("pulled", "apps/pulled/spec", &spec);
@@ -133,5 +92,4 @@ fn an_image_is_pulled_and_a_missing_one_is_waited_for() {
     });
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
-    drop(registry);
 }

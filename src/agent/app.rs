@@ -3,15 +3,18 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
+use tracing::Span;
 
+use super::account::{Account, Ears};
 use crate::{
-    metrics::Metrics,
+    events::Events,
+    metrics::{AppView, Metrics, ReleaseView},
     model::{
-        desired::DesiredApp,
+        desired::{DesiredApp, Target},
         name::{AppName, ImageRef, ReleaseId},
-        observed::{ObservedApp, Phase},
+        observed::{Address, ObservedApp, Phase},
         proxy::ObservedProxy,
-        status::{AppStatus, Moment, State},
+        status::{AppStatus, State},
         time::Timestamp,
     },
     plan::{
@@ -19,7 +22,7 @@ use crate::{
         app::plan_app,
         check,
         proxy::Conflict,
-        step::{Step, StepKind, TIME_IS_OVER},
+        step::{Step, StepKind},
         wait::{Block, Wait},
     },
     retry::pause_after,
@@ -27,10 +30,9 @@ use crate::{
 
 /// Failures are forgotten when none has come for this long: the time after which kubelet forgives a crash loop.
 const FORGIVEN: Duration = Duration::from_secs(600);
-/// Most moments of one change that are kept.
-const MOMENTS: usize = 64;
 
 pub(super) struct AppState {
+    app: AppName,
     desired: DesiredApp,
     observed: Option<ObservedApp>,
     planned: Option<AppPlan>,
@@ -45,16 +47,16 @@ pub(super) struct AppState {
     cooling: Cooling,
     look_error: Option<(String, u32)>,
     pulled: Option<ReleaseId>,
-    change: Option<Instant>,
-    timeline: Vec<Moment>,
-    draining: Option<Instant>,
+    account: Account,
     since: Timestamp,
     told: Option<(State, Option<String>)>,
 }
 
 impl AppState {
-    pub(super) fn new(now: Timestamp) -> Self {
+    pub(super) fn new(app: AppName, now: Timestamp) -> Self {
         Self {
+            account: Account::new(app.clone()),
+            app,
             desired: Self::not_wanted(),
             observed: None,
             planned: None,
@@ -68,9 +70,6 @@ impl AppState {
             cooling: Cooling::new(),
             look_error: None,
             pulled: None,
-            change: None,
-            timeline: Vec::new(),
-            draining: None,
             since: now,
             told: None,
         }
@@ -92,16 +91,11 @@ impl AppState {
         if release(&self.desired) != release(&desired) {
             self.cooling.clear();
         }
+        self.account.changed(&self.desired, &desired, release(&desired), seen, now);
         self.desired = desired;
         self.current = false;
         self.dirty = true;
         self.look_after = now;
-        // A change of mind during a change is measured from the first one: that is how long somebody waits.
-        if self.change.is_none() {
-            self.change = seen;
-            self.timeline.clear();
-        }
-        self.moment("seen");
     }
 
     pub(super) fn wanted_image(&self) -> Option<(ReleaseId, ImageRef)> {
@@ -109,7 +103,7 @@ impl AppState {
     }
 
     pub(super) fn take_observed(&mut self, observed: ObservedApp) {
-        self.note_health(&observed);
+        self.account.observed(self.observed.as_ref(), &observed, target(&self.desired));
         let pulled = self.pulled.is_some() && self.pulled.as_ref() == release(&self.desired);
         self.observed = Some(ObservedApp { pulled, ..observed });
         self.look_error = None;
@@ -152,14 +146,14 @@ impl AppState {
     /// Plans, has the plan checked, and answers with the step to take.
     pub(super) fn plan(
         &mut self,
-        app: &AppName,
         proxy: &ObservedProxy,
         trouble: Option<&str>,
         conflict: Option<Conflict>,
         now: Timestamp,
-        metrics: &Metrics,
+        (metrics, events): (&Metrics, &Events),
     ) -> Option<Step> {
         self.replan = false;
+        let app = &self.app;
         let observed = self.observed.as_ref()?;
         self.cooling.retain(|_, c| now < c.until.plus(FORGIVEN));
         let view = ProxyView {
@@ -189,52 +183,34 @@ impl AppState {
         // A step that is waited for says nothing new about when to look again.
         self.wake = if self.busy.is_some() { None } else { plan.wake_at(now) };
         let step = plan.step.clone();
-        self.note_drain(&plan, metrics);
         if let Some(planned) = &step {
             tracing::debug!(app = %app, step = planned.step.kind().as_str(), "{planned}");
             self.busy = Some(planned.step.kind());
         }
-        let converged = plan.is_converged();
+        let ears = Ears { metrics, events, release: release(&self.desired) };
+        self.account.planned(&plan, observed, &ears, now);
         self.planned = Some(plan);
         self.current = true;
-        if converged && let Some(change) = self.change.take() {
-            let took = change.elapsed();
-            self.timeline.push(Moment { what: "converged".into(), ms: millis(took) });
-            metrics.convergence.with_label_values(&[app.as_str()]).observe(took.as_secs_f64());
-            let moments: Vec<String> = self.timeline.iter().map(|m| format!("{} {}", m.what, m.ms)).collect();
-            tracing::info!(app = %app, took_ms = millis(took), "converged ({})", moments.join(", "));
-        }
         step.map(|p| p.step)
     }
 
-    pub(super) fn took_step(&mut self, step: &Step, metrics: &Metrics, app: &AppName) {
+    pub(super) fn took_step(&mut self, step: &Step, metrics: &Metrics, events: &Events) {
         let kind = step.kind();
         if kind != StepKind::Discard {
             self.cooling.remove(&kind);
         }
-        let what = match step {
-            Step::Pull(_) => {
-                self.pulled = release(&self.desired).cloned();
-                "pulled"
-            }
-            Step::Create { .. } => "created",
-            Step::Start(_) => "started",
-            Step::Switch(_) => "switched",
-            Step::Prove { .. } => "proven",
-            Step::Stop { .. } => "stopped",
-            Step::Remove(_) => "removed",
-            Step::RecordVerdict { .. } => "failed",
-            Step::Discard { why, .. } => {
-                // A replacement that failed is not the failure of a step, and is not tried again at once all the same.
-                self.failed_step(StepKind::Discard, why.clone(), true);
-                "discarded"
-            }
-            Step::WriteEnvFile(_) | Step::ClearSocket(_) | Step::Settle(_) | Step::CleanUp(_) => return,
-        };
-        self.moment(what);
-        if let (Step::Prove { ingress: Some(_), .. }, Some(change)) = (step, self.change) {
-            metrics.first_answer.with_label_values(&[app.as_str()]).observe(change.elapsed().as_secs_f64());
+        match step {
+            Step::Pull(_) => self.pulled = release(&self.desired).cloned(),
+            // A replacement that failed is not the failure of a step, and is not tried again at once all the same.
+            Step::Discard { why, .. } => self.failed_step(StepKind::Discard, why.clone(), true),
+            _ => {}
         }
+        self.account.stepped(step, &Ears { metrics, events, release: release(&self.desired) });
+    }
+
+    /// The span that a step belongs to.
+    pub(super) fn span(&self, kind: StepKind) -> Span {
+        self.account.span(kind)
     }
 
     pub(super) fn failed_step(&mut self, kind: StepKind, error: String, temporary: bool) {
@@ -242,40 +218,6 @@ impl AppState {
         let attempts = self.cooling.get(&kind).filter(|c| c.temporary == temporary).map_or(0, |c| c.attempts) + 1;
         let until = Timestamp::now().plus(pause_after(attempts));
         self.cooling.insert(kind, Cooled { until, attempts, error, temporary });
-    }
-
-    fn moment(&mut self, what: &str) {
-        if let Some(change) = self.change
-            && self.timeline.len() < MOMENTS
-        {
-            self.timeline.push(Moment { what: what.to_owned(), ms: millis(change.elapsed()) });
-        }
-    }
-
-    /// The first look at which all instances of the wanted release are healthy.
-    fn note_health(&mut self, observed: &ObservedApp) {
-        let Some(target) = target(&self.desired) else { return };
-        let healthy = |o: &ObservedApp| {
-            let of_release = o.instances.iter().filter(|i| i.key.release == target.release.id);
-            of_release.filter(|i| i.is_running() && i.health.is_healthy()).count() >= usize::from(target.replicas)
-        };
-        if healthy(observed) && !self.timeline.iter().any(|m| m.what == "healthy") {
-            self.moment("healthy");
-        }
-    }
-
-    fn note_drain(&mut self, plan: &AppPlan, metrics: &Metrics) {
-        let waiting = plan.waits.iter().any(|w| matches!(w, Wait::Drain { .. }));
-        let stopping = plan.step.as_ref().filter(|p| p.step.kind() == StepKind::Stop);
-        if waiting {
-            self.draining.get_or_insert_with(Instant::now);
-        } else if let Some(planned) = stopping {
-            let took = self.draining.take().map(|d| d.elapsed()).unwrap_or_default();
-            let outcome = if planned.reason == TIME_IS_OVER { "cut" } else { "complete" };
-            metrics.drains.with_label_values(&[outcome]).inc();
-            metrics.drain_seconds.with_label_values(&[] as &[&str]).observe(took.as_secs_f64());
-            self.moment("drained");
-        }
     }
 
     pub(super) fn wish(&self) -> VhostWish {
@@ -289,15 +231,6 @@ impl AppState {
 
     pub(super) fn is_planned(&self) -> bool {
         self.planned.is_some()
-    }
-
-    /// Whether status has told of the app since it was last asked.
-    pub(super) fn take_untold(&mut self) -> bool {
-        self.told.take().is_some()
-    }
-
-    pub(super) fn plan_made(&self) -> Option<&AppPlan> {
-        self.planned.as_ref()
     }
 
     /// Whether the last plan leaves nothing to do here, and nothing to wait for but a person.
@@ -322,13 +255,54 @@ impl AppState {
             && self.planned.as_ref().is_some_and(AppPlan::is_converged)
     }
 
+    /// What metrics tell of it, beside what status tells.
+    pub(super) fn view(&self, status: &AppStatus) -> AppView {
+        let plan = self.planned.as_ref();
+        let observed = self.observed.as_ref();
+        let instances = || observed.into_iter().flat_map(|o| &o.instances);
+        let wants = target(&self.desired)
+            .map(|t| ReleaseView { release: t.release.id.to_string(), version: t.release.image.version().to_owned() });
+        let serves = plan.and_then(|p| p.serving.as_ref()).map(|serving| {
+            let ordered = instances().find(|i| i.key.release == *serving).and_then(|i| i.ordered.as_ref());
+            let version = match (ordered, &wants) {
+                (Some(image), _) => image.version().to_owned(),
+                (None, Some(wants)) if wants.release == serving.as_str() => wants.version.clone(),
+                _ => "unknown".to_owned(),
+            };
+            ReleaseView { release: serving.to_string(), version }
+        });
+        let draining = plan.into_iter().flat_map(|p| &p.waits).filter_map(|w| match w {
+            Wait::Drain { connections, .. } => *connections,
+            _ => None,
+        });
+        AppView {
+            app: self.app.clone(),
+            state: status.state,
+            wanted: usize::from(status.wanted),
+            running: instances().filter(|i| i.is_running()).count(),
+            healthy: usize::from(status.healthy),
+            unconverged: self.account.unconverged(),
+            proven: observed.and_then(|o| o.proven_at),
+            wants,
+            serves,
+            blocks: plan.filter(|_| self.current).into_iter().flat_map(|p| &p.blocks).map(Block::kind).collect(),
+            waits: plan.into_iter().flat_map(|p| &p.waits).map(Wait::kind).collect(),
+            draining: draining.sum(),
+            series: self.account.series.clone(),
+        }
+    }
+
+    /// Ports of the loopback address that its containers have.
+    pub(super) fn ports(&self) -> impl Iterator<Item = u16> {
+        let instances = self.observed.iter().flat_map(|o| &o.instances);
+        instances.filter_map(|i| match i.address {
+            Some(Address::Port(port)) => Some(port),
+            _ => None,
+        })
+    }
+
     /// What status tells; nothing of an app that is not here and not wanted here.
-    pub(super) fn status(
-        &mut self,
-        app: &AppName,
-        host: &crate::model::name::HostName,
-        now: Timestamp,
-    ) -> Option<AppStatus> {
+    pub(super) fn status(&mut self, host: &crate::model::name::HostName, now: Timestamp) -> Option<AppStatus> {
         let target = target(&self.desired).cloned();
         // A plan made for what was wanted before says nothing of what is wanted now, but who serves.
         let mut plan = self.planned.clone().unwrap_or_default();
@@ -359,7 +333,7 @@ impl AppState {
         let observed = self.observed.as_ref();
         let verdict = target.as_ref().and_then(|t| observed?.verdicts.get(&t.release.id)).cloned();
         Some(AppStatus {
-            app: app.to_string(),
+            app: self.app.to_string(),
             host: host.clone(),
             state,
             serving: plan.serving.as_ref().map(ToString::to_string).filter(|s| Some(s) != release.as_ref()),
@@ -368,13 +342,13 @@ impl AppState {
             wanted: target.as_ref().map_or(0, |t| t.replicas),
             healthy: plan.healthy,
             since: self.since,
-            reason: self.reason(app, &plan),
+            reason: self.reason(&plan),
             verdict,
-            timeline: self.timeline.clone(),
+            timeline: self.account.timeline().to_vec(),
         })
     }
 
-    fn reason(&self, app: &AppName, plan: &AppPlan) -> String {
+    fn reason(&self, plan: &AppPlan) -> String {
         if let Some((error, _)) = &self.look_error {
             return format!("the app cannot be seen now: {error}");
         }
@@ -382,7 +356,7 @@ impl AppState {
             return "it is about to be looked at".to_owned();
         }
         if let Some(block) = plan.blocks.first() {
-            return format!("{block} ({})", block.remedy(app));
+            return format!("{block} ({})", block.remedy(&self.app));
         }
         if let Some(planned) = &plan.step {
             return planned.to_string();
@@ -398,7 +372,7 @@ impl AppState {
     }
 }
 
-fn target(desired: &DesiredApp) -> Option<&crate::model::desired::Target> {
+fn target(desired: &DesiredApp) -> Option<&Target> {
     match desired {
         DesiredApp::Run(target) | DesiredApp::Invalid { last_good: Some(target), .. } => Some(target),
         _ => None,
@@ -407,8 +381,4 @@ fn target(desired: &DesiredApp) -> Option<&crate::model::desired::Target> {
 
 fn release(desired: &DesiredApp) -> Option<&ReleaseId> {
     target(desired).map(|t| &t.release.id)
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -3,16 +3,29 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use tokio::time::Instant;
+use tracing::Span;
 
-use super::{Agent, app::AppState};
+use super::{Agent, account::millis, app::AppState};
 use crate::{
     execute::StepError,
     host::{
         docker::Listed,
         nginx::{NginxError, Published},
     },
-    model::{name::AppName, observed::ObservedApp, problem::chain, proxy::ObservedProxy, time::Timestamp},
-    plan::{Cooled, step::Step},
+    metrics::Drift,
+    model::{
+        event::{Outcome, What},
+        name::AppName,
+        observed::ObservedApp,
+        problem::chain,
+        proxy::ObservedProxy,
+        time::Timestamp,
+    },
+    plan::{
+        Cooled,
+        proxy::{CHANGED_BY_HAND, NOT_LIVE},
+        step::Step,
+    },
     retry::{jittered, pause_after},
     world::ObserveError,
 };
@@ -22,7 +35,7 @@ pub(super) enum Done {
     /// A look at an app.
     Observed(AppName, Result<ObservedApp, ObserveError>),
     /// A step for an app.
-    Stepped(AppName, Box<Step>, Result<(), StepError>, Duration),
+    Stepped(AppName, Box<Step>, Result<(), StepError>, Duration, Span),
     /// A list of everything.
     Listed(Result<(Vec<Listed>, BTreeMap<AppName, ObservedApp>), ObserveError>),
     /// A look at nginx.
@@ -30,7 +43,17 @@ pub(super) enum Done {
     /// A count of nginx's old workers.
     OldWorkers(usize),
     /// A step for nginx.
-    ProxyStepped(Result<Option<Published>, NginxError>, Duration),
+    ProxyStepped(ProxyEnd),
+}
+
+/// How a step for nginx ended.
+pub(super) struct ProxyEnd {
+    pub(super) result: Result<Option<Published>, NginxError>,
+    /// Why it was taken.
+    pub(super) reason: &'static str,
+    /// How many apps it changes.
+    pub(super) changes: usize,
+    pub(super) took: Duration,
 }
 
 impl Agent {
@@ -52,7 +75,9 @@ impl Agent {
                     }
                 }
             }
-            Done::Stepped(app, step, result, took) => self.take_step(&app, &step, result, took),
+            Done::Stepped(app, step, result, took, span) => {
+                span.in_scope(|| self.take_step(&app, &step, result, took));
+            }
             Done::Listed(result) => self.take_list(result),
             Done::ProxyObserved(observed) => {
                 self.proxy.observing = false;
@@ -66,26 +91,29 @@ impl Agent {
                     self.replan_all();
                 }
             }
-            Done::ProxyStepped(result, took) => self.take_proxy_step(result, took),
+            Done::ProxyStepped(end) => self.take_proxy_step(end),
         }
     }
 
     fn take_step(&mut self, app: &AppName, step: &Step, result: Result<(), StepError>, took: Duration) {
         let kind = step.kind();
-        let metrics = &self.outlets.metrics;
-        metrics.step_seconds.with_label_values(&[kind.as_str()]).observe(took.as_secs_f64());
+        let (metrics, events) = (&self.outlets.metrics, &self.outlets.events);
+        metrics.stepped(kind, result.as_ref().err().map(StepError::kind), took);
+        let took_ms = millis(took);
+        let tell = |outcome: Outcome, message: String| {
+            events.tell(Some(app), What::Step { step: kind.as_str().to_owned(), outcome, took_ms }, message);
+        };
         let Some(state) = self.apps.get_mut(app) else { return };
         state.busy = None;
         state.dirty = true;
         match result {
             Ok(()) => {
-                metrics.steps.with_label_values(&[kind.as_str(), "done"]).inc();
-                tracing::info!(app = %app, step = kind.as_str(), took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX), "{step}");
-                state.took_step(step, metrics, app);
+                tracing::info!(app = %app, step = kind.as_str(), took_ms, "{step}");
+                tell(Outcome::Done, step.to_string());
+                state.took_step(step, metrics, events);
             }
             Err(e) => {
-                metrics.steps.with_label_values(&[kind.as_str(), "failed"]).inc();
-                metrics.step_failures.with_label_values(&[kind.as_str(), e.kind()]).inc();
+                tell(Outcome::Failed, format!("{step} failed: {}", chain(&e)));
                 tracing::warn!(app = %app, step = kind.as_str(), error = e.kind(), "{step} failed: {}", chain(&e));
                 state.failed_step(kind, chain(&e), e.is_temporary());
             }
@@ -101,7 +129,7 @@ impl Agent {
                 self.relist_at = Instant::now() + Duration::from_secs(1);
             }
             Ok((listed, on_disk)) => {
-                self.outlets.metrics.lists.inc();
+                self.outlets.metrics.listed();
                 self.docker_error = None;
                 let now = Timestamp::now();
                 let mut by_app: BTreeMap<AppName, Vec<(String, String)>> = BTreeMap::new();
@@ -112,7 +140,7 @@ impl Agent {
                     by_app.entry(container.app).or_default().push((container.id, container.state));
                 }
                 for app in by_app.keys() {
-                    self.apps.entry(app.clone()).or_insert_with(|| AppState::new(now));
+                    self.apps.entry(app.clone()).or_insert_with(|| AppState::new(app.clone(), now));
                 }
                 let first = !self.listed;
                 let nothing = ObservedApp::default();
@@ -128,27 +156,37 @@ impl Agent {
         }
     }
 
-    fn take_proxy_step(&mut self, result: Result<Option<Published>, NginxError>, took: Duration) {
-        let metrics = &self.outlets.metrics;
+    fn take_proxy_step(&mut self, end: ProxyEnd) {
+        let (metrics, events) = (&self.outlets.metrics, &self.outlets.events);
+        let took_ms = millis(end.took);
         self.proxy.busy = false;
         self.proxy.dirty = true;
-        match result {
+        match end.result {
             Ok(published) => {
                 self.proxy.cooled = None;
                 if published.as_ref().is_none_or(|p| p.reloaded) {
-                    metrics.reloads.with_label_values(&["done"]).inc();
-                    metrics.reload_seconds.with_label_values(&[] as &[&str]).observe(took.as_secs_f64());
-                    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-                    tracing::info!(step = "nginx", took_ms, "nginx serves a new configuration");
+                    metrics.reloaded(end.changes, end.took);
+                    let message = format!("nginx serves a new configuration: {}", end.reason);
+                    tracing::info!(step = "nginx", took_ms, "{message}");
+                    events.tell(None, What::Reload { outcome: Outcome::Done, took_ms }, message);
+                } else {
+                    metrics.reload_skipped();
+                }
+                match end.reason {
+                    CHANGED_BY_HAND => metrics.repaired(Drift::File),
+                    NOT_LIVE => metrics.repaired(Drift::Nginx),
+                    _ => {}
                 }
                 for (app, error) in published.iter().flat_map(|p| &p.rejected) {
                     tracing::warn!(app = %app, "nginx refuses the app: {error}");
                 }
             }
             Err(e) => {
-                metrics.reloads.with_label_values(&["failed"]).inc();
+                metrics.reload_failed();
                 let error = chain(&e);
                 tracing::warn!("nginx cannot be changed: {error}");
+                let message = format!("nginx cannot be changed: {error}");
+                events.tell(None, What::Reload { outcome: Outcome::Failed, took_ms }, message);
                 let attempts = self.proxy.cooled.as_ref().map_or(0, |c| c.attempts) + 1;
                 let until = Timestamp::now().plus(pause_after(attempts).min(Duration::from_secs(30)));
                 self.proxy.cooled = Some(Cooled { until, attempts, error, temporary: true });

@@ -3,16 +3,13 @@
 //! News of any kind (a change in the store, an event of Docker, a health check, a step that ended, a timer) only says
 //! *look again at this app*. What is decided follows from what is then seen, so a lost event costs time, never safety.
 
+mod account;
 mod app;
 mod done;
 mod listen;
 mod report;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{Semaphore, mpsc, watch},
@@ -21,9 +18,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use tracing::Instrument as _;
+
 use crate::{
+    events::Events,
     failpoint,
-    metrics::Metrics,
+    metrics::{Metrics, View, Vitals},
     model::{desired::Snapshot, name::AppName, proxy::ObservedProxy, status::HostStatus, time::Timestamp},
     plan::{
         Cooled, VhostWish,
@@ -34,7 +34,7 @@ use crate::{
     world::SharedWorld,
 };
 use app::AppState;
-use done::Done;
+use done::{Done, ProxyEnd};
 use listen::{Hint, hang_up, listen};
 
 /// Steps at a time. Measured on two cores: four at a time start 50 containers in 4.8 s, eight in 4.4 s, sixteen in
@@ -52,6 +52,12 @@ const FIRST_LOOK: Duration = Duration::from_secs(5);
 pub struct Outlets {
     /// Metrics.
     pub metrics: Arc<Metrics>,
+    /// What metrics show of the loop.
+    pub view: watch::Sender<Arc<View>>,
+    /// What metrics show of this machine.
+    pub vitals: watch::Sender<Vitals>,
+    /// What happens, one thing at a time.
+    pub events: Events,
     /// For `/status`.
     pub status: watch::Sender<HostStatus>,
     /// For the store.
@@ -105,8 +111,7 @@ pub struct Agent {
     jobs: JoinSet<Done>,
     steps: Arc<Semaphore>,
     pulls: Arc<Semaphore>,
-    known_blocks: BTreeSet<&'static str>,
-    known_waits: BTreeSet<&'static str>,
+    store_reachable: bool,
 }
 
 #[derive(Default)]
@@ -144,8 +149,7 @@ impl Agent {
             jobs: JoinSet::new(),
             steps: Arc::new(Semaphore::new(options.parallel)),
             pulls: Arc::new(Semaphore::new(PARALLEL_PULLS)),
-            known_blocks: BTreeSet::new(),
-            known_waits: BTreeSet::new(),
+            store_reachable: true,
         }
     }
 
@@ -232,7 +236,7 @@ impl Agent {
         // What an agent finds when it starts is no change that anybody waits for.
         let seen = seen.filter(|_| self.snapshot.is_some());
         for (app, desired) in &snapshot.apps {
-            let state = self.apps.entry(app.clone()).or_insert_with(|| AppState::new(now));
+            let state = self.apps.entry(app.clone()).or_insert_with(|| AppState::new(app.clone(), now));
             state.want(desired.clone(), seen, now);
         }
         let gone: Vec<AppName> = self.apps.keys().filter(|a| !snapshot.apps.contains_key(*a)).cloned().collect();
@@ -287,13 +291,7 @@ impl Agent {
         for app in &apps {
             self.act_on(app, now);
         }
-        self.apps.retain(|app, state| {
-            let keep = snapshot.apps.contains_key(app) || !state.is_gone();
-            if !keep {
-                self.outlets.metrics.forget(app);
-            }
-            keep
-        });
+        self.apps.retain(|app, state| snapshot.apps.contains_key(app) || !state.is_gone());
         self.act_on_proxy(now);
     }
 
@@ -324,15 +322,19 @@ impl Agent {
         }
         let conflict = self.conflicts.get(app).cloned();
         let trouble = self.proxy.trouble.clone();
-        let Some(step) =
-            state.plan(app, &self.proxy.observed, trouble.as_deref(), conflict, now, &self.outlets.metrics)
-        else {
+        let Some(step) = state.plan(
+            &self.proxy.observed,
+            trouble.as_deref(),
+            conflict,
+            now,
+            (&self.outlets.metrics, &self.outlets.events),
+        ) else {
             return;
         };
         let (world, app, observed) = (self.world.clone(), app.clone(), state.observed().cloned().unwrap_or_default());
+        let span = state.span(step.kind());
         let permits = if matches!(step, Step::Pull(_)) { self.pulls.clone() } else { self.steps.clone() };
-        self.jobs.spawn(async move {
-            let _permit = permits.acquire_owned().await;
+        let performing = async move {
             let began = Instant::now();
             if let Step::Start(handle) = &step {
                 world.expect(&app, &handle.id, &observed).await;
@@ -340,7 +342,11 @@ impl Agent {
             failpoint::boundary(step.kind().as_str());
             let result = world.perform(&app, &step, &observed).await;
             failpoint::boundary(step.kind().as_str());
-            Done::Stepped(app, Box::new(step), result, began.elapsed())
+            Done::Stepped(app, Box::new(step), result, began.elapsed(), tracing::Span::current())
+        };
+        self.jobs.spawn(async move {
+            let _permit = permits.acquire_owned().await;
+            performing.instrument(span).await
         });
     }
 
@@ -366,6 +372,10 @@ impl Agent {
         let Some((step, reason)) = plan.step else { return };
         tracing::info!("{step}: {reason}");
         self.proxy.busy = true;
+        let changes = match &step {
+            ProxyStep::Publish(wanted) => self.proxy.observed.changes_to(wanted),
+            ProxyStep::Reload => 0,
+        };
         let world = self.world.clone();
         self.jobs.spawn(async move {
             let began = Instant::now();
@@ -375,7 +385,7 @@ impl Agent {
                 ProxyStep::Reload => world.nginx.reload().await.map(|_| None),
             };
             failpoint::boundary("nginx");
-            Done::ProxyStepped(result, began.elapsed())
+            Done::ProxyStepped(ProxyEnd { result, reason, changes, took: began.elapsed() })
         });
     }
 

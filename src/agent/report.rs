@@ -1,14 +1,16 @@
 //! What the loop tells after each round: status, metrics, readiness. Told only when it changed.
 
+use std::{collections::BTreeSet, sync::Arc};
+
 use super::{Agent, app::AppState};
 use crate::{
-    metrics::Metrics,
+    metrics::{AppView, StoreView, View},
     model::{
         desired::HostMode,
-        status::{HostStatus, State, VERSION},
+        event::What,
+        status::{HostStatus, VERSION},
         time::Timestamp,
     },
-    plan::wait::{Block, Wait},
 };
 
 impl Agent {
@@ -17,27 +19,16 @@ impl Agent {
         let now = Timestamp::now();
         let host = self.world.host.clone();
         let store = self.updates.borrow().status.clone();
-        let mut apps = Vec::new();
-        for (app, state) in &mut self.apps {
-            match state.status(app, &host, now) {
-                Some(status) => apps.push(status),
-                // Neither here nor wanted here: its series would stand still for ever.
-                None if state.take_untold() => self.outlets.metrics.forget(app),
-                None => {}
+        // Of an app that is neither here nor wanted here nothing is told.
+        let (mut apps, mut views) = (Vec::new(), Vec::new());
+        for state in self.apps.values_mut() {
+            if let Some(status) = state.status(&host, now) {
+                views.push(state.view(&status));
+                apps.push(status);
             }
         }
-        let (blocks, waits) = (&self.outlets.metrics.blocks, &self.outlets.metrics.waits);
-        let plans = || self.apps.values().filter_map(|s| s.plan_made());
-        Metrics::set_kinds(blocks, &mut self.known_blocks, plans().flat_map(|p| &p.blocks).map(Block::kind));
-        Metrics::set_kinds(waits, &mut self.known_waits, plans().flat_map(|p| &p.waits).map(Wait::kind));
-        for app in &apps {
-            let metrics = &self.outlets.metrics;
-            let name = &[app.app.as_str()];
-            metrics.wanted.with_label_values(name).set(i64::from(app.wanted));
-            metrics.healthy.with_label_values(name).set(i64::from(app.healthy));
-            metrics.converged.with_label_values(name).set(i64::from(app.state == State::Converged));
-        }
-        self.tell_store();
+        self.tell_metrics(views);
+        self.tell_store(store.error.as_deref());
         let snapshot = self.snapshot.as_ref();
         let proxy = self.proxy.trouble.clone().or_else(|| {
             let error = if self.proxy.seen { self.proxy.observed.error.clone() } else { None };
@@ -74,13 +65,37 @@ impl Agent {
         }
     }
 
-    fn tell_store(&self) {
-        let metrics = &self.outlets.metrics;
+    fn tell_metrics(&mut self, apps: Vec<AppView>) {
         let update = self.updates.borrow();
-        metrics.revision.set(update.status.revision);
-        metrics.store_reads.set(i64::try_from(update.reads).unwrap_or(i64::MAX));
-        for (kind, count) in &update.errors {
-            metrics.store_errors.with_label_values(&[kind]).set(i64::try_from(*count).unwrap_or(i64::MAX));
+        let store = StoreView {
+            synced: update.status.synced,
+            revision: update.status.revision,
+            lag: update.head.saturating_sub(update.read_to).max(0),
+            reads: update.reads,
+            errors: update.errors.clone(),
+        };
+        drop(update);
+        let mode = self.snapshot.as_ref().map_or(HostMode::Active, |s| s.mode);
+        let draining_workers = self.proxy.observed.old_workers;
+        // Replaced as a whole: whoever scrapes keeps what it has, and nobody waits.
+        self.outlets.view.send_modify(|view| {
+            let (host, prefix) = (view.host.clone(), view.prefix.clone());
+            *view = Arc::new(View { host, prefix, mode, store, draining_workers, apps });
+        });
+        let used: BTreeSet<u16> = self.apps.values().flat_map(AppState::ports).collect();
+        let ports = self.world.ports.usage(&used);
+        self.outlets.vitals.send_if_modified(|v| std::mem::replace(&mut v.ports, ports) != ports);
+    }
+
+    /// Tells when the store is lost, and when it is back.
+    fn tell_store(&mut self, error: Option<&str>) {
+        let reachable = error.is_none();
+        if std::mem::replace(&mut self.store_reachable, reachable) != reachable {
+            let message = match error {
+                Some(error) => format!("the store cannot be read: {error}"),
+                None => "the store can be read again".to_owned(),
+            };
+            self.outlets.events.tell(None, What::Store { reachable }, message);
         }
     }
 }

@@ -9,8 +9,9 @@ use super::{Common, Ended as CliEnded, Exit, Failed, runtime, setup};
 use crate::{
     agent::{Agent, Ended, Options, Outlets},
     config::Config,
+    events::Events,
     http::{self, Shown},
-    metrics::Metrics,
+    metrics::{Metrics, View, Vitals},
     model::{
         desired::HostMode,
         status::{HostStatus, StoreStatus, VERSION},
@@ -18,7 +19,8 @@ use crate::{
     },
     shutdown,
     store::{self, Update, Viewer},
-    telemetry,
+    telemetry, vitals,
+    webhook::Webhook,
 };
 
 /// Longest wait for the last words to the store.
@@ -38,9 +40,13 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> CliEnded {
     let config = Config::load(&args.common)?;
-    telemetry::start(&config.log).map_err(Failed::because)?;
     let timeout = crate::model::text::duration(&args.timeout).map_err(Failed::because)?;
     let runtime = runtime(2)?;
+    let telemetry = {
+        // An exporter of spans has a connection, and so belongs to the runtime.
+        let _entered = runtime.enter();
+        telemetry::start(&config.log).map_err(Failed::because)?
+    };
     let ended = runtime.block_on(async {
         let tasks = TaskTracker::new();
         let (orderly, at_once) = shutdown::on_signals(&tasks)?;
@@ -57,6 +63,8 @@ pub(super) fn run(args: &Args) -> CliEnded {
             () = limit => Err(Failed::for_now(format!("not converged after {}; `demae status` tells why", args.timeout))),
         }
     });
+    // What it has not exported yet needs the runtime.
+    drop(telemetry);
     runtime.shutdown_background();
     Ok(match ended? {
         Ended::Converged | Ended::Told => Exit::Success,
@@ -68,8 +76,9 @@ pub(super) fn run(args: &Args) -> CliEnded {
 pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken) -> Result<Ended, Failed> {
     let _lock = setup::directories(config)?;
     let (news_out, news) = mpsc::unbounded_channel();
-    let world = Arc::new(setup::world(config, Some(news_out))?);
     let metrics = Arc::new(Metrics::new()?);
+    let events = Events::new(config.host.clone(), metrics.clone());
+    let world = Arc::new(setup::world(config, Some(news_out), metrics.clone())?);
     let empty = HostStatus {
         version: VERSION,
         host: config.host.clone(),
@@ -82,6 +91,9 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     };
     let (status, status_in) = watch::channel(empty.clone());
     let (publish, publish_in) = watch::channel((empty, BTreeMap::new()));
+    let (view, view_in) =
+        watch::channel(Arc::new(View::new(config.host.clone(), config.etcd.prefix.as_str().to_owned())));
+    let (vitals, vitals_in) = watch::channel(Vitals::default());
     let (pulse, pulse_in) = watch::channel(Timestamp::now());
     let (ready, ready_in) = watch::channel(false);
     let (updates, updates_in) = watch::channel(Update::default());
@@ -89,8 +101,21 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     // The listener and the store outlive the loop by a moment, to tell of its end.
     let (side, tasks) = (CancellationToken::new(), TaskTracker::new());
     let listener = http::bind(config.listen).await.map_err(Failed::because)?;
-    let shown = Shown { metrics: metrics.clone(), status: status_in, pulse: pulse_in, ready: ready_in };
-    let serving = http::serve(listener, shown, side.clone());
+    let shown = Shown {
+        metrics: metrics.clone(),
+        view: view_in,
+        vitals: vitals_in,
+        events: events.clone(),
+        status: status_in,
+        pulse: pulse_in,
+        ready: ready_in,
+        end: side.clone(),
+    };
+    if let Some(webhook) = &config.webhook {
+        tasks.spawn(Webhook::new(webhook.clone(), &events, metrics.clone())?.run(side.clone()));
+    }
+    tasks.spawn(vitals::watch(setup::places(config), vitals.clone(), side.clone()));
+    let serving = http::serve(listener, shown);
     tasks.spawn(async move {
         if let Err(e) = serving.await {
             tracing::error!("metrics, health and status are not served any more: {e}");
@@ -103,7 +128,7 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     tracing::info!(host = %config.host, listen = %config.listen, endpoints = config.etcd.endpoints.join(","), "demae {} starts", env!("CARGO_PKG_VERSION"));
 
     let options = Options { resync: config.resync, parallel: config.parallel, once };
-    let outlets = Outlets { metrics, status, publish, pulse, ready };
+    let outlets = Outlets { metrics, view, vitals, events, status, publish, pulse, ready };
     let ended = Agent::new(world, options, outlets, updates_in).run(news, token).await;
     side.cancel();
     if tokio::time::timeout(GOODBYE, tasks.wait()).await.is_err() {

@@ -59,7 +59,7 @@ struct Place {
 }
 
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
-    telemetry::start(&args.log).map_err(Failed::because)?;
+    let _telemetry = telemetry::start(&args.log).map_err(Failed::because)?;
     let etcd = program("etcd", "etcd-server")?;
     let nginx = program("nginx", "nginx")?;
     let dir = match &args.dir {

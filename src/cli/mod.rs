@@ -2,8 +2,10 @@
 
 mod agent;
 mod dev;
+mod events;
 mod plan;
 mod print;
+mod ready;
 mod schema;
 mod setup;
 mod status;
@@ -13,7 +15,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{config::Flags, model::problem::chain};
+use crate::{
+    config::{Flags, LISTEN},
+    model::problem::chain,
+};
 use print::Printer;
 
 /// Keeps the containers and the nginx of a Docker host as etcd says, and drops no request on the way
@@ -35,6 +40,10 @@ enum Verb {
     Agent(agent::Args),
     /// Show the apps of this host: what is wanted, what serves, and why it differs
     Status(status::Args),
+    /// Follow what happens on this host: steps, verdicts, blocks, convergence
+    Events(events::Args),
+    /// Tell whether the agent has read etcd, Docker and nginx: exit code 0 if so, 1 if not
+    Ready(ready::Args),
     /// Show what the agent would do now, and do nothing
     Plan(plan::Args),
     /// Check spec files, and tell every problem
@@ -108,6 +117,8 @@ pub fn run() -> ExitCode {
     let ended = match cli.verb {
         Verb::Agent(args) => agent::run(&args),
         Verb::Status(args) => status::run(&args, &mut printer),
+        Verb::Events(args) => events::run(&args, &mut printer),
+        Verb::Ready(args) => ready::run(&args, &mut printer),
         Verb::Plan(args) => plan::run(&args, &mut printer),
         Verb::Validate(args) => validate::run(&args, &mut printer),
         Verb::Schema => schema::run(&mut printer),
@@ -126,6 +137,13 @@ pub fn run() -> ExitCode {
 fn runtime(threads: usize) -> Result<tokio::runtime::Runtime, Failed> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     Ok(builder.worker_threads(threads).enable_all().build()?)
+}
+
+/// The address of an agent, from its URL or from nothing.
+fn agent_address(url: Option<&str>) -> String {
+    let url = url.unwrap_or(LISTEN);
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    rest.split('/').next().unwrap_or_default().to_owned()
 }
 
 type Ended = Result<Exit, Failed>;

@@ -1,10 +1,14 @@
 //! `demae plan`
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::{Common, Ended, Exit, Failed, print::Printer, runtime, setup};
 use crate::{
     config::Config,
+    host::docker::NoMeter,
     model::{desired::DesiredApp, name::AppName, time::Timestamp},
     plan::{
         AppInput, Cooling, ProxyView,
@@ -31,7 +35,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
 }
 
 async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) -> Ended {
-    let world = setup::world(config, None)?;
+    let world = setup::world(config, None, Arc::new(NoMeter))?;
     let snapshot = store::read_once(&config.etcd, &config.host, &config.labels)
         .await
         .map_err(|e| Failed::for_now(e.to_string()))?;

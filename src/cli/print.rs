@@ -17,6 +17,12 @@ impl Printer {
         let _ = writeln!(std::io::stdout(), "{text}");
     }
 
+    /// A line of data; false once nobody reads any more.
+    pub(super) fn try_line(&mut self, text: &str) -> bool {
+        let mut out = std::io::stdout();
+        writeln!(out, "{text}").and_then(|()| out.flush()).is_ok()
+    }
+
     /// A line about what happens.
     pub(super) fn error(&mut self, text: &str) {
         let _ = writeln!(std::io::stderr(), "{text}");

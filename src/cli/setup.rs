@@ -1,12 +1,14 @@
 //! From a configuration to the parts of an agent.
 
+use std::sync::Arc;
+
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::Failed;
 use crate::{
     config::Config,
     host::{
-        docker::Docker,
+        docker::{Docker, Meter},
         files,
         health::Prober,
         layout::{Layout, MAX_SOCKET_PATH},
@@ -14,11 +16,16 @@ use crate::{
         ports::Ports,
     },
     model::name::{AppName, MAX_NAME},
+    vitals::Places,
     world::World,
 };
 
 /// The world of a host; with `news` it asks instances how they are.
-pub(super) fn world(config: &Config, news: Option<UnboundedSender<AppName>>) -> Result<World, Failed> {
+pub(super) fn world(
+    config: &Config,
+    news: Option<UnboundedSender<AppName>>,
+    meter: Arc<dyn Meter>,
+) -> Result<World, Failed> {
     let layout = Layout::new(&config.state_dir, &config.run_dir);
     // The longest path that nginx will be given: the kernel cuts no path, it refuses it.
     let longest = layout.state().as_os_str().len() + "/routes/".len() + MAX_NAME + "/100.sock".len();
@@ -28,7 +35,7 @@ pub(super) fn world(config: &Config, news: Option<UnboundedSender<AppName>>) -> 
             layout.state().display()
         )));
     }
-    let docker = Docker::connect(&config.docker_socket, config.host.clone())?;
+    let docker = Docker::connect(&config.docker_socket, config.host.clone())?.metered(meter);
     let n = &config.nginx;
     let server: Box<dyn Server> = match &n.container {
         None => Box::new(Local { binary: n.binary.clone() }),
@@ -51,6 +58,16 @@ pub(super) fn world(config: &Config, news: Option<UnboundedSender<AppName>>) -> 
         prober: news.map(Prober::new),
         layout,
     })
+}
+
+/// What comes to its end by itself on this host.
+pub(super) fn places(config: &Config) -> Places {
+    let layout = Layout::new(&config.state_dir, &config.run_dir);
+    let mut certificates = config.nginx.certificates.clone();
+    certificates.extend(config.etcd.cacert.clone());
+    certificates.extend(config.etcd.cert.as_ref().map(|(cert, _)| cert.clone()));
+    let dirs = vec![("state", layout.state().to_owned()), ("run", layout.run().to_owned())];
+    Places { dirs, certificates, nginx: layout.nginx_live() }
 }
 
 /// Makes the directories of an agent, and takes its lock.

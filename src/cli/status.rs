@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{Common, Ended, Exit, Failed, print::Printer, runtime};
+use super::{Common, Ended, Exit, Failed, agent_address, print::Printer, runtime};
 use crate::{
     config,
     host::probe,
@@ -76,8 +76,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
 
 /// Asks the agent of this host; where none answers, what agents told the store.
 async fn read(args: &Args, printer: &mut Printer) -> Result<Shown, Failed> {
-    let url = args.agent.clone().unwrap_or_else(|| format!("http://{}", config::LISTEN));
-    let address = url.trim_start_matches("http://").split('/').next().unwrap_or_default().to_owned();
+    let address = agent_address(args.agent.as_deref());
     let asked = probe::get_tcp(&address, "localhost", "/status", Duration::from_secs(5)).await;
     let error = match asked {
         Ok(answer) if answer.status == 200 => match serde_json::from_str::<HostStatus>(&answer.body) {

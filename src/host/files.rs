@@ -101,6 +101,15 @@ pub fn make_dir(path: &Path, mode: u32) -> Result<()> {
     make().map_err(failed("make the directory", path))
 }
 
+/// Bytes that this process may still write to the file system of a path, and bytes in all.
+///
+/// # Errors
+/// If it is not there, or cannot be asked.
+pub fn space(path: &Path) -> Result<(u64, u64)> {
+    let stat = rustix::fs::statvfs(path).map_err(|e| failed("ask the file system of", path)(e.into()))?;
+    Ok((stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize))
+}
+
 /// Gives a file or directory to a user and a group, then the rights: the change of owner clears some of them.
 ///
 /// # Errors

@@ -1,6 +1,7 @@
 //! Effects on this machine. Each part has one home: containers in `docker`, nginx in `nginx`, everything written to
 //! disk in `files`.
 
+pub mod certificate;
 pub mod docker;
 pub mod drain;
 pub mod files;

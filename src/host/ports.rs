@@ -1,7 +1,7 @@
 //! Loopback ports for apps that listen on TCP.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     net::TcpListener,
     ops::RangeInclusive,
     sync::Mutex,
@@ -60,6 +60,14 @@ impl Ports {
             }
             None => Err(NoPort { range: self.range.clone(), taken: taken.len(), resting: resting.len() }),
         }
+    }
+
+    /// How many ports of the range are in use or at rest, and how many there are.
+    pub fn usage(&self, used: &BTreeSet<u16>) -> (usize, usize) {
+        let mut resting = self.resting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        resting.retain(|_, since| since.elapsed() < QUARANTINE);
+        let resting = resting.keys().filter(|port| !used.contains(port)).count();
+        (used.iter().filter(|port| self.range.contains(port)).count() + resting, self.range.len())
     }
 
     /// Lets a port rest.

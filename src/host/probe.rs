@@ -48,6 +48,50 @@ pub async fn get_tcp(address: &str, host: &str, uri: &str, within: Duration) -> 
     .await
 }
 
+/// Reads the lines of an answer as they come, for as long as `each` wants more. The limit is for the answer's head: a
+/// stream may be silent for hours.
+///
+/// # Errors
+/// In words, if there is no answer in time, or one that is no stream.
+pub async fn lines(
+    address: &str,
+    uri: &str,
+    within: Duration,
+    mut each: impl FnMut(&str) -> bool,
+) -> Result<(), NoAnswer> {
+    let stream = bounded(within, async { TcpStream::connect(address).await.map_err(|e| refused(&e, address)) }).await?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| words(&e))?;
+    let request = Request::get(uri).header(HOST, "localhost").body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
+    let reading = async {
+        let answer = bounded(within, async { sender.send_request(request).await.map_err(|e| words(&e)) }).await?;
+        if !answer.status().is_success() {
+            return Err(format!("answered with status {}", answer.status().as_u16()));
+        }
+        let mut body = answer.into_body();
+        let mut rest = Vec::new();
+        // An end in the middle of a line is the end of the other side; what is cut is told again by the next one.
+        while let Some(Ok(frame)) = body.frame().await {
+            rest.extend_from_slice(frame.data_ref().map_or(&[], |data| data));
+            while let Some(end) = rest.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = rest.drain(..=end).collect();
+                if !each(String::from_utf8_lossy(&line).trim_end()) {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    };
+    tokio::pin!(reading);
+    let mut connection = std::pin::pin!(connection);
+    let mut open = true;
+    loop {
+        tokio::select! {
+            ended = &mut reading => return ended,
+            _ = &mut connection, if open => open = false,
+        }
+    }
+}
+
 /// Whether a unix socket takes a connection.
 ///
 /// # Errors

@@ -38,6 +38,17 @@ pub enum HostMode {
     Drained,
 }
 
+impl HostMode {
+    /// The word for it, as it is written.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Cordoned => "cordoned",
+            Self::Drained => "drained",
+        }
+    }
+}
+
 /// What is wanted of one app here.
 #[derive(Debug, Clone, PartialEq)]
 pub enum DesiredApp {

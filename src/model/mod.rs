@@ -1,7 +1,9 @@
 //! Values, and nothing but values: no I/O, no clock, no async. Illegal states do not exist.
 
+pub mod change;
 pub mod desired;
 pub mod env;
+pub mod event;
 pub mod name;
 pub mod observed;
 pub mod problem;

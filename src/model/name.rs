@@ -152,6 +152,16 @@ impl ImageRef {
         let last = self.0.rsplit('/').next().unwrap_or(&self.0);
         if last.contains(':') || last.contains('@') { self.0.clone() } else { format!("{}:latest", self.0) }
     }
+
+    /// What tells one version of an image from another: its tag, or the beginning of its digest.
+    pub fn version(&self) -> &str {
+        let last = self.0.rsplit('/').next().unwrap_or(&self.0);
+        match (last.split_once('@'), last.split_once(':')) {
+            (Some((_, digest)), _) => digest.get(..19).unwrap_or(digest),
+            (None, Some((_, tag))) => tag,
+            (None, None) => "latest",
+        }
+    }
 }
 
 impl ContainerId {
@@ -174,6 +184,20 @@ impl VirtualHost {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_version_of_an_image_is_its_tag_or_digest() {
+        let digest = "a".repeat(64);
+        for (image, version) in [
+            ("web", "latest"),
+            ("web:v1", "v1"),
+            ("localhost:5000/team/web", "latest"),
+            ("localhost:5000/team/web:v2", "v2"),
+            (&format!("web:v1@sha256:{digest}"), "sha256:aaaaaaaaaaaa"),
+        ] {
+            assert_eq!(ImageRef::try_from(image).expect("an image").version(), version);
+        }
+    }
 
     #[test]
     fn hostile_texts_are_not_names() {

@@ -8,7 +8,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    name::{ContainerId, ReleaseId},
+    name::{ContainerId, ImageRef, ReleaseId},
     spec::HealthCheck,
     time::Timestamp,
 };
@@ -32,6 +32,8 @@ pub struct ObservedApp {
     pub socket_dirs: BTreeSet<InstanceKey>,
     /// The release last proven through nginx (or, for a worker, seen healthy).
     pub proven: Option<ReleaseId>,
+    /// When that was recorded.
+    pub proven_at: Option<Timestamp>,
     /// Releases that failed here.
     pub verdicts: BTreeMap<ReleaseId, Verdict>,
 }
@@ -60,6 +62,8 @@ pub struct Instance {
     pub id: ContainerId,
     /// Docker's id of its image.
     pub image: String,
+    /// The image as it was ordered, where its container tells.
+    pub ordered: Option<ImageRef>,
     /// What Docker says of it.
     pub phase: Phase,
     /// What its checks say.
@@ -70,6 +74,8 @@ pub struct Instance {
     pub out_of_memory: bool,
     /// When it last started, or was created.
     pub started: Timestamp,
+    /// How often Docker has started it again by itself.
+    pub restarts: u32,
     /// Where it takes requests.
     pub address: Option<Address>,
     /// Connections that nginx has to it, where that was counted.

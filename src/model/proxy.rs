@@ -87,6 +87,14 @@ impl ObservedProxy {
         self.live.as_ref().is_some_and(|m| self.serving == Some(m.generation))
     }
 
+    /// How many apps are served otherwise by another set of vhosts.
+    pub fn changes_to(&self, wanted: &BTreeMap<AppName, Vhost>) -> usize {
+        let nothing = BTreeMap::new();
+        let live = self.live.as_ref().map_or(&nothing, |m| &m.vhosts);
+        let changed = wanted.iter().filter(|(app, vhost)| live.get(*app) != Some(vhost)).count();
+        changed + live.keys().filter(|app| !wanted.contains_key(*app)).count()
+    }
+
     /// The live vhost of an app.
     pub fn vhost(&self, app: &AppName) -> Option<&Vhost> {
         self.live.as_ref()?.vhosts.get(app)

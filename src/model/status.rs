@@ -107,6 +107,10 @@ pub enum State {
 }
 
 impl State {
+    /// Every state.
+    pub const ALL: [Self; 6] =
+        [Self::Converged, Self::Converging, Self::Blocked, Self::Invalid, Self::Paused, Self::Leaving];
+
     /// The word.
     pub fn as_str(self) -> &'static str {
         match self {

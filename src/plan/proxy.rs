@@ -13,6 +13,11 @@ use crate::model::{
 /// Shortest time between two reloads. Each one starts new workers beside the old ones, so changes are gathered.
 pub const RELOAD_GAP: Duration = Duration::from_secs(1);
 
+/// Why nginx is given the same files again.
+pub const CHANGED_BY_HAND: &str = "somebody changed the files of demae";
+/// Why nginx is reloaded though nothing is new.
+pub const NOT_LIVE: &str = "nginx does not answer with the live configuration";
+
 /// How long a vhost that nginx refused is not offered again: what it refers to may have been put there meanwhile.
 pub const OFFER_AGAIN: Duration = Duration::from_secs(60);
 
@@ -71,10 +76,8 @@ pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
         Some(live) if live.templates != observed.templates => {
             Some((ProxyStep::Publish(wanted), "the templates changed"))
         }
-        Some(_) if observed.drifted => Some((ProxyStep::Publish(wanted), "somebody changed the files of demae")),
-        Some(_) if !observed.is_serving_live() => {
-            Some((ProxyStep::Reload, "nginx does not answer with the live configuration"))
-        }
+        Some(_) if observed.drifted => Some((ProxyStep::Publish(wanted), CHANGED_BY_HAND)),
+        Some(_) if !observed.is_serving_live() => Some((ProxyStep::Reload, NOT_LIVE)),
         Some(_) => None,
     };
     let Some(step) = step else { return plan };

@@ -88,6 +88,7 @@ impl PaperHost {
                     key: key.clone(),
                     id,
                     image: image.clone(),
+                    ordered: Some(release.image.clone()),
                     phase: Phase::Created,
                     health: Health::Unknown,
                     settled: false,
@@ -98,6 +99,7 @@ impl PaperHost {
                     check: release.health.clone(),
                     drain: *drain,
                     grace: release.container.stop_grace_period,
+                    restarts: 0,
                     stale_socket: false,
                 });
                 self.observed.instances.sort_by(|a, b| a.key.cmp(&b.key));

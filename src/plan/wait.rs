@@ -66,6 +66,10 @@ pub enum Wait {
 }
 
 impl Wait {
+    /// Every kind.
+    pub const KINDS: [&'static str; 8] =
+        ["busy", "health", "drain", "cooling_down", "proxy", "recovery", "removal", "image"];
+
     /// When to look again, if nothing happens before.
     pub fn look_again(&self, now: Timestamp) -> Option<Timestamp> {
         match self {
@@ -154,6 +158,10 @@ pub enum Block {
 }
 
 impl Block {
+    /// Every kind.
+    pub const KINDS: [&'static str; 8] =
+        ["invalid", "paused", "cordoned", "halted", "host_taken", "routes_rejected", "image_missing", "refused"];
+
     /// The kind: a bounded set, for metrics.
     pub fn kind(&self) -> &'static str {
         match self {

@@ -66,6 +66,9 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Every kind.
+    pub const KINDS: [&'static str; 4] = ["connect", "call", "watch", "file"];
+
     /// The kind: a bounded set, for metrics.
     pub fn kind(&self) -> &'static str {
         match self {

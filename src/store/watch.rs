@@ -29,6 +29,10 @@ pub struct Update {
     pub seen: Option<Instant>,
     /// For status.
     pub status: StoreStatus,
+    /// The newest revision that the store has told of.
+    pub head: i64,
+    /// All that happened up to this revision is known.
+    pub read_to: i64,
     /// Full reads so far, for metrics.
     pub reads: u64,
     /// Failures so far, by kind, for metrics.
@@ -135,7 +139,8 @@ impl Watcher {
         self.key = Some(key);
         let snapshot = if same { None } else { self.snapshot() };
         self.shown = self.contents.revision;
-        self.tell(snapshot);
+        let revision = self.contents.revision;
+        self.tell(snapshot, revision, revision);
         self.updates.send_if_modified(|u| {
             u.reads += 1;
             false
@@ -190,16 +195,21 @@ impl Watcher {
             self.shown = self.shown.max(newest);
         }
         let snapshot = if changed { self.snapshot() } else { None };
-        self.tell(snapshot);
+        let head = message.header().map_or(0, etcd_client::ResponseHeader::revision);
+        // A message without news is a sign of life, and says that there was nothing else up to its revision.
+        let read_to = if message.events().is_empty() && !message.created() { head } else { self.shown };
+        self.tell(snapshot, head, read_to);
         Ok(())
     }
 
     /// Tells the agent. Without a new snapshot only the time of the last proof changes, which wakes nobody.
-    fn tell(&self, snapshot: Option<Arc<Snapshot>>) {
+    fn tell(&self, snapshot: Option<Arc<Snapshot>>, head: i64, read_to: i64) {
         let revision = self.shown;
         self.updates.send_if_modified(|u| {
             let recovered = u.status.error.take().is_some();
             u.status.revision = revision;
+            u.head = u.head.max(head);
+            u.read_to = u.read_to.max(read_to);
             u.status.synced = Some(Timestamp::now());
             let news = snapshot.is_some();
             if let Some(snapshot) = snapshot {

@@ -42,6 +42,8 @@ pub struct Setup<'a> {
     pub nginx: &'a str,
     /// Lines before all sections.
     pub top: &'a str,
+    /// Sections after all others.
+    pub sections: &'a str,
     /// Do not start the agent yet.
     pub no_agent: bool,
 }
@@ -95,7 +97,7 @@ impl Lab {
         let text = format!(
             "host = \"{}\"\nstate_dir = \"{dir}/state\"\nrun_dir = \"{dir}/run\"\nlisten = \"{}\"\n{}\n\
              [etcd]\nendpoints = [\"{}\"]\n[nginx]\nconf = \"{dir}/nginx.conf\"\naddress = \"{}\"\nlisten = [\"{}\"]\n\
-             templates = \"{dir}/templates\"\n{}\n[ports]\nrange = \"{base}-{}\"\n",
+             templates = \"{dir}/templates\"\n{}\n[ports]\nrange = \"{base}-{}\"\n{}",
             self.host,
             self.metrics,
             setup.top,
@@ -103,7 +105,8 @@ impl Lab {
             self.ingress,
             self.ingress,
             setup.nginx,
-            base + 49
+            base + 49,
+            setup.sections
         );
         fs::write(self.path("agent.toml"), text).expect("a file");
         let user = if fs::metadata("/proc/self").map(|m| std::os::unix::fs::MetadataExt::uid(&m)).ok() == Some(0) {
@@ -459,7 +462,7 @@ pub fn free_address() -> SocketAddr {
 }
 
 /// For a spec: run as whoever runs the tests, so that a test that is not root can reach the sockets.
-fn user_line() -> String {
+pub fn user_line() -> String {
     use std::os::unix::fs::MetadataExt as _;
     match fs::metadata("/proc/self") {
         Ok(meta) if meta.uid() != 0 => format!("user: \"{}:{}\"\n", meta.uid(), meta.gid()),

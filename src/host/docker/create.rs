@@ -10,7 +10,7 @@ use bollard::{
     query_parameters::CreateContainerOptionsBuilder,
 };
 
-use super::{Docker, DockerError, label};
+use super::{Docker, DockerError, Operation, label};
 use crate::model::{
     name::{AppName, ContainerId},
     observed::InstanceKey,
@@ -48,7 +48,7 @@ impl Docker {
         for attempt in 0..10 {
             let name = if attempt == 0 { base.clone() } else { format!("{base}.{attempt}") };
             let options = CreateContainerOptionsBuilder::default().name(&name).build();
-            match self.call("create the container", self.client.create_container(Some(options), body.clone())).await {
+            match self.call(Operation::Create, self.client.create_container(Some(options), body.clone())).await {
                 Ok(created) => return id(&created.id),
                 Err(e) if e.is_status(409) => match self.ours(&name, request).await? {
                     Some(found) => return Ok(found),
@@ -58,7 +58,7 @@ impl Docker {
             }
         }
         Err(DockerError::Refused {
-            operation: "create the container",
+            operation: Operation::Create,
             status: 409,
             message: format!("`{base}` and nine names after it belong to somebody else"),
         })
@@ -66,7 +66,7 @@ impl Docker {
 
     /// A container by this name, if its labels say that it is the one asked for.
     async fn ours(&self, name: &str, request: &CreateRequest<'_>) -> Result<Option<ContainerId>, DockerError> {
-        let found = match self.call("inspect", self.client.inspect_container(name, None)).await {
+        let found = match self.call(Operation::Inspect, self.client.inspect_container(name, None)).await {
             Ok(found) => found,
             Err(e) if e.is_status(404) => return Ok(None),
             Err(e) => return Err(e),
@@ -86,6 +86,7 @@ impl Docker {
             (label::RELEASE.to_owned(), r.key.release.to_string()),
             (label::NUMBER.to_owned(), r.key.number.to_string()),
             (label::DRAIN.to_owned(), r.drain.as_millis().to_string()),
+            (label::IMAGE.to_owned(), r.release.image.to_string()),
             (label::HEALTH.to_owned(), json(serde_json::to_string(&r.release.health))),
         ]);
         if let Some(port) = r.port {

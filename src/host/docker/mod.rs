@@ -4,9 +4,15 @@
 //! has a deadline; after one has passed nothing is assumed, the next look tells.
 
 mod create;
+mod meter;
 mod pull;
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bollard::{
     Docker as Client,
@@ -25,9 +31,10 @@ use bollard::{
 use futures_util::{Stream, StreamExt as _};
 
 pub use create::{CreateRequest, facts};
+pub use meter::{Failure, Meter, NoMeter, Operation};
 
 use crate::model::{
-    name::{AppName, ContainerId, HostName, ReleaseId},
+    name::{AppName, ContainerId, HostName, ImageRef, ReleaseId},
     observed::{Health, InstanceKey, Phase},
     problem::chain,
     spec::{Endpoint, HealthCheck, Probe, SETTLE},
@@ -46,6 +53,7 @@ mod label {
     pub(super) const ENDPOINT: &str = "demae.endpoint";
     pub(super) const PORT: &str = "demae.port";
     pub(super) const HEALTH: &str = "demae.healthcheck";
+    pub(super) const IMAGE: &str = "demae.image";
 }
 
 /// Why a call failed.
@@ -55,7 +63,7 @@ pub enum DockerError {
     #[error("Docker does not answer ({operation}): {reason}")]
     Unreachable {
         /// What was asked.
-        operation: &'static str,
+        operation: Operation,
         /// Why.
         reason: String,
     },
@@ -63,7 +71,7 @@ pub enum DockerError {
     #[error("Docker cannot {operation}: {message}")]
     Refused {
         /// What was asked.
-        operation: &'static str,
+        operation: Operation,
         /// The HTTP status.
         status: u16,
         /// In its own words.
@@ -90,7 +98,7 @@ pub enum DockerError {
 }
 
 impl DockerError {
-    fn of(operation: &'static str) -> impl Fn(Error) -> Self {
+    fn of(operation: Operation) -> impl Fn(Error) -> Self {
         move |error| match error {
             Error::DockerResponseServerError { status_code, message } => {
                 DockerError::Refused { operation, status: status_code, message: one_line(&message) }
@@ -118,10 +126,17 @@ impl DockerError {
 type Result<T, E = DockerError> = std::result::Result<T, E>;
 
 /// The engine of this machine, seen by one host.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Docker {
     client: Client,
     host: HostName,
+    meter: Arc<dyn Meter>,
+}
+
+impl fmt::Debug for Docker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Docker").field("host", &self.host).finish_non_exhaustive()
+    }
 }
 
 /// A container of this host, as the engine tells of it.
@@ -135,6 +150,8 @@ pub struct Found {
     pub id: ContainerId,
     /// Docker's id of its image.
     pub image: String,
+    /// The image as it was ordered; a container that an older demae made does not tell.
+    pub ordered: Option<ImageRef>,
     /// What Docker says of it.
     pub phase: Phase,
     /// What Docker's own check says, or that it runs; `None` if the agent must ask.
@@ -145,6 +162,8 @@ pub struct Found {
     pub out_of_memory: bool,
     /// When it last started, or was created.
     pub started: Timestamp,
+    /// How often the engine has started it again.
+    pub restarts: u32,
     /// Where the app listens inside.
     pub endpoint: Option<Endpoint>,
     /// The published port.
@@ -179,16 +198,48 @@ impl Docker {
     /// If there is no such socket.
     pub fn connect(socket: &str, host: HostName) -> Result<Self> {
         let client = Client::connect_with_unix(socket, CALL.as_secs(), bollard::API_DEFAULT_VERSION)
-            .map_err(DockerError::of("connect"))?;
-        Ok(Self { client, host })
+            .map_err(DockerError::of(Operation::Connect))?;
+        Ok(Self { client, host, meter: Arc::new(NoMeter) })
+    }
+
+    /// Lets somebody hear how long calls take.
+    pub fn metered(self, meter: Arc<dyn Meter>) -> Self {
+        Self { meter, ..self }
     }
 
     async fn call<T>(
         &self,
-        operation: &'static str,
+        operation: Operation,
         call: impl Future<Output = std::result::Result<T, Error>>,
     ) -> Result<T> {
-        within(CALL, operation, call).await
+        self.within(CALL, operation, call).await
+    }
+
+    async fn within<T>(
+        &self,
+        limit: Duration,
+        operation: Operation,
+        call: impl Future<Output = std::result::Result<T, Error>>,
+    ) -> Result<T> {
+        let began = Instant::now();
+        let (answer, failure) = match tokio::time::timeout(limit, call).await {
+            Ok(Ok(answer)) => (Ok(answer), None),
+            Ok(Err(e)) => {
+                let e = DockerError::of(operation)(e);
+                let failure = match &e {
+                    DockerError::Unreachable { .. } => Some(Failure::Unreachable),
+                    e if e.is_status(404) && operation.may_find_nothing() => None,
+                    _ => Some(Failure::Refused),
+                };
+                (Err(e), failure)
+            }
+            Err(_) => {
+                let reason = format!("no answer within {} s", limit.as_secs());
+                (Err(DockerError::Unreachable { operation, reason }), Some(Failure::Timeout))
+            }
+        };
+        self.meter.called(operation, began.elapsed(), failure);
+        answer
     }
 
     /// The engine's version and API version.
@@ -196,7 +247,7 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn version(&self) -> Result<(String, String)> {
-        let version = self.call("tell its version", self.client.version()).await?;
+        let version = self.call(Operation::Version, self.client.version()).await?;
         Ok((version.version.unwrap_or_default(), version.api_version.unwrap_or_default()))
     }
 
@@ -209,7 +260,7 @@ impl Docker {
         labels.extend(app.map(|app| format!("{}={app}", label::APP)));
         let options =
             ListContainersOptionsBuilder::default().all(true).filters(&HashMap::from([("label", labels)])).build();
-        let found = self.call("list containers", self.client.list_containers(Some(options))).await?;
+        let found = self.call(Operation::List, self.client.list_containers(Some(options))).await?;
         let mut listed: Vec<Listed> = found
             .into_iter()
             .filter_map(|c| {
@@ -231,7 +282,7 @@ impl Docker {
     pub async fn instances(&self, app: &AppName, now: Timestamp) -> Result<Vec<Found>> {
         let listed = self.list(Some(app)).await?;
         let inspect = |id: String| async move {
-            let details = self.call("inspect", self.client.inspect_container(&id, None)).await;
+            let details = self.call(Operation::Inspect, self.client.inspect_container(&id, None)).await;
             (id, details)
         };
         let mut instances = Vec::new();
@@ -252,7 +303,7 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn image(&self, reference: &str) -> Result<Option<String>> {
-        match self.call("inspect the image", self.client.inspect_image(reference)).await {
+        match self.call(Operation::InspectImage, self.client.inspect_image(reference)).await {
             Ok(image) => Ok(image.id),
             // 400: Docker does not take it for a reference; pulling it tells why.
             Err(e) if e.is_status(404) || e.is_status(400) => Ok(None),
@@ -265,7 +316,7 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn user_of(&self, id: &ContainerId) -> Result<Option<u32>> {
-        let found = self.call("inspect", self.client.inspect_container(id.as_str(), None)).await?;
+        let found = self.call(Operation::Inspect, self.client.inspect_container(id.as_str(), None)).await?;
         let user = found.config.and_then(|c| c.user).unwrap_or_default();
         Ok(numeric_user(&user))
     }
@@ -275,9 +326,9 @@ impl Docker {
     /// # Errors
     /// If the engine cannot.
     pub async fn start(&self, id: &ContainerId) -> Result<()> {
-        match self.call("start the container", self.client.start_container(id.as_str(), None)).await {
+        match self.call(Operation::Start, self.client.start_container(id.as_str(), None)).await {
             Err(e) if matches!(&e, DockerError::Refused { message, .. } if message.contains("paused")) => {
-                self.call("unpause the container", self.client.unpause_container(id.as_str())).await
+                self.call(Operation::Start, self.client.unpause_container(id.as_str())).await
             }
             other => other,
         }
@@ -292,7 +343,7 @@ impl Docker {
         let options = StopContainerOptionsBuilder::default().t(seconds).build();
         let patient = self.client.clone().with_timeout(grace + Duration::from_secs(15));
         let stop = patient.stop_container(id.as_str(), Some(options));
-        match within(grace + Duration::from_secs(15), "stop the container", stop).await {
+        match self.within(grace + Duration::from_secs(15), Operation::Stop, stop).await {
             Err(e) if e.is_status(404) => Ok(()),
             other => other,
         }
@@ -304,7 +355,7 @@ impl Docker {
     /// If the engine cannot, for one because it still runs.
     pub async fn remove(&self, id: &ContainerId) -> Result<()> {
         let options = RemoveContainerOptionsBuilder::default().v(true).build();
-        match self.call("remove the container", self.client.remove_container(id.as_str(), Some(options))).await {
+        match self.call(Operation::Remove, self.client.remove_container(id.as_str(), Some(options))).await {
             Err(e) if e.is_status(404) => Ok(()),
             // Somebody else is at it; the next look tells when it is gone.
             Err(DockerError::Refused { message, .. }) if message.contains("already in progress") => Ok(()),
@@ -319,7 +370,7 @@ impl Docker {
     pub async fn settle(&self, id: &ContainerId) -> Result<()> {
         let policy = RestartPolicy { name: Some(RestartPolicyNameEnum::UNLESS_STOPPED), maximum_retry_count: None };
         let body = ContainerUpdateBody { restart_policy: Some(policy), ..Default::default() };
-        self.call("change the restart policy", self.client.update_container(id.as_str(), body)).await
+        self.call(Operation::Update, self.client.update_container(id.as_str(), body)).await
     }
 
     /// The last lines of a container's log, as far as they come quickly; whole, since whoever takes secrets out must
@@ -348,7 +399,7 @@ impl Docker {
         let client = self.client.clone();
         let options = EventsOptionsBuilder::default().filters(&filters).build();
         client.events(Some(options)).filter_map(async |event| match event {
-            Err(e) => Some(Err(DockerError::of("tell events")(e))),
+            Err(e) => Some(Err(DockerError::of(Operation::Events)(e))),
             Ok(event) if event.typ == Some(EventMessageTypeEnum::CONTAINER) => {
                 // Checks run by exec would wake us twice a second and change nothing.
                 if event.action.as_deref().is_some_and(|a| a.starts_with("exec_")) {
@@ -366,7 +417,7 @@ impl Docker {
     /// # Errors
     /// If there is no such container, or the engine does not answer.
     pub async fn pid_of(&self, container: &str) -> Result<Option<i32>> {
-        let found = self.call("inspect", self.client.inspect_container(container, None)).await?;
+        let found = self.call(Operation::Inspect, self.client.inspect_container(container, None)).await?;
         let pid = found.state.and_then(|s| s.pid).and_then(|p| i32::try_from(p).ok());
         Ok(pid.filter(|p| *p > 0))
     }
@@ -377,7 +428,7 @@ impl Docker {
     /// If the engine cannot.
     pub async fn signal(&self, container: &str, signal: &str) -> Result<()> {
         let options = KillContainerOptionsBuilder::default().signal(signal).build();
-        self.call("signal the container", self.client.kill_container(container, Some(options))).await
+        self.call(Operation::Signal, self.client.kill_container(container, Some(options))).await
     }
 
     /// Runs a command in a container that need not be ours: its exit code and what it printed.
@@ -391,8 +442,8 @@ impl Docker {
             attach_stderr: Some(true),
             ..Default::default()
         };
-        let exec = self.call("run a command", self.client.create_exec(container, config)).await?.id;
-        let started = self.call("run a command", self.client.start_exec(&exec, None)).await?;
+        let exec = self.call(Operation::Exec, self.client.create_exec(container, config)).await?.id;
+        let started = self.call(Operation::Exec, self.client.start_exec(&exec, None)).await?;
         let mut text = String::new();
         if let StartExecResults::Attached { mut output, .. } = started {
             let reading = async {
@@ -406,24 +457,11 @@ impl Docker {
                 }
             };
             if tokio::time::timeout(CALL, reading).await.is_err() {
-                return Err(DockerError::Unreachable { operation: "run a command", reason: "it does not end".into() });
+                return Err(DockerError::Unreachable { operation: Operation::Exec, reason: "it does not end".into() });
             }
         }
-        let inspected = self.call("run a command", self.client.inspect_exec(&exec)).await?;
+        let inspected = self.call(Operation::Exec, self.client.inspect_exec(&exec)).await?;
         Ok((inspected.exit_code.unwrap_or(-1), text))
-    }
-}
-
-async fn within<T>(
-    limit: Duration,
-    operation: &'static str,
-    call: impl Future<Output = std::result::Result<T, Error>>,
-) -> Result<T> {
-    match tokio::time::timeout(limit, call).await {
-        Ok(answer) => answer.map_err(DockerError::of(operation)),
-        Err(_) => {
-            Err(DockerError::Unreachable { operation, reason: format!("no answer within {} s", limit.as_secs()) })
-        }
     }
 }
 
@@ -475,11 +513,13 @@ fn read(app: &AppName, id: &str, details: ContainerInspectResponse, now: Timesta
         key: InstanceKey { release, number },
         id: ContainerId::try_from(id).map_err(|_| bad("id"))?,
         image: details.image.unwrap_or_default(),
+        ordered: get(label::IMAGE).and_then(|i| ImageRef::try_from(i).ok()),
         phase,
         health,
         settled,
         out_of_memory,
         started,
+        restarts: details.restart_count.and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
         endpoint,
         port,
         pid: state.pid.and_then(|p| i32::try_from(p).ok()).filter(|p| *p > 0),

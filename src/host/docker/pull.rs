@@ -1,13 +1,17 @@
 //! Bringing an image to this host.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bollard::{auth::DockerCredentials, errors::Error, query_parameters::CreateImageOptionsBuilder};
 use futures_util::StreamExt as _;
 use serde::Deserialize;
 
-use super::{Docker, DockerError, one_line};
+use super::{Docker, DockerError, Failure, Operation, one_line};
 use crate::model::name::ImageRef;
 
 /// Longest silence of a pull: a registry that hangs in the middle of a layer says nothing for ever.
@@ -27,6 +31,9 @@ impl Docker {
             let message = one_line(&message);
             DockerError::Image { image: image.to_string(), temporary: is_temporary(&message), message }
         };
+        // What came over the line, by layer: Docker tells how much of each is here.
+        let mut layers: HashMap<String, u64> = HashMap::new();
+        let began = Instant::now();
         let pulling = async {
             loop {
                 match tokio::time::timeout(IDLE, progress.next()).await {
@@ -36,16 +43,33 @@ impl Docker {
                         if let Some(message) = info.error_detail.and_then(|e| e.message) {
                             return Err(failed(message));
                         }
+                        if info.status.as_deref() == Some("Downloading")
+                            && let (Some(layer), Some(bytes)) = (info.id, info.progress_detail.and_then(|p| p.current))
+                        {
+                            let known = layers.entry(layer).or_default();
+                            *known = (*known).max(u64::try_from(bytes).unwrap_or(0));
+                        }
                     }
                     Ok(Some(Err(Error::DockerResponseServerError { message, .. }))) => return Err(failed(message)),
                     Ok(Some(Err(e))) => return Err(failed(super::causes(&e))),
                 }
             }
         };
-        match tokio::time::timeout(TOTAL, pulling).await {
-            Ok(ended) => ended,
-            Err(_) => Err(failed(format!("it was not here after {} minutes", TOTAL.as_secs() / 60))),
+        let (ended, failure) = match tokio::time::timeout(TOTAL, pulling).await {
+            Ok(ended) => {
+                let failure = ended.is_err().then_some(Failure::Refused);
+                (ended, failure)
+            }
+            Err(_) => {
+                let late = failed(format!("it was not here after {} minutes", TOTAL.as_secs() / 60));
+                (Err(late), Some(Failure::Timeout))
+            }
+        };
+        self.meter.called(Operation::Pull, began.elapsed(), failure);
+        if ended.is_ok() {
+            self.meter.pulled(layers.values().sum(), began.elapsed());
         }
+        ended
     }
 }
 

@@ -1,0 +1,327 @@
+//! What is measured and told of one app: how long a change takes, what was put right, what stands in the way.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::time::Instant;
+use tracing::Span;
+
+use crate::{
+    events::Events,
+    metrics::{AppSeries, Drift, Metrics},
+    model::{
+        change::Change,
+        desired::{DesiredApp, Target},
+        event::What,
+        name::{AppName, ReleaseId},
+        observed::{Instance, ObservedApp},
+        status::Moment,
+        time::Timestamp,
+    },
+    plan::{
+        AppPlan,
+        step::{Handle, Step, StepKind, TIME_IS_OVER},
+        wait::{Block, Wait},
+    },
+};
+
+/// Most moments of one change that are kept.
+const MOMENTS: usize = 64;
+
+/// The accounts of one app.
+pub(super) struct Account {
+    app: AppName,
+    pub(super) series: Arc<AppSeries>,
+    change: Option<Pending>,
+    timeline: Vec<Moment>,
+    draining: Option<Instant>,
+    unconverged: Option<Timestamp>,
+    /// What was put right since the app was as it should be; `None` while a change is under way.
+    repaired: Option<BTreeSet<Drift>>,
+    blocks: BTreeMap<&'static str, String>,
+}
+
+/// A change that has not converged yet.
+struct Pending {
+    seen: Instant,
+    kind: Change,
+    deploy: Span,
+    /// Health or drain: what the deploy waits for between two steps.
+    waits: BTreeMap<&'static str, (Instant, Span)>,
+}
+
+impl Account {
+    pub(super) fn new(app: AppName) -> Self {
+        Self {
+            series: Arc::new(AppSeries::new(app.clone())),
+            app,
+            change: None,
+            timeline: Vec::new(),
+            draining: None,
+            unconverged: None,
+            repaired: None,
+            blocks: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn timeline(&self) -> &[Moment] {
+        &self.timeline
+    }
+
+    pub(super) fn unconverged(&self) -> Option<Timestamp> {
+        self.unconverged
+    }
+
+    /// Something else is wanted. `seen` is when the store told, if somebody waits for it.
+    pub(super) fn changed(
+        &mut self,
+        before: &DesiredApp,
+        after: &DesiredApp,
+        release: Option<&ReleaseId>,
+        seen: Option<Instant>,
+        now: Timestamp,
+    ) {
+        let kind = Change::between(before, after);
+        self.unconverged.get_or_insert(now);
+        self.repaired = None;
+        match (&mut self.change, seen) {
+            // A change of mind during a change is measured from the first one: that is how long somebody waits.
+            (Some(pending), _) => {
+                if pending.kind != kind {
+                    pending.kind = Change::Other;
+                }
+                pending.deploy = deploy(&self.app, kind, release);
+                pending.waits.clear();
+            }
+            (none, Some(seen)) => {
+                self.timeline.clear();
+                *none = Some(Pending { seen, kind, deploy: deploy(&self.app, kind, release), waits: BTreeMap::new() });
+            }
+            (None, None) => self.timeline.clear(),
+        }
+        self.moment("seen");
+    }
+
+    /// The span that a step of this app belongs to.
+    pub(super) fn span(&self, kind: StepKind) -> Span {
+        match &self.change {
+            Some(pending) => step_span(&pending.deploy, kind),
+            None => Span::none(),
+        }
+    }
+
+    /// A look was taken.
+    pub(super) fn observed(&mut self, before: Option<&ObservedApp>, after: &ObservedApp, target: Option<&Target>) {
+        let Some(before) = before else { return };
+        for instance in after.instances.iter().filter(|i| i.settled) {
+            let Some(known) = before.instances.iter().find(|i| i.id == instance.id && i.settled) else { continue };
+            let restarts = u64::from(instance.restarts.saturating_sub(known.restarts));
+            // A start by hand, or by this agent, does not count as the engine's own, and begins that count anew.
+            let started = u64::from(instance.started != known.started && instance.is_alive());
+            self.series.restarted(restarts.max(started));
+            if known.health.is_healthy() && instance.health.is_unhealthy() {
+                self.series.flapped();
+            }
+        }
+        // The first look at which all instances of the wanted release are healthy.
+        let Some(target) = target else { return };
+        let is_healthy = |i: &&Instance| i.key.release == target.release.id && i.is_running() && i.health.is_healthy();
+        let healthy = after.instances.iter().filter(is_healthy).count() >= usize::from(target.replicas);
+        if healthy && !self.timeline.iter().any(|m| m.what == "healthy") {
+            self.moment("healthy");
+            self.end_wait("health", "all instances are healthy");
+        }
+    }
+
+    /// A plan was made, for what is wanted now.
+    pub(super) fn planned(&mut self, plan: &AppPlan, observed: &ObservedApp, ears: &Ears<'_>, now: Timestamp) {
+        self.note_drain(plan, observed, ears.metrics);
+        self.note_blocks(&plan.blocks, ears.events);
+        if plan.is_converged() {
+            self.unconverged = None;
+            self.repaired = Some(BTreeSet::new());
+            self.converge(ears.release, ears.events);
+        } else if plan.blocks.iter().any(|b| matches!(b, Block::Paused(_) | Block::Cordoned)) {
+            // A person holds it back, and knows.
+            self.unconverged = None;
+        } else {
+            self.unconverged.get_or_insert(now);
+        }
+    }
+
+    fn converge(&mut self, release: Option<&ReleaseId>, events: &Events) {
+        let Some(pending) = self.change.take() else { return };
+        let took = pending.seen.elapsed();
+        self.timeline.push(Moment { what: "converged".into(), ms: millis(took) });
+        self.series.converged(pending.kind, took);
+        let moments: Vec<String> = self.timeline.iter().map(|m| format!("{} {}", m.what, m.ms)).collect();
+        let message = format!("converged ({})", moments.join(", "));
+        pending.deploy.record("took_ms", millis(took));
+        pending.deploy.in_scope(|| tracing::info!(app = %self.app, took_ms = millis(took), "{message}"));
+        let what = What::Converged {
+            change: pending.kind.as_str().to_owned(),
+            release: release.map(ToString::to_string),
+            took_ms: millis(took),
+        };
+        events.tell(Some(&self.app), what, message);
+    }
+
+    fn note_blocks(&mut self, blocks: &[Block], events: &Events) {
+        let now: BTreeMap<&'static str, String> = blocks.iter().map(|b| (b.kind(), b.to_string())).collect();
+        for (kind, why) in now.iter().filter(|(kind, why)| self.blocks.get(*kind) != Some(why)) {
+            let remedy = blocks.iter().find(|b| b.kind() == *kind).map(|b| b.remedy(&self.app)).unwrap_or_default();
+            if let Some(pending) = &mut self.change {
+                pending.deploy.in_scope(|| tracing::warn!(app = %self.app, block = kind, "blocked: {why}"));
+            }
+            events.tell(Some(&self.app), What::Block { kind: (*kind).to_owned(), remedy }, why.clone());
+        }
+        for kind in self.blocks.keys().filter(|kind| !now.contains_key(*kind)) {
+            events.tell(Some(&self.app), What::Unblock { kind: (*kind).to_owned() }, format!("not {kind} any more"));
+        }
+        self.blocks = now;
+    }
+
+    /// A step was done.
+    pub(super) fn stepped(&mut self, step: &Step, ears: &Ears<'_>) {
+        let kind = step.kind();
+        self.note_repair(kind, ears.metrics);
+        let moment = match step {
+            Step::Pull(_) => "pulled",
+            Step::Create { .. } => "created",
+            Step::Start(_) => "started",
+            Step::Switch(_) => "switched",
+            Step::Prove { .. } => "proven",
+            Step::Stop { .. } => "stopped",
+            Step::Remove(_) => "removed",
+            Step::RecordVerdict { .. } => "failed",
+            Step::Discard { .. } => "discarded",
+            Step::WriteEnvFile(_) | Step::ClearSocket(_) | Step::Settle(_) | Step::CleanUp(_) => return,
+        };
+        self.moment(moment);
+        match step {
+            Step::Start(_) => self.begin_wait("health"),
+            // nginx had nothing to load: its route is a symlink.
+            Step::Switch(slots) if !slots.is_empty() => ears.metrics.reload_skipped(),
+            Step::Prove { ingress: Some(_), .. } => {
+                if let Some(pending) = &self.change {
+                    self.series.answered(pending.kind, pending.seen.elapsed());
+                }
+            }
+            Step::RecordVerdict { release, cause, exit_code, .. } => {
+                self.end_wait("health", "it did not get healthy");
+                let what = What::Verdict { release: release.id.to_string(), exit_code: *exit_code };
+                ears.events.tell(Some(&self.app), what, cause.clone());
+            }
+            _ => {}
+        }
+    }
+
+    /// Nobody changed the store, and yet something was to be done. Each kind is counted once until all is well again.
+    fn note_repair(&mut self, kind: StepKind, metrics: &Metrics) {
+        let Some(repaired) = &mut self.repaired else { return };
+        let drift = match kind {
+            StepKind::Create | StepKind::Start | StepKind::ClearSocket | StepKind::Settle => Drift::Container,
+            StepKind::Switch => Drift::Route,
+            StepKind::WriteEnvFile => Drift::File,
+            _ => return,
+        };
+        if repaired.insert(drift) {
+            metrics.repaired(drift);
+        }
+    }
+
+    fn note_drain(&mut self, plan: &AppPlan, observed: &ObservedApp, metrics: &Metrics) {
+        let waiting = plan.waits.iter().any(|w| matches!(w, Wait::Drain { .. }));
+        if waiting {
+            if self.draining.is_none() {
+                self.draining = Some(Instant::now());
+                self.begin_wait("drain");
+            }
+            return;
+        }
+        let Some((planned, Step::Stop { handle, .. })) = plan.step.as_ref().map(|p| (p, &p.step)) else { return };
+        let took = self.draining.take().map(|d| d.elapsed()).unwrap_or_default();
+        let cut = (planned.reason == TIME_IS_OVER).then(|| connections(observed, handle));
+        metrics.drained(cut, took);
+        self.moment("drained");
+        // Nobody may have been there to wait for; that is a drain all the same.
+        self.begin_wait("drain");
+        self.end_wait("drain", if cut.is_some() { "its drain time is over" } else { "no connection is left" });
+    }
+
+    fn moment(&mut self, what: &str) {
+        if let Some(pending) = &self.change
+            && self.timeline.len() < MOMENTS
+        {
+            self.timeline.push(Moment { what: what.to_owned(), ms: millis(pending.seen.elapsed()) });
+        }
+    }
+
+    fn begin_wait(&mut self, what: &'static str) {
+        if let Some(pending) = &mut self.change {
+            let parent = &pending.deploy;
+            let span = match what {
+                "health" => tracing::info_span!(parent: parent, "health"),
+                _ => tracing::info_span!(parent: parent, "drain"),
+            };
+            pending.waits.entry(what).or_insert((Instant::now(), span));
+        }
+    }
+
+    fn end_wait(&mut self, what: &'static str, end: &'static str) {
+        if let Some(pending) = &mut self.change
+            && let Some((began, span)) = pending.waits.remove(what)
+        {
+            span.in_scope(|| tracing::info!(app = %self.app, took_ms = millis(began.elapsed()), "{end}"));
+        }
+    }
+}
+
+/// Who hears of an app.
+pub(super) struct Ears<'a> {
+    pub(super) metrics: &'a Metrics,
+    pub(super) events: &'a Events,
+    /// The release that is wanted.
+    pub(super) release: Option<&'a ReleaseId>,
+}
+
+/// One deploy, as the root of a tree of spans.
+fn deploy(app: &AppName, change: Change, release: Option<&ReleaseId>) -> Span {
+    let release = release.map_or("", ReleaseId::as_str);
+    tracing::info_span!(parent: None, "deploy", %app, change = change.as_str(), release, took_ms = tracing::field::Empty)
+}
+
+/// One step of a deploy. The name of a span is fixed when demae is built, so each kind has its own line.
+fn step_span(deploy: &Span, kind: StepKind) -> Span {
+    macro_rules! named {
+        ($($variant:ident => $name:literal),* $(,)?) => {
+            match kind { $(StepKind::$variant => tracing::info_span!(parent: deploy, $name)),* }
+        };
+    }
+    named! {
+        Pull => "pull",
+        WriteEnvFile => "write_env_file",
+        Create => "create",
+        Start => "start",
+        ClearSocket => "clear_socket",
+        Switch => "switch",
+        Prove => "prove",
+        Settle => "settle",
+        Stop => "stop",
+        Remove => "remove",
+        Discard => "discard",
+        RecordVerdict => "record_verdict",
+        CleanUp => "clean_up",
+    }
+}
+
+fn connections(observed: &ObservedApp, handle: &Handle) -> usize {
+    observed.instances.iter().find(|i| i.id == handle.id).and_then(|i| i.connections).unwrap_or(0)
+}
+
+pub(super) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,128 @@
+//! `demae events`
+
+use std::time::Duration;
+
+use super::{Ended, Exit, Failed, agent_address, print::Printer, runtime};
+use crate::{
+    host::probe,
+    model::{
+        event::{Event, VERSION, What},
+        time::Timestamp,
+    },
+};
+
+/// Between two attempts to find an agent that went away.
+const AGAIN: Duration = Duration::from_secs(1);
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Address of the agent; its metrics URL will do
+    #[arg(long, env = "DEMAE_METRICS", value_name = "URL")]
+    agent: Option<String>,
+    /// Print what is known and end
+    #[arg(long)]
+    no_follow: bool,
+    /// Only these types: step, verdict, block, unblock, converged, reload, store
+    #[arg(long = "type", value_delimiter = ',', value_name = "TYPE,…")]
+    types: Vec<String>,
+    /// What is printed
+    #[arg(short, long, value_enum, default_value = "json")]
+    output: Output,
+    /// Only events of these apps
+    #[arg(value_name = "APP")]
+    apps: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    /// One JSON object a line, as the agent told it
+    Json,
+    /// One sentence a line
+    Text,
+}
+
+pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    if let Some(unknown) = args.types.iter().find(|t| !What::TYPES.contains(&t.as_str())) {
+        let known = What::TYPES.join("`, `");
+        return Err(Failed::because(format!("`{unknown}` is not a type of event; there are `{known}`")));
+    }
+    runtime(1)?.block_on(follow(args, printer))
+}
+
+async fn follow(args: &Args, printer: &mut Printer) -> Ended {
+    let address = agent_address(args.agent.as_deref());
+    let uri = if args.no_follow { "/events" } else { "/events?follow" };
+    let mut last = Timestamp::default();
+    let mut found = false;
+    loop {
+        let mut wrong = None;
+        let mut closed = false;
+        let mut first = true;
+        let ended = probe::lines(&address, uri, Duration::from_secs(5), |line| {
+            if std::mem::take(&mut first) && found {
+                printer.error(&format!("note: the agent at {address} is back"));
+            }
+            match show(args, line, &mut last, found, printer) {
+                Ok(open) => {
+                    closed = !open;
+                    open
+                }
+                Err(e) => {
+                    wrong = Some(e);
+                    false
+                }
+            }
+        })
+        .await;
+        if let Some(wrong) = wrong {
+            return Err(wrong);
+        }
+        match ended {
+            // The reader has seen enough.
+            _ if closed => return Ok(Exit::Success),
+            Ok(()) if args.no_follow => return Ok(Exit::Success),
+            Ok(()) => printer.error(&format!("note: the agent at {address} ended; waiting for it")),
+            Err(e) if !found => return Err(Failed::for_now(format!("no agent answers at {address}: {e}"))),
+            Err(_) => {}
+        }
+        found = true;
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// Prints an event that was asked for. False once nobody reads any more.
+fn show(args: &Args, line: &str, last: &mut Timestamp, again: bool, printer: &mut Printer) -> Result<bool, Failed> {
+    let event: Event = serde_json::from_str(line)
+        .map_err(|e| Failed::because(format!("this is no event of an agent: {e}; is `--agent` right?")))?;
+    if event.version != VERSION {
+        return Err(Failed::because(format!(
+            "the agent speaks version {} of events, this program version {VERSION}; use the agent's own `demae`",
+            event.version
+        )));
+    }
+    // After a gap the agent tells again what it still knows.
+    if again && event.at <= *last {
+        return Ok(true);
+    }
+    *last = event.at.max(*last);
+    let lost = matches!(event.what, What::Lost { .. });
+    let of_app = |app: &str| args.apps.iter().any(|a| a == app);
+    let chosen = args.apps.is_empty() || event.app.as_ref().is_some_and(|app| of_app(app.as_str()));
+    let typed = args.types.is_empty() || args.types.iter().any(|t| t == event.what.as_str());
+    if !(lost || chosen && typed) {
+        return Ok(true);
+    }
+    Ok(match args.output {
+        Output::Json => printer.try_line(line),
+        Output::Text => {
+            let app = event.app.as_ref().map_or("-", |app| app.as_str());
+            printer.try_line(&format!(
+                "{}  {}  {app}  {:<9}  {}",
+                event.at,
+                event.host,
+                event.what.as_str(),
+                event.message
+            ))
+        }
+    })
+}

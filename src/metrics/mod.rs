@@ -1,0 +1,344 @@
+//! What the agent counts and measures, for Prometheus.
+//!
+//! Three sources are put together at each scrape:
+//! - [`Metrics`], of the host as a whole. Every series of it exists from the start, so that counting is a few atomic
+//!   operations and no lock;
+//! - [`AppSeries`], of one app. They belong to the loop and are only shown here, so that they come and go with the app;
+//! - [`View`], what the loop last saw. It is made anew each round and never changed.
+//!
+//! So nothing that a scrape does can hold up a deploy. Labels come from bounded sets: never an id, an address or an
+//! error.
+
+mod app;
+mod family;
+mod view;
+mod vitals;
+
+use std::time::Duration;
+
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry, TextEncoder, core::Collector,
+};
+
+pub use app::AppSeries;
+pub use view::{AppView, ReleaseView, StoreView, View};
+pub use vitals::{Disk, Vitals};
+
+use crate::{
+    execute::StepError,
+    host::docker::{Failure, Meter, Operation},
+    model::{
+        event::{Outcome, What},
+        time::Timestamp,
+    },
+    plan::step::StepKind,
+};
+
+/// Buckets of what takes as long as a step, in seconds.
+const STEP_BUCKETS: &[f64] = &[0.005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0];
+/// Buckets of what takes as long as a change, in seconds.
+const CHANGE_BUCKETS: &[f64] = &[0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0];
+/// Buckets of a call to Docker, in seconds: a look takes under a millisecond, a start 0.2 s, a stop its grace.
+const CALL_BUCKETS: &[f64] = &[0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
+/// Buckets of a pull, in seconds.
+const PULL_BUCKETS: &[f64] = &[0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0];
+
+/// What was put right though nobody had changed the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Drift {
+    /// A container was stopped, paused or removed.
+    Container,
+    /// A route symlink.
+    Route,
+    /// An env-file, or a file of nginx.
+    File,
+    /// nginx served something else.
+    Nginx,
+}
+
+impl Drift {
+    /// Every kind.
+    pub const ALL: [Self; 4] = [Self::Container, Self::Route, Self::File, Self::Nginx];
+
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Container => "container",
+            Self::Route => "route",
+            Self::File => "file",
+            Self::Nginx => "nginx",
+        }
+    }
+}
+
+/// How the telling of an event to the webhook ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// It was taken.
+    Delivered,
+    /// It was refused, or could not be brought after all attempts.
+    Failed,
+    /// It was never tried: others were in front of it for too long.
+    Dropped,
+}
+
+impl Delivery {
+    /// Every outcome.
+    pub const ALL: [Self; 3] = [Self::Delivered, Self::Failed, Self::Dropped];
+
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Delivered => "delivered",
+            Self::Failed => "failed",
+            Self::Dropped => "dropped",
+        }
+    }
+}
+
+/// What is counted of a host as a whole.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    steps: IntCounterVec,
+    step_failures: IntCounterVec,
+    step_seconds: HistogramVec,
+    pull_bytes: IntCounter,
+    pull_seconds: Histogram,
+    drift: IntCounterVec,
+    reloads: IntCounterVec,
+    reload_seconds: Histogram,
+    reloads_skipped: IntCounter,
+    reloads_coalesced: IntCounter,
+    drains: IntCounterVec,
+    drain_seconds: Histogram,
+    connections_cut: IntCounter,
+    docker_seconds: HistogramVec,
+    docker_errors: IntCounterVec,
+    lists: IntCounter,
+    events: IntCounterVec,
+    deliveries: IntCounterVec,
+}
+
+/// Makes collectors, and registers them.
+struct Maker(Registry);
+
+impl Maker {
+    fn keep<C: Collector + Clone + 'static>(&self, collector: C) -> Result<C, prometheus::Error> {
+        self.0.register(Box::new(collector.clone()))?;
+        Ok(collector)
+    }
+
+    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+        self.keep(IntCounter::new(name, help)?)
+    }
+
+    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
+        self.keep(IntCounterVec::new(Opts::new(name, help), labels)?)
+    }
+
+    fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, prometheus::Error> {
+        self.keep(Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?)
+    }
+
+    fn histograms(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+        buckets: &[f64],
+    ) -> Result<HistogramVec, prometheus::Error> {
+        self.keep(HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), &[label])?)
+    }
+}
+
+impl Metrics {
+    /// Registers all of them, each with every series that it will ever have.
+    ///
+    /// # Errors
+    /// If two have one name: a mistake in this file.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let make = Maker(Registry::new_custom(None, None)?);
+        let metrics = Self {
+            steps: make.counters("demae_steps_total", "Steps taken, by kind and outcome", &["kind", "outcome"])?,
+            step_failures: make.counters(
+                "demae_step_failures_total",
+                "Steps that failed, by kind and the kind of error",
+                &["kind", "error"],
+            )?,
+            step_seconds: make.histograms(
+                "demae_step_seconds",
+                "How long steps take, by kind",
+                "kind",
+                STEP_BUCKETS,
+            )?,
+            pull_bytes: make.counter("demae_pull_bytes_total", "Bytes of images that came over the line")?,
+            pull_seconds: make.histogram("demae_pull_seconds", "How long pulls that succeeded took", PULL_BUCKETS)?,
+            drift: make.counters(
+                "demae_drift_repaired_total",
+                "What was put right though nobody had changed the store, by kind",
+                &["kind"],
+            )?,
+            reloads: make.counters("demae_nginx_reloads_total", "Reloads of nginx, by outcome", &["outcome"])?,
+            reload_seconds: make.histogram(
+                "demae_nginx_reload_seconds",
+                "Time from a new nginx configuration to a worker that answers with it",
+                STEP_BUCKETS,
+            )?,
+            reloads_skipped: make
+                .counter("demae_nginx_reloads_skipped_total", "Changes that nginx did not have to be reloaded for")?,
+            reloads_coalesced: make
+                .counter("demae_nginx_reloads_coalesced_total", "Changes that shared the reload of another one")?,
+            drains: make.counters(
+                "demae_drains_total",
+                "Instances drained, by whether all requests ended (complete) or time ran out (cut)",
+                &["outcome"],
+            )?,
+            drain_seconds: make.histogram("demae_drain_seconds", "How long instances take to drain", STEP_BUCKETS)?,
+            connections_cut: make.counter(
+                "demae_drain_connections_cut_total",
+                "Connections that were left when the drain time of their instance was over",
+            )?,
+            docker_seconds: make.histograms(
+                "demae_docker_call_seconds",
+                "How long calls to Docker take, by operation",
+                "operation",
+                CALL_BUCKETS,
+            )?,
+            docker_errors: make.counters(
+                "demae_docker_errors_total",
+                "Calls to Docker that failed, by operation and kind",
+                &["operation", "kind"],
+            )?,
+            lists: make.counter("demae_docker_lists_total", "Full lists of containers")?,
+            events: make.counters("demae_events_total", "Events told, by type", &["type"])?,
+            deliveries: make.counters(
+                "demae_webhook_deliveries_total",
+                "Events told to the webhook, by outcome",
+                &["outcome"],
+            )?,
+            registry: make.0,
+        };
+        metrics.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+        metrics.begin();
+        Ok(metrics)
+    }
+
+    /// Makes every series at once: a rate over nothing is not zero, and a series made later would need a lock.
+    fn begin(&self) {
+        for outcome in [Outcome::Done, Outcome::Failed].map(Outcome::as_str) {
+            self.reloads.with_label_values(&[outcome]);
+            for kind in StepKind::ALL {
+                self.steps.with_label_values(&[kind.as_str(), outcome]);
+            }
+        }
+        for kind in StepKind::ALL.map(StepKind::as_str) {
+            self.step_seconds.with_label_values(&[kind]);
+            for error in StepError::KINDS {
+                self.step_failures.with_label_values(&[kind, error]);
+            }
+        }
+        for outcome in ["complete", "cut"] {
+            self.drains.with_label_values(&[outcome]);
+        }
+        for operation in Operation::MEASURED.map(Operation::as_str) {
+            self.docker_seconds.with_label_values(&[operation]);
+            for kind in Failure::ALL {
+                self.docker_errors.with_label_values(&[operation, kind.as_str()]);
+            }
+        }
+        for kind in Drift::ALL {
+            self.drift.with_label_values(&[kind.as_str()]);
+        }
+        for kind in What::TYPES {
+            self.events.with_label_values(&[kind]);
+        }
+        for outcome in Delivery::ALL {
+            self.deliveries.with_label_values(&[outcome.as_str()]);
+        }
+    }
+
+    /// A step ended: well, or with this kind of error.
+    pub fn stepped(&self, kind: StepKind, error: Option<&'static str>, took: Duration) {
+        let outcome = if error.is_none() { Outcome::Done } else { Outcome::Failed };
+        self.steps.with_label_values(&[kind.as_str(), outcome.as_str()]).inc();
+        self.step_seconds.with_label_values(&[kind.as_str()]).observe(took.as_secs_f64());
+        if let Some(error) = error {
+            self.step_failures.with_label_values(&[kind.as_str(), error]).inc();
+        }
+    }
+
+    /// Something was put right that nobody had asked to change.
+    pub fn repaired(&self, drift: Drift) {
+        self.drift.with_label_values(&[drift.as_str()]).inc();
+    }
+
+    /// nginx serves another configuration, which was the reload of this many changes.
+    pub fn reloaded(&self, changes: usize, took: Duration) {
+        self.reloads.with_label_values(&[Outcome::Done.as_str()]).inc();
+        self.reload_seconds.observe(took.as_secs_f64());
+        self.reloads_coalesced.inc_by(u64::try_from(changes.saturating_sub(1)).unwrap_or(u64::MAX));
+    }
+
+    /// nginx could not be changed.
+    pub fn reload_failed(&self) {
+        self.reloads.with_label_values(&[Outcome::Failed.as_str()]).inc();
+    }
+
+    /// A change needed no reload.
+    pub fn reload_skipped(&self) {
+        self.reloads_skipped.inc();
+    }
+
+    /// An instance has drained; or its time was over, and this many connections were left, as far as could be counted.
+    pub fn drained(&self, cut: Option<usize>, took: Duration) {
+        self.drains.with_label_values(&[if cut.is_some() { "cut" } else { "complete" }]).inc();
+        self.drain_seconds.observe(took.as_secs_f64());
+        self.connections_cut.inc_by(u64::try_from(cut.unwrap_or(0)).unwrap_or(u64::MAX));
+    }
+
+    /// All containers were listed.
+    pub fn listed(&self) {
+        self.lists.inc();
+    }
+
+    /// An event was told.
+    pub fn told(&self, what: &What) {
+        self.events.with_label_values(&[what.as_str()]).inc();
+    }
+
+    /// The telling of so many events to the webhook ended.
+    pub fn delivered(&self, outcome: Delivery, count: u64) {
+        self.deliveries.with_label_values(&[outcome.as_str()]).inc_by(count);
+    }
+
+    /// All of it in Prometheus' text format.
+    ///
+    /// # Errors
+    /// If a metric cannot be written as text: a mistake in this module.
+    pub fn render(&self, view: &View, vitals: &Vitals, now: Timestamp) -> Result<String, prometheus::Error> {
+        let mut families = self.registry.gather();
+        families.extend(view.families(now));
+        families.extend(vitals.families());
+        // The encoder refuses families without a series.
+        families.retain(|f| !f.get_metric().is_empty());
+        families.sort_by(|a, b| a.name().cmp(b.name()));
+        let mut text = String::new();
+        TextEncoder::new().encode_utf8(&families, &mut text)?;
+        Ok(text)
+    }
+}
+
+impl Meter for Metrics {
+    fn called(&self, operation: Operation, took: Duration, failure: Option<Failure>) {
+        self.docker_seconds.with_label_values(&[operation.as_str()]).observe(took.as_secs_f64());
+        if let Some(failure) = failure {
+            self.docker_errors.with_label_values(&[operation.as_str(), failure.as_str()]).inc();
+        }
+    }
+
+    fn pulled(&self, bytes: u64, took: Duration) {
+        self.pull_bytes.inc_by(bytes);
+        self.pull_seconds.observe(took.as_secs_f64());
+    }
+}
