@@ -394,7 +394,7 @@ fn webhook(file: WebhookFile) -> Result<WebhookConfig, ConfigError> {
         Some(path) => {
             let text =
                 std::fs::read_to_string(&path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
-            let text = text.trim_end_matches('\n');
+            let text = text.trim_end_matches(['\n', '\r']);
             if text.is_empty() {
                 return Err(bad("webhook.secret_file")(format!("`{}` is empty", path.display())));
             }

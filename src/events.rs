@@ -28,6 +28,7 @@ pub struct Events {
 #[derive(Debug)]
 struct Shared {
     host: HostName,
+    run: i64,
     metrics: Arc<Metrics>,
     kept: Mutex<Kept>,
     out: broadcast::Sender<Arc<Event>>,
@@ -43,7 +44,9 @@ impl Events {
     /// Nothing has happened yet.
     pub fn new(host: HostName, metrics: Arc<Metrics>) -> Self {
         let (out, _) = broadcast::channel(KEPT);
-        Self { shared: Arc::new(Shared { host, metrics, kept: Mutex::default(), out }) }
+        Self {
+            shared: Arc::new(Shared { host, run: Timestamp::now().as_millis(), metrics, kept: Mutex::default(), out }),
+        }
     }
 
     /// Tells of something. A reader who is too slow misses it, and is told so.
@@ -53,7 +56,8 @@ impl Events {
         kept.seq += 1;
         let host = self.shared.host.clone();
         let at = Timestamp::now();
-        let event = Arc::new(Event { version: VERSION, seq: kept.seq, at, host, app: app.cloned(), what, message });
+        let (run, seq) = (self.shared.run, kept.seq);
+        let event = Arc::new(Event { version: VERSION, run, seq, at, host, app: app.cloned(), what, message });
         if kept.events.len() == KEPT {
             kept.events.pop_front();
         }
@@ -72,6 +76,7 @@ impl Events {
     pub fn lost(&self, count: u64) -> Event {
         Event {
             version: VERSION,
+            run: self.shared.run,
             seq: 0,
             at: Timestamp::now(),
             host: self.shared.host.clone(),

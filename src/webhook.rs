@@ -12,7 +12,10 @@ use hyper_util::{
     rt::TokioExecutor,
 };
 use sha2::Sha256;
-use tokio::sync::broadcast::{Receiver, error::RecvError};
+use tokio::sync::{
+    broadcast::{Receiver, error::RecvError},
+    mpsc::{self, error::TrySendError},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -28,6 +31,10 @@ const ANSWER: Duration = Duration::from_secs(5);
 const ATTEMPTS: u32 = 6;
 /// Between two attempts, at first and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// How many events wait behind the one that is tried.
+const QUEUE: usize = 1000;
+/// How long what waits is told when the agent ends: less than the agent waits for its last words.
+const LAST_WORDS: Duration = Duration::from_millis(1500);
 /// Most of an answer that is read: nothing of it is needed, but a connection is used again only when it was.
 const MAX_ANSWER: usize = 64 * 1024;
 
@@ -74,28 +81,80 @@ impl Webhook {
         Ok(Self { config, client, metrics, coming: events.follow().1 })
     }
 
-    /// Tells events, one after the other, until cancelled.
-    pub async fn run(mut self, token: CancellationToken) {
-        loop {
-            let received = tokio::select! {
-                () = token.cancelled() => return,
-                received = self.coming.recv() => received,
-            };
-            match received {
-                Ok(event) if self.config.events.iter().any(|t| t == event.what.as_str()) => {
-                    let outcome = tokio::select! {
-                        () = token.cancelled() => return,
-                        outcome = self.deliver(&event) => outcome,
-                    };
-                    self.metrics.delivered(outcome, 1);
+    /// Tells events, one after the other, until cancelled; then for a moment those that wait.
+    pub async fn run(self, token: CancellationToken) {
+        let Self { config, client, metrics, mut coming } = self;
+        let (into, waiting) = mpsc::channel(QUEUE);
+        let teller = Teller { config: config.clone(), client, metrics: metrics.clone() };
+        let choosing = async {
+            loop {
+                let received = tokio::select! {
+                    // What was told before the end is told.
+                    biased;
+                    received = coming.recv() => received,
+                    () = token.cancelled() => break,
+                };
+                match received {
+                    Ok(event) if !config.events.iter().any(|t| t == event.what.as_str()) => {}
+                    Ok(event) => {
+                        if let Err(TrySendError::Full(event)) = into.try_send(event) {
+                            tracing::warn!("event {} is not told to the webhook: {QUEUE} others wait", event.seq);
+                            metrics.delivered(Delivery::Dropped, 1);
+                        }
+                    }
+                    Err(RecvError::Lagged(count)) => {
+                        tracing::warn!("the webhook missed {count} events of all types");
+                        metrics.delivered(Delivery::Dropped, count);
+                    }
+                    Err(RecvError::Closed) => break,
                 }
-                Ok(_) => {}
-                Err(RecvError::Lagged(count)) => {
-                    tracing::warn!("the webhook was too slow for {count} events, and is not told of them");
-                    self.metrics.delivered(Delivery::Dropped, count);
-                }
-                Err(RecvError::Closed) => return,
             }
+            // The teller ends when it has told the last one.
+            drop(into);
+        };
+        tokio::join!(choosing, teller.run(waiting, &token));
+    }
+}
+
+/// Tells what it is given.
+struct Teller {
+    config: WebhookConfig,
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    metrics: Arc<Metrics>,
+}
+
+impl Teller {
+    async fn run(&self, mut waiting: mpsc::Receiver<Arc<Event>>, token: &CancellationToken) {
+        let until = async {
+            token.cancelled().await;
+            tokio::time::sleep(LAST_WORDS).await;
+        };
+        tokio::pin!(until);
+        let mut under_way = 0;
+        loop {
+            let telling = async {
+                let Some(event) = waiting.recv().await else { return false };
+                under_way = 1;
+                self.metrics.delivered(self.deliver(&event).await, 1);
+                under_way = 0;
+                true
+            };
+            tokio::select! {
+                more = telling => {
+                    if !more {
+                        return;
+                    }
+                }
+                () = &mut until => break,
+            }
+        }
+        let mut left = under_way;
+        while waiting.try_recv().is_ok() {
+            left += 1;
+        }
+        if left > 0 {
+            tracing::warn!("{left} events are not told to the webhook: the agent ends");
+            self.metrics.delivered(Delivery::Dropped, left);
         }
     }
 

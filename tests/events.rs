@@ -135,8 +135,10 @@ fn a_webhook_that_hangs_holds_up_nothing() {
     lab.deploy("web", "apps/web/image", &lab.image("v1"));
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
-    // Nor does it keep the agent from ending.
+    // Nor does it keep the agent from ending, which says what was not told.
     assert!(lab.stop_agent() < Duration::from_secs(8));
+    let log = lab.agent_log();
+    assert!(log.contains("events are not told to the webhook: the agent ends"), "{log}");
 }
 
 #[test]
@@ -165,4 +167,79 @@ fn each_deploy_is_one_tree_of_spans_in_the_log() {
         assert!(under.iter().any(|u| u == span), "{span} is in the tree: {under:?}");
     }
     assert_eq!(under.last().map(String::as_str), Some("deploy"), "it ends with its root: {under:?}");
+}
+
+#[test]
+fn what_people_take_is_not_measured_and_a_change_of_mind_is_one_change() {
+    let lab = Lab::new();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    // A release that fails, and stays so until somebody mends it.
+    let sick = lab
+        .socket_spec(&lab.image("v1"), "web.test", "")
+        .replace("start_period: 10s", "start_period: 1s, retries: 1")
+        .replace("app.sock}", "app.sock, MOOD: sick}");
+    lab.put("apps/web/spec", &sick);
+    let halted = lab.wait_app("web", "halted", |s| s.state == State::Blocked && s.verdict.is_some());
+    let bad = halted.release.expect("a release");
+    let ended = |line: &str| line.contains("the deploy ends here") && line.contains(&bad);
+    until("its tree of spans has an end", || lab.agent_log().lines().any(ended));
+    let mended = std::time::Instant::now();
+    lab.put("apps/web/spec", &lab.socket_spec(&lab.image("v2"), "web.test", ""));
+    lab.wait_app("web", "converged on v2", |s| s.state == State::Converged && s.image == Some(lab.image("v2")));
+    let took = |e: &Event| match &e.what {
+        What::Converged { took_ms, .. } => Some(*took_ms),
+        _ => None,
+    };
+    let last = || events(&lab, &["web"]).iter().filter_map(took).next_back().expect("it has converged");
+    assert!(u128::from(last()) <= mended.elapsed().as_millis(), "{} ms count from the wish that was met", last());
+
+    // Nothing is to be done for an app that was held back for a while.
+    lab.put("apps/web/paused", "for a test");
+    lab.wait_app("web", "paused", |s| s.state == State::Paused);
+    let released = std::time::Instant::now();
+    lab.del("apps/web/paused");
+    lab.wait_app("web", "converged", |s| s.state == State::Converged);
+    assert!(u128::from(last()) <= released.elapsed().as_millis(), "{} ms", last());
+
+    // Two wishes at once are one change, and the second one's instances get healthy in its own tree.
+    let healthy = |lab: &Lab| lab.agent_log().matches("all instances are healthy").count();
+    let before = (healthy(&lab), events(&lab, &["web"]).iter().filter_map(took).count());
+    lab.put("env/web/GREETING", "one");
+    lab.wait_app("web", "on its way", |s| s.state == State::Converging);
+    lab.put("env/web/GREETING", "two");
+    until("the second one serves", || lab.get("web.test", "/").is_ok_and(|(_, body)| body.contains("greeting=two")));
+    lab.wait_app("web", "converged", |s| s.state == State::Converged);
+    assert_eq!(events(&lab, &["web"]).iter().filter_map(took).count(), before.1 + 1);
+    assert!(healthy(&lab) > before.0, "{}", lab.agent_log());
+}
+
+#[test]
+fn events_are_followed_over_a_restart_of_the_agent() {
+    let mut lab = Lab::new();
+    until("the agent answers", || lab.demae(&["ready"]).status.success());
+    let mut follow = Command::new(env!("CARGO_BIN_EXE_demae"));
+    follow.args(["events", "--agent", &format!("http://{}/metrics", lab.metrics)]);
+    let mut following = follow.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("demae runs");
+    let mut notes = BufReader::new(following.stderr.take().expect("a pipe")).lines();
+    let mut lines = BufReader::new(following.stdout.take().expect("a pipe")).lines();
+    let mut next = || serde_json::from_str::<Event>(&lines.next().expect("a line").expect("text")).expect("an event");
+    lab.put("apps/typo/spec", "imagee: x\n");
+    next();
+    lab.kill_agent();
+    assert!(notes.next().expect("a line").expect("text").contains("ended; waiting for it"));
+    lab.start_agent(&[]);
+    assert!(notes.next().expect("a line").expect("text").contains("is back"));
+    // Many at once, so that several happen within a millisecond.
+    let worker = format!("image: \"{}\"\nstop_grace_period: 1s\n", lab.image("v1"));
+    let apps: Vec<String> = (0..8).map(|n| format!("w{n}")).collect();
+    lab.put_all(&apps.iter().map(|a| (format!("apps/{a}/spec"), worker.clone())).collect::<Vec<_>>());
+    for app in &apps {
+        lab.wait_app(app, "converged", |s| s.state == State::Converged);
+    }
+    let all = events(&lab, &[]);
+    // Of the run before there may be more to read.
+    let followed = std::iter::from_fn(|| Some(next())).skip_while(|e| e.run != all[0].run).take(all.len());
+    assert_eq!(followed.collect::<Vec<_>>(), all);
+    following.kill().expect("it runs");
+    following.wait().expect("it ends");
 }

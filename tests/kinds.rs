@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use demae::model::status::State;
 use support::{
-    lab::{Lab, docker, until},
+    lab::{Lab, docker, free_address, until},
     load::{Client, Load, mixed},
     registry::Registry,
 };
@@ -70,9 +70,9 @@ fn an_app_that_docker_asks_is_routed_like_any_other() {
 #[test]
 fn an_image_is_pulled_and_a_missing_one_is_waited_for() {
     let lab = Lab::new();
-    let registry = Registry::start(&lab);
+    let registry = Registry::start(free_address(), lab.dir.path());
     let name = |version: &str| registry.name(version);
-    let push = |version: &str| registry.push(&lab, version);
+    let push = |version: &str| registry.push(&lab.image(version), version);
     push("v1");
     let spec = lab.socket_spec(&name("v1"), "pulled.test", "pull_policy: always\n");
     lab.deploy("pulled", "apps/pulled/spec", &spec);

@@ -5,13 +5,22 @@ mod support;
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use demae::model::status::State;
-use support::lab::{Lab, docker, until};
+use support::{
+    lab::{Lab, Setup, docker, until},
+    receiver::Receiver,
+};
 
 const CANARY: &str = "canary-5f1e0c";
 
 #[test]
 fn values_arrive_and_are_seen_nowhere_else() {
-    let mut lab = Lab::with(&support::lab::Setup { no_agent: true, top: "log = \"trace\"", ..Default::default() });
+    let receiver = Receiver::start(|_| 204);
+    let sections = format!(
+        "[webhook]\nurl = \"http://{}/\"\nevents = [\"step\", \"verdict\", \"block\", \"converged\"]\n",
+        receiver.address
+    );
+    let setup = Setup { no_agent: true, top: "log = \"trace\"", sections: &sections, ..Setup::default() };
+    let mut lab = Lab::with(&setup);
     lab.start_agent(&[("RUST_LOG", "trace")]);
     lab.put("env/web/KEY", &format!("-----BEGIN\n{CANARY} \"quoted\" $x\n-----END\n"));
     lab.put("env/common/SHARED", CANARY);
@@ -49,12 +58,17 @@ fn values_arrive_and_are_seen_nowhere_else() {
     assert!(tail.contains("version *** starts"), "{tail}");
 
     let plan = lab.demae(&["plan"]);
+    let events = lab.demae(&["events", "--no-follow"]);
+    let told = || receiver.told().into_iter().map(|t| t.body).collect::<String>();
+    until("the webhook was told of the verdict", || told().contains("\"verdict\""));
     let (_, metrics) = support::load::get(lab.metrics, "localhost", "/metrics").expect("metrics");
     let (_, status) = support::load::get(lab.metrics, "localhost", "/status").expect("a status");
     for (what, text) in [
         ("the log", lab.agent_log()),
         ("metrics", metrics),
         ("status", status),
+        ("events", String::from_utf8_lossy(&events.stdout).into_owned()),
+        ("the webhook", told()),
         ("plan", String::from_utf8_lossy(&[plan.stdout, plan.stderr].concat()).into_owned()),
         (
             "labels",

@@ -16,7 +16,7 @@ use crate::{
         change::Change,
         desired::{DesiredApp, Target},
         event::What,
-        name::{AppName, ReleaseId},
+        name::{AppName, ContainerId, ReleaseId},
         observed::{Instance, ObservedApp},
         status::Moment,
         time::Timestamp,
@@ -37,7 +37,7 @@ pub(super) struct Account {
     pub(super) series: Arc<AppSeries>,
     change: Option<Pending>,
     timeline: Vec<Moment>,
-    draining: Option<Instant>,
+    drains: BTreeMap<ContainerId, Draining>,
     unconverged: Option<Timestamp>,
     /// What was put right since the app was as it should be; `None` while a change is under way.
     repaired: Option<BTreeSet<Drift>>,
@@ -49,8 +49,25 @@ struct Pending {
     seen: Instant,
     kind: Change,
     deploy: Span,
+    /// Whether the release has answered through nginx: what is left is the leaving of the old one.
+    answered: bool,
+    healthy: bool,
     /// Health or drain: what the deploy waits for between two steps.
     waits: BTreeMap<&'static str, (Instant, Span)>,
+}
+
+impl Pending {
+    fn new(app: &AppName, kind: Change, release: Option<&ReleaseId>, seen: Instant) -> Self {
+        let deploy = deploy(app, kind, release);
+        Self { seen, kind, deploy, answered: false, healthy: false, waits: BTreeMap::new() }
+    }
+}
+
+/// An instance that is leaving.
+struct Draining {
+    began: Instant,
+    /// How long it took until its stop was due, and how many connections that cut, if it did.
+    ended: Option<(Duration, Option<usize>)>,
 }
 
 impl Account {
@@ -60,7 +77,7 @@ impl Account {
             app,
             change: None,
             timeline: Vec::new(),
-            draining: None,
+            drains: BTreeMap::new(),
             unconverged: None,
             repaired: None,
             blocks: BTreeMap::new(),
@@ -87,20 +104,18 @@ impl Account {
         let kind = Change::between(before, after);
         self.unconverged.get_or_insert(now);
         self.repaired = None;
-        match (&mut self.change, seen) {
-            // A change of mind during a change is measured from the first one: that is how long somebody waits.
-            (Some(pending), _) => {
-                if pending.kind != kind {
-                    pending.kind = Change::Other;
-                }
-                pending.deploy = deploy(&self.app, kind, release);
-                pending.waits.clear();
+        match (self.change.take(), seen) {
+            // A change of mind before anything was reached is measured from the first wish: that is how long somebody
+            // waits. What has answered has been waited for.
+            (Some(before), _) if !before.answered => {
+                let kind = if before.kind == kind { kind } else { Change::Other };
+                self.change = Some(Pending::new(&self.app, kind, release, before.seen));
             }
-            (none, Some(seen)) => {
+            (_, Some(seen)) => {
                 self.timeline.clear();
-                *none = Some(Pending { seen, kind, deploy: deploy(&self.app, kind, release), waits: BTreeMap::new() });
+                self.change = Some(Pending::new(&self.app, kind, release, seen));
             }
-            (None, None) => self.timeline.clear(),
+            (_, None) => self.timeline.clear(),
         }
         self.moment("seen");
     }
@@ -127,28 +142,43 @@ impl Account {
             }
         }
         // The first look at which all instances of the wanted release are healthy.
-        let Some(target) = target else { return };
+        let (Some(target), Some(pending)) = (target, &mut self.change) else { return };
         let is_healthy = |i: &&Instance| i.key.release == target.release.id && i.is_running() && i.health.is_healthy();
         let healthy = after.instances.iter().filter(is_healthy).count() >= usize::from(target.replicas);
-        if healthy && !self.timeline.iter().any(|m| m.what == "healthy") {
+        if healthy && !std::mem::replace(&mut pending.healthy, healthy) {
             self.moment("healthy");
             self.end_wait("health", "all instances are healthy");
         }
     }
 
+    /// The app could not be looked at.
+    pub(super) fn unseen(&mut self, now: Timestamp) {
+        self.unconverged.get_or_insert(now);
+    }
+
     /// A plan was made, for what is wanted now.
     pub(super) fn planned(&mut self, plan: &AppPlan, observed: &ObservedApp, ears: &Ears<'_>, now: Timestamp) {
-        self.note_drain(plan, observed, ears.metrics);
+        self.note_drains(plan, observed);
         self.note_blocks(&plan.blocks, ears.events);
+        let held_back = |b: &Block| matches!(b, Block::Paused(_) | Block::Cordoned);
         if plan.is_converged() {
             self.unconverged = None;
-            self.repaired = Some(BTreeSet::new());
+            self.count_repairs(ears.metrics);
             self.converge(ears.release, ears.events);
-        } else if plan.blocks.iter().any(|b| matches!(b, Block::Paused(_) | Block::Cordoned)) {
+        } else if plan.blocks.iter().any(held_back) {
             // A person holds it back, and knows.
             self.unconverged = None;
         } else {
             self.unconverged.get_or_insert(now);
+        }
+        // From here on it takes another wish of a person, and how long people take is not measured.
+        let ends = |b: &&Block| held_back(b) || matches!(b, Block::Halted(_) | Block::Invalid(_));
+        if let Some(block) = plan.blocks.iter().find(ends)
+            && let Some(pending) = self.change.take()
+        {
+            pending.deploy.record("outcome", block.kind());
+            pending.deploy.record("took_ms", millis(pending.seen.elapsed()));
+            pending.deploy.in_scope(|| tracing::warn!(app = %self.app, "the deploy ends here: {block}"));
         }
     }
 
@@ -159,6 +189,7 @@ impl Account {
         self.series.converged(pending.kind, took);
         let moments: Vec<String> = self.timeline.iter().map(|m| format!("{} {}", m.what, m.ms)).collect();
         let message = format!("converged ({})", moments.join(", "));
+        pending.deploy.record("outcome", "converged");
         pending.deploy.record("took_ms", millis(took));
         pending.deploy.in_scope(|| tracing::info!(app = %self.app, took_ms = millis(took), "{message}"));
         let what = What::Converged {
@@ -173,9 +204,8 @@ impl Account {
         let now: BTreeMap<&'static str, String> = blocks.iter().map(|b| (b.kind(), b.to_string())).collect();
         for (kind, why) in now.iter().filter(|(kind, why)| self.blocks.get(*kind) != Some(why)) {
             let remedy = blocks.iter().find(|b| b.kind() == *kind).map(|b| b.remedy(&self.app)).unwrap_or_default();
-            if let Some(pending) = &mut self.change {
-                pending.deploy.in_scope(|| tracing::warn!(app = %self.app, block = kind, "blocked: {why}"));
-            }
+            let span = self.change.as_ref().map_or_else(Span::none, |pending| pending.deploy.clone());
+            span.in_scope(|| tracing::warn!(app = %self.app, block = kind, "blocked: {why}"));
             events.tell(Some(&self.app), What::Block { kind: (*kind).to_owned(), remedy }, why.clone());
         }
         for kind in self.blocks.keys().filter(|kind| !now.contains_key(*kind)) {
@@ -187,7 +217,7 @@ impl Account {
     /// A step was done.
     pub(super) fn stepped(&mut self, step: &Step, ears: &Ears<'_>) {
         let kind = step.kind();
-        self.note_repair(kind, ears.metrics);
+        self.note_repair(kind);
         let moment = match step {
             Step::Pull(_) => "pulled",
             Step::Create { .. } => "created",
@@ -206,10 +236,13 @@ impl Account {
             // nginx had nothing to load: its route is a symlink.
             Step::Switch(slots) if !slots.is_empty() => ears.metrics.reload_skipped(),
             Step::Prove { ingress: Some(_), .. } => {
-                if let Some(pending) = &self.change {
+                if let Some(pending) = &mut self.change
+                    && !std::mem::replace(&mut pending.answered, true)
+                {
                     self.series.answered(pending.kind, pending.seen.elapsed());
                 }
             }
+            Step::Stop { handle, .. } => self.count_drain(handle, ears.metrics),
             Step::RecordVerdict { release, cause, exit_code, .. } => {
                 self.end_wait("health", "it did not get healthy");
                 let what = What::Verdict { release: release.id.to_string(), exit_code: *exit_code };
@@ -219,37 +252,54 @@ impl Account {
         }
     }
 
-    /// Nobody changed the store, and yet something was to be done. Each kind is counted once until all is well again.
-    fn note_repair(&mut self, kind: StepKind, metrics: &Metrics) {
+    /// Nobody changed the store, and yet something was to be done.
+    fn note_repair(&mut self, kind: StepKind) {
         let Some(repaired) = &mut self.repaired else { return };
-        let drift = match kind {
-            StepKind::Create | StepKind::Start | StepKind::ClearSocket | StepKind::Settle => Drift::Container,
+        repaired.insert(match kind {
+            StepKind::Create | StepKind::Start | StepKind::ClearSocket => Drift::Container,
             StepKind::Switch => Drift::Route,
             StepKind::WriteEnvFile => Drift::File,
             _ => return,
-        };
-        if repaired.insert(drift) {
-            metrics.repaired(drift);
+        });
+    }
+
+    /// All is well again. Each kind counts once, however many steps it took.
+    fn count_repairs(&mut self, metrics: &Metrics) {
+        let repaired = self.repaired.replace(BTreeSet::new()).unwrap_or_default();
+        let container = repaired.contains(&Drift::Container);
+        // Another container has another route; nobody changed that one by hand.
+        let own = |drift: &Drift| !(container && matches!(drift, Drift::Route | Drift::File));
+        repaired.into_iter().filter(own).for_each(|drift| metrics.repaired(drift));
+    }
+
+    /// Who drains, and who has drained. What has never been in service has nothing to drain.
+    fn note_drains(&mut self, plan: &AppPlan, observed: &ObservedApp) {
+        self.drains.retain(|id, _| observed.instances.iter().any(|i| i.id == *id));
+        for wait in &plan.waits {
+            let Wait::Drain { key, .. } = wait else { continue };
+            let Some(instance) = observed.instances.iter().find(|i| i.key == *key && i.settled) else { continue };
+            self.drains.entry(instance.id.clone()).or_insert_with(|| Draining { began: Instant::now(), ended: None });
+            self.begin_wait("drain");
+        }
+        let Some((planned, Step::Stop { handle, .. })) = plan.step.as_ref().map(|p| (p, &p.step)) else { return };
+        let Some(instance) = observed.instances.iter().find(|i| i.id == handle.id && i.settled) else { return };
+        let new = || Draining { began: Instant::now(), ended: None };
+        let draining = self.drains.entry(instance.id.clone()).or_insert_with(new);
+        // A stop that failed is planned again; the drain was over before.
+        if draining.ended.is_none() {
+            let cut = (planned.reason == TIME_IS_OVER).then(|| instance.connections.unwrap_or(0));
+            draining.ended = Some((draining.began.elapsed(), cut));
+            self.moment("drained");
+            // Nobody may have been there to wait for; that is a drain all the same.
+            self.begin_wait("drain");
+            self.end_wait("drain", if cut.is_some() { "its drain time is over" } else { "no connection is left" });
         }
     }
 
-    fn note_drain(&mut self, plan: &AppPlan, observed: &ObservedApp, metrics: &Metrics) {
-        let waiting = plan.waits.iter().any(|w| matches!(w, Wait::Drain { .. }));
-        if waiting {
-            if self.draining.is_none() {
-                self.draining = Some(Instant::now());
-                self.begin_wait("drain");
-            }
-            return;
+    fn count_drain(&mut self, handle: &Handle, metrics: &Metrics) {
+        if let Some((took, cut)) = self.drains.remove(&handle.id).and_then(|d| d.ended) {
+            metrics.drained(cut, took);
         }
-        let Some((planned, Step::Stop { handle, .. })) = plan.step.as_ref().map(|p| (p, &p.step)) else { return };
-        let took = self.draining.take().map(|d| d.elapsed()).unwrap_or_default();
-        let cut = (planned.reason == TIME_IS_OVER).then(|| connections(observed, handle));
-        metrics.drained(cut, took);
-        self.moment("drained");
-        // Nobody may have been there to wait for; that is a drain all the same.
-        self.begin_wait("drain");
-        self.end_wait("drain", if cut.is_some() { "its drain time is over" } else { "no connection is left" });
     }
 
     fn moment(&mut self, what: &str) {
@@ -291,7 +341,8 @@ pub(super) struct Ears<'a> {
 /// One deploy, as the root of a tree of spans.
 fn deploy(app: &AppName, change: Change, release: Option<&ReleaseId>) -> Span {
     let release = release.map_or("", ReleaseId::as_str);
-    tracing::info_span!(parent: None, "deploy", %app, change = change.as_str(), release, took_ms = tracing::field::Empty)
+    let empty = tracing::field::Empty;
+    tracing::info_span!(parent: None, "deploy", %app, change = change.as_str(), release, outcome = empty, took_ms = empty)
 }
 
 /// One step of a deploy. The name of a span is fixed when demae is built, so each kind has its own line.
@@ -316,10 +367,6 @@ fn step_span(deploy: &Span, kind: StepKind) -> Span {
         RecordVerdict => "record_verdict",
         CleanUp => "clean_up",
     }
-}
-
-fn connections(observed: &ObservedApp, handle: &Handle) -> usize {
-    observed.instances.iter().find(|i| i.id == handle.id).and_then(|i| i.connections).unwrap_or(0)
 }
 
 pub(super) fn millis(duration: Duration) -> u64 {

@@ -116,6 +116,7 @@ impl AppState {
         self.look_error = Some((error.to_owned(), attempts));
         self.look_after = now.plus(pause_after(attempts).min(Duration::from_secs(10)));
         self.dirty = true;
+        self.account.unseen(now);
     }
 
     /// Whether a list of containers, or what lies on disk, shows anything that the last look did not.

@@ -170,7 +170,7 @@ impl Agent {
                     tracing::info!(step = "nginx", took_ms, "{message}");
                     events.tell(None, What::Reload { outcome: Outcome::Done, took_ms }, message);
                 } else {
-                    metrics.reload_skipped();
+                    metrics.reload_unneeded();
                 }
                 match end.reason {
                     CHANGED_BY_HAND => metrics.repaired(Drift::File),

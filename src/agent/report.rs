@@ -76,11 +76,12 @@ impl Agent {
         };
         drop(update);
         let mode = self.snapshot.as_ref().map_or(HostMode::Active, |s| s.mode);
+        let unreadable = self.snapshot.as_ref().map_or(0, |s| s.unreadable.len());
         let draining_workers = self.proxy.observed.old_workers;
         // Replaced as a whole: whoever scrapes keeps what it has, and nobody waits.
         self.outlets.view.send_modify(|view| {
             let (host, prefix) = (view.host.clone(), view.prefix.clone());
-            *view = Arc::new(View { host, prefix, mode, store, draining_workers, apps });
+            *view = Arc::new(View { host, prefix, mode, store, unreadable, draining_workers, apps });
         });
         let used: BTreeSet<u16> = self.apps.values().flat_map(AppState::ports).collect();
         let ports = self.world.ports.usage(&used);

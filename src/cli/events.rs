@@ -5,10 +5,7 @@ use std::time::Duration;
 use super::{Ended, Exit, Failed, agent_address, print::Printer, runtime};
 use crate::{
     host::probe,
-    model::{
-        event::{Event, VERSION, What},
-        time::Timestamp,
-    },
+    model::event::{Event, VERSION, What},
 };
 
 /// Between two attempts to find an agent that went away.
@@ -50,29 +47,31 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
 }
 
 async fn follow(args: &Args, printer: &mut Printer) -> Ended {
-    let address = agent_address(args.agent.as_deref());
+    let address = agent_address(args.agent.as_deref())?;
     let uri = if args.no_follow { "/events" } else { "/events?follow" };
-    let mut last = Timestamp::default();
+    let mut seen = (0, 0);
     let mut found = false;
     loop {
-        let mut wrong = None;
-        let mut closed = false;
-        let mut first = true;
-        let ended = probe::lines(&address, uri, Duration::from_secs(5), |line| {
-            if std::mem::take(&mut first) && found {
-                printer.error(&format!("note: the agent at {address} is back"));
-            }
-            match show(args, line, &mut last, found, printer) {
-                Ok(open) => {
-                    closed = !open;
-                    open
+        let (mut wrong, mut closed) = (None, false);
+        let back = if found { Some(format!("note: the agent at {address} is back")) } else { None };
+        let ended = probe::lines(
+            &address,
+            uri,
+            Duration::from_secs(5),
+            || {
+                if let Some(back) = back {
+                    Printer::new().error(&back);
                 }
-                Err(e) => {
+            },
+            |line| {
+                let shown = show(args, line, &mut seen, printer);
+                closed |= matches!(shown, Ok(false));
+                shown.unwrap_or_else(|e| {
                     wrong = Some(e);
                     false
-                }
-            }
-        })
+                })
+            },
+        )
         .await;
         if let Some(wrong) = wrong {
             return Err(wrong);
@@ -90,21 +89,31 @@ async fn follow(args: &Args, printer: &mut Printer) -> Ended {
     }
 }
 
-/// Prints an event that was asked for. False once nobody reads any more.
-fn show(args: &Args, line: &str, last: &mut Timestamp, again: bool, printer: &mut Printer) -> Result<bool, Failed> {
-    let event: Event = serde_json::from_str(line)
-        .map_err(|e| Failed::because(format!("this is no event of an agent: {e}; is `--agent` right?")))?;
-    if event.version != VERSION {
+/// The part of an event that every version has.
+#[derive(serde::Deserialize)]
+struct Form {
+    version: u32,
+}
+
+/// Prints an event that was asked for, unless it was seen before. False once nobody reads any more.
+fn show(args: &Args, line: &str, seen: &mut (i64, u64), printer: &mut Printer) -> Result<bool, Failed> {
+    let foreign =
+        |e: serde_json::Error| Failed::because(format!("this is no event of an agent: {e}; is `--agent` right?"));
+    let form: Form = serde_json::from_str(line).map_err(foreign)?;
+    if form.version != VERSION {
         return Err(Failed::because(format!(
             "the agent speaks version {} of events, this program version {VERSION}; use the agent's own `demae`",
-            event.version
+            form.version
         )));
     }
-    // After a gap the agent tells again what it still knows.
-    if again && event.at <= *last {
-        return Ok(true);
+    let event: Event = serde_json::from_str(line).map_err(foreign)?;
+    // After a gap the same run tells again what it still knows.
+    if event.seq > 0 {
+        if event.run == seen.0 && event.seq <= seen.1 {
+            return Ok(true);
+        }
+        *seen = (event.run, event.seq);
     }
-    *last = event.at.max(*last);
     let lost = matches!(event.what, What::Lost { .. });
     let of_app = |app: &str| args.apps.iter().any(|a| a == app);
     let chosen = args.apps.is_empty() || event.app.as_ref().is_some_and(|app| of_app(app.as_str()));

@@ -140,10 +140,18 @@ fn runtime(threads: usize) -> Result<tokio::runtime::Runtime, Failed> {
 }
 
 /// The address of an agent, from its URL or from nothing.
-fn agent_address(url: Option<&str>) -> String {
+fn agent_address(url: Option<&str>) -> Result<String, Failed> {
     let url = url.unwrap_or(LISTEN);
-    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
-    rest.split('/').next().unwrap_or_default().to_owned()
+    let rest = match url.split_once("://") {
+        None => url,
+        Some(("http", rest)) => rest,
+        Some((scheme, _)) => {
+            return Err(Failed::because(format!(
+                "`{url}`: an agent speaks plain http and not {scheme}; write it like `http://{LISTEN}`"
+            )));
+        }
+    };
+    Ok(rest.split('/').next().unwrap_or_default().to_owned())
 }
 
 type Ended = Result<Exit, Failed>;

@@ -76,7 +76,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
 
 /// Asks the agent of this host; where none answers, what agents told the store.
 async fn read(args: &Args, printer: &mut Printer) -> Result<Shown, Failed> {
-    let address = agent_address(args.agent.as_deref());
+    let address = agent_address(args.agent.as_deref())?;
     let asked = probe::get_tcp(&address, "localhost", "/status", Duration::from_secs(5)).await;
     let error = match asked {
         Ok(answer) if answer.status == 200 => match serde_json::from_str::<HostStatus>(&answer.body) {

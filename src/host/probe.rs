@@ -48,7 +48,7 @@ pub async fn get_tcp(address: &str, host: &str, uri: &str, within: Duration) -> 
     .await
 }
 
-/// Reads the lines of an answer as they come, for as long as `each` wants more. The limit is for the answer's head: a
+/// Reads the lines of an answer as they come, for as long as `each` wants more; `opened` hears when it begins. The limit is for the answer's head: a
 /// stream may be silent for hours.
 ///
 /// # Errors
@@ -57,6 +57,7 @@ pub async fn lines(
     address: &str,
     uri: &str,
     within: Duration,
+    opened: impl FnOnce(),
     mut each: impl FnMut(&str) -> bool,
 ) -> Result<(), NoAnswer> {
     let stream = bounded(within, async { TcpStream::connect(address).await.map_err(|e| refused(&e, address)) }).await?;
@@ -67,6 +68,7 @@ pub async fn lines(
         if !answer.status().is_success() {
             return Err(format!("answered with status {}", answer.status().as_u16()));
         }
+        opened();
         let mut body = answer.into_body();
         let mut rest = Vec::new();
         // An end in the middle of a line is the end of the other side; what is cut is told again by the next one.

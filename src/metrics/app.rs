@@ -29,13 +29,19 @@ pub struct AppSeries {
 impl AppSeries {
     /// Nothing is counted yet.
     pub fn new(app: AppName) -> Self {
-        Self {
+        let series = Self {
             app,
             convergence: ByChange::default(),
             first_answer: ByChange::default(),
             restarts: AtomicU64::new(0),
             flaps: AtomicU64::new(0),
+        };
+        // A rate sees nothing of a series that begins above 0. The common kinds begin at 0; all of them would be many.
+        for change in [Change::Image, Change::Environment] {
+            series.histogram(&series.convergence, change);
+            series.histogram(&series.first_answer, change);
         }
+        series
     }
 
     /// The app is as it should be, so long after a change was seen.
@@ -59,8 +65,14 @@ impl AppSeries {
     }
 
     fn observe(&self, histograms: &ByChange, change: Change, took: Duration) {
+        if let Some(histogram) = self.histogram(histograms, change) {
+            histogram.observe(took.as_secs_f64());
+        }
+    }
+
+    fn histogram<'h>(&self, histograms: &'h ByChange, change: Change) -> Option<&'h Histogram> {
         let place = Change::ALL.iter().position(|c| *c == change).and_then(|n| histograms.get(n));
-        let histogram = place.and_then(|place| {
+        place.and_then(|place| {
             place
                 .get_or_init(|| {
                     // The name is the family's, which this one is put into; its own is not shown.
@@ -69,10 +81,7 @@ impl AppSeries {
                     Histogram::with_opts(opts).ok()
                 })
                 .as_ref()
-        });
-        if let Some(histogram) = histogram {
-            histogram.observe(took.as_secs_f64());
-        }
+        })
     }
 
     /// Adds what was counted to the families.

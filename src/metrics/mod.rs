@@ -17,7 +17,8 @@ mod vitals;
 use std::time::Duration;
 
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry, TextEncoder, core::Collector,
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    core::Collector,
 };
 
 pub use app::AppSeries;
@@ -37,7 +38,7 @@ use crate::{
 /// Buckets of what takes as long as a step, in seconds.
 const STEP_BUCKETS: &[f64] = &[0.005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0];
 /// Buckets of what takes as long as a change, in seconds.
-const CHANGE_BUCKETS: &[f64] = &[0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0];
+const CHANGE_BUCKETS: &[f64] = &[0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0];
 /// Buckets of a call to Docker, in seconds: a look takes under a millisecond, a start 0.2 s, a stop its grace.
 const CALL_BUCKETS: &[f64] = &[0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
 /// Buckets of a pull, in seconds.
@@ -108,6 +109,7 @@ pub struct Metrics {
     drift: IntCounterVec,
     reloads: IntCounterVec,
     reload_seconds: Histogram,
+    reload_failing: IntGauge,
     reloads_skipped: IntCounter,
     reloads_coalesced: IntCounter,
     drains: IntCounterVec,
@@ -185,6 +187,10 @@ impl Metrics {
                 "Time from a new nginx configuration to a worker that answers with it",
                 STEP_BUCKETS,
             )?,
+            reload_failing: make.keep(IntGauge::new(
+                "demae_nginx_reload_failing",
+                "Whether the last attempt to change nginx failed (1) or succeeded (0)",
+            )?)?,
             reloads_skipped: make
                 .counter("demae_nginx_reloads_skipped_total", "Changes that nginx did not have to be reloaded for")?,
             reloads_coalesced: make
@@ -277,17 +283,25 @@ impl Metrics {
     pub fn reloaded(&self, changes: usize, took: Duration) {
         self.reloads.with_label_values(&[Outcome::Done.as_str()]).inc();
         self.reload_seconds.observe(took.as_secs_f64());
+        self.reload_failing.set(0);
         self.reloads_coalesced.inc_by(u64::try_from(changes.saturating_sub(1)).unwrap_or(u64::MAX));
     }
 
     /// nginx could not be changed.
     pub fn reload_failed(&self) {
         self.reloads.with_label_values(&[Outcome::Failed.as_str()]).inc();
+        self.reload_failing.set(1);
     }
 
     /// A change needed no reload.
     pub fn reload_skipped(&self) {
         self.reloads_skipped.inc();
+    }
+
+    /// nginx took a configuration that it had already: only what it refuses was news.
+    pub fn reload_unneeded(&self) {
+        self.reloads_skipped.inc();
+        self.reload_failing.set(0);
     }
 
     /// An instance has drained; or its time was over, and this many connections were left, as far as could be counted.

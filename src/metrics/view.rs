@@ -29,6 +29,8 @@ pub struct View {
     pub mode: HostMode,
     /// The store.
     pub store: StoreView,
+    /// Keys of the store that belong to no app because they cannot be read.
+    pub unreadable: usize,
     /// nginx workers that finish the requests of an older configuration.
     pub draining_workers: usize,
     /// Its apps.
@@ -93,8 +95,8 @@ pub struct ReleaseView {
 impl View {
     /// Nothing was seen yet.
     pub fn new(host: HostName, prefix: String) -> Self {
-        let (mode, store, draining_workers, apps) = (HostMode::Active, StoreView::default(), 0, Vec::new());
-        Self { host, prefix, mode, store, draining_workers, apps }
+        let (mode, store, apps) = (HostMode::Active, StoreView::default(), Vec::new());
+        Self { host, prefix, mode, store, unreadable: 0, draining_workers: 0, apps }
     }
 
     pub(super) fn families(&self, now: Timestamp) -> Vec<MetricFamily> {
@@ -139,6 +141,11 @@ impl View {
                 .with(&[], self.store.reads as f64)
                 .done(),
             errors.done(),
+            gauge(
+                "demae_store_unreadable_keys",
+                "Keys that belong to no app because they cannot be read",
+                self.unreadable as f64,
+            ),
         ]
     }
 

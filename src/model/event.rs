@@ -15,7 +15,9 @@ pub const VERSION: u32 = 1;
 pub struct Event {
     /// [`VERSION`].
     pub version: u32,
-    /// Counts up from 1 since the agent started.
+    /// Which run of the agent: when it started, in milliseconds since 1970.
+    pub run: i64,
+    /// Counts up from 1 within the run; 0 for what is no event of the agent.
     pub seq: u64,
     /// When.
     pub at: Timestamp,
@@ -141,6 +143,7 @@ mod tests {
     fn an_event_is_one_flat_line() {
         let event = Event {
             version: VERSION,
+            run: 3,
             seq: 7,
             at: Timestamp::from_millis(0),
             host: HostName::try_from("web1").expect("a name"),
@@ -149,7 +152,7 @@ mod tests {
             message: "create".into(),
         };
         let text = serde_json::to_string(&event).expect("JSON");
-        expect_test::expect![[r#"{"version":1,"seq":7,"at":"1970-01-01T00:00:00.000Z","host":"web1","app":"web","type":"step","step":"create","outcome":"done","took_ms":7,"message":"create"}"#]]
+        expect_test::expect![[r#"{"version":1,"run":3,"seq":7,"at":"1970-01-01T00:00:00.000Z","host":"web1","app":"web","type":"step","step":"create","outcome":"done","took_ms":7,"message":"create"}"#]]
         .assert_eq(&text);
         assert_eq!(serde_json::from_str::<Event>(&text).expect("an event"), event);
         assert!(What::TYPES.contains(&event.what.as_str()));

@@ -109,9 +109,14 @@ impl Prometheus {
 
     /// Names of alerts that fire now.
     pub fn firing(&self) -> Vec<String> {
+        self.alerts("firing")
+    }
+
+    /// Names of alerts that are in a state now: `pending` or `firing`.
+    pub fn alerts(&self, state: &str) -> Vec<String> {
         let data = self.api("alerts", &[]).expect("alerts");
-        let firing = list(&data["alerts"]).filter(|a| a["state"] == "firing");
-        firing.filter_map(|a| a["labels"]["alertname"].as_str().map(str::to_owned)).collect()
+        let found = list(&data["alerts"]).filter(|a| a["state"] == state);
+        found.filter_map(|a| a["labels"]["alertname"].as_str().map(str::to_owned)).collect()
     }
 
     /// Names of alerts that fired at any moment between these times.

@@ -4,13 +4,11 @@
 use std::{
     fs,
     net::SocketAddr,
+    path::Path,
     process::{Child, Command, Stdio},
 };
 
-use super::{
-    lab::{Lab, docker, free_address, until},
-    load,
-};
+use super::{load, mishaps::wait};
 
 pub struct Registry {
     address: SocketAddr,
@@ -19,12 +17,12 @@ pub struct Registry {
 }
 
 impl Registry {
-    pub fn start(lab: &Lab) -> Self {
-        let address = free_address();
-        let config = lab.path("registry.yml");
+    /// Starts it at an address that is free, with its files in a directory that is there.
+    pub fn start(address: SocketAddr, dir: &Path) -> Self {
+        let config = dir.join("registry.yml");
         let text = format!(
             "version: 0.1\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: {address}}}\n",
-            lab.path("registry").display()
+            dir.join("registry").display()
         );
         fs::write(&config, text).expect("a file");
         let child = Command::new("docker-registry")
@@ -34,21 +32,21 @@ impl Registry {
             .stderr(Stdio::null())
             .spawn()
             .expect("docker-registry runs");
-        until("the registry answers", || load::get(address, "localhost", "/v2/").is_ok_and(|(code, _)| code == 200));
+        wait("the registry answers", || load::get(address, "localhost", "/v2/").is_ok_and(|(code, _)| code == 200));
         Self { address, child, names: Vec::new().into() }
     }
 
-    /// What an image is called here.
+    /// What a version of the app is called here.
     pub fn name(&self, version: &str) -> String {
         format!("localhost:{}/app:{version}", self.address.port())
     }
 
-    /// Brings an image of the lab here, and takes its name from the engine.
-    pub fn push(&self, lab: &Lab, version: &str) {
+    /// Brings an image here, and takes the name it has here from the engine, so that it must be pulled.
+    pub fn push(&self, image: &str, version: &str) {
         let name = self.name(version);
-        docker(&["tag", &lab.image(version), &name]);
-        docker(&["push", "-q", &name]);
-        docker(&["rmi", &name]);
+        for args in [&["tag", image, &name][..], &["push", "-q", &name], &["rmi", &name]] {
+            assert!(docker(args), "docker {}", args.join(" "));
+        }
         self.names.lock().expect("no test panicked with it").push(name);
     }
 }
@@ -61,4 +59,9 @@ impl Drop for Registry {
             docker(&["rmi", "-f", name]);
         }
     }
+}
+
+fn docker(args: &[&str]) -> bool {
+    let mut command = Command::new("docker");
+    command.args(args).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
 }
