@@ -6,7 +6,7 @@ set -euo pipefail
 features=(--all-features)
 if [ "${1:-}" = "--soak" ]; then
     export NEXTEST_PROFILE=soak
-    exec cargo nextest run "${features[@]}" --test switches --test crash --test properties --no-capture --no-fail-fast
+    exec cargo nextest run "${features[@]}" --test switches --test crash --test doubt --test properties --no-capture --no-fail-fast
 fi
 if [ "${DEMAE_DOCKER:-}" = "absent" ]; then
     echo "DEMAE_DOCKER=absent: the tests on real etcd, nginx and Docker are left out, as you decided"

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use crate::{
     host::nginx::{Profile, Settings},
     model::{env::Secret, event::What, name::HostName, text},
-    store::{client::EtcdConfig, keys::Prefix},
+    store::{Brake, client::EtcdConfig, keys::Prefix},
     webhook::WebhookConfig,
 };
 
@@ -39,6 +39,14 @@ pub struct File {
     nginx: NginxFile,
     ports: PortsFile,
     webhook: Option<WebhookFile>,
+    brake: BrakeFile,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct BrakeFile {
+    apps: Option<usize>,
+    percent: Option<usize>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -214,6 +222,8 @@ pub struct Config {
     pub ports: RangeInclusive<u16>,
     /// Who is told of events.
     pub webhook: Option<WebhookConfig>,
+    /// How many apps may leave at once.
+    pub brake: Brake,
 }
 
 /// The nginx of this host.
@@ -297,6 +307,7 @@ impl Config {
                 },
             },
             webhook: file.webhook.map(webhook).transpose()?,
+            brake: brake(&file.brake)?,
             ports: port_range(file.ports.range.as_deref().unwrap_or("20000-29999"))?,
         })
     }
@@ -369,6 +380,15 @@ fn etcd(flags: &EtcdFlags, file: EtcdFile) -> Result<EtcdConfig, ConfigError> {
         prefix: Prefix::new(flags.prefix.as_deref().or(file.prefix.as_deref()).unwrap_or("/demae"))
             .map_err(bad("prefix"))?,
     })
+}
+
+fn brake(file: &BrakeFile) -> Result<Brake, ConfigError> {
+    let default = Brake::default();
+    let brake = Brake { apps: file.apps.unwrap_or(default.apps), percent: file.percent.unwrap_or(default.percent) };
+    if brake.percent > 100 {
+        return Err(bad("brake.percent")(format!("`{}` is more than all; use 0 to 100", brake.percent)));
+    }
+    Ok(brake)
 }
 
 /// What a webhook is told of unless the file says: what people want to know, and not each step.

@@ -66,7 +66,11 @@ fn fifty_apps_at_once_then_silence_then_none() {
         docker(&["events", "--since", &since, "--until", &now, "--filter", &filter, "--format", "{{.Action}}"]);
     assert_eq!(events, "", "Docker was told to do something");
 
+    // All of them at once is what the brake is for.
     lab.del("apps/");
+    until("that is held back", || lab.status().is_some_and(|s| s.store.block.is_some()));
+    let confirm = lab.demae(&["confirm", "--yes"]);
+    assert!(confirm.status.success(), "{}", String::from_utf8_lossy(&confirm.stderr));
     until("no container is left", || lab.containers().is_empty());
     until("no file is left", || lab.traces().is_empty());
     until("nginx knows no app", || {

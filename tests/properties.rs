@@ -38,6 +38,8 @@ enum Event {
     /// The app's key goes, or is paused.
     Leave,
     Pause,
+    /// The agent is started anew, and the store is not there.
+    LoseStore,
     /// The spec breaks.
     Break,
     /// A container dies, becomes unhealthy, is paused, or is removed by hand.
@@ -58,6 +60,7 @@ fn event() -> impl Strategy<Value = Event> {
         4 => (0u8..4, 1u16..4).prop_map(|(version, replicas)| Event::Want { version, replicas }),
         1 => Just(Event::Leave),
         1 => Just(Event::Pause),
+        1 => Just(Event::LoseStore),
         1 => Just(Event::Break),
         1 => (0usize..6).prop_map(Event::Die),
         1 => (0usize..6).prop_map(Event::Sicken),
@@ -226,6 +229,7 @@ impl History {
                 self.desired = DesiredApp::Run(target);
             }
             Event::Leave => self.desired = DesiredApp::Absent("it was removed".into()),
+            Event::LoseStore => self.desired = DesiredApp::Kept("it was removed".into()),
             Event::Pause => self.desired = DesiredApp::Paused("a person said so".into()),
             Event::Break => {
                 let last_good = match &self.desired {
@@ -274,7 +278,8 @@ impl History {
         for _ in 0..600 {
             let plan = self.pass();
             let halted = plan.blocks.iter().any(|b| matches!(b.kind(), "halted" | "paused" | "invalid"));
-            if plan.is_converged() || (halted && plan.step.is_none() && plan.waits.is_empty()) {
+            let kept = !plan.waits.is_empty() && plan.waits.iter().all(|w| w.kind() == "store");
+            if plan.is_converged() || (plan.step.is_none() && (kept || halted && plan.waits.is_empty())) {
                 return self.holds(&plan);
             }
         }

@@ -53,11 +53,11 @@ pub(super) struct AppState {
 }
 
 impl AppState {
-    pub(super) fn new(app: AppName, now: Timestamp) -> Self {
+    pub(super) fn new(app: AppName, desired: DesiredApp, now: Timestamp) -> Self {
         Self {
             account: Account::new(app.clone()),
             app,
-            desired: Self::not_wanted(),
+            desired,
             observed: None,
             planned: None,
             current: false,
@@ -73,10 +73,6 @@ impl AppState {
             since: now,
             told: None,
         }
-    }
-
-    pub(super) fn not_wanted() -> DesiredApp {
-        DesiredApp::Absent("the store has no such app".to_owned())
     }
 
     pub(super) fn observed(&self) -> Option<&ObservedApp> {

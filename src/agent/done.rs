@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use tokio::time::Instant;
 use tracing::Span;
 
-use super::{Agent, account::millis, app::AppState};
+use super::{Agent, account::millis, app::AppState, unknown};
 use crate::{
     execute::StepError,
     host::{
@@ -139,8 +139,10 @@ impl Agent {
                 for container in listed {
                     by_app.entry(container.app).or_default().push((container.id, container.state));
                 }
+                let unknown = unknown(self.snapshot.as_deref());
                 for app in by_app.keys() {
-                    self.apps.entry(app.clone()).or_insert_with(|| AppState::new(app.clone(), now));
+                    let new = || AppState::new(app.clone(), unknown.clone(), now);
+                    self.apps.entry(app.clone()).or_insert_with(new);
                 }
                 let first = !self.listed;
                 let nothing = ObservedApp::default();

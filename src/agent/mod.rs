@@ -24,7 +24,13 @@ use crate::{
     events::Events,
     failpoint,
     metrics::{Metrics, View, Vitals},
-    model::{desired::Snapshot, name::AppName, proxy::ObservedProxy, status::HostStatus, time::Timestamp},
+    model::{
+        desired::{DesiredApp, Snapshot},
+        name::AppName,
+        proxy::ObservedProxy,
+        status::{HostStatus, StoreBlock},
+        time::Timestamp,
+    },
     plan::{
         Cooled, VhostWish,
         proxy::{Conflict, ProxyInput, ProxyStep, conflicts, plan_proxy},
@@ -112,6 +118,7 @@ pub struct Agent {
     steps: Arc<Semaphore>,
     pulls: Arc<Semaphore>,
     store_reachable: bool,
+    store_block: Option<StoreBlock>,
 }
 
 #[derive(Default)]
@@ -125,6 +132,12 @@ struct ProxyState {
     cooled: Option<Cooled>,
     trouble: Option<String>,
     wake: Option<Timestamp>,
+}
+
+/// What is wanted of an app that a snapshot does not know.
+fn unknown(snapshot: Option<&Snapshot>) -> DesiredApp {
+    let why = "the store has no such app".to_owned();
+    if snapshot.is_some_and(|s| s.proven) { DesiredApp::Absent(why) } else { DesiredApp::Kept(why) }
 }
 
 impl Agent {
@@ -150,6 +163,7 @@ impl Agent {
             steps: Arc::new(Semaphore::new(options.parallel)),
             pulls: Arc::new(Semaphore::new(PARALLEL_PULLS)),
             store_reachable: true,
+            store_block: None,
         }
     }
 
@@ -234,16 +248,15 @@ impl Agent {
         }
         let now = Timestamp::now();
         // What an agent finds when it starts is no change that anybody waits for.
-        let seen = seen.filter(|_| self.snapshot.is_some());
+        let seen = seen.filter(|_| self.snapshot.as_ref().is_some_and(|s| s.proven));
+        let unknown = unknown(Some(&snapshot));
         for (app, desired) in &snapshot.apps {
-            let state = self.apps.entry(app.clone()).or_insert_with(|| AppState::new(app.clone(), now));
+            let state =
+                self.apps.entry(app.clone()).or_insert_with(|| AppState::new(app.clone(), unknown.clone(), now));
             state.want(desired.clone(), seen, now);
         }
-        let gone: Vec<AppName> = self.apps.keys().filter(|a| !snapshot.apps.contains_key(*a)).cloned().collect();
-        for app in gone {
-            if let Some(state) = self.apps.get_mut(&app) {
-                state.want(AppState::not_wanted(), seen, now);
-            }
+        for (_, state) in self.apps.iter_mut().filter(|(app, _)| !snapshot.apps.contains_key(*app)) {
+            state.want(unknown.clone(), seen, now);
         }
         self.snapshot = Some(snapshot);
     }
@@ -401,9 +414,13 @@ impl Agent {
 
     /// With `once`: whether nothing is left to do.
     fn is_over(&self) -> Option<Ended> {
+        // Nothing is changed over a store that is not believed, so nothing is left to wait for but a person.
+        if self.jobs.is_empty() && self.listed && self.store_block.is_some() {
+            return Some(Ended::Blocked);
+        }
         let idle = self.jobs.is_empty() && self.listed && self.snapshot.is_some() && self.proxy.seen;
         let settled = self.apps.values().all(|s| s.is_planned() && !s.dirty && !s.replan && s.is_at_rest());
-        let proxy = self.proxy.observed.is_serving_live();
+        let proxy = self.proxy.observed.is_serving_live() && self.snapshot.as_ref().is_some_and(|s| s.proven);
         if !idle || !settled || !proxy {
             return None;
         }

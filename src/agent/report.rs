@@ -8,7 +8,7 @@ use crate::{
     model::{
         desired::HostMode,
         event::What,
-        status::{HostStatus, VERSION},
+        status::{HostStatus, StoreBlock, StoreStatus, VERSION},
         time::Timestamp,
     },
 };
@@ -28,7 +28,7 @@ impl Agent {
             }
         }
         self.tell_metrics(views);
-        self.tell_store(store.error.as_deref());
+        self.tell_store(&store);
         let snapshot = self.snapshot.as_ref();
         let proxy = self.proxy.trouble.clone().or_else(|| {
             let error = if self.proxy.seen { self.proxy.observed.error.clone() } else { None };
@@ -71,6 +71,7 @@ impl Agent {
             synced: update.status.synced,
             revision: update.status.revision,
             lag: update.head.saturating_sub(update.read_to).max(0),
+            block: update.status.block.as_ref().map(|b| b.kind.clone()),
             reads: update.reads,
             errors: update.errors.clone(),
         };
@@ -88,8 +89,21 @@ impl Agent {
         self.outlets.vitals.send_if_modified(|v| std::mem::replace(&mut v.ports, ports) != ports);
     }
 
-    /// Tells when the store is lost, and when it is back.
-    fn tell_store(&mut self, error: Option<&str>) {
+    /// Tells when the store is lost or not believed, and when that is over.
+    fn tell_store(&mut self, store: &StoreStatus) {
+        let events = &self.outlets.events;
+        let kind = |block: &Option<StoreBlock>| block.as_ref().map(|b| b.kind.clone());
+        if kind(&self.store_block) != kind(&store.block) {
+            if let Some(kind) = kind(&self.store_block) {
+                events.tell(None, What::Unblock { kind: kind.clone() }, format!("not {kind} any more"));
+            }
+            if let Some(block) = &store.block {
+                let what = What::Block { kind: block.kind.clone(), remedy: block.remedy.clone() };
+                events.tell(None, what, format!("the store is not believed: {}", block.message));
+            }
+            self.store_block = store.block.clone();
+        }
+        let error = store.error.as_deref();
         let reachable = error.is_none();
         if std::mem::replace(&mut self.store_reachable, reachable) != reachable {
             let message = match error {

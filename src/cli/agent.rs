@@ -121,8 +121,15 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
             tracing::error!("metrics, health and status are not served any more: {e}");
         }
     });
-    let viewer = Viewer { host: config.host.clone(), labels: config.labels.clone(), resync: config.resync };
-    tasks.spawn(store::watch(config.etcd.clone(), viewer, updates, side.clone()));
+    let viewer = Viewer {
+        host: config.host.clone(),
+        labels: config.labels.clone(),
+        resync: config.resync,
+        brake: config.brake,
+        traces: world.apps_on_disk()?,
+    };
+    let shelf = Arc::new(setup::Disk(world.layout.clone()));
+    tasks.spawn(store::watch(config.etcd.clone(), viewer, shelf, updates, side.clone()));
     tasks.spawn(store::publish(config.etcd.clone(), publish_in, side.clone()));
     tasks.close();
     tracing::info!(host = %config.host, listen = %config.listen, endpoints = config.etcd.endpoints.join(","), "demae {} starts", env!("CARGO_PKG_VERSION"));

@@ -1,8 +1,10 @@
 //! What people type. One file a verb.
 
+mod accept;
 mod agent;
 mod dev;
 mod events;
+mod init;
 mod plan;
 mod print;
 mod ready;
@@ -46,6 +48,12 @@ enum Verb {
     Ready(ready::Args),
     /// Show what the agent would do now, and do nothing
     Plan(plan::Args),
+    /// Give the store its identity, once: agents stop believing a store that has lost it
+    Init(init::Args),
+    /// Let most apps of this host leave at once, after the agent has held that back
+    Confirm(accept::Args),
+    /// Take a store that the agent does not believe
+    Store(accept::StoreArgs),
     /// Check spec files, and tell every problem
     Validate(validate::Args),
     /// Print the JSON Schema of a spec
@@ -120,6 +128,9 @@ pub fn run() -> ExitCode {
         Verb::Events(args) => events::run(&args, &mut printer),
         Verb::Ready(args) => ready::run(&args, &mut printer),
         Verb::Plan(args) => plan::run(&args, &mut printer),
+        Verb::Init(args) => init::run(&args, &mut printer),
+        Verb::Confirm(args) => accept::confirm(&args, &mut printer),
+        Verb::Store(args) => accept::store(&args, &mut printer),
         Verb::Validate(args) => validate::run(&args, &mut printer),
         Verb::Schema => schema::run(&mut printer),
         Verb::Dev(args) => dev::run(&args, &mut printer),

@@ -36,7 +36,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
 
 async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) -> Ended {
     let world = setup::world(config, None, Arc::new(NoMeter))?;
-    let snapshot = store::read_once(&config.etcd, &config.host, &config.labels)
+    let (snapshot, _) = store::read_once(&config.etcd, &config.host, &config.labels)
         .await
         .map_err(|e| Failed::for_now(e.to_string()))?;
     let proxy = world.observe_proxy().await;

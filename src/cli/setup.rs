@@ -15,7 +15,11 @@ use crate::{
         nginx::{Contained, Local, Nginx, NginxConfig, Server},
         ports::Ports,
     },
-    model::name::{AppName, MAX_NAME},
+    model::{
+        name::{AppName, MAX_NAME},
+        problem::chain,
+    },
+    store::Shelf,
     vitals::Places,
     world::World,
 };
@@ -68,6 +72,29 @@ pub(super) fn places(config: &Config) -> Places {
     certificates.extend(config.etcd.cert.as_ref().map(|(cert, _)| cert.clone()));
     let dirs = vec![("state", layout.state().to_owned()), ("run", layout.run().to_owned())];
     Places { dirs, certificates, nginx: layout.nginx_live() }
+}
+
+/// The ledger on this host's disk.
+pub(super) struct Disk(pub(super) Layout);
+
+impl Shelf for Disk {
+    fn ledger(&self) -> Result<Option<Vec<u8>>, String> {
+        files::read(&self.0.ledger()).map_err(|e| chain(&e))
+    }
+
+    fn keep(&self, text: &[u8]) -> Result<(), String> {
+        files::write(&self.0.ledger(), text, 0o600).map_err(|e| chain(&e))
+    }
+
+    fn acceptance(&self) -> Option<Vec<u8>> {
+        files::read(&self.0.accepted()).ok().flatten()
+    }
+
+    fn use_up(&self) {
+        if let Err(e) = files::remove_file(&self.0.accepted()) {
+            tracing::warn!("{}", chain(&e));
+        }
+    }
 }
 
 /// Makes the directories of an agent, and takes its lock.

@@ -10,7 +10,7 @@ use crate::{
     host::probe,
     model::{
         problem::Problem,
-        status::{AppStatus, HostStatus, State, VERSION},
+        status::{AppStatus, HostStatus, State, StoreBlock, VERSION},
         time::{Timestamp, humane},
     },
     store,
@@ -50,6 +50,10 @@ struct Shown {
     proxy: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     store_error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    store_block: Option<StoreBlock>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stale_since: Option<Timestamp>,
     apps: Vec<AppStatus>,
     unreadable: Vec<Problem>,
 }
@@ -98,7 +102,15 @@ async fn read(args: &Args, printer: &mut Printer) -> Result<Shown, Failed> {
         .map_err(|e| Failed::for_now(format!("no agent answers at {address} ({error}), and the store neither: {e}")))?;
     printer.error(&format!("note: no agent answers at {address} ({error}); this is what agents last told the store"));
     apps.retain(|a| is_chosen(args, &a.app) && args.common.host.as_ref().is_none_or(|h| *h == a.host.as_str()));
-    Ok(Shown { version: VERSION, proxy: None, store_error: None, apps, unreadable: Vec::new() })
+    Ok(Shown {
+        version: VERSION,
+        proxy: None,
+        store_error: None,
+        store_block: None,
+        stale_since: None,
+        apps,
+        unreadable: Vec::new(),
+    })
 }
 
 fn is_chosen(args: &Args, app: &str) -> bool {
@@ -111,6 +123,8 @@ fn select(args: &Args, status: HostStatus) -> Shown {
         version: VERSION,
         proxy: status.proxy,
         store_error: status.store.error,
+        store_block: status.store.block,
+        stale_since: status.store.stale_since,
         apps: status.apps.into_iter().filter(|a| is_chosen(args, &a.app)).collect(),
         unreadable,
     }
@@ -161,6 +175,12 @@ fn print(args: &Args, shown: &Shown, printer: &mut Printer) -> Result<(), Failed
     }
     if let Some(proxy) = &shown.proxy {
         printer.error(&format!("note: {proxy}"));
+    }
+    if let Some(block) = &shown.store_block {
+        printer.error(&format!("note: the store is not believed, and nothing changes: {block}"));
+    }
+    if let Some(since) = &shown.stale_since {
+        printer.error(&format!("note: the agent goes by what it kept on disk; that was last proven at {since}"));
     }
     if let Some(error) = &shown.store_error {
         printer.error(&format!("note: the store cannot be read now: {error}"));

@@ -41,6 +41,16 @@ impl Layout {
         self.state.join("agent.lock")
     }
 
+    /// What the store last said, for an agent that starts without it.
+    pub fn ledger(&self) -> PathBuf {
+        self.state.join("ledger")
+    }
+
+    /// What a person accepted of a store that was not believed.
+    pub fn accepted(&self) -> PathBuf {
+        self.state.join("accepted.json")
+    }
+
     /// All route symlinks.
     pub fn routes(&self) -> PathBuf {
         self.state.join("routes")

@@ -12,7 +12,7 @@ use crate::{
     model::{
         desired::HostMode,
         name::{AppName, HostName},
-        status::State,
+        status::{State, StoreBlock},
         time::Timestamp,
     },
     plan::wait::{Block, Wait},
@@ -46,6 +46,8 @@ pub struct StoreView {
     pub revision: i64,
     /// Revisions that it has made and that were not proven to be read yet.
     pub lag: i64,
+    /// The kind of what keeps it from being believed.
+    pub block: Option<String>,
     /// Full reads so far.
     pub reads: u64,
     /// Failures so far, by kind.
@@ -116,6 +118,13 @@ impl View {
         for kind in crate::store::StoreError::KINDS {
             errors.add(&[("kind", kind)], self.store.errors.get(kind).copied().unwrap_or(0) as f64);
         }
+        let mut blocked = Family::gauge(
+            "demae_store_blocked",
+            "Whether the store is not believed (1) or is (0), by kind; a person must end it",
+        );
+        for kind in StoreBlock::KINDS {
+            blocked.add(&[("kind", kind)], f64::from(u8::from(self.store.block.as_deref() == Some(kind))));
+        }
         let gauge = |name: &str, help: &str, value: f64| Family::gauge(name, help).with(&[], value).done();
         vec![
             Family::gauge("demae_build_info", "The version of this agent").with(&version, 1.0).done(),
@@ -146,6 +155,7 @@ impl View {
                 "Keys that belong to no app because they cannot be read",
                 self.unreadable as f64,
             ),
+            blocked.done(),
         ]
     }
 

@@ -15,6 +15,8 @@ use super::{
 pub struct Snapshot {
     /// The revision of the store.
     pub revision: i64,
+    /// Whether it was read from the store by this agent, and not only from what an earlier one kept.
+    pub proven: bool,
     /// Whether this host takes apps.
     pub mode: HostMode,
     /// Labels of this host, merged.
@@ -65,6 +67,8 @@ pub enum DesiredApp {
     },
     /// It is left as it is, for this reason.
     Paused(String),
+    /// Nobody knows whether it is wanted, since the store has not been read; what serves is kept serving.
+    Kept(String),
 }
 
 /// An app that runs here.

@@ -22,6 +22,11 @@ impl ReleaseKey {
     pub fn new(bytes: impl Into<Vec<u8>>) -> Self {
         Self(bytes.into())
     }
+
+    /// Its bytes, for whoever keeps them as safe as the store does.
+    pub fn expose(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 impl std::fmt::Debug for ReleaseKey {

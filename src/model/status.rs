@@ -42,6 +42,34 @@ pub struct StoreStatus {
     /// Why it cannot be read now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Why what it says is not taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block: Option<StoreBlock>,
+    /// Set while the agent runs from what it kept on disk: when that was last proven.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stale_since: Option<Timestamp>,
+}
+
+/// Why a store that can be read is not believed. A person must end it; until then what was last good goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreBlock {
+    /// In one word.
+    pub kind: String,
+    /// In one sentence.
+    pub message: String,
+    /// What a person can do.
+    pub remedy: String,
+}
+
+impl StoreBlock {
+    /// Every kind.
+    pub const KINDS: [&'static str; 4] = ["sentinel_missing", "other_store", "older_revision", "mass_removal"];
+}
+
+impl std::fmt::Display for StoreBlock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({})", self.message, self.remedy)
+    }
 }
 
 /// One app on one host.

@@ -44,6 +44,10 @@ pub fn plan_app(input: &AppInput<'_>) -> AppPlan {
                 None => draft.only_supervise(),
             }
         }
+        DesiredApp::Kept(why) => {
+            draft.wait(Wait::Store(why.clone()));
+            draft.only_supervise();
+        }
         DesiredApp::Run(target) => draft.run(target),
     }
     draft.finish()

@@ -110,7 +110,9 @@ fn check_ending(input: &AppInput<'_>, instance: &Instance, step: &Step, found: &
     {
         found.push(format!("`{step}` cuts connections before their time is over"));
     }
-    if matches!(input.desired, DesiredApp::Invalid { last_good: None, .. }) || input.conflict.is_some() {
+    if matches!(input.desired, DesiredApp::Kept(_) | DesiredApp::Invalid { last_good: None, .. })
+        || input.conflict.is_some()
+    {
         found.push(format!("`{step}` ends an instance though it is not known what is wanted"));
     }
     let serves = |i: &Instance| i.phase == Phase::Running && i.health.is_healthy() && i.settled;
@@ -169,6 +171,6 @@ fn silent(input: &AppInput<'_>, plan: &AppPlan) -> bool {
         DesiredApp::Absent(_) => {
             !instances.is_empty() || !input.observed.slots.is_empty() || input.proxy.live.is_some()
         }
-        DesiredApp::Invalid { .. } | DesiredApp::Paused(_) => true,
+        DesiredApp::Invalid { .. } | DesiredApp::Paused(_) | DesiredApp::Kept(_) => true,
     }
 }

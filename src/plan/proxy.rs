@@ -144,7 +144,9 @@ pub fn conflicts(snapshot: &Snapshot, proxy: &ObservedProxy) -> BTreeMap<AppName
                 (target.ingress.iter().flat_map(|i| &i.hosts).collect(), target.created)
             }
             // What is kept as it is keeps its virtual hosts too.
-            DesiredApp::Paused(_) | DesiredApp::Invalid { last_good: None, .. } => (served().collect(), i64::MIN),
+            DesiredApp::Paused(_) | DesiredApp::Kept(_) | DesiredApp::Invalid { last_good: None, .. } => {
+                (served().collect(), i64::MIN)
+            }
             DesiredApp::Absent(_) => continue,
         };
         for host in served().filter(|h| wanted.contains(h)) {

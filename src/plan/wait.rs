@@ -63,17 +63,20 @@ pub enum Wait {
     Removal(InstanceKey),
     /// An image is loaded by other means; it is looked for again then.
     Image(Timestamp),
+    /// The store has not been read, and so nobody knows whether the app is wanted.
+    Store(String),
 }
 
 impl Wait {
     /// Every kind.
-    pub const KINDS: [&'static str; 8] =
-        ["busy", "health", "drain", "cooling_down", "proxy", "recovery", "removal", "image"];
+    pub const KINDS: [&'static str; 9] =
+        ["busy", "health", "drain", "cooling_down", "proxy", "recovery", "removal", "image", "store"];
 
     /// When to look again, if nothing happens before.
     pub fn look_again(&self, now: Timestamp) -> Option<Timestamp> {
         match self {
-            Self::Busy(_) => None,
+            // The store wakes the loop when it is read.
+            Self::Busy(_) | Self::Store(_) => None,
             Self::Health { again: until, .. }
             | Self::CoolingDown { until, .. }
             | Self::Recovery { until, .. }
@@ -94,6 +97,7 @@ impl Wait {
             Self::Recovery { .. } => "recovery",
             Self::Removal(_) => "removal",
             Self::Image(_) => "image",
+            Self::Store(_) => "store",
         }
     }
 }
@@ -126,6 +130,7 @@ impl fmt::Display for Wait {
                 write!(f, "{key} is unhealthy and is replaced at {until} unless it recovers: {answer}")
             }
             Self::Image(until) => write!(f, "the image is looked for again at {until}"),
+            Self::Store(why) => write!(f, "kept as it is until the store can be read: {why}"),
             Self::Removal(key) => write!(f, "Docker is removing {key}"),
         }
     }

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, TlsOptions};
 
 use super::keys::Prefix;
-use crate::model::env::Secret;
+use crate::model::{env::Secret, status::StoreBlock};
 
 /// How etcd is reached: the names that etcdctl uses.
 #[derive(Debug, Clone)]
@@ -55,6 +55,12 @@ pub enum StoreError {
         /// Why.
         reason: String,
     },
+    /// It can be read, and what it says is not taken.
+    #[error("the store is not believed: {0}")]
+    Doubt(StoreBlock),
+    /// What it says could not be kept on disk, so it is not taken: an agent that forgets would go back to what was.
+    #[error("what the store says cannot be kept on disk: {0}")]
+    Ledger(String),
     /// The watch ended, or said nothing for too long.
     #[error("etcd at {endpoint}: the watch {reason}")]
     Watch {
@@ -67,7 +73,7 @@ pub enum StoreError {
 
 impl StoreError {
     /// Every kind.
-    pub const KINDS: [&'static str; 4] = ["connect", "call", "watch", "file"];
+    pub const KINDS: [&'static str; 6] = ["connect", "call", "watch", "file", "doubt", "ledger"];
 
     /// The kind: a bounded set, for metrics.
     pub fn kind(&self) -> &'static str {
@@ -76,6 +82,8 @@ impl StoreError {
             Self::Connect { .. } => "connect",
             Self::Call { .. } => "call",
             Self::Watch { .. } => "watch",
+            Self::Doubt(_) => "doubt",
+            Self::Ledger(_) => "ledger",
         }
     }
 }

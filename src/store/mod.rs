@@ -3,12 +3,39 @@
 //! The watch is only for speed. What is true is a full read, made at the start, after any gap, and at an interval.
 
 pub mod client;
+mod compare;
 pub mod keys;
+mod ledger;
 mod publish;
 mod read;
+mod standing;
 mod watch;
 
 pub use client::StoreError;
+pub use compare::{Comparison, compare, init};
+pub use ledger::{Ledger, LedgerError, Shelf};
 pub use publish::{HostInfo, publish, published};
 pub use read::{Contents, ReadKey, read_once};
+pub use standing::{Acceptance, Brake, Identity, Standing};
 pub use watch::{Update, Viewer, watch};
+
+use client::{Connection, EtcdConfig};
+
+/// Asks one member after the other until one answers.
+///
+/// # Errors
+/// The last error.
+async fn each_member<T>(
+    config: &EtcdConfig,
+    ask: impl AsyncFn(Connection) -> Result<T, StoreError>,
+) -> Result<T, StoreError> {
+    let mut last = StoreError::Connect { endpoint: "nowhere".into(), reason: "no endpoint is configured".into() };
+    for turn in 0..config.endpoints.len() {
+        let attempt = async { ask(Connection::open(config, turn).await?).await };
+        match attempt.await {
+            Ok(answer) => return Ok(answer),
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
+}

@@ -161,23 +161,11 @@ impl Publisher<'_> {
 /// # Errors
 /// If no member answers; the last error.
 pub async fn published(config: &EtcdConfig) -> Result<Vec<AppStatus>, StoreError> {
-    let mut last = None;
-    for turn in 0..config.endpoints.len() {
-        let attempt = async {
-            let mut connection = Connection::open(config, turn).await?;
-            let failed = connection.failed("reading what agents published");
-            let options = GetOptions::new().with_prefix();
-            connection.client.get(config.prefix.app_states(), Some(options)).await.map_err(failed)
-        };
-        match attempt.await {
-            Ok(answer) => {
-                return Ok(answer.kvs().iter().filter_map(|kv| serde_json::from_slice(kv.value()).ok()).collect());
-            }
-            Err(e) => last = Some(e),
-        }
-    }
-    Err(last.unwrap_or_else(|| StoreError::Connect {
-        endpoint: "nowhere".into(),
-        reason: "no endpoint is configured".into(),
-    }))
+    super::each_member(config, async |mut connection: Connection| {
+        let failed = connection.failed("reading what agents published");
+        let options = GetOptions::new().with_prefix();
+        let answer = connection.client.get(config.prefix.app_states(), Some(options)).await.map_err(failed)?;
+        Ok(answer.kvs().iter().filter_map(|kv| serde_json::from_slice(kv.value()).ok()).collect())
+    })
+    .await
 }

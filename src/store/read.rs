@@ -10,6 +10,7 @@ use etcd_client::{Compare, CompareOp, GetOptions, SortOrder, SortTarget, Txn, Tx
 use super::{
     client::{Connection, StoreError},
     keys::{BadKey, Key, Prefix},
+    standing::Identity,
 };
 use crate::model::{
     desired::{self, DesiredApp, HostMode, Snapshot, Target},
@@ -38,6 +39,18 @@ impl Entry {
     pub(super) fn new(value: Vec<u8>, created: i64, modified: i64) -> Self {
         Self { value, created, modified }
     }
+
+    pub(super) fn value(&self) -> &[u8] {
+        &self.value
+    }
+
+    pub(super) fn created(&self) -> i64 {
+        self.created
+    }
+
+    pub(super) fn modified(&self) -> i64 {
+        self.modified
+    }
 }
 
 /// All that people wrote, at one revision.
@@ -47,28 +60,33 @@ pub struct Contents {
     pub(super) revision: i64,
 }
 
-/// What to do about the key that release ids are made with, if the store has none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ReadKey {
-    /// Make one. For agents.
-    OrCreate,
-    /// Take one for now, and write nothing. For `demae plan`.
-    OrPretend,
+impl Contents {
+    /// What `cluster` says. Blanks around it are an editor's.
+    pub(super) fn cluster(&self) -> Option<String> {
+        let entry = self.entries.get(b"cluster".as_slice())?;
+        Some(String::from_utf8_lossy(&entry.value).trim().to_owned())
+    }
 }
 
-/// Reads everything at one revision, page by page, and the key that release ids are made with.
+/// What to do about the key that release ids are made with, if the store has none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadKey<'a> {
+    /// Put there the one that is known, or make one. For agents.
+    OrCreate(Option<&'a ReleaseKey>),
+    /// Take the one that is known, or any for now, and write nothing. For commands that look and leave.
+    OrPretend(Option<&'a ReleaseKey>),
+}
+
+/// Reads everything at one revision, page by page; and which store it was.
 ///
 /// # Errors
 /// If a call fails.
-pub async fn read(
-    connection: &Connection,
-    prefix: &Prefix,
-    key: ReadKey,
-) -> Result<(Contents, ReleaseKey), StoreError> {
+pub async fn read(connection: &Connection, prefix: &Prefix) -> Result<(Contents, Identity), StoreError> {
     let mut kv = connection.client.kv_client().max_decoding_message_size(LARGEST);
     let failed = connection.failed("reading");
     let (mut from, to) = prefix.intent();
     let mut contents = Contents::default();
+    let mut etcd = 0;
     loop {
         let mut options =
             GetOptions::new().with_range(to.clone()).with_limit(PAGE).with_sort(SortTarget::Key, SortOrder::Ascend);
@@ -78,6 +96,7 @@ pub async fn read(
         let answer = kv.get(from.clone(), Some(options)).await.map_err(&failed)?;
         if contents.revision == 0 {
             contents.revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
+            etcd = answer.header().map_or(0, etcd_client::ResponseHeader::cluster_id);
         }
         for kv in answer.kvs() {
             if let Some(rest) = prefix.strip(kv.key()) {
@@ -91,19 +110,31 @@ pub async fn read(
             _ => break,
         }
     }
-    let release_key = release_key(connection, prefix, key).await?;
-    Ok((contents, release_key))
+    let identity = Identity { cluster: contents.cluster(), etcd, revision: contents.revision };
+    Ok((contents, identity))
 }
 
-async fn release_key(connection: &Connection, prefix: &Prefix, read: ReadKey) -> Result<ReleaseKey, StoreError> {
+/// Reads the key that release ids are made with.
+///
+/// # Errors
+/// If a call fails.
+pub(super) async fn release_key(
+    connection: &Connection,
+    prefix: &Prefix,
+    read: ReadKey<'_>,
+) -> Result<ReleaseKey, StoreError> {
     let mut kv = connection.client.kv_client();
     let key = prefix.release_key();
     let failed = connection.failed("reading the release key");
     if let Some(found) = kv.get(key.clone(), None).await.map_err(&failed)?.kvs().first() {
         return Ok(ReleaseKey::new(found.value()));
     }
-    let fresh = random_key().map_err(|source| StoreError::File { path: "/dev/urandom".into(), source })?;
-    if read == ReadKey::OrPretend {
+    // With another key every release would have another id, and every container would be replaced.
+    let fresh = match read {
+        ReadKey::OrCreate(Some(known)) | ReadKey::OrPretend(Some(known)) => known.expose().to_vec(),
+        _ => random_id().map_err(|source| StoreError::File { path: "/dev/urandom".into(), source })?.into_bytes(),
+    };
+    if matches!(read, ReadKey::OrPretend(_)) {
         return Ok(ReleaseKey::new(fresh));
     }
     // Whoever is first makes it; everybody else reads what the first one made.
@@ -125,13 +156,13 @@ async fn release_key(connection: &Connection, prefix: &Prefix, read: ReadKey) ->
 }
 
 /// 256 random bits, as text that survives a terminal.
-fn random_key() -> std::io::Result<String> {
+pub(super) fn random_id() -> std::io::Result<String> {
     let mut bytes = [0u8; 32];
     std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
     Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
 }
 
-/// Reads once, for commands that look and leave.
+/// Reads once, for commands that look and leave; and which store it was.
 ///
 /// # Errors
 /// If no member answers; the last error.
@@ -139,25 +170,17 @@ pub async fn read_once(
     config: &super::client::EtcdConfig,
     host: &HostName,
     labels: &BTreeMap<String, String>,
-) -> Result<Snapshot, StoreError> {
-    let mut last = None;
-    for turn in 0..config.endpoints.len() {
-        let attempt = async {
-            let connection = Connection::open(config, turn).await?;
-            read(&connection, &config.prefix, ReadKey::OrPretend).await
-        };
-        match attempt.await {
-            Ok((contents, key)) => return Ok(Reader::new(host.clone(), labels.clone()).snapshot(&contents, &key)),
-            Err(e) => last = Some(e),
-        }
-    }
-    Err(last.unwrap_or_else(|| StoreError::Connect {
-        endpoint: "nowhere".into(),
-        reason: "no endpoint is configured".into(),
-    }))
+) -> Result<(Snapshot, Identity), StoreError> {
+    super::each_member(config, async |connection: Connection| {
+        let (contents, identity) = read(&connection, &config.prefix).await?;
+        let key = release_key(&connection, &config.prefix, ReadKey::OrPretend(None)).await?;
+        Ok((Reader::new(host.clone(), labels.clone()).snapshot(&contents, &key), identity))
+    })
+    .await
 }
 
 /// Makes snapshots of contents. Keeps what it has read, so that one changed key costs one spec.
+#[derive(Clone)]
 pub struct Reader {
     host: HostName,
     labels: BTreeMap<String, String>,
@@ -196,11 +219,11 @@ impl Reader {
                 DesiredApp::Absent(_) => {
                     self.last_good.remove(app);
                 }
-                DesiredApp::Invalid { .. } | DesiredApp::Paused(_) => {}
+                DesiredApp::Invalid { .. } | DesiredApp::Paused(_) | DesiredApp::Kept(_) => {}
             }
         }
         self.last_good.retain(|app, _| apps.contains_key(app));
-        Snapshot { revision: contents.revision, mode: self.mode, labels, apps, unreadable }
+        Snapshot { revision: contents.revision, proven: true, mode: self.mode, labels, apps, unreadable }
     }
 
     fn sort_out(

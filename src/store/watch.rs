@@ -1,6 +1,10 @@
 //! List, then watch from the next revision. After any gap: list again.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use etcd_client::{EventType, WatchOptions, WatchResponse, WatchStream};
 use tokio::{sync::watch::Sender, time::Instant};
@@ -8,10 +12,18 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     client::{Connection, EtcdConfig, StoreError},
-    read::{Contents, Entry, ReadKey, Reader, read},
+    ledger::{self, Ledger, Shelf},
+    read::{Contents, Entry, ReadKey, Reader, read, release_key},
+    standing::{Acceptance, Brake, Identity, Standing},
 };
 use crate::{
-    model::{desired::Snapshot, name::HostName, release::ReleaseKey, status::StoreStatus, time::Timestamp},
+    model::{
+        desired::{DesiredApp, Snapshot},
+        name::{AppName, HostName},
+        release::ReleaseKey,
+        status::StoreStatus,
+        time::Timestamp,
+    },
     retry::{Retry, jittered},
 };
 
@@ -19,6 +31,8 @@ use crate::{
 const PROGRESS: Duration = Duration::from_secs(10);
 /// The watch must have worked for this long before failures count from one again.
 const STEADY: Duration = Duration::from_secs(60);
+/// How soon a store that is not believed is read again: a person may be about to accept it.
+const DOUBTFUL: Duration = Duration::from_secs(2);
 
 /// What is known of the store.
 #[derive(Debug, Clone, Default)]
@@ -48,15 +62,25 @@ pub struct Viewer {
     pub labels: BTreeMap<String, String>,
     /// Between two full reads while the watch works.
     pub resync: Duration,
+    /// How much may leave at once.
+    pub brake: Brake,
+    /// Apps that have left traces on this host: what a first read is held against.
+    pub traces: BTreeSet<AppName>,
 }
 
-/// Keeps `updates` as the store is, until cancelled.
-pub async fn watch(config: EtcdConfig, viewer: Viewer, updates: Sender<Update>, token: CancellationToken) {
-    let reader = Reader::new(viewer.host.clone(), viewer.labels.clone());
-    let mut watcher =
-        Watcher { config, resync: viewer.resync, reader, updates, contents: Contents::default(), shown: 0, key: None };
+/// Keeps `updates` as the store is, until cancelled. While the store cannot be read, it is as it was last.
+pub async fn watch(
+    config: EtcdConfig,
+    viewer: Viewer,
+    shelf: Arc<dyn Shelf>,
+    updates: Sender<Update>,
+    token: CancellationToken,
+) {
+    let mut watcher = Watcher::new(config, viewer, shelf, updates);
+    let mut kept = watcher.take_ledger();
     let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(10));
     let mut turn = 0;
+    let mut last = String::new();
     loop {
         let began = Instant::now();
         let ended = tokio::select! {
@@ -64,25 +88,54 @@ pub async fn watch(config: EtcdConfig, viewer: Viewer, updates: Sender<Update>, 
             ended = watcher.session(turn) => ended,
         };
         let Err(error) = ended;
-        tracing::warn!(kind = error.kind(), "{error}; reading everything again soon");
-        watcher.updates.send_modify(|u| {
-            u.status.error = Some(error.to_string());
-            *u.errors.entry(error.kind()).or_default() += 1;
-        });
+        // The same trouble is news once.
+        let text = error.to_string();
+        if last == text {
+            tracing::debug!(kind = error.kind(), "{text}; reading everything again soon");
+        } else {
+            tracing::warn!(kind = error.kind(), "{text}; reading everything again soon");
+        }
+        last = text;
+        watcher.fail(&error);
+        // Whatever ended the first session: until the store is read, what was kept has to do.
+        if let Some(snapshot) = kept.take().filter(|_| !watcher.proven) {
+            tracing::warn!(apps = snapshot.apps.len(), "going on with what was kept on disk");
+            watcher.tell_kept(snapshot);
+        }
         if began.elapsed() > STEADY {
             retry.reset();
         }
         turn += 1;
+        let pause = if matches!(error, StoreError::Doubt(_)) { retry.pause().min(DOUBTFUL) } else { retry.pause() };
         tokio::select! {
             () = token.cancelled() => return,
-            () = tokio::time::sleep(retry.pause()) => {}
+            () = tokio::time::sleep(pause) => {}
         }
     }
 }
 
+/// The last good snapshot as it holds while the store cannot be read. That an app was not wanted then is no reason to
+/// take it away now.
+fn unproven(snapshot: Snapshot) -> Snapshot {
+    let keep = |(app, desired): (AppName, DesiredApp)| {
+        let desired = match desired {
+            DesiredApp::Absent(why) => DesiredApp::Kept(format!("{why}, as the store last said")),
+            other => other,
+        };
+        (app, desired)
+    };
+    Snapshot { proven: false, apps: snapshot.apps.into_iter().map(keep).collect(), ..snapshot }
+}
+
 struct Watcher {
     config: EtcdConfig,
-    resync: Duration,
+    viewer: Viewer,
+    shelf: Arc<dyn Shelf>,
+    standing: Standing,
+    /// Whether the store has been read by this agent.
+    proven: bool,
+    /// The revision that the ledger on disk is of.
+    on_disk: i64,
     reader: Reader,
     updates: Sender<Update>,
     contents: Contents,
@@ -92,6 +145,94 @@ struct Watcher {
 }
 
 impl Watcher {
+    fn new(config: EtcdConfig, viewer: Viewer, shelf: Arc<dyn Shelf>, updates: Sender<Update>) -> Self {
+        Self {
+            reader: Reader::new(viewer.host.clone(), viewer.labels.clone()),
+            standing: Standing { identity: None, here: viewer.traces.clone() },
+            proven: false,
+            on_disk: 0,
+            contents: Contents::default(),
+            shown: 0,
+            key: None,
+            config,
+            viewer,
+            shelf,
+            updates,
+        }
+    }
+
+    /// What an earlier agent kept: what the store is held against, and gone by until it is read.
+    fn take_ledger(&mut self) -> Option<Snapshot> {
+        let read = self.shelf.ledger().map_err(ledger::LedgerError::Read);
+        let parsed = read
+            .and_then(|text| text.map(|text| Ledger::parse(&text, &self.viewer.host, &self.config.prefix)).transpose());
+        let ledger = match parsed {
+            Ok(ledger) => ledger?,
+            Err(e) => {
+                tracing::warn!("{e}; nothing is changed until the store is read");
+                return None;
+            }
+        };
+        let snapshot = self.reader.snapshot(&ledger.contents, &ledger.key);
+        self.standing.believe(ledger.identity.clone(), &snapshot);
+        self.on_disk = ledger.identity.revision;
+        self.key = Some(ledger.key);
+        self.updates.send_if_modified(|u| {
+            u.status.stale_since = Some(ledger.saved);
+            u.status.revision = ledger.contents.revision;
+            u.status.synced = Some(ledger.saved);
+            false
+        });
+        Some(unproven(snapshot))
+    }
+
+    fn tell_kept(&self, snapshot: Snapshot) {
+        self.updates.send_modify(|u| u.snapshot = Some(Arc::new(snapshot)));
+    }
+
+    fn fail(&mut self, error: &StoreError) {
+        self.updates.send_modify(|u| {
+            match error {
+                StoreError::Doubt(block) => (u.status.error, u.status.block) = (None, Some(block.clone())),
+                other => u.status.error = Some(other.to_string()),
+            }
+            *u.errors.entry(error.kind()).or_default() += 1;
+        });
+    }
+
+    fn accepted(&self) -> Acceptance {
+        let text = self.shelf.acceptance().unwrap_or_default();
+        serde_json::from_slice(&text).unwrap_or_default()
+    }
+
+    /// Takes contents, unless they are doubtful: of another store, or without most apps. Then nothing changes.
+    fn believe(&mut self, contents: Contents, key: ReleaseKey, found: Identity) -> Result<Arc<Snapshot>, StoreError> {
+        // On a copy, so that what is not believed leaves nothing behind.
+        let mut reader = self.reader.clone();
+        let snapshot = reader.snapshot(&contents, &key);
+        let accepted = self.accepted();
+        if let Some(block) = self.standing.brake(&snapshot, self.viewer.brake, &accepted) {
+            return Err(StoreError::Doubt(block));
+        }
+        self.keep(&contents, &key, &found)?;
+        if accepted != Acceptance::default() {
+            self.shelf.use_up();
+        }
+        self.standing.believe(found, &snapshot);
+        (self.reader, self.contents, self.key, self.proven) = (reader, contents, Some(key), true);
+        Ok(Arc::new(snapshot))
+    }
+
+    /// Keeps contents on disk before anything is done by them: an agent that starts without the store must never go
+    /// back behind what an earlier one has done.
+    fn keep(&mut self, contents: &Contents, key: &ReleaseKey, identity: &Identity) -> Result<(), StoreError> {
+        let owner = (&self.viewer.host, &self.config.prefix);
+        let text = ledger::text(owner, identity, Timestamp::now(), contents, key);
+        self.shelf.keep(&text).map_err(StoreError::Ledger)?;
+        self.on_disk = identity.revision;
+        Ok(())
+    }
+
     /// One connection, from its first read to whatever ends it.
     async fn session(&mut self, turn: usize) -> Result<std::convert::Infallible, StoreError> {
         let connection = Connection::open(&self.config, turn).await?;
@@ -106,7 +247,7 @@ impl Watcher {
             Ok(opened) => opened.map_err(connection.failed("opening the watch"))?,
             Err(_) => return Err(silent(&connection, self.config.command_timeout)),
         };
-        let mut resync_at = Instant::now() + jittered(self.resync);
+        let mut resync_at = Instant::now() + jittered(self.viewer.resync);
         let mut asked = false;
         let mut sign_by = Instant::now() + PROGRESS;
         loop {
@@ -126,31 +267,40 @@ impl Watcher {
                 }
                 () = tokio::time::sleep_until(resync_at) => {
                     self.read_all(&connection).await?;
-                    resync_at = Instant::now() + jittered(self.resync);
+                    resync_at = Instant::now() + jittered(self.viewer.resync);
                 }
             }
         }
     }
 
     async fn read_all(&mut self, connection: &Connection) -> Result<(), StoreError> {
-        let (contents, key) = read(connection, &self.config.prefix, ReadKey::OrCreate).await?;
-        let same = self.key.as_ref() == Some(&key) && self.contents.entries == contents.entries;
-        self.contents = contents;
-        self.key = Some(key);
-        let snapshot = if same { None } else { self.snapshot() };
-        self.shown = self.contents.revision;
-        let revision = self.contents.revision;
+        let (contents, found) = read(connection, &self.config.prefix).await?;
+        // Before anything is written to it.
+        if let Some(block) = self.standing.doubt(&found, &self.accepted()) {
+            return Err(StoreError::Doubt(block));
+        }
+        let known = ReadKey::OrCreate(self.key.as_ref());
+        let key = release_key(connection, &self.config.prefix, known).await?;
+        let same = self.proven && self.key.as_ref() == Some(&key) && self.contents.entries == contents.entries;
+        let revision = contents.revision;
+        let snapshot = if same {
+            // What others write makes revisions too, and the highest one seen is to be known after a restart.
+            if revision > self.on_disk {
+                self.keep(&contents, &key, &found)?;
+            }
+            self.standing.identity = Some(found);
+            self.contents = contents;
+            None
+        } else {
+            Some(self.believe(contents, key, found)?)
+        };
+        self.shown = revision;
         self.tell(snapshot, revision, revision);
         self.updates.send_if_modified(|u| {
             u.reads += 1;
             false
         });
         Ok(())
-    }
-
-    fn snapshot(&mut self) -> Option<Arc<Snapshot>> {
-        let key = self.key.as_ref()?;
-        Some(Arc::new(self.reader.snapshot(&self.contents, key)))
     }
 
     /// Takes one message of the watch. Any that is not news or a sign of life ends the session: a cancelled watch stays
@@ -169,33 +319,45 @@ impl Watcher {
             }));
         }
         let mut changed = false;
+        // What is not believed is thrown away, so it is changed on a copy; most messages change nothing.
+        let mut contents = if message.events().is_empty() { Contents::default() } else { self.contents.clone() };
         for event in message.events() {
             let Some(kv) = event.kv() else { continue };
             // A full read may have run ahead of the watch.
-            if kv.mod_revision() <= self.contents.revision {
+            if kv.mod_revision() <= contents.revision {
                 continue;
             }
             let Some(rest) = self.config.prefix.strip(kv.key()) else { continue };
             match event.event_type() {
                 EventType::Put => {
                     let entry = Entry::new(kv.value().to_vec(), kv.create_revision(), kv.mod_revision());
-                    self.contents.entries.insert(rest.to_vec(), entry);
+                    contents.entries.insert(rest.to_vec(), entry);
                 }
                 EventType::Delete => {
-                    self.contents.entries.remove(rest);
+                    contents.entries.remove(rest);
                 }
             }
             changed = true;
         }
+        let head = message.header().map_or(0, etcd_client::ResponseHeader::revision);
+        let mut snapshot = None;
         // Parts of one revision may come in several messages; only the next revision closes it.
         if let Some(newest) =
             message.events().iter().filter_map(|e| e.kv()).map(etcd_client::KeyValue::mod_revision).max()
         {
-            self.contents.revision = self.contents.revision.max(newest - 1);
+            contents.revision = contents.revision.max(newest - 1);
             self.shown = self.shown.max(newest);
+            if changed && let Some(key) = self.key.clone() {
+                let etcd = message.header().map_or(0, etcd_client::ResponseHeader::cluster_id);
+                let found = Identity { cluster: contents.cluster(), etcd, revision: newest };
+                if let Some(block) = self.standing.doubt(&found, &self.accepted()) {
+                    return Err(StoreError::Doubt(block));
+                }
+                snapshot = Some(self.believe(contents, key, found)?);
+            } else {
+                self.contents = contents;
+            }
         }
-        let snapshot = if changed { self.snapshot() } else { None };
-        let head = message.header().map_or(0, etcd_client::ResponseHeader::revision);
         // A message without news is a sign of life, and says that there was nothing else up to its revision.
         let read_to = if message.events().is_empty() && !message.created() { head } else { self.shown };
         self.tell(snapshot, head, read_to);
@@ -206,7 +368,8 @@ impl Watcher {
     fn tell(&self, snapshot: Option<Arc<Snapshot>>, head: i64, read_to: i64) {
         let revision = self.shown;
         self.updates.send_if_modified(|u| {
-            let recovered = u.status.error.take().is_some();
+            let recovered = u.status.error.take().is_some() | u.status.block.take().is_some();
+            u.status.stale_since = None;
             u.status.revision = revision;
             u.head = u.head.max(head);
             u.read_to = u.read_to.max(read_to);

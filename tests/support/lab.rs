@@ -248,6 +248,13 @@ impl Lab {
         run(self.etcdctl().arg("del").arg("--prefix").arg(format!("/demae/{key}")).stdout(Stdio::null()));
     }
 
+    /// The value of a key below `/demae/`.
+    pub fn get_key(&self, key: &str) -> String {
+        let key = format!("/demae/{key}");
+        let output = self.etcdctl().args(["get", "--print-value-only", &key]).output().expect("etcdctl runs");
+        String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
+    }
+
     /// The revision of the store.
     pub fn revision(&self) -> i64 {
         let output = self.etcdctl().args(["get", "/nothing", "-w", "json"]).output().expect("etcdctl runs");

@@ -1,0 +1,116 @@
+//! What a store would change on a host, for whoever is to accept it; and the making of its identity.
+
+use std::collections::BTreeSet;
+
+use etcd_client::{Compare, CompareOp, Txn, TxnOp};
+
+use super::{
+    client::{Connection, EtcdConfig, StoreError},
+    ledger::{Ledger, LedgerError, Shelf},
+    read::{ReadKey, Reader, random_id, read, release_key},
+    standing::{Acceptance, Identity, Standing},
+    watch::Viewer,
+};
+use crate::model::{
+    desired::{DesiredApp, Snapshot},
+    name::AppName,
+    status::StoreBlock,
+};
+
+/// A store, held against what an agent last believed.
+#[derive(Debug, Clone)]
+pub struct Comparison {
+    /// Which store it is.
+    pub found: Identity,
+    /// What the agent last believed, if it kept anything.
+    pub known: Option<Identity>,
+    /// Why the agent does not take it, if it does not.
+    pub block: Option<StoreBlock>,
+    /// Apps that would leave this host.
+    pub leaving: BTreeSet<AppName>,
+    /// Apps that would come.
+    pub coming: BTreeSet<AppName>,
+    /// Apps that would get another release.
+    pub changing: BTreeSet<AppName>,
+}
+
+impl Comparison {
+    /// What to write down for an agent, if all of this is accepted.
+    pub fn accept(&self) -> Acceptance {
+        Acceptance { identity: Some(self.found.clone()), leaving: self.leaving.clone() }
+    }
+}
+
+/// Reads a store, and holds it against what the agent of this host last believed. Writes nothing.
+///
+/// # Errors
+/// If no member answers; the last error.
+pub async fn compare(config: &EtcdConfig, viewer: &Viewer, shelf: &dyn Shelf) -> Result<Comparison, StoreError> {
+    let kept = shelf.ledger().map_err(LedgerError::Read);
+    let kept = kept.and_then(|t| t.map(|t| Ledger::parse(&t, &viewer.host, &config.prefix)).transpose());
+    let kept = kept.map_err(|e| StoreError::Ledger(e.to_string()))?;
+    let mut standing = Standing { identity: None, here: viewer.traces.clone() };
+    let mut reader = Reader::new(viewer.host.clone(), viewer.labels.clone());
+    let mut before = Snapshot::default();
+    if let Some(kept) = &kept {
+        before = reader.snapshot(&kept.contents, &kept.key);
+        standing.believe(kept.identity.clone(), &before);
+    }
+    let (contents, found, key) = super::each_member(config, async |connection: Connection| {
+        let (contents, found) = read(&connection, &config.prefix).await?;
+        let key = release_key(&connection, &config.prefix, ReadKey::OrPretend(kept.as_ref().map(|k| &k.key))).await?;
+        Ok((contents, found, key))
+    })
+    .await?;
+    let after = reader.snapshot(&contents, &key);
+    let nothing = Acceptance::default();
+    let block = standing.doubt(&found, &nothing).or_else(|| standing.brake(&after, viewer.brake, &nothing));
+    let wanted = |snapshot: &Snapshot, app: &AppName| match snapshot.apps.get(app) {
+        None | Some(DesiredApp::Absent(_)) => None,
+        Some(DesiredApp::Run(target)) => Some(Some(target.release.id.clone())),
+        Some(_) => Some(None),
+    };
+    let all: BTreeSet<AppName> = standing.here.iter().chain(after.apps.keys()).cloned().collect();
+    let of = |fits: &dyn Fn(&AppName) -> bool| all.iter().filter(|a| fits(a)).cloned().collect();
+    Ok(Comparison {
+        leaving: standing.leaving(&after),
+        coming: of(&|a| !standing.here.contains(a) && wanted(&after, a).is_some()),
+        changing: of(&|a| match (wanted(&before, a), wanted(&after, a)) {
+            (Some(old), Some(new)) => old != new,
+            _ => false,
+        }),
+        known: standing.identity,
+        found,
+        block,
+    })
+}
+
+/// Gives a store its identity, the `cluster` key; or tells the one that it has. True if it was made.
+///
+/// # Errors
+/// If no member answers, or it may not be written.
+pub async fn init(config: &EtcdConfig) -> Result<(String, bool), StoreError> {
+    let id = random_id().map_err(|source| StoreError::File { path: "/dev/urandom".into(), source })?;
+    let id = &id[..16];
+    let key = config.prefix.key("cluster");
+    super::each_member(config, async |mut connection: Connection| {
+        let failed = connection.failed("making the `cluster` key");
+        // Whoever is first makes it; everybody else is told what the first one made.
+        let create = Txn::new()
+            .when([Compare::create_revision(key.clone(), CompareOp::Equal, 0)])
+            .and_then([TxnOp::put(key.clone(), id, None)])
+            .or_else([TxnOp::get(key.clone(), None)]);
+        let answer = connection.client.txn(create).await.map_err(&failed)?;
+        if answer.succeeded() {
+            return Ok((id.to_owned(), true));
+        }
+        let found = answer.op_responses().into_iter().find_map(|response| match response {
+            etcd_client::TxnOpResponse::Get(get) => {
+                get.kvs().first().map(|kv| String::from_utf8_lossy(kv.value()).trim().to_owned())
+            }
+            _ => None,
+        });
+        Ok((found.unwrap_or_default(), false))
+    })
+    .await
+}

@@ -1,0 +1,265 @@
+//! The store vanishes, is wiped, is another one, is an older one, or takes most apps away: what serves goes on serving,
+//! and a person is told what to do.
+#![expect(clippy::disallowed_methods, reason = "a test moves directories of its own")]
+
+mod support;
+
+use std::{fs, process::Command, time::Duration};
+
+use demae::model::status::{State, StoreBlock};
+use support::{
+    lab::{Lab, docker, until},
+    load::{Load, mixed},
+};
+
+fn block(lab: &Lab) -> Option<StoreBlock> {
+    lab.status()?.store.block
+}
+
+fn wait_block(lab: &Lab, kind: &str) -> StoreBlock {
+    let mut found = None;
+    until(&format!("the store is not believed: {kind}"), || {
+        found = block(lab).filter(|b| b.kind == kind);
+        found.is_some()
+    });
+    found.expect("a block")
+}
+
+fn init(lab: &Lab) {
+    let output = lab.demae(&["init"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn said(output: &std::process::Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+/// Copies a directory, as a backup of a disk would.
+fn copy(from: &std::path::Path, to: &std::path::Path) {
+    let status = Command::new("cp").arg("-a").arg(from).arg(to).status().expect("cp runs");
+    assert!(status.success());
+}
+
+#[test]
+fn an_agent_that_starts_without_its_store_goes_by_what_it_kept() {
+    let mut lab = Lab::new();
+    init(&lab);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    lab.deploy("gone", "apps/gone/spec", &lab.socket_spec(&lab.image("v1"), "gone.test", ""));
+    lab.deploy("web", "apps/web/image", &lab.image("v2"));
+    let before = lab.app("web").and_then(|a| a.release);
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    until("requests flow", || load.requests() > 50);
+    lab.kill_agent();
+    lab.stop_etcd();
+    // An app that what was kept does not know: nobody knows whether it is wanted.
+    let ledger = lab.path("state/ledger");
+    let mode = fs::metadata(&ledger).map(|m| std::os::unix::fs::PermissionsExt::mode(&m.permissions()) & 0o777);
+    assert_eq!(mode.expect("a ledger"), 0o600, "it holds what only root may see");
+    lab.start_agent(&[]);
+    let status = lab.wait_app("web", "known without the store", |s| s.state == State::Converged && s.healthy == 1);
+    assert_eq!(status.release, before, "and it is the release that was proven");
+    let host = lab.status().expect("a status");
+    assert!(host.store.stale_since.is_some() && host.store.error.is_some(), "{:?}", host.store);
+    let printed = said(&lab.demae(&["status"]));
+    assert!(printed.contains("goes by what it kept on disk; that was last proven at"), "{printed}");
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+
+    // Drift is repaired, also that of a container that is gone for good.
+    let container = lab.containers().into_iter().find(|c| c.contains(".web.")).expect("a container");
+    docker(&["rm", "-f", &container]);
+    until("it is made anew", || lab.get("web.test", "/").is_ok_and(|(code, body)| code == 200 && body.contains("v2")));
+    lab.wait_app("web", "converged", |s| s.state == State::Converged && s.healthy == 1);
+    assert_eq!(lab.get("gone.test", "/").map(|(code, _)| code), Ok(200));
+
+    // The store is back, and what it says now holds.
+    lab.start_etcd();
+    until("it is read", || lab.status().is_some_and(|s| s.store.stale_since.is_none()));
+    lab.del("apps/gone/");
+    until("what was deleted leaves", || lab.app("gone").is_none() && lab.containers().len() == 1);
+    assert_eq!(lab.app("web").and_then(|a| a.release), before);
+}
+
+#[test]
+fn a_damaged_ledger_stops_nothing_and_is_written_anew() {
+    let mut lab = Lab::new();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    lab.stop_agent();
+    lab.stop_etcd();
+    let ledger = lab.path("state/ledger");
+    let whole = fs::read(&ledger).expect("a ledger");
+    fs::write(&ledger, &whole[..whole.len() / 2]).expect("a file");
+    lab.start_agent(&[]);
+    until("it says so", || lab.agent_log().contains("the ledger is damaged"));
+    assert_eq!(lab.get("web.test", "/").map(|(code, _)| code), Ok(200));
+    assert_eq!(lab.containers().len(), 1);
+    lab.start_etcd();
+    lab.wait_app("web", "converged", |s| s.state == State::Converged && s.healthy == 1);
+    assert_ne!(fs::read(&ledger).expect("a ledger").len(), whole.len() / 2, "it is whole again");
+}
+
+#[test]
+fn a_wiped_store_stops_nothing_and_may_come_back() {
+    let lab = Lab::new();
+    init(&lab);
+    let spec = lab.socket_spec(&lab.image("v1"), "web.test", "");
+    lab.deploy("web", "apps/web/spec", &spec);
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    let release = lab.app("web").and_then(|a| a.release);
+    let sentinel = lab.get_key("cluster");
+    lab.del("");
+    let found = wait_block(&lab, "sentinel_missing");
+    assert!(found.remedy.contains("demae store accept"), "{found}");
+    until("it is measured", || lab.metric("demae_store_blocked", "sentinel_missing") == 1.0);
+    let printed = said(&lab.demae(&["status"]));
+    assert!(
+        printed.contains("the store is not believed, and nothing changes: the store has no `cluster` key"),
+        "{printed}"
+    );
+    let shown = lab.demae(&["store", "accept"]);
+    assert!(!shown.status.success(), "nobody is there to be asked");
+    assert!(said(&shown).contains("would leave this host: web"), "{}", said(&shown));
+    // Somebody puts everything back: nothing was lost, and nothing is replaced.
+    lab.put("apps/web/spec", &spec);
+    lab.put("cluster", &sentinel);
+    until("it is believed", || block(&lab).is_none());
+    let status = lab.wait_app("web", "as it was", |s| s.state == State::Converged);
+    assert_eq!(status.release, release, "the key that names releases was put back too");
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+}
+
+#[test]
+fn another_store_is_taken_only_if_a_person_says_so() {
+    let mut lab = Lab::new();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    until("requests flow", || load.requests() > 50);
+    lab.stop_etcd();
+    fs::rename(lab.path("etcd"), lab.path("etcd-before")).expect("moved");
+    lab.start_etcd();
+    wait_block(&lab, "other_store");
+    // It holds over a restart of the agent.
+    lab.stop_agent();
+    lab.start_agent(&[]);
+    wait_block(&lab, "other_store");
+    lab.wait_app("web", "served by what was kept", |s| s.healthy == 1);
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    let confirm = lab.demae(&["confirm", "--yes"]);
+    assert!(
+        !confirm.status.success() && said(&confirm).contains("`demae confirm` is not for this"),
+        "{}",
+        said(&confirm)
+    );
+    let accept = lab.demae(&["store", "accept", "--yes"]);
+    assert!(accept.status.success(), "{}", said(&accept));
+    until("what the new store does not have leaves", || block(&lab).is_none() && lab.containers().is_empty());
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v2"), "web.test", ""));
+    assert!(!lab.path("state/accepted.json").exists(), "what was accepted is used up");
+}
+
+#[test]
+fn a_store_from_a_backup_is_noticed() {
+    let mut lab = Lab::new();
+    init(&lab);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    lab.stop_etcd();
+    copy(&lab.path("etcd"), &lab.path("etcd-backup"));
+    lab.start_etcd();
+    lab.deploy("web", "apps/web/image", &lab.image("v2"));
+    lab.stop_etcd();
+    fs::remove_dir_all(lab.path("etcd")).expect("removed");
+    fs::rename(lab.path("etcd-backup"), lab.path("etcd")).expect("moved");
+    lab.start_etcd();
+    wait_block(&lab, "older_revision");
+    let body = lab.get("web.test", "/").expect("it answers").1;
+    assert!(body.contains("v2"), "the older image is not rolled out: {body}");
+    let accept = lab.demae(&["store", "accept", "--yes"]);
+    assert!(said(&accept).contains("would get another release: web"), "{}", said(&accept));
+    until("the backup holds", || lab.get("web.test", "/").is_ok_and(|(_, body)| body.contains("v1")));
+    lab.wait_app("web", "converged", |s| s.state == State::Converged);
+}
+
+#[test]
+fn most_apps_leave_only_if_a_person_says_so() {
+    let lab = Lab::new();
+    let worker = format!("image: \"{}\"\nstop_grace_period: 1s\n", lab.image("v1"));
+    let names = ["a", "b", "c", "d", "e"];
+    lab.put_all(&names.map(|n| (format!("apps/{n}/spec"), worker.clone())));
+    let all = || lab.status().is_some_and(|s| s.apps.len() == 5 && s.apps.iter().all(|a| a.state == State::Converged));
+    until("all run", all);
+    let before = lab.containers();
+    lab.del("apps/");
+    let found = wait_block(&lab, "mass_removal");
+    assert!(found.message.contains("5 of the 5 apps of this host would leave at once"), "{found}");
+    // The keys come back, and it is as if nothing had been.
+    lab.put_all(&names.map(|n| (format!("apps/{n}/spec"), worker.clone())));
+    until("it is believed again", || block(&lab).is_none());
+    assert_eq!(lab.containers(), before);
+    // One after the other they may leave.
+    lab.del("apps/a/");
+    until("one leaves", || lab.containers().len() == 4);
+    lab.del("apps/");
+    wait_block(&lab, "mass_removal");
+    let confirm = lab.demae(&["confirm", "--yes"]);
+    assert!(
+        confirm.status.success() && said(&confirm).contains("would leave this host: b, c, d, e"),
+        "{}",
+        said(&confirm)
+    );
+    until("they leave", || lab.containers().is_empty() && lab.traces().is_empty());
+    assert!(block(&lab).is_none());
+    // Draining a host is one key, and means all of them.
+    lab.put_all(&names.map(|n| (format!("apps/{n}/spec"), worker.clone())));
+    until("all run again", all);
+    lab.put(&format!("hosts/{}/mode", lab.host), "drained");
+    until("all leave", || lab.containers().is_empty());
+}
+
+#[test]
+fn a_first_read_that_takes_away_what_runs_here_is_held_back() {
+    let mut lab = Lab::new();
+    let worker = format!("image: \"{}\"\nstop_grace_period: 1s\n", lab.image("v1"));
+    lab.put_all(&["a", "b", "c", "d"].map(|n| (format!("apps/{n}/spec"), worker.clone())));
+    until("all run", || {
+        lab.status().is_some_and(|s| s.apps.iter().filter(|a| a.state == State::Converged).count() == 4)
+    });
+    lab.stop_agent();
+    // As after an upgrade from a demae that kept no ledger, with a prefix that is not the right one.
+    fs::remove_file(lab.path("state/ledger")).expect("removed");
+    lab.del("apps/");
+    lab.start_agent(&[]);
+    wait_block(&lab, "mass_removal");
+    assert_eq!(lab.containers().len(), 4);
+}
+
+#[test]
+fn etcd_comes_and_goes_while_apps_are_deployed() {
+    let mut lab = Lab::new();
+    init(&lab);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    lab.image("v2");
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    until("requests flow", || load.requests() > 50);
+    let rounds = std::env::var("DEMAE_ETCD_ROUNDS").map_or(4, |n| n.parse().expect("a number"));
+    for round in 0..rounds {
+        let version = if round % 2 == 0 { "v2" } else { "v1" };
+        // In the middle of it, at another moment each time.
+        let moments = ["write_env_file", "create", "start", "switch", "stop"];
+        let moment = format!("\"step\":\"{}\"", moments[round % moments.len()]);
+        let known = lab.agent_log().matches(&moment).count();
+        lab.put("apps/web/image", &lab.image(version));
+        until("a step of the deploy", || lab.agent_log().matches(&moment).count() > known);
+        lab.stop_etcd();
+        lab.wait_app("web", "deployed without the store", |s| {
+            s.state == State::Converged && s.image == Some(lab.image(version))
+        });
+        lab.start_etcd();
+        until("the store is read again", || lab.status().is_some_and(|s| s.store.error.is_none()));
+    }
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    println!("{rounds} times without etcd: requests: {}  failed: {}", tally.requests, tally.failed + tally.stale);
+}
