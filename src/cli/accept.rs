@@ -7,7 +7,7 @@ use crate::{
     config::Config,
     host::{files, layout::Layout},
     model::name::AppName,
-    store::{self, Comparison, Viewer},
+    store::{self, Comparison},
 };
 
 #[derive(Debug, clap::Args)]
@@ -47,13 +47,7 @@ fn run(args: &Args, printer: &mut Printer, kinds: &[&str], verb: &str) -> Ended 
     let config = Config::load(&args.common)?;
     let layout = Layout::new(&config.state_dir, &config.run_dir);
     let world = setup::world(&config, None, std::sync::Arc::new(crate::host::docker::NoMeter))?;
-    let viewer = Viewer {
-        host: config.host.clone(),
-        labels: config.labels.clone(),
-        resync: config.resync,
-        brake: config.brake,
-        traces: world.apps_on_disk()?,
-    };
+    let viewer = setup::viewer(&config, &world)?;
     let shelf = setup::Disk(layout.clone());
     let found = runtime(1)?
         .block_on(store::compare(&config.etcd, &viewer, &shelf))

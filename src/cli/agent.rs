@@ -18,7 +18,7 @@ use crate::{
         time::Timestamp,
     },
     shutdown,
-    store::{self, Update, Viewer},
+    store::{self, Update},
     telemetry, vitals,
     webhook::Webhook,
 };
@@ -121,13 +121,7 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
             tracing::error!("metrics, health and status are not served any more: {e}");
         }
     });
-    let viewer = Viewer {
-        host: config.host.clone(),
-        labels: config.labels.clone(),
-        resync: config.resync,
-        brake: config.brake,
-        traces: world.apps_on_disk()?,
-    };
+    let viewer = setup::viewer(config, &world)?;
     let shelf = Arc::new(setup::Disk(world.layout.clone()));
     tasks.spawn(store::watch(config.etcd.clone(), viewer, shelf, updates, side.clone()));
     tasks.spawn(store::publish(config.etcd.clone(), publish_in, side.clone()));

@@ -3,6 +3,7 @@
 mod accept;
 mod agent;
 mod dev;
+mod doctor;
 mod events;
 mod init;
 mod plan;
@@ -48,6 +49,8 @@ enum Verb {
     Ready(ready::Args),
     /// Show what the agent would do now, and do nothing
     Plan(plan::Args),
+    /// Look at everything an agent needs, change nothing, and say what to do
+    Doctor(doctor::Args),
     /// Give the store its identity, once: agents stop believing a store that has lost it
     Init(init::Args),
     /// Let most apps of this host leave at once, after the agent has held that back
@@ -128,6 +131,7 @@ pub fn run() -> ExitCode {
         Verb::Events(args) => events::run(&args, &mut printer),
         Verb::Ready(args) => ready::run(&args, &mut printer),
         Verb::Plan(args) => plan::run(&args, &mut printer),
+        Verb::Doctor(args) => doctor::run(&args, &mut printer),
         Verb::Init(args) => init::run(&args, &mut printer),
         Verb::Confirm(args) => accept::confirm(&args, &mut printer),
         Verb::Store(args) => accept::store(&args, &mut printer),

@@ -19,7 +19,7 @@ use crate::{
         name::{AppName, MAX_NAME},
         problem::chain,
     },
-    store::Shelf,
+    store::{Shelf, Viewer},
     vitals::Places,
     world::World,
 };
@@ -72,6 +72,17 @@ pub(super) fn places(config: &Config) -> Places {
     certificates.extend(config.etcd.cert.as_ref().map(|(cert, _)| cert.clone()));
     let dirs = vec![("state", layout.state().to_owned()), ("run", layout.run().to_owned())];
     Places { dirs, certificates, nginx: layout.nginx_live() }
+}
+
+/// Who reads the store, and what it is held against.
+pub(super) fn viewer(config: &Config, world: &World) -> Result<Viewer, Failed> {
+    Ok(Viewer {
+        host: config.host.clone(),
+        labels: config.labels.clone(),
+        resync: config.resync,
+        brake: config.brake,
+        traces: world.apps_on_disk()?,
+    })
 }
 
 /// The ledger on this host's disk.

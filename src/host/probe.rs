@@ -17,6 +17,8 @@ pub struct Answer {
     pub status: u16,
     /// Whether our own default server gave it.
     pub unknown_host: bool,
+    /// When it was given, by the clock of who gave it.
+    pub date: Option<String>,
     /// The beginning of the body.
     pub body: String,
 }
@@ -145,10 +147,11 @@ where
         let response = sender.send_request(request).await.map_err(|e| words(&e))?;
         let status = response.status().as_u16();
         let unknown_host = response.headers().contains_key("x-demae-unknown-host");
+        let date = response.headers().get(hyper::header::DATE).and_then(|d| d.to_str().ok()).map(str::to_owned);
         // A cut body is an answer all the same: the status is what was asked for.
         let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
         let body = body.map(|b| String::from_utf8_lossy(&b.to_bytes()).into_owned()).unwrap_or_default();
-        Ok(Answer { status, unknown_host, body })
+        Ok(Answer { status, unknown_host, date, body })
     };
     // The connection must be driven beside the request, and ends with it.
     tokio::pin!(asking);

@@ -37,6 +37,11 @@ impl Timestamp {
         text.parse::<Jiff>().ok().map(|t| Self(t.as_millisecond()))
     }
 
+    /// From RFC 9110's form, as HTTP headers tell it.
+    pub fn parse_http(text: &str) -> Option<Self> {
+        jiff::fmt::rfc2822::parse(text).ok().map(|t| Self(t.timestamp().as_millisecond()))
+    }
+
     /// Later by a duration.
     #[must_use]
     pub fn plus(self, duration: Duration) -> Self {

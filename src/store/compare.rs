@@ -32,6 +32,8 @@ pub struct Comparison {
     pub coming: BTreeSet<AppName>,
     /// Apps that would get another release.
     pub changing: BTreeSet<AppName>,
+    /// What it says.
+    pub snapshot: Snapshot,
 }
 
 impl Comparison {
@@ -82,6 +84,7 @@ pub async fn compare(config: &EtcdConfig, viewer: &Viewer, shelf: &dyn Shelf) ->
         known: standing.identity,
         found,
         block,
+        snapshot: after,
     })
 }
 

@@ -185,6 +185,15 @@ impl Nginx {
         Ok(master)
     }
 
+    /// The version of the program.
+    ///
+    /// # Errors
+    /// If it cannot be run.
+    pub async fn version(&self) -> Result<(u32, u32, u32), NginxError> {
+        let (_, text) = self.server.run(vec!["-v".into()]).await?;
+        Ok(version(&text))
+    }
+
     /// The master process that was last seen, without looking again.
     pub fn known_master(&self) -> Option<i32> {
         let pid = self.master.load(Ordering::Relaxed);

@@ -37,6 +37,13 @@ pub enum Profile {
     Strict,
 }
 
+impl Profile {
+    /// Whether connections of clients are kept.
+    pub fn is_default(self) -> bool {
+        self == Self::Default
+    }
+}
+
 /// What an operator of a host decides about nginx's text.
 #[derive(Debug, Clone)]
 pub struct Settings {

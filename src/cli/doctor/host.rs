@@ -1,0 +1,166 @@
+//! This machine: Docker, nginx, directories, ports.
+
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
+
+use super::{Findings, Patient};
+use crate::{host::files, model::problem::chain};
+
+/// The oldest API that demae is tested with: Docker 20.10.
+const OLDEST_API: (u32, u32) = (1, 41);
+/// The first nginx that keeps connections of clients open over a reload when told to.
+const KEEPS_CONNECTIONS: (u32, u32, u32) = (1, 27, 4);
+/// Less than this is near its end, in bytes and in percent.
+const LITTLE_SPACE: (u64, u64) = (1 << 30, 5);
+
+pub(super) async fn docker(patient: &Patient<'_>, found: &mut Findings) {
+    let socket = &patient.config.docker_socket;
+    match patient.world.docker.version().await {
+        Err(e) => found.fail(
+            "docker",
+            chain(&e),
+            format!("start Docker, and let this user use `{socket}`: as root, or in the group docker"),
+        ),
+        Ok((version, api)) => {
+            let mut parts = api.split('.').map(|p| p.parse().unwrap_or(0));
+            let number = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+            if number < OLDEST_API {
+                let (major, minor) = OLDEST_API;
+                let remedy = format!("upgrade Docker: demae is tested with API {major}.{minor} and later");
+                found.warn("docker", format!("Docker {version} speaks API {api}"), remedy);
+            } else {
+                found.ok("docker", format!("Docker {version}, API {api}"));
+            }
+        }
+    }
+}
+
+pub(super) async fn nginx(patient: &Patient<'_>, found: &mut Findings) {
+    let (world, setup) = (patient.world, &patient.config.nginx);
+    let master = match world.nginx.master().await {
+        Ok(master) => master,
+        Err(e) => {
+            let remedy =
+                "start nginx, with demae's include in its `http` block; `[nginx]` in the agent's file says where it is";
+            return found.fail("nginx", chain(&e), remedy);
+        }
+    };
+    match world.nginx.version().await {
+        Ok((a, b, c)) if (a, b, c) < KEEPS_CONNECTIONS && setup.settings.profile.is_default() => found.warn(
+            "nginx",
+            format!(
+                "nginx {a}.{b}.{c} runs as process {master}; it may lose requests on reused connections at a reload"
+            ),
+            "use socket mode, which reloads seldom, or `nginx.profile = \"strict\"`, or nginx 1.27.4 or later",
+        ),
+        Ok((a, b, c)) => {
+            found.ok("nginx", format!("nginx {a}.{b}.{c} runs as process {master}, and includes demae's files"));
+        }
+        Err(e) => found.fail("nginx", chain(&e), "see that `nginx.binary` is nginx"),
+    }
+    let observed = world.observe_proxy().await;
+    match (&observed.live, &observed.error) {
+        (None, _) => found.ok("nginx files", "there are none of demae's yet; the agent makes them"),
+        (Some(_), Some(error)) => {
+            let remedy = "`nginx.address` must be one that nginx listens on for demae's apps, in plain HTTP";
+            found.fail("nginx files", error.clone(), remedy);
+        }
+        (Some(_), None) if observed.drifted => found.warn(
+            "nginx files",
+            "somebody changed files of demae's",
+            "keep files of your own outside of demae's directory: a running agent writes these anew",
+        ),
+        (Some(live), None) if !observed.is_serving_live() => found.warn(
+            "nginx files",
+            format!("nginx serves another generation than {}", live.generation),
+            "a running agent reloads nginx; if this stays, look at nginx's error log",
+        ),
+        (Some(live), None) => {
+            found
+                .ok("nginx files", format!("generation {} is served, for {} apps", live.generation, live.vhosts.len()));
+        }
+    }
+}
+
+pub(super) fn directories(patient: &Patient<'_>, found: &mut Findings) {
+    let layout = &patient.world.layout;
+    for (check, path, missing) in [
+        ("state directory", layout.state(), "the agent makes it; routes and what nginx serves lie there"),
+        ("run directory", layout.run(), "the agent makes it, or systemd does"),
+    ] {
+        let meta = match fs::metadata(path) {
+            Ok(meta) => meta,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                found.ok(check, format!("`{}` is not there yet: {missing}", path.display()));
+                continue;
+            }
+            Err(e) => {
+                found.fail(check, format!("`{}`: {e}", path.display()), "let the agent's user read it");
+                continue;
+            }
+        };
+        if !meta.is_dir() {
+            let remedy = "move what lies there; the agent needs a directory of its own";
+            found.fail(check, format!("`{}` is no directory", path.display()), remedy);
+            continue;
+        }
+        // nginx's workers pass through both on their way to sockets.
+        if meta.mode() & 0o001 == 0 {
+            let remedy = format!("`chmod 0755 {}`: what is secret is closed further below", path.display());
+            found.fail(
+                check,
+                format!("`{}` has mode {:04o}, and nginx cannot pass", path.display(), meta.mode() & 0o7777),
+                remedy,
+            );
+        } else if meta.uid() != rustix::process::geteuid().as_raw() {
+            let remedy = "run the agent, and this, as the user who owns it";
+            found.warn(check, format!("`{}` belongs to user {}", path.display(), meta.uid()), remedy);
+        } else {
+            found.ok(check, format!("`{}`", path.display()));
+        }
+        space(path, found);
+    }
+    if let Ok(meta) = fs::metadata(layout.ledger())
+        && meta.mode() & 0o077 != 0
+    {
+        let remedy =
+            format!("`chmod 0600 {}`, and change the secrets that others may have read", layout.ledger().display());
+        found.fail("ledger", format!("its mode is {:04o}, and it holds secrets", meta.mode() & 0o7777), remedy);
+    }
+}
+
+fn space(path: &Path, found: &mut Findings) {
+    let (bytes, percent) = LITTLE_SPACE;
+    match files::space(path) {
+        Ok((free, size)) if free < bytes && free * 100 < size * percent => {
+            let remedy = "make room: a deploy stops where files cannot be written, and what serves goes on";
+            found.warn("disk", format!("{} MiB are free where `{}` lies", free >> 20, path.display()), remedy);
+        }
+        Ok((free, _)) => found.ok("disk", format!("{} MiB are free where `{}` lies", free >> 20, path.display())),
+        Err(e) => found.warn("disk", chain(&e), "see that it is mounted"),
+    }
+}
+
+pub(super) fn ports(patient: &Patient<'_>, found: &mut Findings) {
+    const KERNEL: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+    let range = &patient.config.ports;
+    let shown = format!("{}-{}", range.start(), range.end());
+    let text = fs::read_to_string(KERNEL).unwrap_or_default();
+    let mut numbers = text.split_whitespace().filter_map(|n| n.parse::<u16>().ok());
+    let (Some(from), Some(to)) = (numbers.next(), numbers.next()) else {
+        return found.warn(
+            "ports",
+            format!("`{KERNEL}` cannot be read"),
+            "keep `ports.range` out of the kernel's own range",
+        );
+    };
+    if *range.start() <= to && from <= *range.end() {
+        let remedy = format!("set `ports.range` below {from}: else an outgoing connection may hold the port of an app");
+        found.warn(
+            "ports",
+            format!("{shown} overlaps {from}-{to}, which the kernel takes for outgoing connections"),
+            remedy,
+        );
+    } else {
+        found.ok("ports", format!("{shown}, outside of the kernel's {from}-{to}"));
+    }
+}

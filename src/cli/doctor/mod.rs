@@ -1,0 +1,123 @@
+//! `demae doctor`: looks at everything an agent needs, changes nothing, and says what to do about what it finds.
+
+mod apps;
+mod host;
+mod store;
+
+use serde::Serialize;
+
+use super::{Common, Ended, Exit, print::Printer, runtime, setup};
+use crate::{config::Config, host::docker::NoMeter, world::World};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    common: Common,
+    /// What is printed
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    /// A line for each finding
+    Text,
+    /// JSON
+    Json,
+}
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Level {
+    /// As it should be.
+    Ok,
+    /// It works, and will bite some day.
+    Warn,
+    /// An agent cannot do its work.
+    Fail,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+struct Finding {
+    /// What was looked at, in one word or two.
+    check: &'static str,
+    level: Level,
+    /// What was found.
+    message: String,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remedy: Option<String>,
+}
+
+/// Findings, in the order in which they were looked for.
+#[derive(Debug, Default)]
+struct Findings(Vec<Finding>);
+
+impl Findings {
+    fn ok(&mut self, check: &'static str, message: impl Into<String>) {
+        self.0.push(Finding { check, level: Level::Ok, message: message.into(), remedy: None });
+    }
+
+    fn warn(&mut self, check: &'static str, message: impl Into<String>, remedy: impl Into<String>) {
+        let (message, remedy) = (message.into(), Some(remedy.into()));
+        self.0.push(Finding { check, level: Level::Warn, message, remedy });
+    }
+
+    fn fail(&mut self, check: &'static str, message: impl Into<String>, remedy: impl Into<String>) {
+        let (message, remedy) = (message.into(), Some(remedy.into()));
+        self.0.push(Finding { check, level: Level::Fail, message, remedy });
+    }
+}
+
+/// What is looked at.
+struct Patient<'a> {
+    config: &'a Config,
+    world: &'a World,
+}
+
+pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    let config = Config::load(&args.common)?;
+    let world = setup::world(&config, None, std::sync::Arc::new(NoMeter))?;
+    let patient = Patient { config: &config, world: &world };
+    let found = runtime(1)?.block_on(async {
+        let mut found = Findings::default();
+        host::docker(&patient, &mut found).await;
+        host::nginx(&patient, &mut found).await;
+        host::directories(&patient, &mut found);
+        host::ports(&patient, &mut found);
+        store::members(&patient, &mut found).await;
+        let snapshot = store::standing(&patient, &mut found).await;
+        apps::leftovers(&patient, snapshot.as_ref(), &mut found).await;
+        if let Some(snapshot) = &snapshot {
+            apps::mounts(snapshot, &mut found);
+        }
+        found.0
+    });
+    let worst = found.iter().map(|f| f.level).max();
+    if args.output == Output::Json {
+        printer.line(&serde_json::to_string_pretty(&serde_json::json!({ "version": 1, "findings": found }))?);
+    } else {
+        print(&found, printer);
+    }
+    Ok(if worst == Some(Level::Fail) { Exit::Failure } else { Exit::Success })
+}
+
+fn print(found: &[Finding], printer: &mut Printer) {
+    let width = found.iter().map(|f| f.check.len()).max().unwrap_or(0);
+    for finding in found {
+        let level = match finding.level {
+            Level::Ok => "ok  ",
+            Level::Warn => "warn",
+            Level::Fail => "FAIL",
+        };
+        printer.line(&format!("{level}  {:width$}  {}", finding.check, finding.message));
+        if let Some(remedy) = &finding.remedy {
+            printer.line(&format!("      {:width$}  -> {remedy}", ""));
+        }
+    }
+    let count = |level: Level| found.iter().filter(|f| f.level == level).count();
+    let (fails, warns) = (count(Level::Fail), count(Level::Warn));
+    printer.line(&format!("{} looked at, {warns} to think about, {fails} to mend", found.len()));
+}

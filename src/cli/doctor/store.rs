@@ -1,0 +1,133 @@
+//! etcd: each member, and whether the store is the one from before.
+
+use std::time::Duration;
+
+use super::{Findings, Patient};
+use crate::{
+    cli::setup::{self, Disk},
+    host::probe,
+    model::{desired::Snapshot, time::Timestamp},
+    store,
+};
+
+/// The first versions of each line in which users have only the rights that they were given (CVE-2026-33343).
+const SAFE: [(u32, u32, u32); 3] = [(3, 4, 44), (3, 5, 30), (3, 6, 11)];
+/// Clocks that differ by more than this make logs and ages hard to read.
+const CLOCK: Duration = Duration::from_secs(5);
+
+pub(super) async fn members(patient: &Patient<'_>, found: &mut Findings) {
+    let etcd = &patient.config.etcd;
+    for (endpoint, asked) in store::members(etcd).await {
+        match asked {
+            Err(e) => {
+                let reason = e.to_string();
+                let remedy = if reason.contains("permission denied") || reason.contains("authenticat") {
+                    "give this user the rights that docs/keys.md names, and see that name and password are right"
+                } else if endpoint.starts_with("https://") || etcd.cacert.is_some() {
+                    "see that it runs there, that the certificates are good, and that no firewall is between"
+                } else {
+                    "see that it runs there, and whether it wants https; `etcd.endpoints` in the agent's file"
+                };
+                found.fail("etcd", reason, remedy);
+            }
+            Ok(member) => {
+                let version = member.version.as_deref().unwrap_or("of a version that this user may not ask for");
+                let text = format!("{endpoint}: etcd {version}, {} keys below `{}`", member.keys, etcd.prefix.as_str());
+                if etcd.user.is_some() && member.version.as_deref().is_some_and(|v| !is_safe(v)) {
+                    let remedy = "upgrade to 3.4.44, 3.5.30, 3.6.11 or later: in older ones any user can read and write every key";
+                    found.warn("etcd", text, remedy);
+                } else {
+                    found.ok("etcd", text);
+                }
+                clock(&endpoint, found).await;
+            }
+        }
+    }
+}
+
+fn is_safe(version: &str) -> bool {
+    let mut parts = version.split(['.', '-', '+']).map(|p| p.parse::<u32>().unwrap_or(0));
+    let mut next = || parts.next().unwrap_or(0);
+    let version = (next(), next(), next());
+    match SAFE.iter().find(|(major, minor, _)| (*major, *minor) == (version.0, version.1)) {
+        Some(first) => version >= *first,
+        None => version > SAFE[SAFE.len() - 1],
+    }
+}
+
+/// etcd's HTTP side tells its time, where it speaks plain HTTP.
+async fn clock(endpoint: &str, found: &mut Findings) {
+    let address = endpoint.strip_prefix("http://").unwrap_or(endpoint);
+    if address.contains("://") {
+        return;
+    }
+    let Ok(answer) = probe::get_tcp(address, "localhost", "/version", Duration::from_secs(2)).await else { return };
+    let Some(theirs) = answer.date.as_deref().and_then(Timestamp::parse_http) else { return };
+    let ours = Timestamp::now();
+    let apart = ours.since(theirs).max(theirs.since(ours));
+    if apart > CLOCK {
+        let remedy = "let both machines keep time by NTP; deadlines do not depend on it, but ages and logs do";
+        found.warn("clock", format!("this machine and {endpoint} are {} s apart", apart.as_secs()), remedy);
+    } else {
+        found.ok("clock", format!("as that of {endpoint}"));
+    }
+}
+
+/// Whether an agent would take the store; what it says, if it can be read.
+pub(super) async fn standing(patient: &Patient<'_>, found: &mut Findings) -> Option<Snapshot> {
+    let config = patient.config;
+    let viewer = setup::viewer(config, patient.world).ok()?;
+    let compared = match store::compare(&config.etcd, &viewer, &Disk(patient.world.layout.clone())).await {
+        Ok(compared) => compared,
+        Err(store::StoreError::Ledger(reason)) => {
+            let remedy = format!(
+                "an agent that reads the store writes it anew; or remove `{}`",
+                patient.world.layout.ledger().display()
+            );
+            found.warn("store", reason, remedy);
+            return None;
+        }
+        // Every member was told of above.
+        Err(_) => return None,
+    };
+    match (&compared.block, &compared.found.cluster) {
+        (Some(block), _) => {
+            found.fail("store", format!("an agent does not believe it: {}", block.message), block.remedy.clone());
+        }
+        (None, None) => found.warn(
+            "store",
+            format!("it has no `{}`, so a wiped one is not known from it", config.etcd.prefix.key("cluster")),
+            "run `demae init`, once",
+        ),
+        (None, Some(cluster)) => {
+            let known = if compared.known.is_some() { "the one from before" } else { "new to this host" };
+            found.ok("store", format!("`{cluster}`, {known}, at revision {}", compared.found.revision));
+        }
+    }
+    for problem in &compared.snapshot.unreadable {
+        let remedy = problem.hint.clone().unwrap_or_else(|| "mend or delete the key".to_owned());
+        found.warn("keys", format!("`{}`: {}", problem.key, problem.message), remedy);
+    }
+    Some(compared.snapshot)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_in_which_rights_hold_are_known() {
+        for (version, safe) in [
+            ("3.4.23", false),
+            ("3.4.44", true),
+            ("3.5.29", false),
+            ("3.5.30", true),
+            ("3.6.11", true),
+            ("3.7.0-rc.0", true),
+            ("3.3.27", false),
+            ("", false),
+        ] {
+            assert_eq!(is_safe(version), safe, "{version}");
+        }
+    }
+}

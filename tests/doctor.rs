@@ -1,0 +1,89 @@
+//! `demae doctor`: finds what is wrong, says what to do, and changes nothing.
+#![expect(clippy::disallowed_methods, reason = "a test writes files of its own")]
+
+mod support;
+
+use std::{fs, os::unix::fs::PermissionsExt as _};
+
+use demae::model::status::State;
+use support::lab::{Lab, until};
+
+/// Level, message and remedy of each finding of a check.
+fn findings(lab: &Lab, check: &str) -> Vec<(String, String, String)> {
+    let output = lab.demae(&["doctor", "-o", "json"]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let json: serde_json::Value = serde_json::from_str(&text)
+        .unwrap_or_else(|e| panic!("{e}: {text}{}", String::from_utf8_lossy(&output.stderr)));
+    let all = json["findings"].as_array().expect("findings");
+    let fails = all.iter().any(|f| f["level"] == "fail");
+    assert_eq!(output.status.success(), !fails, "the exit code says whether something is to be mended");
+    let word = |f: &serde_json::Value, name: &str| f[name].as_str().unwrap_or_default().to_owned();
+    for finding in all.iter().filter(|f| f["level"] != "ok") {
+        assert!(!word(finding, "remedy").is_empty(), "what is wrong has a remedy: {finding}");
+    }
+    let of = |f: &&serde_json::Value| f["check"] == check;
+    all.iter().filter(of).map(|f| (word(f, "level"), word(f, "message"), word(f, "remedy"))).collect()
+}
+
+fn level(lab: &Lab, check: &str) -> String {
+    findings(lab, check).iter().map(|f| f.0.as_str()).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn what_is_wrong_is_found_and_nothing_is_changed() {
+    let mut lab = Lab::new();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let before = (lab.containers(), lab.traces(), lab.revision());
+    for check in ["docker", "etcd", "clock", "nginx files", "state directory", "ports", "leftovers"] {
+        assert_eq!(level(&lab, check), "ok", "{check}: {:?}", findings(&lab, check));
+    }
+    // A store without its identity is worth a word, and nginx 1.22 too.
+    assert_eq!(level(&lab, "store"), "warn");
+    assert!(findings(&lab, "store")[0].2.contains("demae init"));
+    assert!(lab.demae(&["init"]).status.success());
+    assert_eq!(level(&lab, "store"), "ok");
+    let text = String::from_utf8_lossy(&lab.demae(&["doctor"]).stdout).into_owned();
+    assert!(text.lines().any(|l| l.starts_with("ok    docker")) && text.contains("0 to mend"), "{text}");
+
+    // Mounts, and their owners. Debian's nginx brings a directory that belongs to root.
+    lab.put("apps/data/spec", "image: x:y\nuser: \"12345:12345\"\nvolumes: [\"/srv/demae-doctor-missing:/data\"]\n");
+    assert_eq!(level(&lab, "mounts"), "fail");
+    assert!(findings(&lab, "mounts")[0].1.contains("/srv/demae-doctor-missing"));
+    lab.put("apps/data/spec", "image: x:y\nuser: \"12345:12345\"\nvolumes: [\"/var/www/html:/data\"]\n");
+    assert_eq!(level(&lab, "mounts"), "warn");
+    assert!(findings(&lab, "mounts")[0].2.contains("chown 12345:12345 /var/www/html"));
+    lab.put("apps/data/spec", "image: x:y\nuser: \"12345:12345\"\nvolumes: [\"/var/www/html:/data:ro\"]\n");
+    assert_eq!(level(&lab, "mounts"), "ok");
+    lab.del("apps/data/");
+
+    // A port range that the kernel uses.
+    let config = fs::read_to_string(lab.path("agent.toml")).expect("a file");
+    let range = config.lines().find(|l| l.starts_with("range = ")).expect("a range").to_owned();
+    fs::write(lab.path("agent.toml"), config.replace(&range, "range = \"40000-40010\"")).expect("a file");
+    assert_eq!(level(&lab, "ports"), "warn");
+    fs::write(lab.path("agent.toml"), &config).expect("a file");
+
+    // The ledger is everybody's to read.
+    lab.stop_agent();
+    fs::set_permissions(lab.path("state/ledger"), fs::Permissions::from_mode(0o644)).expect("a mode");
+    assert_eq!(level(&lab, "ledger"), "fail");
+    fs::set_permissions(lab.path("state/ledger"), fs::Permissions::from_mode(0o600)).expect("a mode");
+    // What an agent would take away.
+    lab.del("apps/web/");
+    assert_eq!(level(&lab, "leftovers"), "warn");
+    assert!(findings(&lab, "leftovers")[0].1.ends_with("web"));
+    assert_eq!((lab.containers(), lab.traces()), (before.0, before.1), "nothing was changed");
+    assert_eq!(lab.get("web.test", "/").map(|(code, _)| code), Ok(200));
+
+    // Everything is away.
+    lab.stop_nginx();
+    lab.stop_etcd();
+    assert_eq!((level(&lab, "nginx"), level(&lab, "etcd")), ("fail".into(), "fail".into()));
+    assert!(findings(&lab, "etcd")[0].2.contains("see that it runs there"));
+    lab.start_etcd();
+    lab.start_nginx();
+    lab.start_agent(&[]);
+    until("the app leaves", || lab.containers().is_empty());
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v2"), "web.test", ""));
+    lab.wait_app("web", "converged", |s| s.state == State::Converged);
+}
