@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help install demo test lint soak bench
+.PHONY: help install demo test lint stack soak bench
 
 help: ## Show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,9 +23,14 @@ lint: install ## Format and clippy, warnings denied
 test: lint ## Everything: format, clippy, unit, property and integration tests
 	@scripts/test.sh
 
+stack: install ## The whole stack by docker-compose.yml: deploys under load, dashboards, alerts, etcd away; 10 min
+	@scripts/install.sh stack
+	@scripts/stack.sh
+
 soak: install ## The long forms: a thousand switches, every kill point, many histories
-	DEMAE_SOCKET_SWITCHES=1000 DEMAE_PORT_SWITCHES=100 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=20000 \
+	DEMAE_ETCD_ROUNDS=20 DEMAE_SOCKET_SWITCHES=1000 DEMAE_PORT_SWITCHES=100 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=20000 \
 	scripts/test.sh --soak
 
-bench: install ## Put to first answer and to converged, beside the floor, in one run
+bench: install ## Put to first answer and to converged, beside the floor, in one run; what a scrape costs
 	@cargo bench --quiet --bench deploy
+	@cargo bench --quiet --bench scrape

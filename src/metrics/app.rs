@@ -8,13 +8,61 @@ use std::{
     time::Duration,
 };
 
-use prometheus::{Histogram, HistogramOpts, core::Collector as _};
-
-use super::{CHANGE_BUCKETS, family::Family};
+use super::text::Text;
 use crate::model::{change::Change, name::AppName};
 
+/// Upper bounds of the buckets of what takes as long as a change, in seconds, and as text.
+const BUCKETS: [(f64, &str); 9] = [
+    (0.2, "0.2"),
+    (0.5, "0.5"),
+    (1.0, "1"),
+    (2.0, "2"),
+    (5.0, "5"),
+    (10.0, "10"),
+    (30.0, "30"),
+    (60.0, "60"),
+    (300.0, "300"),
+];
+
+/// A histogram that anybody may add to at any time. A reader may see an observation in its bucket and not yet in the
+/// sum; the next scrape has both.
+#[derive(Debug, Default)]
+struct Histogram {
+    /// By bucket, not cumulated; the last one has no bound.
+    counts: [AtomicU64; BUCKETS.len() + 1],
+    micros: AtomicU64,
+}
+
+impl Histogram {
+    fn observe(&self, took: Duration) {
+        let seconds = took.as_secs_f64();
+        let bucket = BUCKETS.iter().position(|(bound, _)| seconds <= *bound).unwrap_or(BUCKETS.len());
+        if let Some(count) = self.counts.get(bucket) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        self.micros.fetch_add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    fn write(&self, name: &str, app: &str, change: &str, text: &mut Text) {
+        let line = |text: &mut Text, part: &str| text.put(&[name, part, "{app=\"", app, "\",change=\"", change, "\""]);
+        let mut sum = 0;
+        for (count, bound) in self.counts.iter().zip(BUCKETS.iter().map(|(_, bound)| *bound).chain(["+Inf"])) {
+            sum += count.load(Ordering::Relaxed);
+            line(text, "_bucket");
+            text.put(&[",le=\"", bound, "\"} "]);
+            text.count(sum);
+        }
+        line(text, "_sum");
+        text.put(&["} "]);
+        text.number(Duration::from_micros(self.micros.load(Ordering::Relaxed)).as_secs_f64());
+        line(text, "_count");
+        text.put(&["} "]);
+        text.count(sum);
+    }
+}
+
 /// By kind of change. A histogram is made by the first change of its kind.
-type ByChange = [OnceLock<Option<Histogram>>; Change::ALL.len()];
+type ByChange = [OnceLock<Histogram>; Change::ALL.len()];
 
 /// What is counted of one app. It belongs to whoever counts, and goes with the app.
 #[derive(Debug)]
@@ -38,20 +86,20 @@ impl AppSeries {
         };
         // A rate sees nothing of a series that begins above 0. The common kinds begin at 0; all of them would be many.
         for change in [Change::Image, Change::Environment] {
-            series.histogram(&series.convergence, change);
-            series.histogram(&series.first_answer, change);
+            histogram(&series.convergence, change);
+            histogram(&series.first_answer, change);
         }
         series
     }
 
     /// The app is as it should be, so long after a change was seen.
     pub fn converged(&self, change: Change, took: Duration) {
-        self.observe(&self.convergence, change, took);
+        histogram(&self.convergence, change).observe(took);
     }
 
     /// A new release answered through nginx, so long after a change was seen.
     pub fn answered(&self, change: Change, took: Duration) {
-        self.observe(&self.first_answer, change, took);
+        histogram(&self.first_answer, change).observe(took);
     }
 
     /// Containers were started again that had ended.
@@ -63,71 +111,83 @@ impl AppSeries {
     pub fn flapped(&self) {
         self.flaps.fetch_add(1, Ordering::Relaxed);
     }
+}
 
-    fn observe(&self, histograms: &ByChange, change: Change, took: Duration) {
-        if let Some(histogram) = self.histogram(histograms, change) {
-            histogram.observe(took.as_secs_f64());
-        }
-    }
+fn histogram(histograms: &ByChange, change: Change) -> &Histogram {
+    // Variants are numbered from 0 in the order of `ALL`, which a test holds.
+    histograms[change as usize].get_or_init(Histogram::default)
+}
 
-    fn histogram<'h>(&self, histograms: &'h ByChange, change: Change) -> Option<&'h Histogram> {
-        let place = Change::ALL.iter().position(|c| *c == change).and_then(|n| histograms.get(n));
-        place.and_then(|place| {
-            place
-                .get_or_init(|| {
-                    // The name is the family's, which this one is put into; its own is not shown.
-                    let opts = HistogramOpts::new("by_change", "by_change").buckets(CHANGE_BUCKETS.to_vec());
-                    let opts = opts.const_label("app", self.app.as_str()).const_label("change", change.as_str());
-                    Histogram::with_opts(opts).ok()
-                })
-                .as_ref()
-        })
-    }
+/// What a family shows of an app.
+type Of<T> = fn(&AppSeries) -> &T;
 
-    /// Adds what was counted to the families.
-    pub(super) fn collect(&self, families: &mut Families) {
-        let app = [("app", self.app.as_str())];
-        #[expect(clippy::cast_precision_loss, reason = "Prometheus knows no other numbers")]
-        let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64;
-        families.restarts.add(&app, value(&self.restarts));
-        families.flaps.add(&app, value(&self.flaps));
-        for (from, to) in
-            [(&self.convergence, &mut families.convergence), (&self.first_answer, &mut families.first_answer)]
-        {
-            for histogram in from.iter().filter_map(|place| place.get()?.as_ref()) {
-                to.take(histogram.collect());
+/// Writes what was counted of these apps.
+pub(super) fn write(apps: &[&AppSeries], text: &mut Text) {
+    let histograms: [(&str, &str, Of<ByChange>); 2] = [
+        (
+            "demae_convergence_seconds",
+            "Time from a change in the store to the app being converged, by kind of change",
+            |s| &s.convergence,
+        ),
+        (
+            "demae_first_answer_seconds",
+            "Time from a change in the store to the first answer of the new release through nginx, by kind of change",
+            |s| &s.first_answer,
+        ),
+    ];
+    for (name, help, of) in histograms {
+        text.family(name, "histogram", help);
+        for series in apps {
+            for (place, change) in of(series).iter().zip(Change::ALL) {
+                if let Some(histogram) = place.get() {
+                    histogram.write(name, series.app.as_str(), change.as_str(), text);
+                }
             }
         }
     }
+    let counters: [(&str, &str, Of<AtomicU64>); 2] = [
+        ("demae_container_restarts_total", "Containers in service that had ended and were started again", |s| {
+            &s.restarts
+        }),
+        ("demae_health_flaps_total", "Instances in service that went from healthy to unhealthy", |s| &s.flaps),
+    ];
+    for (name, help, of) in counters {
+        text.family(name, "counter", help);
+        for series in apps {
+            text.put(&[name, "{app=\"", series.app.as_str(), "\"} "]);
+            text.count(of(series).load(Ordering::Relaxed));
+        }
+    }
 }
 
-/// The families that series of apps go into.
-pub(super) struct Families {
-    pub(super) convergence: Family,
-    pub(super) first_answer: Family,
-    pub(super) restarts: Family,
-    pub(super) flaps: Family,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Families {
-    pub(super) fn new() -> Self {
-        Self {
-            convergence: Family::histogram(
-                "demae_convergence_seconds",
-                "Time from a change in the store to the app being converged, by kind of change",
-            ),
-            first_answer: Family::histogram(
-                "demae_first_answer_seconds",
-                "Time from a change in the store to the first answer of the new release through nginx, by kind of change",
-            ),
-            restarts: Family::counter(
-                "demae_container_restarts_total",
-                "Containers in service that had ended and were started again",
-            ),
-            flaps: Family::counter(
-                "demae_health_flaps_total",
-                "Instances in service that went from healthy to unhealthy",
-            ),
+    #[test]
+    fn changes_are_numbered_in_their_order() {
+        assert!(Change::ALL.iter().enumerate().all(|(n, change)| *change as usize == n));
+    }
+
+    #[test]
+    fn observations_are_in_their_bucket_and_all_above() {
+        let histogram = Histogram::default();
+        for millis in [100, 200, 201, 299_000, 301_000] {
+            histogram.observe(Duration::from_millis(millis));
+        }
+        let mut text = Text::default();
+        histogram.write("x", "web", "image", &mut text);
+        let text = text.finish();
+        for line in [
+            "x_bucket{app=\"web\",change=\"image\",le=\"0.2\"} 2\n",
+            "x_bucket{app=\"web\",change=\"image\",le=\"0.5\"} 3\n",
+            "x_bucket{app=\"web\",change=\"image\",le=\"60\"} 3\n",
+            "x_bucket{app=\"web\",change=\"image\",le=\"300\"} 4\n",
+            "x_bucket{app=\"web\",change=\"image\",le=\"+Inf\"} 5\n",
+            "x_sum{app=\"web\",change=\"image\"} 600.501\n",
+            "x_count{app=\"web\",change=\"image\"} 5\n",
+        ] {
+            assert!(text.contains(line), "{line} in\n{text}");
         }
     }
 }

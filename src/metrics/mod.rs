@@ -10,7 +10,7 @@
 //! error.
 
 mod app;
-mod family;
+mod text;
 mod view;
 mod vitals;
 
@@ -22,6 +22,7 @@ use prometheus::{
 };
 
 pub use app::AppSeries;
+use text::Text;
 pub use view::{AppView, ReleaseView, StoreView, View};
 pub use vitals::{Disk, Vitals};
 
@@ -37,8 +38,6 @@ use crate::{
 
 /// Buckets of what takes as long as a step, in seconds.
 const STEP_BUCKETS: &[f64] = &[0.005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0];
-/// Buckets of what takes as long as a change, in seconds.
-const CHANGE_BUCKETS: &[f64] = &[0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0];
 /// Buckets of a call to Docker, in seconds: a look takes under a millisecond, a start 0.2 s, a stop its grace.
 const CALL_BUCKETS: &[f64] = &[0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
 /// Buckets of a pull, in seconds.
@@ -331,15 +330,12 @@ impl Metrics {
     /// # Errors
     /// If a metric cannot be written as text: a mistake in this module.
     pub fn render(&self, view: &View, vitals: &Vitals, now: Timestamp) -> Result<String, prometheus::Error> {
-        let mut families = self.registry.gather();
-        families.extend(view.families(now));
-        families.extend(vitals.families());
-        // The encoder refuses families without a series.
-        families.retain(|f| !f.get_metric().is_empty());
-        families.sort_by(|a, b| a.name().cmp(b.name()));
         let mut text = String::new();
-        TextEncoder::new().encode_utf8(&families, &mut text)?;
-        Ok(text)
+        TextEncoder::new().encode_utf8(&self.registry.gather(), &mut text)?;
+        let mut text = Text::from(text);
+        view.write(now, &mut text);
+        vitals.write(&mut text);
+        Ok(text.finish())
     }
 }
 

@@ -1,8 +1,6 @@
 //! What comes to its end without anybody changing anything: disk, ports, certificates.
 
-use prometheus::proto::MetricFamily;
-
-use super::family::Family;
+use super::text::Text;
 use crate::model::time::Timestamp;
 
 /// A directory's file system.
@@ -29,24 +27,24 @@ pub struct Vitals {
 
 impl Vitals {
     #[expect(clippy::cast_precision_loss, reason = "Prometheus knows no other numbers")]
-    pub(super) fn families(&self) -> Vec<MetricFamily> {
-        let mut free = Family::gauge("demae_disk_free_bytes", "Bytes that may still be written, by directory");
-        let mut size = Family::gauge("demae_disk_size_bytes", "Size of the file system, by directory");
+    pub(super) fn write(&self, text: &mut Text) {
+        text.family("demae_disk_free_bytes", "gauge", "Bytes that may still be written, by directory");
         for disk in &self.disks {
-            free.add(&[("dir", disk.dir)], disk.free as f64);
-            size.add(&[("dir", disk.dir)], disk.size as f64);
+            text.series("demae_disk_free_bytes", &[("dir", disk.dir)], disk.free as f64);
         }
-        let mut expiry = Family::gauge(
-            "demae_certificate_expiry_timestamp_seconds",
-            "When certificates expire that nginx serves for apps, or that etcd is reached with, by file",
-        );
+        text.family("demae_disk_size_bytes", "gauge", "Size of the file system, by directory");
+        for disk in &self.disks {
+            text.series("demae_disk_size_bytes", &[("dir", disk.dir)], disk.size as f64);
+        }
+        let name = "demae_certificate_expiry_timestamp_seconds";
+        let help = "When certificates expire that nginx serves for apps, or that etcd is reached with, by file";
+        text.family(name, "gauge", help);
         for (file, at) in &self.certificates {
-            expiry.add(&[("file", file)], at.as_millis() as f64 / 1000.0);
+            text.series(name, &[("file", file)], at.as_millis() as f64 / 1000.0);
         }
         let (used, all) = self.ports;
-        let ports = Family::gauge("demae_ports", "Loopback ports for apps: in use or at rest, and free")
-            .with(&[("state", "used")], used as f64)
-            .with(&[("state", "free")], all.saturating_sub(used) as f64);
-        vec![free.done(), size.done(), expiry.done(), ports.done()]
+        text.family("demae_ports", "gauge", "Loopback ports for apps: in use or at rest, and free");
+        text.series("demae_ports", &[("state", "used")], used as f64);
+        text.series("demae_ports", &[("state", "free")], all.saturating_sub(used) as f64);
     }
 }
