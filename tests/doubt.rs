@@ -174,6 +174,13 @@ fn a_store_from_a_backup_is_noticed() {
     fs::rename(lab.path("etcd-backup"), lab.path("etcd")).expect("moved");
     lab.start_etcd();
     wait_block(&lab, "older_revision");
+    // Others write on, and the revision passes the one that was seen. The history is another one all the same.
+    for n in 0..40 {
+        lab.put("env/other/COUNT", &n.to_string());
+    }
+    lab.stop_agent();
+    lab.start_agent(&[]);
+    wait_block(&lab, "older_revision");
     let body = lab.get("web.test", "/").expect("it answers").1;
     assert!(body.contains("v2"), "the older image is not rolled out: {body}");
     let accept = lab.demae(&["store", "accept", "--yes"]);
@@ -194,8 +201,15 @@ fn most_apps_leave_only_if_a_person_says_so() {
     lab.del("apps/");
     let found = wait_block(&lab, "mass_removal");
     assert!(found.message.contains("5 of the 5 apps of this host would leave at once"), "{found}");
-    // The keys come back, and it is as if nothing had been.
-    lab.put_all(&names.map(|n| (format!("apps/{n}/spec"), worker.clone())));
+    // The keys come back one by one. Though most are there at some moment, nothing leaves on the way.
+    for name in &names[..4] {
+        lab.put(&format!("apps/{name}/spec"), &worker);
+    }
+    let reads = lab.metric("demae_store_errors_total", "doubt");
+    until("it was read again", || lab.metric("demae_store_errors_total", "doubt") >= reads + 2.0);
+    assert_eq!((block(&lab).map(|b| b.kind), lab.containers()), (Some("mass_removal".into()), before.clone()));
+    // It is as if nothing had been.
+    lab.put("apps/e/spec", &worker);
     until("it is believed again", || block(&lab).is_none());
     assert_eq!(lab.containers(), before);
     // One after the other they may leave.
@@ -233,6 +247,25 @@ fn a_first_read_that_takes_away_what_runs_here_is_held_back() {
     lab.start_agent(&[]);
     wait_block(&lab, "mass_removal");
     assert_eq!(lab.containers().len(), 4);
+}
+
+#[test]
+fn a_prefix_that_was_mistyped_takes_nothing_away() {
+    let mut lab = Lab::new();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    lab.stop_agent();
+    let config = fs::read_to_string(lab.path("agent.toml")).expect("a file");
+    fs::write(lab.path("agent.toml"), config.replace("[etcd]\n", "[etcd]\nprefix = \"/damae\"\n")).expect("a file");
+    lab.start_agent(&[]);
+    let found = wait_block(&lab, "other_store");
+    assert!(found.message.contains("prefix `/demae`"), "{found}");
+    assert_eq!(lab.get("web.test", "/").map(|(code, _)| code), Ok(200));
+    assert!(said(&lab.demae(&["store", "accept"])).contains("would leave this host: web"));
+    lab.stop_agent();
+    fs::write(lab.path("agent.toml"), config).expect("a file");
+    lab.start_agent(&[]);
+    lab.wait_app("web", "as it was", |s| s.state == State::Converged);
+    assert_eq!(lab.get_key("secret/release-key").len(), 64);
 }
 
 #[test]

@@ -104,6 +104,9 @@ impl Account {
         let kind = Change::between(before, after);
         self.unconverged.get_or_insert(now);
         self.repaired = None;
+        if let Some(before) = &self.change {
+            before.deploy.record("outcome", "superseded");
+        }
         match (self.change.take(), seen) {
             // A change of mind before anything was reached is measured from the first wish: that is how long somebody
             // waits. What has answered has been waited for.
@@ -313,11 +316,11 @@ impl Account {
     fn begin_wait(&mut self, what: &'static str) {
         if let Some(pending) = &mut self.change {
             let parent = &pending.deploy;
-            let span = match what {
+            let span = || match what {
                 "health" => tracing::info_span!(parent: parent, "health"),
                 _ => tracing::info_span!(parent: parent, "drain"),
             };
-            pending.waits.entry(what).or_insert((Instant::now(), span));
+            pending.waits.entry(what).or_insert_with(|| (Instant::now(), span()));
         }
     }
 

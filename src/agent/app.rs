@@ -306,7 +306,7 @@ impl AppState {
         if !self.current {
             plan.blocks.clear();
         }
-        let absent = matches!(self.desired, DesiredApp::Absent(_));
+        let absent = matches!(self.desired, DesiredApp::Absent(_) | DesiredApp::Kept(_));
         if absent
             && (plan.is_converged()
                 || self.observed.as_ref().is_none_or(|o| o.instances.is_empty() && o.slots.is_empty()))
@@ -317,7 +317,7 @@ impl AppState {
             Some(Block::Invalid(_)) => State::Invalid,
             Some(Block::Paused(_)) => State::Paused,
             Some(_) => State::Blocked,
-            None if absent => State::Leaving,
+            None if matches!(self.desired, DesiredApp::Absent(_)) => State::Leaving,
             None if self.current && plan.is_converged() && self.look_error.is_none() => State::Converged,
             None => State::Converging,
         };

@@ -165,7 +165,7 @@ impl Agent {
         self.proxy.dirty = true;
         match end.result {
             Ok(published) => {
-                self.proxy.cooled = None;
+                let failed_before = self.proxy.cooled.take().is_some();
                 if published.as_ref().is_none_or(|p| p.reloaded) {
                     metrics.reloaded(end.changes, end.took);
                     let message = format!("nginx serves a new configuration: {}", end.reason);
@@ -176,7 +176,8 @@ impl Agent {
                 }
                 match end.reason {
                     CHANGED_BY_HAND => metrics.repaired(Drift::File),
-                    NOT_LIVE => metrics.repaired(Drift::Nginx),
+                    // After a failure of demae's own it is no drift.
+                    NOT_LIVE if !failed_before => metrics.repaired(Drift::Nginx),
                     _ => {}
                 }
                 for (app, error) in published.iter().flat_map(|p| &p.rejected) {

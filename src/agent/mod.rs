@@ -382,7 +382,13 @@ impl Agent {
             self.proxy.trouble = plan.trouble;
             self.replan_all();
         }
-        let Some((step, reason)) = plan.step else { return };
+        let Some((step, reason)) = plan.step else {
+            // It came late, and it came: what failed is over.
+            if self.proxy.trouble.is_none() && self.proxy.cooled.take().is_some() {
+                self.outlets.metrics.reload_recovered();
+            }
+            return;
+        };
         tracing::info!("{step}: {reason}");
         self.proxy.busy = true;
         let changes = match &step {
@@ -415,13 +421,13 @@ impl Agent {
     /// With `once`: whether nothing is left to do.
     fn is_over(&self) -> Option<Ended> {
         // Nothing is changed over a store that is not believed, so nothing is left to wait for but a person.
-        if self.jobs.is_empty() && self.listed && self.store_block.is_some() {
+        let resting = self.apps.values().all(|s| s.is_planned() && !s.dirty && !s.replan && s.is_at_rest());
+        if self.jobs.is_empty() && self.listed && self.store_block.is_some() && (self.snapshot.is_none() || resting) {
             return Some(Ended::Blocked);
         }
         let idle = self.jobs.is_empty() && self.listed && self.snapshot.is_some() && self.proxy.seen;
-        let settled = self.apps.values().all(|s| s.is_planned() && !s.dirty && !s.replan && s.is_at_rest());
         let proxy = self.proxy.observed.is_serving_live() && self.snapshot.as_ref().is_some_and(|s| s.proven);
-        if !idle || !settled || !proxy {
+        if !idle || !resting || !proxy {
             return None;
         }
         let blocked =

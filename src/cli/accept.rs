@@ -47,11 +47,11 @@ fn run(args: &Args, printer: &mut Printer, kinds: &[&str], verb: &str) -> Ended 
     let config = Config::load(&args.common)?;
     let layout = Layout::new(&config.state_dir, &config.run_dir);
     let world = setup::world(&config, None, std::sync::Arc::new(crate::host::docker::NoMeter))?;
-    let viewer = setup::viewer(&config, &world)?;
     let shelf = setup::Disk(layout.clone());
-    let found = runtime(1)?
-        .block_on(store::compare(&config.etcd, &viewer, &shelf))
-        .map_err(|e| Failed::for_now(e.to_string()))?;
+    let found = runtime(1)?.block_on(async {
+        let viewer = setup::viewer(&config, &world).await?;
+        store::compare(&config.etcd, &viewer, &shelf).await.map_err(|e| Failed::for_now(e.to_string()))
+    })?;
     let Some(block) = &found.block else {
         printer.line("the agent of this host takes the store as it is; there is nothing to accept");
         return Ok(Exit::Success);

@@ -121,10 +121,10 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
             tracing::error!("metrics, health and status are not served any more: {e}");
         }
     });
-    let viewer = setup::viewer(config, &world)?;
+    let viewer = setup::viewer(config, &world).await?;
     let shelf = Arc::new(setup::Disk(world.layout.clone()));
     tasks.spawn(store::watch(config.etcd.clone(), viewer, shelf, updates, side.clone()));
-    tasks.spawn(store::publish(config.etcd.clone(), publish_in, side.clone()));
+    tasks.spawn(store::publish(config.etcd.clone(), publish_in, updates_in.clone(), side.clone()));
     tasks.close();
     tracing::info!(host = %config.host, listen = %config.listen, endpoints = config.etcd.endpoints.join(","), "demae {} starts", env!("CARGO_PKG_VERSION"));
 

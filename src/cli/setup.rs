@@ -75,13 +75,16 @@ pub(super) fn places(config: &Config) -> Places {
 }
 
 /// Who reads the store, and what it is held against.
-pub(super) fn viewer(config: &Config, world: &World) -> Result<Viewer, Failed> {
+pub(super) async fn viewer(config: &Config, world: &World) -> Result<Viewer, Failed> {
+    let mut traces = world.apps_on_disk()?;
+    // An engine that does not answer now has its containers all the same; those are found when it does.
+    traces.extend(world.docker.list(None).await.unwrap_or_default().into_iter().map(|c| c.app));
     Ok(Viewer {
         host: config.host.clone(),
         labels: config.labels.clone(),
         resync: config.resync,
         brake: config.brake,
-        traces: world.apps_on_disk()?,
+        traces,
     })
 }
 

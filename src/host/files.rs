@@ -27,6 +27,13 @@ impl FileError {
     }
 }
 
+impl FileError {
+    /// A file of ours that says nothing we know.
+    pub(super) fn not_ours(path: &Path, source: io::Error) -> Self {
+        failed("understand", path)(source)
+    }
+}
+
 type Result<T, E = FileError> = std::result::Result<T, E>;
 
 fn failed<'p>(operation: &'static str, path: &'p Path) -> impl Fn(io::Error) -> FileError + use<'p> {

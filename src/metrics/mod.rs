@@ -292,6 +292,11 @@ impl Metrics {
         self.reload_failing.set(1);
     }
 
+    /// nginx serves what it should after all.
+    pub fn reload_recovered(&self) {
+        self.reload_failing.set(0);
+    }
+
     /// A change needed no reload.
     pub fn reload_skipped(&self) {
         self.reloads_skipped.inc();

@@ -73,6 +73,8 @@ pub struct ObservedProxy {
     pub serving: Option<u64>,
     /// Why no worker answered.
     pub error: Option<String>,
+    /// Whether there is a live set that cannot be read: then nothing of it is known.
+    pub unreadable: bool,
     /// Whether files of the live set are not as they were written.
     pub drifted: bool,
     /// Stands for the templates and the profile of this agent.

@@ -44,10 +44,7 @@ pub fn plan_app(input: &AppInput<'_>) -> AppPlan {
                 None => draft.only_supervise(),
             }
         }
-        DesiredApp::Kept(why) => {
-            draft.wait(Wait::Store(why.clone()));
-            draft.only_supervise();
-        }
+        DesiredApp::Kept(why) => draft.only_keep(why),
         DesiredApp::Run(target) => draft.run(target),
     }
     draft.finish()
@@ -72,6 +69,20 @@ impl<'a> Draft<'a> {
         } else {
             self.converge(target);
         }
+    }
+
+    /// Keeps requests going to what runs, and starts nothing: it may have been on its way out.
+    fn only_keep(&mut self, why: &str) {
+        let observed = self.observed();
+        if observed.instances.is_empty() && observed.slots.is_empty() {
+            return;
+        }
+        self.wait(Wait::Store(why.to_owned()));
+        let serving = self.serving();
+        if let Some(release) = &serving {
+            routes::keep_serving(self, release);
+        }
+        self.count(serving.as_ref());
     }
 
     /// Keeps what serves serving, and changes nothing else.

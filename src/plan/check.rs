@@ -31,6 +31,9 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
     if matches!(input.desired, DesiredApp::Paused(_)) {
         found.push(format!("`{step}` touches a paused app"));
     }
+    if matches!(input.desired, DesiredApp::Kept(_)) && !matches!(step, Step::Switch(_)) {
+        found.push(format!("`{step}` touches an app of which nobody knows whether it is wanted"));
+    }
     if input.busy.is_some() {
         found.push(format!("`{step}` would be a second step at once"));
     }
@@ -171,6 +174,7 @@ fn silent(input: &AppInput<'_>, plan: &AppPlan) -> bool {
         DesiredApp::Absent(_) => {
             !instances.is_empty() || !input.observed.slots.is_empty() || input.proxy.live.is_some()
         }
-        DesiredApp::Invalid { .. } | DesiredApp::Paused(_) | DesiredApp::Kept(_) => true,
+        DesiredApp::Invalid { .. } | DesiredApp::Paused(_) => true,
+        DesiredApp::Kept(_) => !instances.is_empty() || !input.observed.slots.is_empty(),
     }
 }

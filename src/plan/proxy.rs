@@ -69,6 +69,12 @@ pub struct ProxyPlan {
 pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
     let mut plan = ProxyPlan::default();
     let observed = input.observed;
+    // What is not known cannot be kept: an app that is to stay as it is would be lost.
+    let keeps = input.wishes.values().any(|w| matches!(w, VhostWish::Keep));
+    if observed.unreadable && keeps {
+        plan.trouble.clone_from(&observed.error);
+        return plan;
+    }
     let wanted = wanted(input);
     let step = match &observed.live {
         None => Some((ProxyStep::Publish(wanted), "there is no configuration of demae yet")),

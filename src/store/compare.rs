@@ -6,14 +6,15 @@ use etcd_client::{Compare, CompareOp, Txn, TxnOp};
 
 use super::{
     client::{Connection, EtcdConfig, StoreError},
-    ledger::{Ledger, LedgerError, Shelf},
-    read::{ReadKey, Reader, random_id, read, release_key},
-    standing::{Acceptance, Identity, Standing},
-    watch::Viewer,
+    ledger::Shelf,
+    read::{Contents, Reader, random_id, read},
+    standing::{Acceptance, Found, Identity},
+    watch::{Viewer, recall},
 };
 use crate::model::{
     desired::{DesiredApp, Snapshot},
     name::AppName,
+    release::ReleaseKey,
     status::StoreBlock,
 };
 
@@ -48,25 +49,19 @@ impl Comparison {
 /// # Errors
 /// If no member answers; the last error.
 pub async fn compare(config: &EtcdConfig, viewer: &Viewer, shelf: &dyn Shelf) -> Result<Comparison, StoreError> {
-    let kept = shelf.ledger().map_err(LedgerError::Read);
-    let kept = kept.and_then(|t| t.map(|t| Ledger::parse(&t, &viewer.host, &config.prefix)).transpose());
-    let kept = kept.map_err(|e| StoreError::Ledger(e.to_string()))?;
-    let mut standing = Standing { identity: None, here: viewer.traces.clone() };
     let mut reader = Reader::new(viewer.host.clone(), viewer.labels.clone());
-    let mut before = Snapshot::default();
-    if let Some(kept) = &kept {
-        before = reader.snapshot(&kept.contents, &kept.key);
-        standing.believe(kept.identity.clone(), &before);
-    }
-    let (contents, found, key) = super::each_member(config, async |connection: Connection| {
-        let (contents, found) = read(&connection, &config.prefix).await?;
-        let key = release_key(&connection, &config.prefix, ReadKey::OrPretend(kept.as_ref().map(|k| &k.key))).await?;
-        Ok((contents, found, key))
-    })
-    .await?;
+    let (standing, kept) = recall(shelf, viewer, &config.prefix, &mut reader);
+    let (contents, found, key) =
+        super::each_member(config, async |connection: Connection| read(&connection, &config.prefix).await).await?;
+    // A store without a key gets the one that is known; without one any will do, since nothing is made by it.
+    let known = kept.as_ref().map(|(ledger, _)| ledger.key.clone());
+    let key = key.or(known).unwrap_or_else(|| ReleaseKey::new(""));
     let after = reader.snapshot(&contents, &key);
-    let nothing = Acceptance::default();
-    let block = standing.doubt(&found, &nothing).or_else(|| standing.brake(&after, viewer.brake, &nothing));
+    let nothing = Contents::default();
+    let before = kept.as_ref().map_or(&nothing, |(ledger, _)| &ledger.contents);
+    let judged = Found { identity: &found, contents: &contents, snapshot: &after };
+    let block = standing.judge(judged, before, viewer.brake, &Acceptance::default()).err();
+    let before = kept.map(|(_, snapshot)| snapshot).unwrap_or_default();
     let wanted = |snapshot: &Snapshot, app: &AppName| match snapshot.apps.get(app) {
         None | Some(DesiredApp::Absent(_)) => None,
         Some(DesiredApp::Run(target)) => Some(Some(target.release.id.clone())),

@@ -13,7 +13,7 @@ use super::{
     read::{Contents, Entry},
     standing::Identity,
 };
-use crate::model::{name::HostName, release::ReleaseKey, time::Timestamp};
+use crate::model::{name::HostName, release::ReleaseKey, status::StoreBlock, time::Timestamp};
 
 /// The version of this form.
 const VERSION: u32 = 1;
@@ -52,6 +52,8 @@ pub struct Ledger {
     pub contents: Contents,
     /// The key that release ids are made with.
     pub key: ReleaseKey,
+    /// Why what came after it was not believed.
+    pub held: Option<StoreBlock>,
 }
 
 /// Why a ledger is not used. Nothing is stopped over it.
@@ -83,6 +85,8 @@ struct Body {
     saved: Timestamp,
     identity: Identity,
     revision: i64,
+    #[serde(default)]
+    held: Option<StoreBlock>,
     key: String,
     /// Key, value, revisions of creation and of the last change.
     entries: Vec<(String, String, i64, i64)>,
@@ -93,8 +97,8 @@ pub(super) fn text(
     (host, prefix): (&HostName, &Prefix),
     identity: &Identity,
     saved: Timestamp,
-    contents: &Contents,
-    key: &ReleaseKey,
+    (contents, key): (&Contents, &ReleaseKey),
+    held: Option<&StoreBlock>,
 ) -> Vec<u8> {
     let entry = |(key, entry): (&Vec<u8>, &Entry)| {
         (STANDARD.encode(key), STANDARD.encode(entry.value()), entry.created(), entry.modified())
@@ -105,6 +109,7 @@ pub(super) fn text(
         saved,
         identity: identity.clone(),
         revision: contents.revision,
+        held: held.cloned(),
         key: STANDARD.encode(key.expose()),
         entries: contents.entries.iter().map(entry).collect(),
     };
@@ -144,7 +149,8 @@ impl Ledger {
         for (key, value, created, modified) in &body.entries {
             contents.entries.insert(bytes(key)?, Entry::new(bytes(value)?, *created, *modified));
         }
-        Ok(Self { identity: body.identity, saved: body.saved, contents, key: ReleaseKey::new(bytes(&body.key)?) })
+        let key = ReleaseKey::new(bytes(&body.key)?);
+        Ok(Self { identity: body.identity, saved: body.saved, contents, key, held: body.held })
     }
 }
 
@@ -160,23 +166,40 @@ mod tests {
         let mut contents = Contents { revision: 9, ..Contents::default() };
         contents.entries.insert(b"apps/web/spec".to_vec(), Entry::new(b"image: web:v1\n".to_vec(), 3, 7));
         contents.entries.insert(b"env/web/\xff".to_vec(), Entry::new(vec![0, 255], 4, 4));
-        let identity = Identity { cluster: Some("c1".into()), etcd: 7, revision: 9 };
-        let ledger =
-            Ledger { identity, saved: Timestamp::from_millis(1), contents, key: ReleaseKey::new("a secret key") };
+        let identity = Identity { cluster: Some("c1".into()), etcd: 7, revision: 9, key: Some("k".into()) };
+        let ledger = Ledger {
+            identity,
+            saved: Timestamp::from_millis(1),
+            contents,
+            key: ReleaseKey::new("a secret key"),
+            held: None,
+        };
         (ledger, HostName::try_from("web1").expect("a name"), Prefix::new("/demae").expect("a prefix"))
     }
 
     #[test]
     fn what_was_kept_comes_back() {
         let (ledger, host, prefix) = ledger();
-        let text = text((&host, &prefix), &ledger.identity, ledger.saved, &ledger.contents, &ledger.key);
+        let text = text(
+            (&host, &prefix),
+            &ledger.identity,
+            ledger.saved,
+            (&ledger.contents, &ledger.key),
+            ledger.held.as_ref(),
+        );
         assert_eq!(Ledger::parse(&text, &host, &prefix), Ok(ledger));
     }
 
     #[test]
     fn a_ledger_that_was_cut_or_changed_anywhere_is_refused() {
         let (ledger, host, prefix) = ledger();
-        let text = text((&host, &prefix), &ledger.identity, ledger.saved, &ledger.contents, &ledger.key);
+        let text = text(
+            (&host, &prefix),
+            &ledger.identity,
+            ledger.saved,
+            (&ledger.contents, &ledger.key),
+            ledger.held.as_ref(),
+        );
         for length in 0..text.len() {
             assert!(Ledger::parse(&text[..length], &host, &prefix).is_err(), "cut after {length} bytes");
         }
@@ -190,7 +213,13 @@ mod tests {
     #[test]
     fn ledgers_of_others_are_told_apart() {
         let (ledger, host, prefix) = ledger();
-        let text = text((&host, &prefix), &ledger.identity, ledger.saved, &ledger.contents, &ledger.key);
+        let text = text(
+            (&host, &prefix),
+            &ledger.identity,
+            ledger.saved,
+            (&ledger.contents, &ledger.key),
+            ledger.held.as_ref(),
+        );
         let other = HostName::try_from("web2").expect("a name");
         assert!(matches!(Ledger::parse(&text, &other, &prefix), Err(LedgerError::Foreign { .. })));
         let newer = String::from_utf8(text).expect("text").replacen(" 1 ", " 2 ", 1);

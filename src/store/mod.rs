@@ -17,8 +17,8 @@ pub use compare::{Comparison, compare, init};
 pub use ledger::{Ledger, LedgerError, Shelf};
 pub use members::{Member, members};
 pub use publish::{HostInfo, publish, published};
-pub use read::{Contents, ReadKey, read_once};
-pub use standing::{Acceptance, Brake, Identity, Standing};
+pub use read::{Contents, read_once};
+pub use standing::{Acceptance, Brake, Found, Identity, Standing};
 pub use watch::{Update, Viewer, watch};
 
 use client::{Connection, EtcdConfig};

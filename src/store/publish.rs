@@ -7,7 +7,10 @@ use serde::Serialize;
 use tokio::{sync::watch::Receiver, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::client::{Connection, EtcdConfig, StoreError};
+use super::{
+    client::{Connection, EtcdConfig, StoreError},
+    watch::Update,
+};
 use crate::{
     model::{
         desired::HostMode,
@@ -40,15 +43,19 @@ pub struct HostInfo {
 }
 
 /// Publishes every status, until cancelled; then takes it back.
+///
+/// Nothing is written to a store that is not believed: what agents write makes revisions, and by its revision an older
+/// store is known.
 pub async fn publish(
     config: EtcdConfig,
     mut statuses: Receiver<(HostStatus, BTreeMap<String, String>)>,
+    updates: Receiver<Update>,
     token: CancellationToken,
 ) {
     let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(15));
     let mut turn = 0;
     loop {
-        let mut publisher = Publisher { config: &config, told: BTreeMap::new() };
+        let mut publisher = Publisher { config: &config, updates: &updates, told: BTreeMap::new() };
         match publisher.session(turn, &mut statuses, &token).await {
             Ok(()) => return,
             Err(error) => tracing::debug!("publishing pauses: {error}"),
@@ -63,6 +70,7 @@ pub async fn publish(
 
 struct Publisher<'c> {
     config: &'c EtcdConfig,
+    updates: &'c Receiver<Update>,
     told: BTreeMap<String, String>,
 }
 
@@ -103,6 +111,10 @@ impl Publisher<'_> {
                     write_at = Some(Instant::now() + GATHER);
                 }
                 () = tokio::time::sleep_until(write_at.unwrap_or(renew_at)), if write_at.is_some() => {
+                    if !self.updates.borrow().believed {
+                        write_at = Some(Instant::now() + GATHER);
+                        continue;
+                    }
                     let wanted = self.keys(&statuses.borrow_and_update());
                     self.write(&mut connection, lease, wanted).await?;
                     write_at = None;

@@ -6,6 +6,7 @@ use std::{
 };
 
 use etcd_client::{Compare, CompareOp, GetOptions, SortOrder, SortTarget, Txn, TxnOp};
+use sha2::{Digest as _, Sha256};
 
 use super::{
     client::{Connection, StoreError},
@@ -68,20 +69,15 @@ impl Contents {
     }
 }
 
-/// What to do about the key that release ids are made with, if the store has none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ReadKey<'a> {
-    /// Put there the one that is known, or make one. For agents.
-    OrCreate(Option<&'a ReleaseKey>),
-    /// Take the one that is known, or any for now, and write nothing. For commands that look and leave.
-    OrPretend(Option<&'a ReleaseKey>),
-}
-
-/// Reads everything at one revision, page by page; and which store it was.
+/// Reads everything at one revision, page by page; which store it was; and the key that release ids are made with, if it
+/// has one.
 ///
 /// # Errors
 /// If a call fails.
-pub async fn read(connection: &Connection, prefix: &Prefix) -> Result<(Contents, Identity), StoreError> {
+pub async fn read(
+    connection: &Connection,
+    prefix: &Prefix,
+) -> Result<(Contents, Identity, Option<ReleaseKey>), StoreError> {
     let mut kv = connection.client.kv_client().max_decoding_message_size(LARGEST);
     let failed = connection.failed("reading");
     let (mut from, to) = prefix.intent();
@@ -110,49 +106,51 @@ pub async fn read(connection: &Connection, prefix: &Prefix) -> Result<(Contents,
             _ => break,
         }
     }
-    let identity = Identity { cluster: contents.cluster(), etcd, revision: contents.revision };
-    Ok((contents, identity))
+    let key = release_key(connection, prefix).await?;
+    let fingerprint = key.as_ref().map(fingerprint);
+    let identity = Identity { cluster: contents.cluster(), etcd, revision: contents.revision, key: fingerprint };
+    Ok((contents, identity, key))
 }
 
-/// Reads the key that release ids are made with.
+/// Stands for a release key without telling it.
+pub(super) fn fingerprint(key: &ReleaseKey) -> String {
+    Sha256::digest(key.expose()).iter().take(8).map(|b| format!("{b:02x}")).collect()
+}
+
+async fn release_key(connection: &Connection, prefix: &Prefix) -> Result<Option<ReleaseKey>, StoreError> {
+    let failed = connection.failed("reading the release key");
+    let answer = connection.client.kv_client().get(prefix.release_key(), None).await.map_err(failed)?;
+    Ok(answer.kvs().first().map(|kv| ReleaseKey::new(kv.value())))
+}
+
+/// Gives a store that has none the key that release ids are made with: the one that is known, since with another one
+/// every release would have another id, and every container would be replaced; else a new one.
 ///
 /// # Errors
 /// If a call fails.
-pub(super) async fn release_key(
+pub(super) async fn make_release_key(
     connection: &Connection,
     prefix: &Prefix,
-    read: ReadKey<'_>,
+    known: Option<&ReleaseKey>,
 ) -> Result<ReleaseKey, StoreError> {
-    let mut kv = connection.client.kv_client();
     let key = prefix.release_key();
-    let failed = connection.failed("reading the release key");
-    if let Some(found) = kv.get(key.clone(), None).await.map_err(&failed)?.kvs().first() {
-        return Ok(ReleaseKey::new(found.value()));
-    }
-    // With another key every release would have another id, and every container would be replaced.
-    let fresh = match read {
-        ReadKey::OrCreate(Some(known)) | ReadKey::OrPretend(Some(known)) => known.expose().to_vec(),
-        _ => random_id().map_err(|source| StoreError::File { path: "/dev/urandom".into(), source })?.into_bytes(),
+    let fresh = match known {
+        Some(known) => known.expose().to_vec(),
+        None => random_id().map_err(|source| StoreError::File { path: "/dev/urandom".into(), source })?.into_bytes(),
     };
-    if matches!(read, ReadKey::OrPretend(_)) {
-        return Ok(ReleaseKey::new(fresh));
-    }
     // Whoever is first makes it; everybody else reads what the first one made.
     let create = Txn::new().when([Compare::create_revision(key.clone(), CompareOp::Equal, 0)]).and_then([TxnOp::put(
         key.clone(),
         fresh,
         None,
     )]);
+    let mut kv = connection.client.kv_client();
     kv.txn(create).await.map_err(connection.failed("making the release key"))?;
-    let answer = kv.get(key.clone(), None).await.map_err(&failed)?;
-    match answer.kvs().first() {
-        Some(found) => Ok(ReleaseKey::new(found.value())),
-        None => Err(StoreError::Call {
-            endpoint: connection.endpoint.clone(),
-            operation: "reading the release key",
-            reason: format!("`{key}` is gone right after it was made"),
-        }),
-    }
+    release_key(connection, prefix).await?.ok_or_else(|| StoreError::Call {
+        endpoint: connection.endpoint.clone(),
+        operation: "reading the release key",
+        reason: format!("`{key}` is gone right after it was made"),
+    })
 }
 
 /// 256 random bits, as text that survives a terminal.
@@ -172,19 +170,24 @@ pub async fn read_once(
     labels: &BTreeMap<String, String>,
 ) -> Result<(Snapshot, Identity), StoreError> {
     super::each_member(config, async |connection: Connection| {
-        let (contents, identity) = read(&connection, &config.prefix).await?;
-        let key = release_key(&connection, &config.prefix, ReadKey::OrPretend(None)).await?;
+        let (contents, identity, key) = read(&connection, &config.prefix).await?;
+        // Without a key any will do: nothing is made by it.
+        let key = key.unwrap_or_else(|| ReleaseKey::new(""));
         Ok((Reader::new(host.clone(), labels.clone()).snapshot(&contents, &key), identity))
     })
     .await
 }
+
+/// A spec, or all that is wrong with it.
+type ReadSpec = Arc<Result<Spec, Problems>>;
 
 /// Makes snapshots of contents. Keeps what it has read, so that one changed key costs one spec.
 #[derive(Clone)]
 pub struct Reader {
     host: HostName,
     labels: BTreeMap<String, String>,
-    specs: HashMap<AppName, (i64, Arc<Result<Spec, Problems>>)>,
+    /// By app, with the text that it was read from.
+    specs: HashMap<AppName, (Vec<u8>, ReadSpec)>,
     last_good: BTreeMap<AppName, Target>,
     mode: HostMode,
     /// The labels that the store last had for this host; `None` while it has never been seen to have good ones.
@@ -282,10 +285,10 @@ impl Reader {
 
     fn spec(&mut self, app: &AppName, entry: &Entry) -> Arc<Result<Spec, Problems>> {
         match self.specs.get(app) {
-            Some((modified, spec)) if *modified == entry.modified => spec.clone(),
+            Some((text, spec)) if *text == entry.value => spec.clone(),
             _ => {
                 let spec = Arc::new(Spec::parse(&entry.value));
-                self.specs.insert(app.clone(), (entry.modified, spec.clone()));
+                self.specs.insert(app.clone(), (entry.value.clone(), spec.clone()));
                 spec
             }
         }

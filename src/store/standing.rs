@@ -5,6 +5,10 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+use super::{
+    ledger::LedgerError,
+    read::{Contents, Entry},
+};
 use crate::model::{
     desired::{DesiredApp, HostMode, Snapshot},
     name::AppName,
@@ -20,6 +24,16 @@ pub struct Identity {
     pub etcd: u64,
     /// The highest revision seen.
     pub revision: i64,
+    /// Stands for the key that release ids are made with; nothing if the store has none.
+    #[serde(default)]
+    pub key: Option<String>,
+}
+
+impl Identity {
+    /// Whether this is the same store, then or before: what a person looked at.
+    pub(super) fn is_earlier_than(&self, found: &Self) -> bool {
+        (&self.cluster, self.etcd) == (&found.cluster, found.etcd) && self.revision <= found.revision
+    }
 }
 
 /// How much may leave at once.
@@ -40,7 +54,7 @@ impl Default for Brake {
 /// What a person accepted: one store, and that these apps leave.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Acceptance {
-    /// The store that is to be believed, as it was when the person looked; `None` if it was never in doubt.
+    /// The store that is to be believed, as it was when the person looked.
     pub identity: Option<Identity>,
     /// Apps that may leave.
     pub leaving: BTreeSet<AppName>,
@@ -53,71 +67,118 @@ pub struct Standing {
     pub identity: Option<Identity>,
     /// Apps that are wanted here; before the first read, those that have left traces here.
     pub here: BTreeSet<AppName>,
+    /// Why the last read was not believed. It holds until nothing of what is here would leave, so that a store that is
+    /// put back key by key is not taken half-way.
+    pub held: Option<StoreBlock>,
+    /// Whether nothing may leave unseen: what an earlier agent believed is lost.
+    pub strict: bool,
+}
+
+/// What was read, to be judged.
+#[derive(Debug, Clone, Copy)]
+pub struct Found<'a> {
+    /// Which store it was.
+    pub identity: &'a Identity,
+    /// All of it.
+    pub contents: &'a Contents,
+    /// What it means for this host.
+    pub snapshot: &'a Snapshot,
 }
 
 impl Standing {
-    /// Why a store is not believed, if it is not the one that was read before.
-    pub fn doubt(&self, found: &Identity, accepted: &Acceptance) -> Option<StoreBlock> {
-        let known = self.identity.as_ref()?;
-        if let Some(accepted) = &accepted.identity
-            && (&accepted.cluster, accepted.etcd) == (&found.cluster, found.etcd)
-            && accepted.revision <= found.revision
-        {
-            return None;
+    /// Whether what was read is taken; true if only since a person accepted it. `known` is what was believed last.
+    ///
+    /// # Errors
+    /// Why it is not.
+    pub fn judge(
+        &self,
+        found: Found<'_>,
+        known: &Contents,
+        brake: Brake,
+        accepted: &Acceptance,
+    ) -> Result<bool, StoreBlock> {
+        let leaving = self.leaving(found.snapshot);
+        let doubt = self.doubt(found.identity).or_else(|| self.other_history(found.contents, known));
+        let mass = self.brake(found.snapshot, &leaving, brake);
+        let wrong = doubt.or(mass).or_else(|| {
+            // What was wrong is mended in part.
+            let held = self.held.as_ref()?;
+            (!leaving.is_empty() || misses(held, known, found.contents)).then(|| held.clone())
+        });
+        let Some(block) = wrong else { return Ok(false) };
+        let shown = accepted.identity.as_ref().is_some_and(|a| a.is_earlier_than(found.identity));
+        if shown && leaving.is_subset(&accepted.leaving) { Ok(true) } else { Err(block) }
+    }
+
+    /// Whether a store is the one that was read before.
+    fn doubt(&self, found: &Identity) -> Option<StoreBlock> {
+        // A ledger of others is a reason until a person has looked.
+        if let Some(held) = self.held.as_ref().filter(|h| self.identity.is_none() && h.kind == OTHER) {
+            return Some(held.clone());
         }
-        let block = |kind: &str, message: String| {
-            let remedy = "`demae store accept` shows what would change, and takes this store from now on".to_owned();
-            Some(StoreBlock { kind: kind.to_owned(), message, remedy })
-        };
+        let known = self.identity.as_ref()?;
         match (&known.cluster, &found.cluster) {
             (Some(known), None) => {
-                return block(
-                    "sentinel_missing",
-                    format!(
-                        "the store has no `cluster` key, and had one that said `{known}`: it was wiped, or is another one"
-                    ),
+                let message = format!(
+                    "the store has no `cluster` key, and had one that said `{known}`: it was wiped, or is another one"
                 );
+                return Some(block("sentinel_missing", message));
             }
             (Some(known), Some(found)) if known != found => {
-                return block(
-                    "other_store",
-                    format!(
-                        "the store's `cluster` key says `{found}`, and said `{known}` before: this is another store"
-                    ),
+                let message = format!(
+                    "the store's `cluster` key says `{found}`, and said `{known}` before: this is another store"
                 );
+                return Some(block(OTHER, message));
             }
             _ => {}
         }
         if known.etcd != found.etcd {
-            return block(
-                "other_store",
-                format!(
-                    "etcd's cluster id is {:x}, and was {:x} before: this is another etcd, or one that was restored",
-                    found.etcd, known.etcd
-                ),
+            let message = format!(
+                "etcd's cluster id is {:x}, and was {:x} before: this is another etcd, or one that was restored",
+                found.etcd, known.etcd
             );
+            return Some(block(OTHER, message));
+        }
+        if let (Some(known), Some(found)) = (&known.key, &found.key)
+            && known != found
+        {
+            let message =
+                "the store's `secret/release-key` is another one: every container would be replaced".to_owned();
+            return Some(block(OTHER, message));
         }
         if found.revision < known.revision {
-            return block(
-                "older_revision",
-                format!(
-                    "the store is at revision {}, and was at {} before: it was restored from a backup",
-                    found.revision, known.revision
-                ),
+            let message = format!(
+                "the store is at revision {}, and was at {} before: it was restored from a backup",
+                found.revision, known.revision
             );
+            return Some(block("older_revision", message));
         }
         None
     }
 
+    /// Whether something that was read before reads otherwise now, with the revision of then. Revisions alone do not
+    /// tell: a backup that was restored counts on from where it was made, and is past what was seen some day.
+    fn other_history(&self, contents: &Contents, known: &Contents) -> Option<StoreBlock> {
+        self.identity.as_ref()?;
+        let is_old = |entry: &Entry| entry.modified() <= known.revision;
+        let differs = |(key, entry): &(&Vec<u8>, &Entry)| is_old(entry) && known.entries.get(*key) != Some(*entry);
+        let (key, entry) = contents.entries.iter().find(differs)?;
+        let message = format!(
+            "`{}` is said to be as it was written at revision {}, and was read otherwise after that: the store was restored from a backup",
+            String::from_utf8_lossy(key).escape_debug(),
+            entry.modified()
+        );
+        Some(block("older_revision", message))
+    }
+
     /// Why a snapshot is held back, if it takes away more apps at once than is likely to be meant.
-    pub fn brake(&self, new: &Snapshot, brake: Brake, accepted: &Acceptance) -> Option<StoreBlock> {
+    fn brake(&self, new: &Snapshot, leaving: &BTreeSet<AppName>, brake: Brake) -> Option<StoreBlock> {
         // Draining a host is one key, and says that all apps are to leave.
         if new.mode == HostMode::Drained {
             return None;
         }
-        let leaving = self.leaving(new);
         let many = leaving.len() > brake.apps && leaving.len() * 100 > self.here.len() * brake.percent;
-        if !many || leaving.is_subset(&accepted.leaving) {
+        if !(many || self.strict && !leaving.is_empty()) {
             return None;
         }
         let names: Vec<&str> = leaving.iter().take(5).map(AppName::as_str).collect();
@@ -142,10 +203,41 @@ impl Standing {
 
     /// Takes a store and what it says.
     pub fn believe(&mut self, identity: Identity, snapshot: &Snapshot) {
-        let wanted = snapshot.apps.iter().filter(|(_, d)| !matches!(d, DesiredApp::Absent(_)));
-        self.here = wanted.map(|(app, _)| app.clone()).collect();
+        // Whether a paused or broken app belongs here is not known from it alone, but from when it was neither.
+        let is_here = |app: &AppName, desired: &DesiredApp| match desired {
+            DesiredApp::Run(target) => !target.cordoned || self.here.contains(app),
+            DesiredApp::Invalid { last_good: Some(_), .. } => true,
+            DesiredApp::Absent(_) => false,
+            _ => self.here.contains(app),
+        };
+        self.here = snapshot.apps.iter().filter(|(app, d)| is_here(app, d)).map(|(app, _)| app.clone()).collect();
         self.identity = Some(identity);
+        self.held = None;
+        self.strict = false;
     }
+
+    /// What an earlier agent kept is of another host, of other keys, or of a form that is not known: whatever is read
+    /// now may be the mistake.
+    pub fn distrust(&mut self, why: &LedgerError) {
+        match why {
+            LedgerError::Foreign { .. } | LedgerError::Version(_) => self.held = Some(block(OTHER, why.to_string())),
+            LedgerError::Read(_) | LedgerError::Damaged(_) => self.strict = true,
+        }
+    }
+}
+
+/// Whether a store that was another one, or an older one, still lacks keys that were read before. A backup that others
+/// write to is past every revision some day, and what it lacks looks as if it had been deleted.
+fn misses(held: &StoreBlock, known: &Contents, found: &Contents) -> bool {
+    held.kind != "mass_removal" && known.entries.keys().any(|key| !found.entries.contains_key(key))
+}
+
+/// The kind of a block for a store that is not the one from before.
+const OTHER: &str = "other_store";
+
+fn block(kind: &str, message: String) -> StoreBlock {
+    let remedy = "`demae store accept` shows what would change, and takes this store from now on".to_owned();
+    StoreBlock { kind: kind.to_owned(), message, remedy }
 }
 
 #[cfg(test)]
@@ -153,7 +245,7 @@ mod tests {
     use super::*;
 
     fn identity(cluster: Option<&str>, etcd: u64, revision: i64) -> Identity {
-        Identity { cluster: cluster.map(str::to_owned), etcd, revision }
+        Identity { cluster: cluster.map(str::to_owned), etcd, revision, key: Some("k".into()) }
     }
 
     fn app(n: usize) -> AppName {
@@ -165,49 +257,104 @@ mod tests {
         Snapshot { apps, ..Snapshot::default() }
     }
 
+    fn judged(standing: &Standing, found: &Identity, wanted: std::ops::Range<usize>, accepted: &Acceptance) -> String {
+        let (contents, snapshot) = (Contents::default(), snapshot(wanted));
+        let found = Found { identity: found, contents: &contents, snapshot: &snapshot };
+        match standing.judge(found, &Contents::default(), Brake::default(), accepted) {
+            Ok(false) => "taken".into(),
+            Ok(true) => "accepted".into(),
+            Err(block) => block.kind,
+        }
+    }
+
     #[test]
     fn a_store_that_is_not_the_one_from_before_is_not_believed() {
-        let nothing = Acceptance::default();
         let known = Standing { identity: Some(identity(Some("a"), 1, 10)), ..Standing::default() };
-        let kind = |found: &Identity| known.doubt(found, &nothing).map(|b| b.kind);
-        assert_eq!(kind(&identity(Some("a"), 1, 10)), None);
-        assert_eq!(kind(&identity(Some("a"), 1, 99)), None);
-        assert_eq!(kind(&identity(None, 1, 99)).as_deref(), Some("sentinel_missing"));
-        assert_eq!(kind(&identity(Some("b"), 1, 99)).as_deref(), Some("other_store"));
-        assert_eq!(kind(&identity(Some("a"), 2, 99)).as_deref(), Some("other_store"));
-        assert_eq!(kind(&identity(Some("a"), 1, 9)).as_deref(), Some("older_revision"));
+        let kind = |found: &Identity| judged(&known, found, 0..0, &Acceptance::default());
+        assert_eq!(kind(&identity(Some("a"), 1, 10)), "taken");
+        assert_eq!(kind(&identity(Some("a"), 1, 99)), "taken");
+        assert_eq!(kind(&identity(None, 1, 99)), "sentinel_missing");
+        assert_eq!(kind(&identity(Some("b"), 1, 99)), "other_store");
+        assert_eq!(kind(&identity(Some("a"), 2, 99)), "other_store");
+        assert_eq!(kind(&Identity { key: Some("x".into()), ..identity(Some("a"), 1, 99) }), "other_store");
+        assert_eq!(
+            kind(&Identity { key: None, ..identity(Some("a"), 1, 99) }),
+            "taken",
+            "it gets the one that is known"
+        );
+        assert_eq!(kind(&identity(Some("a"), 1, 9)), "older_revision");
         // A store that never had the key may get it; a first store is taken as it is.
         let bare = Standing { identity: Some(identity(None, 1, 10)), ..Standing::default() };
-        assert_eq!(bare.doubt(&identity(Some("a"), 1, 11), &nothing), None);
-        assert_eq!(Standing::default().doubt(&identity(None, 5, 1), &nothing), None);
+        assert_eq!(judged(&bare, &identity(Some("a"), 1, 11), 0..0, &Acceptance::default()), "taken");
+        assert_eq!(judged(&Standing::default(), &identity(None, 5, 1), 0..0, &Acceptance::default()), "taken");
     }
 
     #[test]
-    fn what_was_accepted_is_that_one_store() {
-        let known = Standing { identity: Some(identity(Some("a"), 1, 10)), ..Standing::default() };
-        let accepted = Acceptance { identity: Some(identity(Some("b"), 2, 4)), ..Acceptance::default() };
-        assert_eq!(known.doubt(&identity(Some("b"), 2, 6), &accepted), None);
-        assert!(known.doubt(&identity(Some("b"), 2, 3), &accepted).is_some(), "older than what was looked at");
-        assert!(known.doubt(&identity(Some("b"), 3, 6), &accepted).is_some());
-        assert!(known.doubt(&identity(None, 2, 6), &accepted).is_some());
+    fn what_was_accepted_is_that_one_store_with_what_leaves_it() {
+        let here: BTreeSet<AppName> = (0..2).map(app).collect();
+        let known = Standing { identity: Some(identity(Some("a"), 1, 10)), here, ..Standing::default() };
+        let accepted = Acceptance { identity: Some(identity(Some("b"), 2, 4)), leaving: [app(0)].into() };
+        let kind = |found: &Identity, wanted| judged(&known, found, wanted, &accepted);
+        assert_eq!(kind(&identity(Some("b"), 2, 6), 1..2), "accepted");
+        assert_eq!(kind(&identity(Some("b"), 2, 6), 0..0), "other_store", "more would leave than was shown");
+        assert_eq!(kind(&identity(Some("b"), 2, 3), 1..2), "other_store", "older than what was looked at");
+        assert_eq!(kind(&identity(Some("b"), 3, 6), 1..2), "other_store");
+        assert_eq!(kind(&identity(None, 2, 6), 1..2), "sentinel_missing");
+        assert_eq!(kind(&identity(Some("a"), 1, 11), 0..2), "taken", "it was not needed");
     }
 
     #[test]
-    fn most_apps_do_not_leave_at_once() {
-        let brake = Brake::default();
-        let mut known = Standing::default();
-        known.believe(identity(None, 1, 1), &snapshot(0..8));
-        let held = |wanted, accepted: &Acceptance| known.brake(&snapshot(wanted), brake, accepted).is_some();
+    fn most_apps_do_not_leave_at_once_nor_while_they_are_put_back() {
+        let here: BTreeSet<AppName> = (0..8).map(app).collect();
+        let mut known = Standing { identity: Some(identity(None, 1, 1)), here, ..Standing::default() };
+        let found = identity(None, 1, 2);
         let nothing = Acceptance::default();
-        assert!(!held(0..8, &nothing) && !held(0..4, &nothing), "half may leave");
-        assert!(held(0..3, &nothing) && held(0..0, &nothing));
-        let some = Acceptance { leaving: (3..8).map(app).collect(), ..Acceptance::default() };
-        assert!(!held(0..3, &some), "these were accepted");
-        assert!(held(0..2, &some), "one more was not");
-        known.believe(identity(None, 1, 1), &snapshot(0..3));
-        assert!(known.brake(&snapshot(0..0), brake, &nothing).is_none(), "three are few");
+        assert_eq!(judged(&known, &found, 0..4, &nothing), "taken", "half may leave");
+        assert_eq!(judged(&known, &found, 0..3, &nothing), "mass_removal");
+        let some = Acceptance { identity: Some(identity(None, 1, 2)), leaving: (3..8).map(app).collect() };
+        assert_eq!(judged(&known, &found, 0..3, &some), "accepted");
+        assert_eq!(judged(&known, &found, 0..2, &some), "mass_removal", "one more was not accepted");
+        // Once held, half of them back is not enough.
+        let held = StoreBlock { kind: "mass_removal".into(), message: String::new(), remedy: String::new() };
+        known.held = Some(held);
+        assert_eq!(judged(&known, &found, 0..7, &nothing), "mass_removal");
+        assert_eq!(judged(&known, &found, 0..8, &nothing), "taken");
+        known.held = None;
         let drained = Snapshot { mode: HostMode::Drained, ..snapshot(0..0) };
-        known.believe(identity(None, 1, 1), &snapshot(0..8));
-        assert!(known.brake(&drained, brake, &nothing).is_none(), "a person said so");
+        let contents = Contents::default();
+        let drained = Found { identity: &found, contents: &contents, snapshot: &drained };
+        assert_eq!(known.judge(drained, &contents, Brake::default(), &nothing), Ok(false), "a person said so");
+        known.here = (0..3).map(app).collect();
+        assert_eq!(judged(&known, &found, 0..0, &nothing), "taken", "three are few");
+        known.strict = true;
+        assert_eq!(judged(&known, &found, 1..3, &nothing), "mass_removal", "what was believed is lost");
+    }
+
+    #[test]
+    fn a_backup_is_known_though_it_has_counted_on() {
+        let at = |entries: &[(&str, &str, i64)], revision| Contents {
+            entries: entries
+                .iter()
+                .map(|(k, v, modified)| (k.as_bytes().to_vec(), Entry::new(v.as_bytes().to_vec(), 1, *modified)))
+                .collect(),
+            revision,
+        };
+        let known = at(&[("a", "2", 9), ("b", "1", 3)], 10);
+        let standing = Standing { identity: Some(identity(None, 1, 10)), ..Standing::default() };
+        let kind = |now: &Contents| standing.other_history(now, &known).map(|b| b.kind);
+        assert_eq!(kind(&at(&[("a", "2", 9), ("b", "1", 3)], 50)), None);
+        assert_eq!(kind(&at(&[("a", "3", 12)], 50)), None, "written and deleted since");
+        assert_eq!(kind(&at(&[("a", "1", 5), ("b", "1", 3)], 50)).as_deref(), Some("older_revision"), "an older value");
+        assert_eq!(kind(&at(&[("c", "1", 5)], 50)).as_deref(), Some("older_revision"), "one that was deleted before");
+    }
+
+    #[test]
+    fn a_ledger_of_others_is_a_reason_to_ask() {
+        let mut standing = Standing::default();
+        standing.distrust(&LedgerError::Foreign { host: "a".into(), prefix: "/b".into() });
+        let found = identity(Some("a"), 1, 5);
+        assert_eq!(judged(&standing, &found, 0..0, &Acceptance::default()), "other_store");
+        let accepted = Acceptance { identity: Some(found.clone()), ..Acceptance::default() };
+        assert_eq!(judged(&standing, &found, 0..0, &accepted), "accepted");
     }
 }

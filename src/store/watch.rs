@@ -12,16 +12,17 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     client::{Connection, EtcdConfig, StoreError},
-    ledger::{self, Ledger, Shelf},
-    read::{Contents, Entry, ReadKey, Reader, read, release_key},
-    standing::{Acceptance, Brake, Identity, Standing},
+    keys::Prefix,
+    ledger::{self, Ledger, LedgerError, Shelf},
+    read::{Contents, Entry, Reader, fingerprint, make_release_key, read},
+    standing::{Acceptance, Brake, Found, Identity, Standing},
 };
 use crate::{
     model::{
         desired::{DesiredApp, Snapshot},
         name::{AppName, HostName},
         release::ReleaseKey,
-        status::StoreStatus,
+        status::{StoreBlock, StoreStatus},
         time::Timestamp,
     },
     retry::{Retry, jittered},
@@ -32,7 +33,7 @@ const PROGRESS: Duration = Duration::from_secs(10);
 /// The watch must have worked for this long before failures count from one again.
 const STEADY: Duration = Duration::from_secs(60);
 /// How soon a store that is not believed is read again: a person may be about to accept it.
-const DOUBTFUL: Duration = Duration::from_secs(2);
+const DOUBTFUL: Duration = Duration::from_secs(3);
 
 /// What is known of the store.
 #[derive(Debug, Clone, Default)]
@@ -43,6 +44,8 @@ pub struct Update {
     pub seen: Option<Instant>,
     /// For status.
     pub status: StoreStatus,
+    /// Whether the store is the one that is gone by: nothing is written to one that is not.
+    pub believed: bool,
     /// The newest revision that the store has told of.
     pub head: i64,
     /// All that happened up to this revision is known.
@@ -114,6 +117,32 @@ pub async fn watch(
     }
 }
 
+/// What an earlier agent believed, and the ledger that tells it.
+pub(super) fn recall(
+    shelf: &dyn Shelf,
+    viewer: &Viewer,
+    prefix: &Prefix,
+    reader: &mut Reader,
+) -> (Standing, Option<(Ledger, Snapshot)>) {
+    let mut standing = Standing { here: viewer.traces.clone(), ..Standing::default() };
+    let read = shelf.ledger().map_err(LedgerError::Read);
+    let parsed = read.and_then(|text| text.map(|text| Ledger::parse(&text, &viewer.host, prefix)).transpose());
+    match parsed {
+        Ok(None) => (standing, None),
+        Ok(Some(ledger)) => {
+            let snapshot = reader.snapshot(&ledger.contents, &ledger.key);
+            standing.believe(ledger.identity.clone(), &snapshot);
+            standing.held = ledger.held.clone();
+            (standing, Some((ledger, snapshot)))
+        }
+        Err(e) => {
+            tracing::warn!("{e}; nothing is changed until the store is read");
+            standing.distrust(&e);
+            (standing, None)
+        }
+    }
+}
+
 /// The last good snapshot as it holds while the store cannot be read. That an app was not wanted then is no reason to
 /// take it away now.
 fn unproven(snapshot: Snapshot) -> Snapshot {
@@ -148,7 +177,7 @@ impl Watcher {
     fn new(config: EtcdConfig, viewer: Viewer, shelf: Arc<dyn Shelf>, updates: Sender<Update>) -> Self {
         Self {
             reader: Reader::new(viewer.host.clone(), viewer.labels.clone()),
-            standing: Standing { identity: None, here: viewer.traces.clone() },
+            standing: Standing { here: viewer.traces.clone(), ..Standing::default() },
             proven: false,
             on_disk: 0,
             contents: Contents::default(),
@@ -163,23 +192,15 @@ impl Watcher {
 
     /// What an earlier agent kept: what the store is held against, and gone by until it is read.
     fn take_ledger(&mut self) -> Option<Snapshot> {
-        let read = self.shelf.ledger().map_err(ledger::LedgerError::Read);
-        let parsed = read
-            .and_then(|text| text.map(|text| Ledger::parse(&text, &self.viewer.host, &self.config.prefix)).transpose());
-        let ledger = match parsed {
-            Ok(ledger) => ledger?,
-            Err(e) => {
-                tracing::warn!("{e}; nothing is changed until the store is read");
-                return None;
-            }
-        };
-        let snapshot = self.reader.snapshot(&ledger.contents, &ledger.key);
-        self.standing.believe(ledger.identity.clone(), &snapshot);
+        let (standing, ledger) = recall(self.shelf.as_ref(), &self.viewer, &self.config.prefix, &mut self.reader);
+        self.standing = standing;
+        let (ledger, snapshot) = ledger?;
         self.on_disk = ledger.identity.revision;
+        self.contents = ledger.contents;
         self.key = Some(ledger.key);
         self.updates.send_if_modified(|u| {
             u.status.stale_since = Some(ledger.saved);
-            u.status.revision = ledger.contents.revision;
+            u.status.revision = self.contents.revision;
             u.status.synced = Some(ledger.saved);
             false
         });
@@ -191,13 +212,31 @@ impl Watcher {
     }
 
     fn fail(&mut self, error: &StoreError) {
+        if let StoreError::Doubt(block) = error {
+            self.hold(block);
+        }
         self.updates.send_modify(|u| {
             match error {
-                StoreError::Doubt(block) => (u.status.error, u.status.block) = (None, Some(block.clone())),
+                StoreError::Doubt(block) => {
+                    (u.status.error, u.status.block, u.believed) = (None, Some(block.clone()), false);
+                }
                 other => u.status.error = Some(other.to_string()),
             }
             *u.errors.entry(error.kind()).or_default() += 1;
         });
+    }
+
+    /// Remembers that something was wrong, over a restart too: else a store that is put back key by key would be taken
+    /// half-way.
+    fn hold(&mut self, block: &StoreBlock) {
+        if self.standing.held.as_ref() == Some(block) {
+            return;
+        }
+        self.standing.held = Some(block.clone());
+        if let (Some(identity), Some(key)) = (self.standing.identity.clone(), self.key.clone()) {
+            let kept = self.keep(&self.contents, &key, &identity, Some(block));
+            kept.unwrap_or_else(|e| tracing::warn!("{e}"));
+        }
     }
 
     fn accepted(&self) -> Acceptance {
@@ -210,27 +249,33 @@ impl Watcher {
         // On a copy, so that what is not believed leaves nothing behind.
         let mut reader = self.reader.clone();
         let snapshot = reader.snapshot(&contents, &key);
-        let accepted = self.accepted();
-        if let Some(block) = self.standing.brake(&snapshot, self.viewer.brake, &accepted) {
-            return Err(StoreError::Doubt(block));
-        }
-        self.keep(&contents, &key, &found)?;
-        if accepted != Acceptance::default() {
+        let needed = self.judge(&contents, &snapshot, &found)?;
+        self.keep(&contents, &key, &found, None).map_err(StoreError::Ledger)?;
+        if needed {
             self.shelf.use_up();
         }
+        self.on_disk = found.revision;
         self.standing.believe(found, &snapshot);
         (self.reader, self.contents, self.key, self.proven) = (reader, contents, Some(key), true);
         Ok(Arc::new(snapshot))
     }
 
+    fn judge(&self, contents: &Contents, snapshot: &Snapshot, identity: &Identity) -> Result<bool, StoreError> {
+        let found = Found { identity, contents, snapshot };
+        self.standing.judge(found, &self.contents, self.viewer.brake, &self.accepted()).map_err(StoreError::Doubt)
+    }
+
     /// Keeps contents on disk before anything is done by them: an agent that starts without the store must never go
     /// back behind what an earlier one has done.
-    fn keep(&mut self, contents: &Contents, key: &ReleaseKey, identity: &Identity) -> Result<(), StoreError> {
+    fn keep(
+        &self,
+        contents: &Contents,
+        key: &ReleaseKey,
+        identity: &Identity,
+        held: Option<&StoreBlock>,
+    ) -> Result<(), String> {
         let owner = (&self.viewer.host, &self.config.prefix);
-        let text = ledger::text(owner, identity, Timestamp::now(), contents, key);
-        self.shelf.keep(&text).map_err(StoreError::Ledger)?;
-        self.on_disk = identity.revision;
-        Ok(())
+        self.shelf.keep(&ledger::text(owner, identity, Timestamp::now(), (contents, key), held))
     }
 
     /// One connection, from its first read to whatever ends it.
@@ -274,29 +319,43 @@ impl Watcher {
     }
 
     async fn read_all(&mut self, connection: &Connection) -> Result<(), StoreError> {
-        let (contents, found) = read(connection, &self.config.prefix).await?;
-        // Before anything is written to it.
-        if let Some(block) = self.standing.doubt(&found, &self.accepted()) {
-            return Err(StoreError::Doubt(block));
-        }
-        let known = ReadKey::OrCreate(self.key.as_ref());
-        let key = release_key(connection, &self.config.prefix, known).await?;
-        let same = self.proven && self.key.as_ref() == Some(&key) && self.contents.entries == contents.entries;
+        let (contents, found, key) = read(connection, &self.config.prefix).await?;
         let revision = contents.revision;
-        let snapshot = if same {
-            // What others write makes revisions too, and the highest one seen is to be known after a restart.
-            if revision > self.on_disk {
-                self.keep(&contents, &key, &found)?;
+        let unchanged = self.standing.identity.as_ref().is_some_and(|known| known.is_earlier_than(&found))
+            && self.standing.held.is_none()
+            && self.key.is_some()
+            && self.key == key
+            && self.contents.entries == contents.entries;
+        let snapshot = if self.proven && unchanged {
+            self.contents = contents;
+            // What others write makes revisions too, and the highest one seen is to be known after a restart. The
+            // contents are on disk already, so a disk that is full is no reason to stop here.
+            if let Some(key) = key.filter(|_| revision > self.on_disk) {
+                match self.keep(&self.contents, &key, &found, None) {
+                    Ok(()) => self.on_disk = revision,
+                    Err(e) => tracing::warn!("the store's revision cannot be kept on disk: {e}"),
+                }
             }
             self.standing.identity = Some(found);
-            self.contents = contents;
             None
         } else {
+            let key = match key {
+                Some(key) => key,
+                None => {
+                    // Nothing is written to a store that is not believed. Which apps are wanted does not depend on it.
+                    let trial = self.reader.clone().snapshot(&contents, &ReleaseKey::new(""));
+                    self.judge(&contents, &trial, &found)?;
+                    make_release_key(connection, &self.config.prefix, self.key.as_ref()).await?
+                }
+            };
+            let found = Identity { key: Some(fingerprint(&key)), ..found };
             Some(self.believe(contents, key, found)?)
         };
         self.shown = revision;
         self.tell(snapshot, revision, revision);
         self.updates.send_if_modified(|u| {
+            // Of another store, or of an older one, both may be less than before.
+            (u.head, u.read_to) = (revision, revision);
             u.reads += 1;
             false
         });
@@ -349,10 +408,8 @@ impl Watcher {
             self.shown = self.shown.max(newest);
             if changed && let Some(key) = self.key.clone() {
                 let etcd = message.header().map_or(0, etcd_client::ResponseHeader::cluster_id);
-                let found = Identity { cluster: contents.cluster(), etcd, revision: newest };
-                if let Some(block) = self.standing.doubt(&found, &self.accepted()) {
-                    return Err(StoreError::Doubt(block));
-                }
+                let found =
+                    Identity { cluster: contents.cluster(), etcd, revision: newest, key: Some(fingerprint(&key)) };
                 snapshot = Some(self.believe(contents, key, found)?);
             } else {
                 self.contents = contents;
@@ -370,6 +427,7 @@ impl Watcher {
         self.updates.send_if_modified(|u| {
             let recovered = u.status.error.take().is_some() | u.status.block.take().is_some();
             u.status.stale_since = None;
+            u.believed = true;
             u.status.revision = revision;
             u.head = u.head.max(head);
             u.read_to = u.read_to.max(read_to);

@@ -126,6 +126,22 @@ impl Lab {
     }
 
     pub fn start_etcd(&mut self) {
+        let began = Instant::now();
+        loop {
+            if self.etcd_process.as_mut().is_none_or(|c| c.try_wait().expect("a child").is_some()) {
+                // Never, or not any more: somebody else may have taken the port between its choice and its use.
+                self.spawn_etcd();
+            }
+            if std::net::TcpStream::connect(self.etcd).is_ok() {
+                return;
+            }
+            let log = || fs::read_to_string(self.path("etcd.log")).unwrap_or_default();
+            assert!(began.elapsed() < PATIENCE, "etcd does not start: {}", log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn spawn_etcd(&mut self) {
         let peer = free_address();
         let url = |a: SocketAddr| format!("http://{a}");
         let mut command = Command::new("etcd");
@@ -134,8 +150,6 @@ impl Lab {
         command.args(["--listen-peer-urls", &url(peer), "--initial-advertise-peer-urls", &url(peer)]);
         command.args(["--initial-cluster", &format!("lab={}", url(peer))]);
         self.etcd_process = Some(quiet(&mut command, &self.path("etcd.log")));
-        let etcd = self.etcd;
-        until("etcd takes connections", || std::net::TcpStream::connect(etcd).is_ok());
     }
 
     pub fn stop_etcd(&mut self) {

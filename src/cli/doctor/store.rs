@@ -76,7 +76,7 @@ async fn clock(endpoint: &str, found: &mut Findings) {
 /// Whether an agent would take the store; what it says, if it can be read.
 pub(super) async fn standing(patient: &Patient<'_>, found: &mut Findings) -> Option<Snapshot> {
     let config = patient.config;
-    let viewer = setup::viewer(config, patient.world).ok()?;
+    let viewer = setup::viewer(config, patient.world).await.ok()?;
     let compared = match store::compare(&config.etcd, &viewer, &Disk(patient.world.layout.clone())).await {
         Ok(compared) => compared,
         Err(store::StoreError::Ledger(reason)) => {

@@ -27,6 +27,7 @@ use super::{
 };
 use crate::model::{
     name::AppName,
+    problem::chain,
     proxy::{Manifest, ObservedProxy, Rejected, Vhost},
     time::Timestamp,
 };
@@ -133,7 +134,7 @@ impl Nginx {
             Ok(Some((manifest, at, drifted))) => (Some(manifest), at, drifted),
             Ok(None) => (None, Timestamp::default(), false),
             Err(e) => {
-                return ObservedProxy { error: Some(e.to_string()), ..ObservedProxy::default() };
+                return ObservedProxy { error: Some(chain(&e)), unreadable: true, ..ObservedProxy::default() };
             }
         };
         let templates = match self.with_renderer(|r| r.fingerprint().to_owned()).await {
@@ -158,6 +159,7 @@ impl Nginx {
             serving: serving.as_ref().ok().copied(),
             error: serving.err(),
             drifted,
+            unreadable: false,
             templates,
             old_workers: self.old_workers().await.unwrap_or(0),
         }
@@ -346,7 +348,7 @@ impl Nginx {
         let live = self.layout.nginx_live();
         let path = live.join(MANIFEST);
         let Some(text) = files::read(&path)? else { return Ok(None) };
-        let Ok(saved) = serde_json::from_slice::<Saved>(&text) else { return Ok(None) };
+        let saved: Saved = serde_json::from_slice(&text).map_err(|e| FileError::not_ours(&path, e.into()))?;
         let at = saved.published;
         let mut drifted = false;
         for (file, digest) in &saved.files {
