@@ -216,10 +216,10 @@ impl Watcher {
             self.hold(block);
         }
         self.updates.send_modify(|u| {
+            // Whoever answers next may be another one: nothing is written to it before it was read.
+            u.believed = false;
             match error {
-                StoreError::Doubt(block) => {
-                    (u.status.error, u.status.block, u.believed) = (None, Some(block.clone()), false);
-                }
+                StoreError::Doubt(block) => (u.status.error, u.status.block) = (None, Some(block.clone())),
                 other => u.status.error = Some(other.to_string()),
             }
             *u.errors.entry(error.kind()).or_default() += 1;
