@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     events::Events,
     metrics::{Delivery, Metrics},
-    model::{env::Secret, event::Event},
+    model::{env::Secret, event::Event, text::hex},
     retry::Retry,
 };
 
@@ -214,8 +214,7 @@ fn signature(secret: &Secret, body: &[u8]) -> String {
     let mac = Hmac::<Sha256>::new_from_slice(secret.expose().as_bytes());
     // HMAC takes keys of any length, so there is always one.
     let tag = mac.map(|mac| mac.chain_update(body).finalize().into_bytes());
-    let hex: String = tag.iter().flat_map(|t| t.iter()).map(|b| format!("{b:02x}")).collect();
-    format!("sha256={hex}")
+    format!("sha256={}", tag.map(|tag| hex(&tag)).unwrap_or_default())
 }
 
 /// For plain http: nothing is checked, since nothing is encrypted.

@@ -10,7 +10,7 @@ use crate::{
     events::Events,
     metrics::{AppView, Metrics, ReleaseView},
     model::{
-        desired::{DesiredApp, Target},
+        desired::DesiredApp,
         name::{AppName, ImageRef, ReleaseId},
         observed::{Address, ObservedApp, Phase},
         proxy::ObservedProxy,
@@ -95,11 +95,11 @@ impl AppState {
     }
 
     pub(super) fn wanted_image(&self) -> Option<(ReleaseId, ImageRef)> {
-        target(&self.desired).map(|t| (t.release.id.clone(), t.release.image.clone()))
+        self.desired.target().map(|t| (t.release.id.clone(), t.release.image.clone()))
     }
 
     pub(super) fn take_observed(&mut self, observed: ObservedApp) {
-        self.account.observed(self.observed.as_ref(), &observed, target(&self.desired));
+        self.account.observed(self.observed.as_ref(), &observed, self.desired.target());
         let pulled = self.pulled.is_some() && self.pulled.as_ref() == release(&self.desired);
         self.observed = Some(ObservedApp { pulled, ..observed });
         self.look_error = None;
@@ -257,7 +257,9 @@ impl AppState {
         let plan = self.planned.as_ref();
         let observed = self.observed.as_ref();
         let instances = || observed.into_iter().flat_map(|o| &o.instances);
-        let wants = target(&self.desired)
+        let wants = self
+            .desired
+            .target()
             .map(|t| ReleaseView { release: t.release.id.to_string(), version: t.release.image.version().to_owned() });
         let serves = plan.and_then(|p| p.serving.as_ref()).map(|serving| {
             let ordered = instances().find(|i| i.key.release == *serving).and_then(|i| i.ordered.as_ref());
@@ -300,7 +302,7 @@ impl AppState {
 
     /// What status tells; nothing of an app that is not here and not wanted here.
     pub(super) fn status(&mut self, host: &crate::model::name::HostName, now: Timestamp) -> Option<AppStatus> {
-        let target = target(&self.desired).cloned();
+        let target = self.desired.target().cloned();
         // A plan made for what was wanted before says nothing of what is wanted now, but who serves.
         let mut plan = self.planned.clone().unwrap_or_default();
         if !self.current {
@@ -369,13 +371,6 @@ impl AppState {
     }
 }
 
-fn target(desired: &DesiredApp) -> Option<&Target> {
-    match desired {
-        DesiredApp::Run(target) | DesiredApp::Invalid { last_good: Some(target), .. } => Some(target),
-        _ => None,
-    }
-}
-
 fn release(desired: &DesiredApp) -> Option<&ReleaseId> {
-    target(desired).map(|t| &t.release.id)
+    desired.target().map(|t| &t.release.id)
 }

@@ -306,7 +306,7 @@ fn temporary() -> Result<PathBuf, Failed> {
 fn random() -> Result<String, Failed> {
     let mut bytes = [0u8; 3];
     std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut bytes)?;
-    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+    Ok(crate::model::text::hex(&bytes))
 }
 
 fn free_address() -> Result<SocketAddr, Failed> {

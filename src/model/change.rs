@@ -57,7 +57,7 @@ impl Change {
     /// The kind of the change from `before` to `after`. Where several things changed at once, the one that people ask
     /// for first: an image that brings its variables along is an image.
     pub fn between(before: &DesiredApp, after: &DesiredApp) -> Self {
-        match (target(before), target(after)) {
+        match (before.target(), after.target()) {
             (Some(before), Some(after)) => Self::of_targets(before, after),
             (None, Some(_)) if matches!(before, DesiredApp::Absent(_)) => Self::New,
             (_, None) if matches!(after, DesiredApp::Absent(_)) => Self::Removed,
@@ -83,13 +83,6 @@ impl Change {
         } else {
             Self::Other
         }
-    }
-}
-
-fn target(desired: &DesiredApp) -> Option<&Target> {
-    match desired {
-        DesiredApp::Run(target) | DesiredApp::Invalid { last_good: Some(target), .. } => Some(target),
-        _ => None,
     }
 }
 

@@ -71,6 +71,16 @@ pub enum DesiredApp {
     Kept(String),
 }
 
+impl DesiredApp {
+    /// What runs, if something is to: also the last good target of what cannot be read now.
+    pub fn target(&self) -> Option<&Target> {
+        match self {
+            Self::Run(target) | Self::Invalid { last_good: Some(target), .. } => Some(target),
+            _ => None,
+        }
+    }
+}
+
 /// An app that runs here.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Target {

@@ -92,6 +92,11 @@ pub fn words(text: &str) -> Result<Vec<String>, String> {
     Ok(words)
 }
 
+/// Bytes in hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

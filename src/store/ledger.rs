@@ -13,7 +13,7 @@ use super::{
     read::{Contents, Entry},
     standing::Identity,
 };
-use crate::model::{name::HostName, release::ReleaseKey, status::StoreBlock, time::Timestamp};
+use crate::model::{name::HostName, release::ReleaseKey, status::StoreBlock, text::hex, time::Timestamp};
 
 /// The version of this form.
 const VERSION: u32 = 1;
@@ -155,7 +155,7 @@ impl Ledger {
 }
 
 fn digest(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+    hex(&Sha256::digest(bytes))
 }
 
 #[cfg(test)]
@@ -177,29 +177,22 @@ mod tests {
         (ledger, HostName::try_from("web1").expect("a name"), Prefix::new("/demae").expect("a prefix"))
     }
 
+    fn kept(ledger: &Ledger, host: &HostName, prefix: &Prefix) -> Vec<u8> {
+        let Ledger { identity, saved, contents, key, held } = ledger;
+        text((host, prefix), identity, *saved, (contents, key), held.as_ref())
+    }
+
     #[test]
     fn what_was_kept_comes_back() {
         let (ledger, host, prefix) = ledger();
-        let text = text(
-            (&host, &prefix),
-            &ledger.identity,
-            ledger.saved,
-            (&ledger.contents, &ledger.key),
-            ledger.held.as_ref(),
-        );
+        let text = kept(&ledger, &host, &prefix);
         assert_eq!(Ledger::parse(&text, &host, &prefix), Ok(ledger));
     }
 
     #[test]
     fn a_ledger_that_was_cut_or_changed_anywhere_is_refused() {
         let (ledger, host, prefix) = ledger();
-        let text = text(
-            (&host, &prefix),
-            &ledger.identity,
-            ledger.saved,
-            (&ledger.contents, &ledger.key),
-            ledger.held.as_ref(),
-        );
+        let text = kept(&ledger, &host, &prefix);
         for length in 0..text.len() {
             assert!(Ledger::parse(&text[..length], &host, &prefix).is_err(), "cut after {length} bytes");
         }
@@ -213,13 +206,7 @@ mod tests {
     #[test]
     fn ledgers_of_others_are_told_apart() {
         let (ledger, host, prefix) = ledger();
-        let text = text(
-            (&host, &prefix),
-            &ledger.identity,
-            ledger.saved,
-            (&ledger.contents, &ledger.key),
-            ledger.held.as_ref(),
-        );
+        let text = kept(&ledger, &host, &prefix);
         let other = HostName::try_from("web2").expect("a name");
         assert!(matches!(Ledger::parse(&text, &other, &prefix), Err(LedgerError::Foreign { .. })));
         let newer = String::from_utf8(text).expect("text").replacen(" 1 ", " 2 ", 1);

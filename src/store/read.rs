@@ -19,6 +19,7 @@ use crate::model::{
     problem::{Problem, Problems},
     release::ReleaseKey,
     spec::Spec,
+    text::hex,
     yaml::{self, Value},
 };
 
@@ -114,7 +115,7 @@ pub async fn read(
 
 /// Stands for a release key without telling it.
 pub(super) fn fingerprint(key: &ReleaseKey) -> String {
-    Sha256::digest(key.expose()).iter().take(8).map(|b| format!("{b:02x}")).collect()
+    hex(&Sha256::digest(key.expose())[..8])
 }
 
 async fn release_key(connection: &Connection, prefix: &Prefix) -> Result<Option<ReleaseKey>, StoreError> {
@@ -157,7 +158,7 @@ pub(super) async fn make_release_key(
 pub(super) fn random_id() -> std::io::Result<String> {
     let mut bytes = [0u8; 32];
     std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
-    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+    Ok(hex(&bytes))
 }
 
 /// Reads once, for commands that look and leave; and which store it was.

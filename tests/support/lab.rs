@@ -137,7 +137,7 @@ impl Lab {
             }
             let log = || fs::read_to_string(self.path("etcd.log")).unwrap_or_default();
             assert!(began.elapsed() < PATIENCE, "etcd does not start: {}", log());
-            std::thread::sleep(Duration::from_millis(20));
+            pause();
         }
     }
 

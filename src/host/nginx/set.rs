@@ -164,5 +164,5 @@ impl Set<'_> {
 
 pub(super) fn digest_of(text: &[u8]) -> String {
     use sha2::{Digest as _, Sha256};
-    Sha256::digest(text).iter().take(8).map(|b| format!("{b:02x}")).collect()
+    crate::model::text::hex(&Sha256::digest(text)[..8])
 }
