@@ -4,6 +4,7 @@
 //! has a deadline; after one has passed nothing is assumed, the next look tells.
 
 mod create;
+mod found;
 mod meter;
 mod pull;
 
@@ -19,10 +20,7 @@ use bollard::{
     container::LogOutput,
     errors::Error,
     exec::StartExecResults,
-    models::{
-        ContainerInspectResponse, ContainerStateStatusEnum, ContainerUpdateBody, EventMessageTypeEnum, ExecConfig,
-        HealthStatusEnum, RestartPolicy, RestartPolicyNameEnum,
-    },
+    models::{ContainerUpdateBody, EventMessageTypeEnum, ExecConfig, RestartPolicy, RestartPolicyNameEnum},
     query_parameters::{
         EventsOptionsBuilder, KillContainerOptionsBuilder, ListContainersOptionsBuilder, LogsOptionsBuilder,
         RemoveContainerOptionsBuilder, StopContainerOptionsBuilder,
@@ -31,13 +29,13 @@ use bollard::{
 use futures_util::{Stream, StreamExt as _};
 
 pub use create::{CreateRequest, facts};
+pub use found::Found;
+use found::read;
 pub use meter::{Failure, Meter, NoMeter, Operation};
 
 use crate::model::{
-    name::{AppName, ContainerId, HostName, ImageRef, ReleaseId},
-    observed::{Health, InstanceKey, Phase},
+    name::{AppName, ContainerId, HostName},
     problem::chain,
-    spec::{Endpoint, HealthCheck, Probe, SETTLE},
     time::Timestamp,
 };
 
@@ -137,45 +135,6 @@ impl fmt::Debug for Docker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Docker").field("host", &self.host).finish_non_exhaustive()
     }
-}
-
-/// A container of this host, as the engine tells of it.
-#[derive(Debug, Clone)]
-pub struct Found {
-    /// Which app.
-    pub app: AppName,
-    /// Which instance.
-    pub key: InstanceKey,
-    /// Docker's id.
-    pub id: ContainerId,
-    /// Docker's id of its image.
-    pub image: String,
-    /// The image as it was ordered; a container that an older demae made does not tell.
-    pub ordered: Option<ImageRef>,
-    /// What Docker says of it.
-    pub phase: Phase,
-    /// What Docker's own check says, or that it runs; `None` if the agent must ask.
-    pub health: Option<Health>,
-    /// Whether Docker keeps it running.
-    pub settled: bool,
-    /// Whether the kernel ended it for want of memory.
-    pub out_of_memory: bool,
-    /// When it last started, or was created.
-    pub started: Timestamp,
-    /// How often the engine has started it again.
-    pub restarts: u32,
-    /// Where the app listens inside.
-    pub endpoint: Option<Endpoint>,
-    /// The published port.
-    pub port: Option<u16>,
-    /// Its process.
-    pub pid: Option<i32>,
-    /// Its check.
-    pub check: HealthCheck,
-    /// Its drain time.
-    pub drain: Duration,
-    /// How long it may take to end.
-    pub grace: Duration,
 }
 
 /// One line of a list: enough to see whether anything changed.
@@ -462,88 +421,6 @@ impl Docker {
         }
         let inspected = self.call(Operation::Exec, self.client.inspect_exec(&exec)).await?;
         Ok((inspected.exit_code.unwrap_or(-1), text))
-    }
-}
-
-/// A container from its labels and what the engine says of it.
-fn read(app: &AppName, id: &str, details: ContainerInspectResponse, now: Timestamp) -> Result<Found> {
-    let bad = |what: &str| DockerError::Labels { id: id.get(..12).unwrap_or(id).to_owned(), what: what.to_owned() };
-    let config = details.config.unwrap_or_default();
-    let labels = config.labels.unwrap_or_default();
-    let get = |name: &str| labels.get(name).map(String::as_str);
-    let release = get(label::RELEASE).and_then(|r| ReleaseId::try_from(r).ok()).ok_or_else(|| bad(label::RELEASE))?;
-    let number = get(label::NUMBER).and_then(|n| n.parse().ok()).ok_or_else(|| bad(label::NUMBER))?;
-    let drain = get(label::DRAIN).and_then(|d| d.parse().ok()).ok_or_else(|| bad(label::DRAIN))?;
-    let check: HealthCheck =
-        get(label::HEALTH).and_then(|h| serde_json::from_str(h).ok()).ok_or_else(|| bad(label::HEALTH))?;
-    let endpoint = match get(label::ENDPOINT) {
-        None => None,
-        Some(text) => Some(serde_json::from_str(text).map_err(|_| bad(label::ENDPOINT))?),
-    };
-    let state = details.state.unwrap_or_default();
-    let created = details.created.as_deref().and_then(Timestamp::parse).unwrap_or_default();
-    let started = state.started_at.as_deref().and_then(Timestamp::parse).unwrap_or_default().max(created);
-    let out_of_memory = state.oom_killed == Some(true);
-    let phase = match state.status {
-        Some(ContainerStateStatusEnum::CREATED) => Phase::Created,
-        Some(ContainerStateStatusEnum::RUNNING | ContainerStateStatusEnum::STOPPING) => Phase::Running,
-        Some(ContainerStateStatusEnum::PAUSED) => Phase::Paused,
-        Some(ContainerStateStatusEnum::RESTARTING) => Phase::Restarting,
-        Some(ContainerStateStatusEnum::EXITED) => Phase::Exited(state.exit_code.unwrap_or(-1)),
-        _ => Phase::Removing,
-    };
-    let health = match &check.probe {
-        Probe::Http(_) | Probe::Tcp => None,
-        Probe::Command(_) => Some(docker_health(state.health.unwrap_or_default(), started)),
-        Probe::Running => Some(match phase {
-            Phase::Running if now >= started.plus(SETTLE) => Health::Healthy,
-            Phase::Restarting => Health::Unhealthy { since: started, answer: "it ends again and again".into() },
-            _ => Health::Starting(String::new()),
-        }),
-    };
-    let host_config = details.host_config.unwrap_or_default();
-    let settled = host_config.restart_policy.and_then(|p| p.name) == Some(RestartPolicyNameEnum::UNLESS_STOPPED);
-    let port = host_config
-        .port_bindings
-        .into_iter()
-        .flatten()
-        .find_map(|(_, bindings)| bindings?.into_iter().find_map(|b| b.host_port?.parse().ok()));
-    Ok(Found {
-        app: app.clone(),
-        key: InstanceKey { release, number },
-        id: ContainerId::try_from(id).map_err(|_| bad("id"))?,
-        image: details.image.unwrap_or_default(),
-        ordered: get(label::IMAGE).and_then(|i| ImageRef::try_from(i).ok()),
-        phase,
-        health,
-        settled,
-        out_of_memory,
-        started,
-        restarts: details.restart_count.and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
-        endpoint,
-        port,
-        pid: state.pid.and_then(|p| i32::try_from(p).ok()).filter(|p| *p > 0),
-        check,
-        drain: Duration::from_millis(drain),
-        grace: Duration::from_secs(config.stop_timeout.and_then(|t| u64::try_from(t).ok()).unwrap_or(10)),
-    })
-}
-
-/// What Docker's own check says.
-fn docker_health(health: bollard::models::Health, started: Timestamp) -> Health {
-    let log = health.log.unwrap_or_default();
-    // What the command printed may hold secrets; its exit code does not.
-    let code = log.last().and_then(|l| l.exit_code);
-    let answer = code.map(|c| format!("the check ended with exit code {c}")).unwrap_or_default();
-    match health.status {
-        Some(HealthStatusEnum::HEALTHY) => Health::Healthy,
-        Some(HealthStatusEnum::UNHEALTHY) => {
-            // The first of the failures in a row, as far back as Docker remembers: five checks.
-            let failures = log.iter().rev().take_while(|l| l.exit_code != Some(0));
-            let since = failures.last().and_then(|l| l.start.as_deref()).and_then(Timestamp::parse);
-            Health::Unhealthy { since: since.unwrap_or(started), answer }
-        }
-        _ => Health::Starting(answer),
     }
 }
 
