@@ -171,6 +171,7 @@ impl World {
     }
 
     async fn start(&self, app: &AppName, handle: &Handle, observed: &ObservedApp) -> Result<(), StepError> {
+        self.expect(app, &handle.id, observed).await;
         let address = observed.instances.iter().find(|i| i.id == handle.id).and_then(|i| i.address.clone());
         if let Some(Address::Socket(path)) = &address {
             self.open_socket_dir(app, handle).await?;
@@ -271,7 +272,7 @@ impl World {
     }
 
     /// Begins to ask an instance that is about to start: a socket can be asked before Docker's call returns.
-    pub async fn expect(&self, app: &AppName, id: &ContainerId, observed: &ObservedApp) {
+    async fn expect(&self, app: &AppName, id: &ContainerId, observed: &ObservedApp) {
         let Some(instance) = observed.instances.iter().find(|i| i.id == *id) else { return };
         if let (Some(prober), Some(address @ Address::Socket(_))) = (&self.prober, &instance.address) {
             let group = if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None };

@@ -1,7 +1,7 @@
 //! demae: keeps the containers and the nginx of a Docker host as etcd says, and drops no request on the way.
 //!
 //! Imports run one way, and a test holds them to it:
-//! `model <- {plan, store, host} <- {world, execute} <- agent <- cli <- main`.
+//! `model <- {plan, store, host} <- {world, execute} <- machine <- agent <- cli <- main`.
 
 pub mod model;
 pub mod plan;
@@ -10,6 +10,7 @@ pub mod host;
 pub mod store;
 
 pub mod execute;
+pub mod machine;
 pub mod world;
 
 pub mod agent;

@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
-    sync::Arc,
 };
 
 use crate::{
@@ -19,7 +18,6 @@ use crate::{
     model::{
         name::{AppName, HostName, ImageRef, ReleaseId},
         observed::{Address, Health, Instance, ObservedApp, Phase, Verdict},
-        proxy::ObservedProxy,
         spec::Endpoint,
         time::Timestamp,
     },
@@ -143,11 +141,6 @@ impl World {
         Ok(apps)
     }
 
-    /// nginx.
-    pub async fn observe_proxy(&self) -> ObservedProxy {
-        self.nginx.observe().await
-    }
-
     async fn nginx_group(&self) -> Option<u32> {
         if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None }
     }
@@ -217,6 +210,3 @@ impl World {
 fn modified(path: &Path) -> Timestamp {
     std::fs::metadata(path).and_then(|m| m.modified()).map(Timestamp::from_system).unwrap_or_default()
 }
-
-/// A world that many tasks share.
-pub type SharedWorld = Arc<World>;

@@ -10,7 +10,11 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("host", &["model", "retry"]),
     ("world", &["model", "host"]),
     ("execute", &["model", "plan", "host", "world"]),
-    ("agent", &["model", "plan", "host", "store", "world", "execute", "events", "metrics", "retry", "failpoint"]),
+    ("machine", &["model", "plan", "host", "world", "execute", "retry"]),
+    (
+        "agent",
+        &["model", "plan", "host", "store", "world", "execute", "machine", "events", "metrics", "retry", "failpoint"],
+    ),
     ("metrics", &["model", "plan", "host", "store", "execute"]),
     ("events", &["metrics", "model"]),
     ("vitals", &["host", "metrics"]),

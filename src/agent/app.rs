@@ -5,7 +5,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::Span;
 
-use super::account::{Account, Ears};
+use super::{
+    Planner,
+    account::{Account, Ears},
+};
 use crate::{
     events::Events,
     metrics::{AppView, Metrics, ReleaseView},
@@ -18,9 +21,7 @@ use crate::{
         time::Timestamp,
     },
     plan::{
-        AppInput, AppPlan, Cooled, Cooling, ProxyView, VhostWish,
-        app::plan_app,
-        check,
+        AppInput, AppPlan, Cooled, Cooling, ProxyView, VhostWish, check,
         proxy::Conflict,
         step::{Step, StepKind},
         wait::{Block, Wait},
@@ -143,6 +144,7 @@ impl AppState {
     /// Plans, has the plan checked, and answers with the step to take.
     pub(super) fn plan(
         &mut self,
+        planner: Planner,
         proxy: &ObservedProxy,
         trouble: Option<&str>,
         conflict: Option<Conflict>,
@@ -171,7 +173,7 @@ impl AppState {
             busy: self.busy,
             now,
         };
-        let mut plan = plan_app(&input);
+        let mut plan = planner(&input);
         if let Some(violation) = check::violations(&input, &plan).into_iter().next() {
             tracing::error!(app = %app, "the plan was refused: {violation}");
             plan.step = None;
@@ -191,7 +193,7 @@ impl AppState {
         step.map(|p| p.step)
     }
 
-    pub(super) fn took_step(&mut self, step: &Step, metrics: &Metrics, events: &Events) {
+    pub(super) fn took_step(&mut self, step: &Step, now: Timestamp, metrics: &Metrics, events: &Events) {
         let kind = step.kind();
         if kind != StepKind::Discard {
             self.cooling.remove(&kind);
@@ -199,7 +201,7 @@ impl AppState {
         match step {
             Step::Pull(_) => self.pulled = release(&self.desired).cloned(),
             // A replacement that failed is not the failure of a step, and is not tried again at once all the same.
-            Step::Discard { why, .. } => self.failed_step(StepKind::Discard, why.clone(), true),
+            Step::Discard { why, .. } => self.failed_step(StepKind::Discard, why.clone(), true, now),
             _ => {}
         }
         self.account.stepped(step, &Ears { metrics, events, release: release(&self.desired) });
@@ -210,10 +212,10 @@ impl AppState {
         self.account.span(kind)
     }
 
-    pub(super) fn failed_step(&mut self, kind: StepKind, error: String, temporary: bool) {
+    pub(super) fn failed_step(&mut self, kind: StepKind, error: String, temporary: bool, now: Timestamp) {
         // Failures of one sort say nothing about those of another.
         let attempts = self.cooling.get(&kind).filter(|c| c.temporary == temporary).map_or(0, |c| c.attempts) + 1;
-        let until = Timestamp::now().plus(pause_after(attempts));
+        let until = now.plus(pause_after(attempts));
         self.cooling.insert(kind, Cooled { until, attempts, error, temporary });
     }
 

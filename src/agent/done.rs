@@ -8,10 +8,8 @@ use tracing::Span;
 use super::{Agent, account::millis, app::AppState, unknown};
 use crate::{
     execute::StepError,
-    host::{
-        docker::Listed,
-        nginx::{NginxError, Published},
-    },
+    host::nginx::{NginxError, Published},
+    machine::{Inventory, Machine},
     metrics::Drift,
     model::{
         event::{Outcome, What},
@@ -19,14 +17,13 @@ use crate::{
         observed::ObservedApp,
         problem::chain,
         proxy::ObservedProxy,
-        time::Timestamp,
     },
     plan::{
         Cooled,
         proxy::{CHANGED_BY_HAND, NOT_LIVE},
         step::Step,
     },
-    retry::{jittered, pause_after},
+    retry::pause_after,
     world::ObserveError,
 };
 
@@ -37,7 +34,7 @@ pub(super) enum Done {
     /// A step for an app.
     Stepped(AppName, Box<Step>, Result<(), StepError>, Duration, Span),
     /// A list of everything.
-    Listed(Result<(Vec<Listed>, BTreeMap<AppName, ObservedApp>), ObserveError>),
+    Listed(Result<Inventory, ObserveError>),
     /// A look at nginx.
     ProxyObserved(Box<ObservedProxy>),
     /// A count of nginx's old workers.
@@ -56,10 +53,10 @@ pub(super) struct ProxyEnd {
     pub(super) took: Duration,
 }
 
-impl Agent {
+impl<M: Machine> Agent<M> {
     /// Takes what a task ended with.
     pub(super) fn take(&mut self, done: Done) {
-        let now = Timestamp::now();
+        let now = self.machine.now();
         match done {
             Done::Observed(app, result) => {
                 let Some(state) = self.apps.get_mut(&app) else { return };
@@ -99,7 +96,7 @@ impl Agent {
         let kind = step.kind();
         let (metrics, events) = (&self.outlets.metrics, &self.outlets.events);
         metrics.stepped(kind, result.as_ref().err().map(StepError::kind), took);
-        let took_ms = millis(took);
+        let (now, took_ms) = (self.machine.now(), millis(took));
         let tell = |outcome: Outcome, message: String| {
             events.tell(Some(app), What::Step { step: kind.as_str().to_owned(), outcome, took_ms }, message);
         };
@@ -110,17 +107,17 @@ impl Agent {
             Ok(()) => {
                 tracing::info!(app = %app, step = kind.as_str(), took_ms, "{step}");
                 tell(Outcome::Done, step.to_string());
-                state.took_step(step, metrics, events);
+                state.took_step(step, now, metrics, events);
             }
             Err(e) => {
                 tell(Outcome::Failed, format!("{step} failed: {}", chain(&e)));
                 tracing::warn!(app = %app, step = kind.as_str(), error = e.kind(), "{step} failed: {}", chain(&e));
-                state.failed_step(kind, chain(&e), e.is_temporary());
+                state.failed_step(kind, chain(&e), e.is_temporary(), now);
             }
         }
     }
 
-    fn take_list(&mut self, result: Result<(Vec<Listed>, BTreeMap<AppName, ObservedApp>), ObserveError>) {
+    fn take_list(&mut self, result: Result<Inventory, ObserveError>) {
         self.listing = false;
         match result {
             Err(e) => {
@@ -131,7 +128,7 @@ impl Agent {
             Ok((listed, on_disk)) => {
                 self.outlets.metrics.listed();
                 self.docker_error = None;
-                let now = Timestamp::now();
+                let now = self.machine.now();
                 let mut by_app: BTreeMap<AppName, Vec<(String, String)>> = BTreeMap::new();
                 for app in on_disk.keys() {
                     by_app.entry(app.clone()).or_default();
@@ -152,7 +149,7 @@ impl Agent {
                     state.dirty |= first || state.differs(&found, traces);
                 }
                 self.listed = true;
-                self.relist_at = Instant::now() + jittered(self.options.resync);
+                self.relist_at = Instant::now() + self.machine.jittered(self.options.resync);
                 self.proxy.dirty = true;
             }
         }
@@ -191,7 +188,7 @@ impl Agent {
                 let message = format!("nginx cannot be changed: {error}");
                 events.tell(None, What::Reload { outcome: Outcome::Failed, took_ms }, message);
                 let attempts = self.proxy.cooled.as_ref().map_or(0, |c| c.attempts) + 1;
-                let until = Timestamp::now().plus(pause_after(attempts).min(Duration::from_secs(30)));
+                let until = self.machine.now().plus(pause_after(attempts).min(Duration::from_secs(30)));
                 self.proxy.cooled = Some(Cooled { until, attempts, error, temporary: true });
             }
         }

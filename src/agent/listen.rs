@@ -1,11 +1,15 @@
 //! Docker's events, as hints. They are lost now and then, so they are never believed further than *look again*.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::StreamExt as _;
 use tokio::sync::mpsc;
 
-use crate::{host::docker::DockerError, model::name::AppName, retry::Retry, world::SharedWorld};
+use crate::{host::docker::DockerError, machine::Machine, model::name::AppName};
+
+/// Between two tries to hear events, at first and at last.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// What woke the loop, if not a task.
 #[derive(Debug)]
@@ -27,10 +31,10 @@ pub(super) async fn hang_up(hints: mpsc::UnboundedSender<Hint>) {
 }
 
 /// Turns events of Docker into hints, for as long as the agent lives. After every gap: look at everything.
-pub(super) async fn listen(world: SharedWorld, hints: mpsc::UnboundedSender<Hint>) {
-    let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(10));
+pub(super) async fn listen(machine: Arc<impl Machine>, hints: mpsc::UnboundedSender<Hint>) {
+    let mut pause = FIRST_PAUSE;
     loop {
-        let mut events = std::pin::pin!(world.docker.events());
+        let mut events = std::pin::pin!(machine.events());
         // The request goes out with the first look; what happened before it is only found by looking at everything.
         let mut first = true;
         loop {
@@ -50,7 +54,7 @@ pub(super) async fn listen(world: SharedWorld, hints: mpsc::UnboundedSender<Hint
             };
             match next {
                 Some(Ok(app)) => {
-                    retry.reset();
+                    pause = FIRST_PAUSE;
                     if hints.send(Hint::App(app)).is_err() {
                         return;
                     }
@@ -66,7 +70,8 @@ pub(super) async fn listen(world: SharedWorld, hints: mpsc::UnboundedSender<Hint
                 None => break,
             }
         }
-        tokio::time::sleep(retry.pause()).await;
+        tokio::time::sleep(machine.jittered(pause)).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
         if hints.send(Hint::All).is_err() {
             return;
         }

@@ -23,6 +23,7 @@ use tracing::Instrument as _;
 use crate::{
     events::Events,
     failpoint,
+    machine::Machine,
     metrics::{Metrics, View, Vitals},
     model::{
         desired::{DesiredApp, Snapshot},
@@ -32,12 +33,11 @@ use crate::{
         time::Timestamp,
     },
     plan::{
-        Cooled, VhostWish,
+        AppInput, AppPlan, Cooled, VhostWish,
         proxy::{Conflict, ProxyInput, ProxyStep, conflicts, plan_proxy},
         step::Step,
     },
     store::Update,
-    world::SharedWorld,
 };
 use app::AppState;
 use done::{Done, ProxyEnd};
@@ -83,7 +83,12 @@ pub struct Options {
     pub parallel: usize,
     /// End once everything is converged, or nothing but a person can help.
     pub once: bool,
+    /// Who decides. Always [`plan_app`](crate::plan::app::plan_app), except where it is to be seen that a wrong decision is noticed.
+    pub planner: Planner,
 }
+
+/// Decides about one app.
+pub type Planner = fn(&AppInput<'_>) -> AppPlan;
 
 /// How the loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,8 +104,8 @@ pub enum Ended {
 }
 
 /// The agent of one host.
-pub struct Agent {
-    world: SharedWorld,
+pub struct Agent<M> {
+    machine: Arc<M>,
     options: Options,
     outlets: Outlets,
     updates: watch::Receiver<Update>,
@@ -140,12 +145,12 @@ fn unknown(snapshot: Option<&Snapshot>) -> DesiredApp {
     if snapshot.is_some_and(|s| s.proven) { DesiredApp::Absent(why) } else { DesiredApp::Kept(why) }
 }
 
-impl Agent {
+impl<M: Machine> Agent<M> {
     /// Nothing is done yet.
-    pub fn new(world: SharedWorld, options: Options, outlets: Outlets, updates: watch::Receiver<Update>) -> Self {
+    pub fn new(machine: Arc<M>, options: Options, outlets: Outlets, updates: watch::Receiver<Update>) -> Self {
         let now = Instant::now();
         Self {
-            world,
+            machine,
             options,
             outlets,
             updates,
@@ -173,7 +178,7 @@ impl Agent {
     pub async fn run(mut self, mut news: mpsc::UnboundedReceiver<AppName>, token: CancellationToken) -> Ended {
         let (hints, mut hinted) = mpsc::unbounded_channel();
         let mut listeners = JoinSet::new();
-        listeners.spawn(listen(self.world.clone(), hints.clone()));
+        listeners.spawn(listen(self.machine.clone(), hints.clone()));
         listeners.spawn(hang_up(hints));
         let mut watchdog = tokio::time::interval(Duration::from_secs(5));
         let mut updates = self.updates.clone();
@@ -188,10 +193,19 @@ impl Agent {
                 return ended;
             }
             let wake = self.wake_at();
+            // In this order, so that the same history is always told the same way, and a flood of hints holds up nothing.
             tokio::select! {
+                biased;
                 () = token.cancelled() => {
                     self.finish().await;
                     return Ended::Told;
+                }
+                _ = watchdog.tick() => {
+                    self.outlets.pulse.send_replace(self.machine.now());
+                    // Outside of systemd nobody listens.
+                    let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+                    // nginx that was stopped or started anew is looked at soon, not only with everything else.
+                    self.proxy.dirty |= self.proxy.seen && !self.machine.has_nginx();
                 }
                 changed = updates.changed() => {
                     if changed.is_err() {
@@ -201,11 +215,6 @@ impl Agent {
                     updates.mark_unchanged();
                     self.take_update();
                 }
-                Some(app) = news.recv() => self.look_at(&app),
-                Some(hint) = hinted.recv() => match hint {
-                    Hint::App(app) => self.look_at(&app),
-                    Hint::All => self.relist = true,
-                },
                 Some(done) = self.jobs.join_next() => match done {
                     Ok(done) => self.take(done),
                     Err(e) => {
@@ -215,16 +224,14 @@ impl Agent {
                         return Ended::Broken;
                     }
                 },
-                _ = watchdog.tick() => {
-                    self.outlets.pulse.send_replace(Timestamp::now());
-                    // Outside of systemd nobody listens.
-                    let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
-                    // nginx that was stopped or started anew is looked at soon, not only with everything else.
-                    self.proxy.dirty |= self.proxy.seen && self.world.nginx.known_master().is_none();
-                }
+                Some(app) = news.recv() => self.look_at(&app),
+                Some(hint) = hinted.recv() => match hint {
+                    Hint::App(app) => self.look_at(&app),
+                    Hint::All => self.relist = true,
+                },
                 () = tokio::time::sleep_until(wake) => {}
             }
-            self.outlets.pulse.send_replace(Timestamp::now());
+            self.outlets.pulse.send_replace(self.machine.now());
         }
     }
 
@@ -246,7 +253,7 @@ impl Agent {
         if self.snapshot.as_ref().is_some_and(|s| Arc::ptr_eq(s, &snapshot)) {
             return;
         }
-        let now = Timestamp::now();
+        let now = self.machine.now();
         // What an agent finds when it starts is no change that anybody waits for.
         let seen = seen.filter(|_| self.snapshot.as_ref().is_some_and(|s| s.proven));
         let unknown = unknown(Some(&snapshot));
@@ -279,21 +286,18 @@ impl Agent {
 
     /// Everything that can be started now.
     fn act(&mut self) {
-        let now = Timestamp::now();
+        let now = self.machine.now();
         if (self.relist || Instant::now() >= self.relist_at) && !self.listing {
             self.relist = false;
             self.listing = true;
-            let world = self.world.clone();
-            self.jobs.spawn(async move {
-                let list = async { Ok((world.docker.list(None).await?, world.all_traces()?)) };
-                Done::Listed(list.await)
-            });
+            let machine = self.machine.clone();
+            self.jobs.spawn(async move { Done::Listed(machine.list().await) });
         }
         if self.proxy.dirty && !self.proxy.observing && !self.proxy.busy {
             self.proxy.dirty = false;
             self.proxy.observing = true;
-            let world = self.world.clone();
-            self.jobs.spawn(async move { Done::ProxyObserved(Box::new(world.observe_proxy().await)) });
+            let machine = self.machine.clone();
+            self.jobs.spawn(async move { Done::ProxyObserved(Box::new(machine.observe_proxy().await)) });
         }
         let Some(snapshot) = self.snapshot.clone() else { return };
         if !self.listed {
@@ -315,18 +319,18 @@ impl Agent {
             state.dirty = true;
             if self.proxy.observed.old_workers > 0 && !self.proxy.counting {
                 self.proxy.counting = true;
-                let world = self.world.clone();
-                self.jobs.spawn(async move { Done::OldWorkers(world.nginx.old_workers().await.unwrap_or(0)) });
+                let machine = self.machine.clone();
+                self.jobs.spawn(async move { Done::OldWorkers(machine.old_workers().await) });
             }
         }
         if state.dirty && !state.observing && state.busy.is_none() && state.look_after <= now {
             state.dirty = false;
             state.observing = true;
             let wanted = state.wanted_image();
-            let (world, app) = (self.world.clone(), app.clone());
+            let (machine, app) = (self.machine.clone(), app.clone());
             self.jobs.spawn(async move {
                 let wanted = wanted.as_ref().map(|(release, image)| (release, image));
-                let observed = world.observe_app(&app, wanted).await;
+                let observed = machine.observe_app(&app, wanted).await;
                 Done::Observed(app, observed)
             });
         }
@@ -336,6 +340,7 @@ impl Agent {
         let conflict = self.conflicts.get(app).cloned();
         let trouble = self.proxy.trouble.clone();
         let Some(step) = state.plan(
+            self.options.planner,
             &self.proxy.observed,
             trouble.as_deref(),
             conflict,
@@ -344,16 +349,14 @@ impl Agent {
         ) else {
             return;
         };
-        let (world, app, observed) = (self.world.clone(), app.clone(), state.observed().cloned().unwrap_or_default());
+        let (machine, app, observed) =
+            (self.machine.clone(), app.clone(), state.observed().cloned().unwrap_or_default());
         let span = state.span(step.kind());
         let permits = if matches!(step, Step::Pull(_)) { self.pulls.clone() } else { self.steps.clone() };
         let performing = async move {
             let began = Instant::now();
-            if let Step::Start(handle) = &step {
-                world.expect(&app, &handle.id, &observed).await;
-            }
             failpoint::boundary(step.kind().as_str());
-            let result = world.perform(&app, &step, &observed).await;
+            let result = machine.perform(&app, &step, &observed).await;
             failpoint::boundary(step.kind().as_str());
             Done::Stepped(app, Box::new(step), result, began.elapsed(), tracing::Span::current())
         };
@@ -395,13 +398,13 @@ impl Agent {
             ProxyStep::Publish(wanted) => self.proxy.observed.changes_to(wanted),
             ProxyStep::Reload => 0,
         };
-        let world = self.world.clone();
+        let machine = self.machine.clone();
         self.jobs.spawn(async move {
             let began = Instant::now();
             failpoint::boundary("nginx");
             let result = match step {
-                ProxyStep::Publish(vhosts) => world.nginx.publish(&vhosts).await.map(Some),
-                ProxyStep::Reload => world.nginx.reload().await.map(|_| None),
+                ProxyStep::Publish(vhosts) => machine.publish(&vhosts).await.map(Some),
+                ProxyStep::Reload => machine.reload().await.map(|()| None),
             };
             failpoint::boundary("nginx");
             Done::ProxyStepped(ProxyEnd { result, reason, changes, took: began.elapsed() })
@@ -409,7 +412,7 @@ impl Agent {
     }
 
     fn wake_at(&self) -> Instant {
-        let now = Timestamp::now();
+        let now = self.machine.now();
         let soon = |at: Timestamp| Instant::now() + at.since(now).max(Duration::from_millis(5));
         let apps = self.apps.values().filter(|s| !s.observing && s.busy.is_none());
         let apps = apps.filter_map(|s| if s.dirty { Some(s.look_after) } else { s.wake }).min().map(soon);

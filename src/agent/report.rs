@@ -4,20 +4,20 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use super::{Agent, app::AppState};
 use crate::{
+    machine::Machine,
     metrics::{AppView, StoreView, View},
     model::{
         desired::HostMode,
         event::What,
         status::{HostStatus, StoreBlock, StoreStatus, VERSION},
-        time::Timestamp,
     },
 };
 
-impl Agent {
+impl<M: Machine> Agent<M> {
     /// Brings status, metrics and readiness up to date.
     pub(super) fn tell(&mut self) {
-        let now = Timestamp::now();
-        let host = self.world.host.clone();
+        let now = self.machine.now();
+        let host = self.machine.host().clone();
         let store = self.updates.borrow().status.clone();
         // Of an app that is neither here nor wanted here nothing is told.
         let (mut apps, mut views) = (Vec::new(), Vec::new());
@@ -85,7 +85,7 @@ impl Agent {
             *view = Arc::new(View { host, prefix, mode, store, unreadable, draining_workers, apps });
         });
         let used: BTreeSet<u16> = self.apps.values().flat_map(AppState::ports).collect();
-        let ports = self.world.ports.usage(&used);
+        let ports = self.machine.ports(&used);
         self.outlets.vitals.send_if_modified(|v| std::mem::replace(&mut v.ports, ports) != ports);
     }
 

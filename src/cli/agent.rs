@@ -17,6 +17,7 @@ use crate::{
         status::{HostStatus, StoreStatus, VERSION},
         time::Timestamp,
     },
+    plan::app::plan_app,
     shutdown,
     store::{self, Update},
     telemetry, vitals,
@@ -128,7 +129,7 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     tasks.close();
     tracing::info!(host = %config.host, listen = %config.listen, endpoints = config.etcd.endpoints.join(","), "demae {} starts", env!("CARGO_PKG_VERSION"));
 
-    let options = Options { resync: config.resync, parallel: config.parallel, once };
+    let options = Options { resync: config.resync, parallel: config.parallel, once, planner: plan_app };
     let outlets = Outlets { metrics, view, vitals, events, status, publish, pulse, ready };
     let ended = Agent::new(world, options, outlets, updates_in).run(news, token).await;
     side.cancel();

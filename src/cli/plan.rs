@@ -39,7 +39,7 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
     let (snapshot, _) = store::read_once(&config.etcd, &config.host, &config.labels)
         .await
         .map_err(|e| Failed::for_now(e.to_string()))?;
-    let proxy = world.observe_proxy().await;
+    let proxy = world.nginx.observe().await;
     let mut apps: BTreeSet<AppName> = world.docker.list(None).await?.into_iter().map(|l| l.app).collect();
     apps.extend(world.apps_on_disk()?);
     apps.extend(snapshot.apps.keys().cloned());

@@ -12,8 +12,9 @@ use super::{
 use crate::model::{
     desired::DesiredApp,
     name::{AppName, ContainerId},
-    observed::{Address, Health, Instance, ObservedApp, Phase},
+    observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict},
     proxy::Vhost,
+    release::Release,
     spec::Endpoint,
     time::Timestamp,
 };
@@ -63,90 +64,14 @@ impl PaperHost {
 
     /// Does what a step does when it succeeds.
     pub fn apply(&mut self, step: &Step) {
-        let now = self.now;
-        match step {
-            Step::Pull(image) => {
-                self.observed.image = Some(format!("sha256:{image}"));
-                self.observed.pulled = true;
-            }
-            Step::WriteEnvFile(release) => {
-                self.observed.env_files.insert(release.id.clone());
-            }
-            Step::Create { key, release, image, drain } => {
-                self.containers += 1;
-                let Ok(id) = ContainerId::try_from(format!("{:064x}", self.containers)) else { return };
-                let address = release.endpoint.as_ref().map(|endpoint| match endpoint {
-                    Endpoint::Socket(_) => Address::Socket(format!("{key}")),
-                    Endpoint::Port(_) => {
-                        Address::Port(u16::try_from(20_000 + self.containers % 10_000).unwrap_or(20_000))
-                    }
-                });
-                if matches!(address, Some(Address::Socket(_))) {
-                    self.observed.socket_dirs.insert(key.clone());
-                }
-                self.observed.instances.push(Instance {
-                    key: key.clone(),
-                    id,
-                    image: image.clone(),
-                    ordered: Some(release.image.clone()),
-                    phase: Phase::Created,
-                    health: Health::Unknown,
-                    settled: false,
-                    out_of_memory: false,
-                    started: now,
-                    address,
-                    connections: Some(0),
-                    check: release.health.clone(),
-                    drain: *drain,
-                    grace: release.container.stop_grace_period,
-                    restarts: 0,
-                    stale_socket: false,
-                });
-                self.observed.instances.sort_by(|a, b| a.key.cmp(&b.key));
-            }
-            Step::Start(handle) => self.change(handle, |i| {
-                i.phase = Phase::Running;
-                i.started = now;
-                i.stale_socket = false;
-                i.health = Health::Starting(String::new());
-            }),
-            Step::ClearSocket(handle) => self.change(handle, |i| i.stale_socket = false),
-            Step::Switch(slots) => {
-                self.observed.slots = slots.iter().map(|(slot, key)| (*slot, Some(key.clone()))).collect();
-                self.observed.slots_changed = now;
-            }
-            Step::Prove { release, .. } => self.observed.proven = Some(release.clone()),
-            Step::Settle(handle) => self.change(handle, |i| i.settled = true),
-            Step::Stop { handle, .. } => self.change(handle, |i| i.phase = Phase::Exited(0)),
-            Step::Remove(handle) | Step::Discard { handle, .. } => {
-                self.observed.instances.retain(|i| i.id != handle.id);
-                self.observed.socket_dirs.remove(&handle.key);
-            }
-            Step::RecordVerdict { handle, cause, exit_code, .. } => {
-                let verdict = crate::model::observed::Verdict {
-                    release: handle.key.release.clone(),
-                    cause: cause.clone(),
-                    exit_code: *exit_code,
-                    log_tail: String::new(),
-                    at: now,
-                };
-                self.observed.verdicts.insert(handle.key.release.clone(), verdict);
-            }
-            Step::CleanUp(left) => {
-                self.observed.env_files.retain(|r| !left.everything && !left.env_files.contains(r));
-                self.observed.socket_dirs.retain(|k| !left.everything && !left.socket_dirs.contains(k));
-                self.observed.verdicts.retain(|r, _| !left.everything && !left.verdicts.contains(r));
-                if left.everything {
-                    self.observed.proven = None;
-                }
-            }
+        if let Step::Create { key, release, .. } = step {
+            self.containers += 1;
+            let Ok(id) = ContainerId::try_from(format!("{:064x}", self.containers)) else { return };
+            let port = 20_000 + u16::try_from(self.containers % 10_000).unwrap_or(0);
+            let made = Made { id, address: address(key, release, port) };
+            return leave_behind(&mut self.observed, step, Some(made), self.now);
         }
-    }
-
-    fn change(&mut self, handle: &Handle, change: impl FnOnce(&mut Instance)) {
-        if let Some(instance) = self.observed.instances.iter_mut().find(|i| i.id == handle.id) {
-            change(instance);
-        }
+        leave_behind(&mut self.observed, step, None, self.now);
     }
 
     /// nginx serves what is wished.
@@ -168,6 +93,97 @@ impl PaperHost {
         for instance in self.observed.instances.iter_mut().filter(|i| i.phase == Phase::Running) {
             instance.health = Health::Healthy;
             instance.connections = Some(0);
+        }
+    }
+}
+
+/// What a new container gets that no plan decides.
+#[derive(Debug, Clone)]
+pub struct Made {
+    /// Docker's id.
+    pub id: ContainerId,
+    /// Where it takes requests.
+    pub address: Option<Address>,
+}
+
+/// Where an instance takes requests: at a socket named by its key, or at this port.
+pub fn address(key: &InstanceKey, release: &Release, port: u16) -> Option<Address> {
+    release.endpoint.as_ref().map(|endpoint| match endpoint {
+        Endpoint::Socket(_) => Address::Socket(key.to_string()),
+        Endpoint::Port(_) => Address::Port(port),
+    })
+}
+
+/// The model of every step: what an app is seen to have once the step has succeeded.
+pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>, now: Timestamp) {
+    let mut change = |handle: &Handle, change: &dyn Fn(&mut Instance)| {
+        observed.instances.iter_mut().filter(|i| i.id == handle.id).for_each(change);
+    };
+    match step {
+        Step::Pull(image) => {
+            observed.image = Some(format!("sha256:{image}"));
+            observed.pulled = true;
+        }
+        Step::WriteEnvFile(release) => {
+            observed.env_files.insert(release.id.clone());
+        }
+        Step::Create { key, release, image, drain } => {
+            let Some(Made { id, address }) = made else { return };
+            if matches!(address, Some(Address::Socket(_))) {
+                observed.socket_dirs.insert(key.clone());
+            }
+            observed.instances.push(Instance {
+                key: key.clone(),
+                id,
+                image: image.clone(),
+                ordered: Some(release.image.clone()),
+                phase: Phase::Created,
+                health: Health::Unknown,
+                settled: false,
+                out_of_memory: false,
+                started: now,
+                address,
+                connections: Some(0),
+                check: release.health.clone(),
+                drain: *drain,
+                grace: release.container.stop_grace_period,
+                restarts: 0,
+                stale_socket: false,
+            });
+            observed.instances.sort_by(|a, b| a.key.cmp(&b.key));
+        }
+        Step::Start(handle) => change(handle, &|i| {
+            i.phase = Phase::Running;
+            i.started = now;
+            i.stale_socket = false;
+            i.health = Health::Starting(String::new());
+        }),
+        Step::ClearSocket(handle) => change(handle, &|i| i.stale_socket = false),
+        Step::Switch(slots) => {
+            observed.slots = slots.iter().map(|(slot, key)| (*slot, Some(key.clone()))).collect();
+            observed.slots_changed = now;
+        }
+        Step::Prove { release, .. } => observed.proven = Some(release.clone()),
+        Step::Settle(handle) => change(handle, &|i| i.settled = true),
+        Step::Stop { handle, .. } => change(handle, &|i| i.phase = Phase::Exited(0)),
+        Step::Remove(handle) | Step::Discard { handle, .. } => {
+            observed.instances.retain(|i| i.id != handle.id);
+            observed.socket_dirs.remove(&handle.key);
+        }
+        Step::RecordVerdict { handle, cause, exit_code, .. } => {
+            let release = handle.key.release.clone();
+            let (cause, exit_code, log_tail) = (cause.clone(), *exit_code, String::new());
+            let verdict = Verdict { release: release.clone(), cause, exit_code, log_tail, at: now };
+            observed.verdicts.insert(release, verdict);
+        }
+        Step::CleanUp(left) => {
+            observed.env_files.retain(|r| !left.everything && !left.env_files.contains(r));
+            observed.socket_dirs.retain(|k| !left.everything && !left.socket_dirs.contains(k));
+            observed.verdicts.retain(|r, _| !left.everything && !left.verdicts.contains(r));
+            if left.everything {
+                observed.proven = None;
+                observed.slots.clear();
+            }
         }
     }
 }

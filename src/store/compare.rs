@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use etcd_client::{Compare, CompareOp, Txn, TxnOp};
 
 use super::{
+    belief::{Viewer, recall},
     client::{Connection, EtcdConfig, StoreError},
     ledger::Shelf,
     read::{Contents, Reader, random_id, read},
     standing::{Acceptance, Found, Identity},
-    watch::{Viewer, recall},
 };
 use crate::model::{
     desired::{DesiredApp, Snapshot},

@@ -2,6 +2,7 @@
 //!
 //! The watch is only for speed. What is true is a full read, made at the start, after any gap, and at an interval.
 
+mod belief;
 pub mod client;
 mod compare;
 pub mod keys;
@@ -12,14 +13,15 @@ mod read;
 mod standing;
 mod watch;
 
+pub use belief::{Belief, Change, News, Update, Viewer};
 pub use client::StoreError;
 pub use compare::{Comparison, compare, init};
 pub use ledger::{Ledger, LedgerError, Shelf};
 pub use members::{Member, members};
 pub use publish::{HostInfo, publish, published};
-pub use read::{Contents, read_once};
+pub use read::{Contents, Entry, read_once};
 pub use standing::{Acceptance, Brake, Found, Identity, Standing};
-pub use watch::{Update, Viewer, watch};
+pub use watch::watch;
 
 use client::{Connection, EtcdConfig};
 

@@ -8,8 +8,8 @@ use tokio::{sync::watch::Receiver, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    belief::Update,
     client::{Connection, EtcdConfig, StoreError},
-    watch::Update,
 };
 use crate::{
     model::{

@@ -38,7 +38,8 @@ pub struct Entry {
 }
 
 impl Entry {
-    pub(super) fn new(value: Vec<u8>, created: i64, modified: i64) -> Self {
+    /// What was read, the revision it was made at, and that of its last change.
+    pub fn new(value: Vec<u8>, created: i64, modified: i64) -> Self {
         Self { value, created, modified }
     }
 
@@ -63,6 +64,11 @@ pub struct Contents {
 }
 
 impl Contents {
+    /// All keys without their prefix, at a revision.
+    pub fn new(entries: BTreeMap<Vec<u8>, Entry>, revision: i64) -> Self {
+        Self { entries, revision }
+    }
+
     /// What `cluster` says. Blanks around it are an editor's.
     pub(super) fn cluster(&self) -> Option<String> {
         let entry = self.entries.get(b"cluster".as_slice())?;

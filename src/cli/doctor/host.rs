@@ -57,7 +57,7 @@ pub(super) async fn nginx(patient: &Patient<'_>, found: &mut Findings) {
         }
         Err(e) => found.fail("nginx", chain(&e), "see that `nginx.binary` is nginx"),
     }
-    let observed = world.observe_proxy().await;
+    let observed = world.nginx.observe().await;
     match (&observed.live, &observed.error) {
         (None, _) => found.ok("nginx files", "there are none of demae's yet; the agent makes them"),
         (Some(_), Some(error)) => {

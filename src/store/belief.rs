@@ -1,0 +1,367 @@
+//! What an agent holds to be the desired state: what it kept, what it reads, what it does not believe. It knows no
+//! network; whoever reads the store hands over what was found.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{sync::watch::Sender, time::Instant};
+
+use super::{
+    client::StoreError,
+    keys::Prefix,
+    ledger::{self, Ledger, LedgerError, Shelf},
+    read::{Contents, Entry, Reader, fingerprint},
+    standing::{Acceptance, Brake, Found, Identity, Standing},
+};
+use crate::model::{
+    desired::{DesiredApp, Snapshot},
+    name::{AppName, HostName},
+    release::ReleaseKey,
+    status::{StoreBlock, StoreStatus},
+    time::Timestamp,
+};
+
+/// What is known of the store.
+#[derive(Debug, Clone, Default)]
+pub struct Update {
+    /// What is wanted; `None` before the first read.
+    pub snapshot: Option<Arc<Snapshot>>,
+    /// When the news arrived.
+    pub seen: Option<Instant>,
+    /// For status.
+    pub status: StoreStatus,
+    /// Whether the store is the one that is gone by: nothing is written to one that is not.
+    pub believed: bool,
+    /// The newest revision that the store has told of.
+    pub head: i64,
+    /// All that happened up to this revision is known.
+    pub read_to: i64,
+    /// Full reads so far, for metrics.
+    pub reads: u64,
+    /// Failures so far, by kind, for metrics.
+    pub errors: BTreeMap<&'static str, u64>,
+}
+
+/// Who reads: the host, its own labels, and how often everything is read again.
+#[derive(Debug, Clone)]
+pub struct Viewer {
+    /// The host.
+    pub host: HostName,
+    /// The labels of its own configuration.
+    pub labels: BTreeMap<String, String>,
+    /// Between two full reads while the watch works.
+    pub resync: Duration,
+    /// How much may leave at once.
+    pub brake: Brake,
+    /// Apps that have left traces on this host: what a first read is held against.
+    pub traces: BTreeSet<AppName>,
+}
+
+/// One change that the watch told of.
+#[derive(Debug, Clone)]
+pub struct Change {
+    /// The key without the prefix; `None` for one that is not below it.
+    pub key: Option<Vec<u8>>,
+    /// When.
+    pub revision: i64,
+    /// What it says now; `None` if it was deleted.
+    pub value: Option<Entry>,
+}
+
+/// One message of the watch.
+#[derive(Debug, Clone)]
+pub struct News {
+    /// What changed, in order.
+    pub changes: Vec<Change>,
+    /// The revision of the store when it was sent.
+    pub head: i64,
+    /// etcd's own id of its cluster.
+    pub etcd: u64,
+    /// Whether it only says that the watch was opened.
+    pub opened: bool,
+}
+
+/// The desired state as one agent believes it. All changes go through here, whether read or told of.
+pub struct Belief {
+    prefix: Prefix,
+    viewer: Viewer,
+    shelf: Arc<dyn Shelf>,
+    standing: Standing,
+    /// Whether the store has been read by this agent.
+    proven: bool,
+    /// What an earlier agent kept, until it is needed or the store was read.
+    kept: Option<Snapshot>,
+    /// The revision that the ledger on disk is of.
+    on_disk: i64,
+    reader: Reader,
+    updates: Sender<Update>,
+    contents: Contents,
+    /// The newest revision seen, for people; `contents` may still miss a part of it.
+    shown: i64,
+    key: Option<ReleaseKey>,
+}
+
+impl Belief {
+    /// Nothing is believed yet.
+    pub fn new(prefix: Prefix, viewer: Viewer, shelf: Arc<dyn Shelf>, updates: Sender<Update>) -> Self {
+        Self {
+            reader: Reader::new(viewer.host.clone(), viewer.labels.clone()),
+            standing: Standing { here: viewer.traces.clone(), ..Standing::default() },
+            proven: false,
+            kept: None,
+            on_disk: 0,
+            contents: Contents::default(),
+            shown: 0,
+            key: None,
+            prefix,
+            viewer,
+            shelf,
+            updates,
+        }
+    }
+
+    /// What an earlier agent kept: what the store is held against, and gone by until it is read.
+    pub fn recall(&mut self) {
+        let (standing, ledger) = recall(self.shelf.as_ref(), &self.viewer, &self.prefix, &mut self.reader);
+        self.standing = standing;
+        let Some((ledger, snapshot)) = ledger else { return };
+        self.on_disk = ledger.identity.revision;
+        self.contents = ledger.contents;
+        self.key = Some(ledger.key);
+        self.kept = Some(unproven(snapshot));
+        self.updates.send_if_modified(|u| {
+            u.status.stale_since = Some(ledger.saved);
+            u.status.revision = self.contents.revision;
+            u.status.synced = Some(ledger.saved);
+            false
+        });
+    }
+
+    /// The revision up to which everything is known.
+    pub fn revision(&self) -> i64 {
+        self.contents.revision
+    }
+
+    /// The key that release ids are made with, once one is known.
+    pub fn key(&self) -> Option<&ReleaseKey> {
+        self.key.as_ref()
+    }
+
+    /// Takes that the store could not be read, or is not believed.
+    pub fn fail(&mut self, error: &StoreError) {
+        if let StoreError::Doubt(block) = error {
+            self.hold(block);
+        }
+        self.updates.send_modify(|u| {
+            // Whoever answers next may be another one: nothing is written to it before it was read.
+            u.believed = false;
+            match error {
+                StoreError::Doubt(block) => (u.status.error, u.status.block) = (None, Some(block.clone())),
+                other => u.status.error = Some(other.to_string()),
+            }
+            *u.errors.entry(error.kind()).or_default() += 1;
+        });
+        // Whatever it was: until the store is read, what was kept has to do.
+        if let Some(snapshot) = self.kept.take().filter(|_| !self.proven) {
+            tracing::warn!(apps = snapshot.apps.len(), "going on with what was kept on disk");
+            self.updates.send_modify(|u| u.snapshot = Some(Arc::new(snapshot)));
+        }
+    }
+
+    /// Remembers that something was wrong, over a restart too: else a store that is put back key by key would be taken
+    /// half-way.
+    fn hold(&mut self, block: &StoreBlock) {
+        if self.standing.held.as_ref() == Some(block) {
+            return;
+        }
+        self.standing.held = Some(block.clone());
+        if let (Some(identity), Some(key)) = (self.standing.identity.clone(), self.key.clone()) {
+            let kept = self.keep(&self.contents, &key, &identity, Some(block));
+            kept.unwrap_or_else(|e| tracing::warn!("{e}"));
+        }
+    }
+
+    fn accepted(&self) -> Acceptance {
+        let text = self.shelf.acceptance().unwrap_or_default();
+        serde_json::from_slice(&text).unwrap_or_default()
+    }
+
+    /// Takes contents, unless they are doubtful: of another store, or without most apps. Then nothing changes.
+    fn believe(&mut self, contents: Contents, key: ReleaseKey, found: Identity) -> Result<Arc<Snapshot>, StoreError> {
+        // On a copy, so that what is not believed leaves nothing behind.
+        let mut reader = self.reader.clone();
+        let snapshot = reader.snapshot(&contents, &key);
+        let needed = self.judge(&contents, &snapshot, &found)?;
+        self.keep(&contents, &key, &found, None).map_err(StoreError::Ledger)?;
+        if needed {
+            self.shelf.use_up();
+        }
+        self.on_disk = found.revision;
+        self.standing.believe(found, &snapshot);
+        (self.reader, self.contents, self.key, self.proven) = (reader, contents, Some(key), true);
+        Ok(Arc::new(snapshot))
+    }
+
+    fn judge(&self, contents: &Contents, snapshot: &Snapshot, identity: &Identity) -> Result<bool, StoreError> {
+        let found = Found { identity, contents, snapshot };
+        self.standing.judge(found, &self.contents, self.viewer.brake, &self.accepted()).map_err(StoreError::Doubt)
+    }
+
+    /// Keeps contents on disk before anything is done by them: an agent that starts without the store must never go
+    /// back behind what an earlier one has done.
+    fn keep(
+        &self,
+        contents: &Contents,
+        key: &ReleaseKey,
+        identity: &Identity,
+        held: Option<&StoreBlock>,
+    ) -> Result<(), String> {
+        let owner = (&self.viewer.host, &self.prefix);
+        self.shelf.keep(&ledger::text(owner, identity, Timestamp::now(), (contents, key), held))
+    }
+
+    /// Whether a store without a release key is believed. Which apps are wanted does not depend on the key.
+    ///
+    /// # Errors
+    /// Why it is not.
+    pub fn check(&self, contents: &Contents, found: &Identity) -> Result<(), StoreError> {
+        let trial = self.reader.clone().snapshot(contents, &ReleaseKey::new(""));
+        self.judge(contents, &trial, found).map(|_| ())
+    }
+
+    /// Takes a full read.
+    ///
+    /// # Errors
+    /// If it is not believed, or cannot be kept on disk. Then nothing changes.
+    pub fn take_read(&mut self, contents: Contents, found: Identity, key: ReleaseKey) -> Result<(), StoreError> {
+        let revision = contents.revision;
+        let unchanged = self.standing.identity.as_ref().is_some_and(|known| known.is_earlier_than(&found))
+            && self.standing.held.is_none()
+            && self.key.as_ref() == Some(&key)
+            && self.contents.entries == contents.entries;
+        let snapshot = if self.proven && unchanged {
+            self.contents = contents;
+            // What others write makes revisions too, and the highest one seen is to be known after a restart. The
+            // contents are on disk already, so a disk that is full is no reason to stop here.
+            if revision > self.on_disk {
+                match self.keep(&self.contents, &key, &found, None) {
+                    Ok(()) => self.on_disk = revision,
+                    Err(e) => tracing::warn!("the store's revision cannot be kept on disk: {e}"),
+                }
+            }
+            self.standing.identity = Some(found);
+            None
+        } else {
+            let found = Identity { key: Some(fingerprint(&key)), ..found };
+            Some(self.believe(contents, key, found)?)
+        };
+        self.shown = revision;
+        self.tell(snapshot, revision, revision);
+        self.updates.send_if_modified(|u| {
+            // Of another store, or of an older one, both may be less than before.
+            (u.head, u.read_to) = (revision, revision);
+            u.reads += 1;
+            false
+        });
+        Ok(())
+    }
+
+    /// Takes one message of the watch.
+    ///
+    /// # Errors
+    /// If what it leads to is not believed, or cannot be kept on disk. Then nothing changes.
+    pub fn take_news(&mut self, news: News) -> Result<(), StoreError> {
+        let (silent, newest) = (news.changes.is_empty(), news.changes.iter().map(|c| c.revision).max());
+        let mut changed = false;
+        // What is not believed is thrown away, so it is changed on a copy; most messages change nothing.
+        let mut contents = if silent { Contents::default() } else { self.contents.clone() };
+        for Change { key, revision, value } in news.changes {
+            // A full read may have run ahead of the watch.
+            let Some(key) = key.filter(|_| revision > contents.revision) else { continue };
+            match value {
+                Some(entry) => contents.entries.insert(key, entry),
+                None => contents.entries.remove(&key),
+            };
+            changed = true;
+        }
+        let mut snapshot = None;
+        // Parts of one revision may come in several messages; only the next revision closes it.
+        if let Some(newest) = newest {
+            contents.revision = contents.revision.max(newest - 1);
+            self.shown = self.shown.max(newest);
+            if changed && let Some(key) = self.key.clone() {
+                let key_of = Some(fingerprint(&key));
+                let found = Identity { cluster: contents.cluster(), etcd: news.etcd, revision: newest, key: key_of };
+                snapshot = Some(self.believe(contents, key, found)?);
+            } else {
+                self.contents = contents;
+            }
+        }
+        // A message without news is a sign of life, and says that there was nothing else up to its revision.
+        let read_to = if silent && !news.opened { news.head } else { self.shown };
+        self.tell(snapshot, news.head, read_to);
+        Ok(())
+    }
+
+    /// Tells the agent. Without a new snapshot only the time of the last proof changes, which wakes nobody.
+    fn tell(&self, snapshot: Option<Arc<Snapshot>>, head: i64, read_to: i64) {
+        let revision = self.shown;
+        self.updates.send_if_modified(|u| {
+            let recovered = u.status.error.take().is_some() | u.status.block.take().is_some();
+            u.status.stale_since = None;
+            u.believed = true;
+            u.status.revision = revision;
+            u.head = u.head.max(head);
+            u.read_to = u.read_to.max(read_to);
+            u.status.synced = Some(Timestamp::now());
+            let news = snapshot.is_some();
+            if let Some(snapshot) = snapshot {
+                u.snapshot = Some(snapshot);
+                u.seen = Some(Instant::now());
+            }
+            news || recovered
+        });
+    }
+}
+
+/// What an earlier agent believed, and the ledger that tells it.
+pub(super) fn recall(
+    shelf: &dyn Shelf,
+    viewer: &Viewer,
+    prefix: &Prefix,
+    reader: &mut Reader,
+) -> (Standing, Option<(Ledger, Snapshot)>) {
+    let mut standing = Standing { here: viewer.traces.clone(), ..Standing::default() };
+    let read = shelf.ledger().map_err(LedgerError::Read);
+    let parsed = read.and_then(|text| text.map(|text| Ledger::parse(&text, &viewer.host, prefix)).transpose());
+    match parsed {
+        Ok(None) => (standing, None),
+        Ok(Some(ledger)) => {
+            let snapshot = reader.snapshot(&ledger.contents, &ledger.key);
+            standing.believe(ledger.identity.clone(), &snapshot);
+            standing.held = ledger.held.clone();
+            (standing, Some((ledger, snapshot)))
+        }
+        Err(e) => {
+            tracing::warn!("{e}; nothing is changed until the store is read");
+            standing.distrust(&e);
+            (standing, None)
+        }
+    }
+}
+
+/// The last good snapshot as it holds while the store cannot be read. That an app was not wanted then is no reason to
+/// take it away now.
+fn unproven(snapshot: Snapshot) -> Snapshot {
+    let keep = |(app, desired): (AppName, DesiredApp)| {
+        let desired = match desired {
+            DesiredApp::Absent(why) => DesiredApp::Kept(format!("{why}, as the store last said")),
+            other => other,
+        };
+        (app, desired)
+    };
+    Snapshot { proven: false, apps: snapshot.apps.into_iter().map(keep).collect(), ..snapshot }
+}
