@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is missing from Debian's packages: for the build, for the tests and for the demo. With the argument
-# `stack`, also what the whole stack needs.
+# `stack`, also what the whole stack needs; with `fuzz`, what libFuzzer is built with.
 # With `sudo` if need be. Installs nothing that is there.
 set -euo pipefail
 
@@ -15,6 +15,9 @@ need nginx nginx
 need curl curl
 need docker-registry docker-registry
 need prometheus prometheus
+if [ "${1:-}" = fuzz ]; then
+    need c++ g++
+fi
 if [ "${1:-}" = stack ]; then
     docker compose version >/dev/null 2>&1 || need docker-compose docker-compose
     # Where there is no registry, the base of all images is made with it.

@@ -10,7 +10,7 @@ if [ "${1:-}" = "--soak" ]; then
 fi
 if [ "${DEMAE_DOCKER:-}" = "absent" ]; then
     echo "DEMAE_DOCKER=absent: the tests on real etcd, nginx and Docker are left out, as you decided"
-    exec cargo test --quiet "${features[@]}" --lib --test properties --test layering --test cli
+    exec cargo test --quiet "${features[@]}" --lib --test properties --test fuzz --test layering --test cli
 fi
 if cargo nextest --version >/dev/null 2>&1; then
     exec cargo nextest run "${features[@]}"

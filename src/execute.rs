@@ -3,6 +3,7 @@
 use std::{collections::HashSet, path::Path, time::Duration};
 
 use crate::{
+    failpoint,
     host::{
         docker::{CreateRequest, DockerError, facts},
         files::{self, FileError},
@@ -14,7 +15,7 @@ use crate::{
         name::{AppName, ContainerId},
         observed::{Address, InstanceKey, ObservedApp, Verdict},
         release::Release,
-        spec::{Endpoint, Probe},
+        spec::{ContainerSpec, Endpoint, Probe, VolumeSource, is_mountable},
         time::Timestamp,
     },
     plan::step::{Handle, Leftovers, Step},
@@ -43,6 +44,16 @@ pub enum StepError {
     /// Ports.
     #[error(transparent)]
     Port(#[from] NoPort),
+    /// A volume is not where its path says.
+    #[error(
+        "volume `{path}` is really `{real}` of the host, which no app may mount: name the real directory, or remove the symlink"
+    )]
+    Mount {
+        /// As the spec names it.
+        path: String,
+        /// Where it leads.
+        real: String,
+    },
     /// The instance is not as it was when the step was planned.
     #[error("{0} has no address any more")]
     Gone(InstanceKey),
@@ -69,7 +80,7 @@ impl StepError {
             Self::Docker(DockerError::Image { .. }) => "image",
             Self::Docker(_) => "docker",
             Self::File(e) if e.is_full() => "disk_full",
-            Self::File(_) => "file",
+            Self::File(_) | Self::Mount { .. } => "file",
             Self::Nginx(_) => "nginx",
             Self::Port(_) => "port",
             Self::Gone(_) => "gone",
@@ -100,11 +111,12 @@ impl World {
                 Ok(files::write(&self.layout.proven(app), release.as_str().as_bytes(), 0o644)?)
             }
             Step::Settle(handle) => Ok(self.docker.settle(&handle.id).await?),
-            Step::Stop { handle, grace } => Ok(self.docker.stop(&handle.id, *grace).await?),
+            Step::Stop { handle, grace } => self.stop(handle, *grace, observed).await,
             Step::Remove(handle) => self.remove(app, handle, observed).await,
             Step::Discard { handle, .. } => {
                 let grace = observed.instances.iter().find(|i| i.id == handle.id).map_or(PROOF, |i| i.grace);
-                self.docker.stop(&handle.id, grace).await?;
+                self.stop(handle, grace, observed).await?;
+                failpoint::boundary("stopped");
                 self.remove(app, handle, observed).await
             }
             Step::RecordVerdict { handle, release, cause, exit_code } => {
@@ -165,6 +177,8 @@ impl World {
             }
             None => {}
         }
+        check_mounts(&release.container)?;
+        failpoint::boundary("prepared");
         let request = CreateRequest { app, key, release, image, socket_dir: socket_dir.as_deref(), port, drain };
         self.docker.create(&request).await?;
         Ok(())
@@ -236,8 +250,19 @@ impl World {
         Ok(())
     }
 
+    async fn stop(&self, handle: &Handle, grace: Duration, observed: &ObservedApp) -> Result<(), StepError> {
+        // A candidate may be wanted again before it is removed. Its end must not be taken for its own failure then.
+        let is_candidate = observed.instances.iter().any(|i| i.id == handle.id && !i.settled && !i.leaving);
+        if is_candidate {
+            self.docker.mark_leaving(&handle.id).await?;
+            failpoint::boundary("marked");
+        }
+        Ok(self.docker.stop(&handle.id, grace).await?)
+    }
+
     async fn remove(&self, app: &AppName, handle: &Handle, observed: &ObservedApp) -> Result<(), StepError> {
         self.docker.remove(&handle.id).await?;
+        failpoint::boundary("removed");
         match observed.instances.iter().find(|i| i.id == handle.id).and_then(|i| i.address.as_ref()) {
             Some(Address::Port(port)) => self.ports.rest(*port),
             Some(Address::Socket(_)) => files::remove_dir(&self.layout.socket_dir(app, &handle.key))?,
@@ -279,12 +304,26 @@ impl World {
             let question = crate::host::health::Question {
                 address: address.clone(),
                 check: instance.check.clone(),
-                started: Timestamp::now(),
+                started: self.clock.now(),
                 group,
             };
             prober.ask(app, id, question);
         }
     }
+}
+
+/// Docker follows symlinks, and an app that may write below a mounted directory can make one there.
+fn check_mounts(container: &ContainerSpec) -> Result<(), StepError> {
+    for volume in &container.volumes {
+        let VolumeSource::Host(path) = &volume.source else { continue };
+        // One that is not there is refused by Docker.
+        let Ok(real) = std::fs::canonicalize(path) else { continue };
+        let real = real.to_string_lossy().into_owned();
+        if !is_mountable(&real) {
+            return Err(StepError::Mount { path: path.clone(), real });
+        }
+    }
+    Ok(())
 }
 
 fn socket(observed: &ObservedApp, key: &InstanceKey) -> Result<String, StepError> {

@@ -33,10 +33,11 @@ pub trait Machine: Send + Sync + 'static {
     /// Its name.
     fn host(&self) -> &HostName;
 
-    /// The time that its containers and files are stamped with.
-    fn now(&self) -> Timestamp {
-        Timestamp::now()
-    }
+    /// Now, by a clock that nobody sets. All that is observed is timed by it.
+    fn now(&self) -> Timestamp;
+
+    /// A time of that clock as people's clocks show it.
+    fn wall(&self, at: Timestamp) -> Timestamp;
 
     /// A duration, give or take a little, so that many hosts do not act at once.
     fn jittered(&self, duration: Duration) -> Duration {
@@ -101,6 +102,14 @@ pub trait Machine: Send + Sync + 'static {
 impl Machine for World {
     fn host(&self) -> &HostName {
         &self.host
+    }
+
+    fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
+    fn wall(&self, at: Timestamp) -> Timestamp {
+        self.clock.wall(at)
     }
 
     async fn list(&self) -> Result<Inventory, ObserveError> {

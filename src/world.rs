@@ -3,10 +3,12 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
+    sync::Arc,
 };
 
 use crate::{
     host::{
+        clock::Clock,
         docker::{Docker, DockerError, Found},
         drain,
         files::{self, FileError},
@@ -35,6 +37,8 @@ pub struct World {
     pub layout: Layout,
     /// Loopback ports.
     pub ports: Ports,
+    /// Time.
+    pub clock: Arc<Clock>,
     /// Health checks; `None` for whoever only looks.
     pub prober: Option<Prober>,
 }
@@ -60,13 +64,10 @@ impl World {
         app: &AppName,
         wanted: Option<(&ReleaseId, &ImageRef)>,
     ) -> Result<ObservedApp, ObserveError> {
-        let now = Timestamp::now();
-        let found = self.docker.instances(app, now).await?;
+        let found = self.docker.instances(app, &self.clock).await?;
         let image = match wanted {
-            Some((release, image)) if !found.iter().any(|f| f.key.release == *release) => {
-                self.docker.image(&image.tagged()).await?
-            }
-            _ => None,
+            Some((release, image)) => self.image(&found, release, image).await?,
+            None => None,
         };
         let group = if found.is_empty() { None } else { self.nginx_group().await };
         let mut observed = ObservedApp { image, ..self.traces(app)? };
@@ -87,6 +88,30 @@ impl World {
         Ok(observed)
     }
 
+    /// The image of a release, looked for only where no instance that lives tells it: no engine gives up the image of
+    /// one that does.
+    async fn image(
+        &self,
+        found: &[Found],
+        release: &ReleaseId,
+        image: &ImageRef,
+    ) -> Result<Option<String>, ObserveError> {
+        let mut known = None;
+        for found in found.iter().filter(|f| f.key.release == *release) {
+            if found.is_alive() {
+                return Ok(None);
+            }
+            known = known.or(Some(found.image.as_str()));
+        }
+        // The tag may be of another image by now; what the release began with comes first.
+        if let Some(known) = known
+            && let Some(id) = self.docker.image(known).await?
+        {
+            return Ok(Some(id));
+        }
+        Ok(self.docker.image(&image.tagged()).await?)
+    }
+
     /// Only what lies on disk.
     ///
     /// # Errors
@@ -100,7 +125,7 @@ impl World {
             let target = std::fs::read_link(routes.join(&name)).ok();
             observed.slots.insert(slot, target.as_deref().and_then(Layout::instance_of));
         }
-        observed.slots_changed = modified(&routes);
+        observed.slots_changed = self.clock.steady(modified(&routes));
         let releases =
             |names: Vec<String>| names.into_iter().filter_map(|n| ReleaseId::try_from(n).ok()).collect::<BTreeSet<_>>();
         observed.env_files = releases(files::list(&layout.app_env(app))?)
@@ -156,7 +181,7 @@ impl World {
             _ => None,
         };
         let running = found.phase == Phase::Running;
-        let alive = matches!(found.phase, Phase::Running | Phase::Restarting | Phase::Paused);
+        let alive = found.is_alive();
         let asked = match (&address, &self.prober) {
             (Some(address), Some(prober)) if alive => {
                 let (check, started) = (found.check.clone(), found.started);
@@ -181,6 +206,7 @@ impl World {
             phase: found.phase,
             health,
             settled: found.settled,
+            leaving: found.leaving,
             out_of_memory: found.out_of_memory,
             started: found.started,
             restarts: found.restarts,

@@ -12,9 +12,9 @@ use support::{
 
 use demae::model::status::State;
 
-/// Every boundary in the long form; every fourth in the short one, begun at another place for each mode.
+/// Every boundary in the long form; every seventh in the short one, begun at another place for each mode.
 fn stride() -> usize {
-    if std::env::var("DEMAE_ALL_KILL_POINTS").is_ok() { 1 } else { 4 }
+    if std::env::var("DEMAE_ALL_KILL_POINTS").is_ok() { 1 } else { 7 }
 }
 
 fn crash_everywhere(mut lab: Lab, spec: &str, clients: Vec<Client>, first: usize) {
@@ -81,4 +81,65 @@ fn a_crash_anywhere_in_port_mode_loses_nothing() {
     let quick = Duration::from_millis(5);
     let clients = vec![Client::get(true).pausing(quick), Client::post(false).pausing(quick), Client::slow(false, 500)];
     crash_everywhere(lab, &spec, clients, 2);
+}
+
+/// What is not a deploy over a running app: the first one, one that fails, and the end of an app. Another app serves all
+/// along, and the one in question never answers wrongly.
+#[test]
+fn a_crash_in_a_first_deploy_a_failed_one_or_a_removal_is_made_good() {
+    // Each round reloads nginx.
+    let mut lab = Lab::with(&Setup { nginx: "profile = \"strict\"", ..Setup::default() });
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let load = Load::start(lab.ingress, "web.test", vec![Client::get(true).pausing(Duration::from_millis(5))]);
+    let spec = lab.socket_spec(&lab.image("v1"), "new.test", "");
+    let before = lab.containers().len();
+    lab.kill_agent();
+    let mut kills = 0;
+    for boundary in (3..).step_by(stride() * 2) {
+        let mut ends = 0;
+        for what in ["the first deploy", "a failure", "the removal"] {
+            match what {
+                "the first deploy" => lab.put("apps/new/spec", &spec),
+                "a failure" => lab.put("env/new/MOOD", "exit"),
+                _ => {
+                    lab.del("apps/new/spec");
+                    lab.del("env/new/MOOD");
+                }
+            }
+            let done = |lab: &Lab| match (what, lab.app("new")) {
+                ("the first deploy", Some(app)) => app.state == State::Converged,
+                ("a failure", Some(app)) => app.state == State::Blocked,
+                ("the removal", None) => lab.status().is_some() && lab.containers().len() == before,
+                _ => false,
+            };
+            lab.start_agent(&[("DEMAE_FAILPOINT", &boundary.to_string())]);
+            let mut ended = false;
+            until(&format!("{what}: the agent ends at boundary {boundary}, or is done"), || {
+                ended = lab.agent_ended();
+                ended || done(&lab)
+            });
+            if ended {
+                ends += 1;
+                lab.start_agent(&[]);
+                until(&format!("{what} is made good after a kill at boundary {boundary}"), || done(&lab));
+            }
+            if what == "a failure" {
+                // The old instance serves on.
+                assert_eq!(lab.get("new.test", "/").map(|(status, _)| status), Ok(200), "after {boundary}");
+            }
+            lab.kill_agent();
+        }
+        kills += ends;
+        if ends == 0 {
+            break;
+        }
+    }
+    let tally = load.stop();
+    println!("{kills} kills: requests: {}  failed: {}", tally.requests, tally.failed);
+    assert!(kills >= 3, "too few boundaries: {kills}");
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    lab.start_agent(&[]);
+    lab.wait_app("web", "converged", |a| a.state == State::Converged);
+    let left: Vec<String> = lab.traces().into_iter().filter(|t| t.contains("/new")).collect();
+    assert!(left.is_empty(), "{left:#?}");
 }

@@ -7,9 +7,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("plan", &["model"]),
     ("store", &["model", "retry"]),
-    ("host", &["model", "retry"]),
+    ("host", &["model", "retry", "failpoint"]),
     ("world", &["model", "host"]),
-    ("execute", &["model", "plan", "host", "world"]),
+    ("execute", &["model", "plan", "host", "world", "failpoint"]),
     ("machine", &["model", "plan", "host", "world", "execute", "retry"]),
     (
         "agent",

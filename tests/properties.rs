@@ -207,6 +207,9 @@ impl History {
             }
             match (behaviour, &instance.health) {
                 (Behaviour::Works, Health::Starting(_) | Health::Unknown) => instance.health = Health::Healthy,
+                (Behaviour::NeverHealthy, _) if now >= instance.deadline() => {
+                    instance.health = Health::Unhealthy { since: now, answer: "refused".into() };
+                }
                 (Behaviour::NeverHealthy, _) => instance.health = Health::Starting("refused".into()),
                 (Behaviour::Exits, _) if now.since(instance.started) > Duration::from_millis(100) => {
                     instance.phase = Phase::Exited(3);

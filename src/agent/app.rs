@@ -1,6 +1,9 @@
 //! What the loop keeps of one app: the last look, the last plan, the step under way, and what failed lately.
 
-use std::time::Duration;
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 use tracing::Span;
@@ -8,9 +11,11 @@ use tracing::Span;
 use super::{
     Planner,
     account::{Account, Ears},
+    prediction::Prediction,
 };
 use crate::{
     events::Events,
+    machine::Machine,
     metrics::{AppView, Metrics, ReleaseView},
     model::{
         desired::DesiredApp,
@@ -49,6 +54,7 @@ pub(super) struct AppState {
     look_error: Option<(String, u32)>,
     pulled: Option<ReleaseId>,
     account: Account,
+    prediction: Prediction,
     since: Timestamp,
     told: Option<(State, Option<String>)>,
 }
@@ -71,6 +77,7 @@ impl AppState {
             cooling: Cooling::new(),
             look_error: None,
             pulled: None,
+            prediction: Prediction::default(),
             since: now,
             told: None,
         }
@@ -100,6 +107,7 @@ impl AppState {
     }
 
     pub(super) fn take_observed(&mut self, observed: ObservedApp) {
+        self.prediction.compare(&observed);
         self.account.observed(self.observed.as_ref(), &observed, self.desired.target());
         let pulled = self.pulled.is_some() && self.pulled.as_ref() == release(&self.desired);
         self.observed = Some(ObservedApp { pulled, ..observed });
@@ -110,6 +118,7 @@ impl AppState {
     /// Nothing is known of the app now; the last plan stands, and the look is tried again.
     pub(super) fn fail_look(&mut self, error: &str, now: Timestamp) {
         let attempts = self.look_error.as_ref().map_or(0, |(_, n)| *n) + 1;
+        self.prediction.drop();
         self.look_error = Some((error.to_owned(), attempts));
         self.look_after = now.plus(pause_after(attempts).min(Duration::from_secs(10)));
         self.dirty = true;
@@ -173,8 +182,16 @@ impl AppState {
             busy: self.busy,
             now,
         };
-        let mut plan = planner(&input);
-        if let Some(violation) = check::violations(&input, &plan).into_iter().next() {
+        // A mistake of demae's that one app brings to light is no reason to leave all others alone.
+        let decide = || {
+            let plan = planner(&input);
+            let found = check::violations(&input, &plan);
+            (plan, found)
+        };
+        let (mut plan, found) = catch_unwind(AssertUnwindSafe(decide)).unwrap_or_else(|_| {
+            (AppPlan::default(), vec!["deciding about it ended in a panic; the log of the agent has it".to_owned()])
+        });
+        if let Some(violation) = found.into_iter().next() {
             tracing::error!(app = %app, "the plan was refused: {violation}");
             plan.step = None;
             plan.blocks.push(Block::Refused(violation));
@@ -194,6 +211,7 @@ impl AppState {
     }
 
     pub(super) fn took_step(&mut self, step: &Step, now: Timestamp, metrics: &Metrics, events: &Events) {
+        self.prediction.make(step, self.observed.as_ref(), now);
         let kind = step.kind();
         if kind != StepKind::Discard {
             self.cooling.remove(&kind);
@@ -255,7 +273,7 @@ impl AppState {
     }
 
     /// What metrics tell of it, beside what status tells.
-    pub(super) fn view(&self, status: &AppStatus) -> AppView {
+    pub(super) fn view(&self, status: &AppStatus, machine: &impl Machine) -> AppView {
         let plan = self.planned.as_ref();
         let observed = self.observed.as_ref();
         let instances = || observed.into_iter().flat_map(|o| &o.instances);
@@ -282,7 +300,7 @@ impl AppState {
             wanted: usize::from(status.wanted),
             running: instances().filter(|i| i.is_running()).count(),
             healthy: usize::from(status.healthy),
-            unconverged: self.account.unconverged(),
+            unconverged: self.account.unconverged().map(|at| machine.wall(at)),
             proven: observed.and_then(|o| o.proven_at),
             wants,
             serves,
@@ -303,7 +321,7 @@ impl AppState {
     }
 
     /// What status tells; nothing of an app that is not here and not wanted here.
-    pub(super) fn status(&mut self, host: &crate::model::name::HostName, now: Timestamp) -> Option<AppStatus> {
+    pub(super) fn status<M: Machine>(&mut self, machine: &M) -> Option<AppStatus> {
         let target = self.desired.target().cloned();
         // A plan made for what was wanted before says nothing of what is wanted now, but who serves.
         let mut plan = self.planned.clone().unwrap_or_default();
@@ -328,14 +346,14 @@ impl AppState {
         let release = target.as_ref().map(|t| t.release.id.to_string());
         let told = (state, release.clone());
         if self.told.as_ref() != Some(&told) {
-            self.since = now;
+            self.since = machine.wall(machine.now());
             self.told = Some(told);
         }
         let observed = self.observed.as_ref();
         let verdict = target.as_ref().and_then(|t| observed?.verdicts.get(&t.release.id)).cloned();
         Some(AppStatus {
             app: self.app.to_string(),
-            host: host.clone(),
+            host: machine.host().clone(),
             state,
             serving: plan.serving.as_ref().map(ToString::to_string).filter(|s| Some(s) != release.as_ref()),
             release,
@@ -343,13 +361,13 @@ impl AppState {
             wanted: target.as_ref().map_or(0, |t| t.replicas),
             healthy: plan.healthy,
             since: self.since,
-            reason: self.reason(&plan),
+            reason: self.reason(&plan, &|at| machine.wall(at)),
             verdict,
             timeline: self.account.timeline().to_vec(),
         })
     }
 
-    fn reason(&self, plan: &AppPlan) -> String {
+    fn reason(&self, plan: &AppPlan, tell: &impl Fn(Timestamp) -> Timestamp) -> String {
         if let Some((error, _)) = &self.look_error {
             return format!("the app cannot be seen now: {error}");
         }
@@ -366,7 +384,7 @@ impl AppState {
         let waits = || plan.waits.iter();
         let first = waits().find(|w| matches!(w, Wait::CoolingDown { .. })).or_else(|| waits().next());
         match (first, &self.desired) {
-            (Some(wait), _) => wait.to_string(),
+            (Some(wait), _) => wait.clone().timed(tell).to_string(),
             (None, DesiredApp::Absent(why)) => why.clone(),
             (None, _) => String::new(),
         }

@@ -7,6 +7,7 @@ mod account;
 mod app;
 mod done;
 mod listen;
+mod prediction;
 mod report;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -48,6 +49,8 @@ use listen::{Hint, hang_up, listen};
 pub const PARALLEL_STEPS: usize = 8;
 /// Pulls at a time; each uses the whole line anyway.
 const PARALLEL_PULLS: usize = 3;
+/// Stops at a time. Most of their time they only wait for a program to end, and that must hold up nobody.
+const PARALLEL_STOPS: usize = 64;
 /// Longest wait for steps under way when the agent ends. Whatever is cut is found and finished by the next start.
 const LAST_STEPS: Duration = Duration::from_secs(8);
 /// Apps that have not been looked at yet hold back changes of nginx for this long at most.
@@ -122,6 +125,7 @@ pub struct Agent<M> {
     jobs: JoinSet<Done>,
     steps: Arc<Semaphore>,
     pulls: Arc<Semaphore>,
+    stops: Arc<Semaphore>,
     store_reachable: bool,
     store_block: Option<StoreBlock>,
 }
@@ -167,6 +171,7 @@ impl<M: Machine> Agent<M> {
             jobs: JoinSet::new(),
             steps: Arc::new(Semaphore::new(options.parallel)),
             pulls: Arc::new(Semaphore::new(PARALLEL_PULLS)),
+            stops: Arc::new(Semaphore::new(PARALLEL_STOPS)),
             store_reachable: true,
             store_block: None,
         }
@@ -352,7 +357,12 @@ impl<M: Machine> Agent<M> {
         let (machine, app, observed) =
             (self.machine.clone(), app.clone(), state.observed().cloned().unwrap_or_default());
         let span = state.span(step.kind());
-        let permits = if matches!(step, Step::Pull(_)) { self.pulls.clone() } else { self.steps.clone() };
+        let permits = match step {
+            Step::Pull(_) => &self.pulls,
+            Step::Stop { .. } | Step::Discard { .. } => &self.stops,
+            _ => &self.steps,
+        };
+        let permits = permits.clone();
         let performing = async move {
             let began = Instant::now();
             failpoint::boundary(step.kind().as_str());
@@ -414,10 +424,12 @@ impl<M: Machine> Agent<M> {
     fn wake_at(&self) -> Instant {
         let now = self.machine.now();
         let soon = |at: Timestamp| Instant::now() + at.since(now).max(Duration::from_millis(5));
-        let apps = self.apps.values().filter(|s| !s.observing && s.busy.is_none());
+        // Nothing is done for any app before everything was listed, and the store read.
+        let able = self.listed && self.snapshot.is_some();
+        let apps = self.apps.values().filter(|s| able && !s.observing && s.busy.is_none());
         let apps = apps.filter_map(|s| if s.dirty { Some(s.look_after) } else { s.wake }).min().map(soon);
         let relist = if self.listing { None } else { Some(self.relist_at) };
-        let proxy = self.proxy.wake.map(soon);
+        let proxy = self.proxy.wake.filter(|_| able && !self.proxy.observing).map(soon);
         [apps, relist, proxy].into_iter().flatten().min().unwrap_or_else(|| Instant::now() + Duration::from_secs(60))
     }
 

@@ -16,14 +16,13 @@ use crate::{
 impl<M: Machine> Agent<M> {
     /// Brings status, metrics and readiness up to date.
     pub(super) fn tell(&mut self) {
-        let now = self.machine.now();
         let host = self.machine.host().clone();
         let store = self.updates.borrow().status.clone();
         // Of an app that is neither here nor wanted here nothing is told.
         let (mut apps, mut views) = (Vec::new(), Vec::new());
         for state in self.apps.values_mut() {
-            if let Some(status) = state.status(&host, now) {
-                views.push(state.view(&status));
+            if let Some(status) = state.status(self.machine.as_ref()) {
+                views.push(state.view(&status, self.machine.as_ref()));
                 apps.push(status);
             }
         }

@@ -278,7 +278,7 @@ async fn remove_containers(docker: &Docker) {
     let Ok(listed) = docker.list(None).await else { return };
     let apps: std::collections::BTreeSet<_> = listed.into_iter().map(|l| l.app).collect();
     for app in apps {
-        let Ok(found) = docker.instances(&app, crate::model::time::Timestamp::now()).await else { continue };
+        let Ok(found) = docker.instances(&app, &crate::host::clock::Clock::default()).await else { continue };
         for container in found {
             // The store they came from goes too; nobody is to wait for a grace.
             let stopped = docker.stop(&container.id, Duration::from_secs(1)).await;

@@ -8,6 +8,7 @@ use super::Failed;
 use crate::{
     config::Config,
     host::{
+        clock::Clock,
         docker::{Docker, Meter},
         files,
         health::Prober,
@@ -54,12 +55,14 @@ pub(super) fn world(
         group: n.group,
         settings: n.settings.clone(),
     };
+    let clock = Arc::new(Clock::default());
     Ok(World {
         host: config.host.clone(),
         docker,
-        nginx: Nginx::new(server, nginx, layout.clone()),
+        nginx: Nginx::new(server, nginx, layout.clone(), clock.clone()),
         ports: Ports::new(config.ports.clone()),
-        prober: news.map(Prober::new),
+        prober: news.map(|news| Prober::new(news, clock.clone())),
+        clock,
         layout,
     })
 }

@@ -11,6 +11,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::failpoint;
+
 /// Why a file could not be written, read or removed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {operation} `{}`", path.display())]
@@ -28,6 +30,11 @@ impl FileError {
 }
 
 impl FileError {
+    /// A file that could not be written.
+    pub fn cannot_write(path: &Path, source: io::Error) -> Self {
+        failed("write", path)(source)
+    }
+
     /// A file of ours that says nothing we know.
     pub(super) fn not_ours(path: &Path, source: io::Error) -> Self {
         failed("understand", path)(source)
@@ -49,11 +56,14 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     let write = || -> io::Result<()> {
         remove(&beside)?;
         let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
+        failpoint::boundary("write");
         file.write_all(bytes)?;
         // The mode of `open` is cut by the umask.
         file.set_permissions(fs::Permissions::from_mode(mode))?;
         file.sync_all()?;
+        failpoint::boundary("rename");
         fs::rename(&beside, path)?;
+        failpoint::boundary("renamed");
         sync_parent(path)
     };
     write().map_err(|source| {
@@ -84,6 +94,7 @@ pub fn symlink(target: &Path, link: &Path) -> Result<()> {
     let point = || -> io::Result<()> {
         remove(&beside)?;
         std::os::unix::fs::symlink(target, &beside)?;
+        failpoint::boundary("relink");
         fs::rename(&beside, link)?;
         sync_parent(link)
     };

@@ -10,7 +10,7 @@ use std::{
 use tokio::{sync::mpsc::UnboundedSender, task::AbortHandle};
 use tokio_util::task::TaskTracker;
 
-use super::{files, probe};
+use super::{clock::Clock, files, probe};
 use crate::model::{
     name::{AppName, ContainerId},
     observed::{Address, Health},
@@ -44,6 +44,7 @@ pub struct Question {
 pub struct Prober {
     asked: Mutex<BTreeMap<AppName, HashMap<ContainerId, Asked>>>,
     news: UnboundedSender<AppName>,
+    clock: Arc<Clock>,
     tasks: TaskTracker,
 }
 
@@ -62,8 +63,8 @@ impl Drop for Asked {
 
 impl Prober {
     /// Tells `news` of each app whose health changed.
-    pub fn new(news: UnboundedSender<AppName>) -> Self {
-        Self { asked: Mutex::default(), news, tasks: TaskTracker::new() }
+    pub fn new(news: UnboundedSender<AppName>, clock: Arc<Clock>) -> Self {
+        Self { asked: Mutex::default(), news, clock, tasks: TaskTracker::new() }
     }
 
     /// Asks this instance from now on, and answers with what is known of it.
@@ -77,8 +78,13 @@ impl Prober {
             return known.health.lock().unwrap_or_else(PoisonError::into_inner).clone();
         }
         let health = Arc::new(Mutex::new(Health::Unknown));
-        let asking =
-            Asking { app: app.clone(), question: question.clone(), health: health.clone(), news: self.news.clone() };
+        let asking = Asking {
+            app: app.clone(),
+            question: question.clone(),
+            health: health.clone(),
+            news: self.news.clone(),
+            clock: self.clock.clone(),
+        };
         let task = self.tasks.spawn(asking.run()).abort_handle();
         of_app.insert(id.clone(), Asked { health, question, task });
         Health::Unknown
@@ -102,6 +108,7 @@ struct Asking {
     question: Question,
     health: Arc<Mutex<Health>>,
     news: UnboundedSender<AppName>,
+    clock: Arc<Clock>,
 }
 
 impl Asking {
@@ -113,7 +120,7 @@ impl Asking {
         let (mut successes, mut failures, mut was_healthy) = (0u32, 0u32, false);
         loop {
             let answer = self.ask().await;
-            let now = Timestamp::now();
+            let now = self.clock.now();
             let pause = match answer {
                 Ok(()) => {
                     (successes, failures) = (successes + 1, 0);

@@ -2,6 +2,7 @@
 //! disk in `files`.
 
 pub mod certificate;
+pub mod clock;
 pub mod docker;
 pub mod drain;
 pub mod files;

@@ -42,6 +42,11 @@ impl Vitals {
         for (file, at) in &self.certificates {
             text.series(name, &[("file", file)], at.as_millis() as f64 / 1000.0);
         }
+        // There is none outside of the runtime, in tests of the text.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            text.family("demae_tasks", "gauge", "Tasks of the agent that have not ended");
+            text.series("demae_tasks", &[], runtime.metrics().num_alive_tasks() as f64);
+        }
         let (used, all) = self.ports;
         text.family("demae_ports", "gauge", "Loopback ports for apps: in use or at rest, and free");
         text.series("demae_ports", &[("state", "used")], used as f64);

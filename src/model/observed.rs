@@ -70,6 +70,8 @@ pub struct Instance {
     pub health: Health,
     /// Whether Docker keeps it running: given once it is proven.
     pub settled: bool,
+    /// Whether the agent ended it, or was about to, before its release was proven. How it ended says nothing then.
+    pub leaving: bool,
     /// Whether the kernel ended it for want of memory.
     pub out_of_memory: bool,
     /// When it last started, or was created.

@@ -4,6 +4,34 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+/// Most bytes of one part of a problem that are shown.
+const SHOWN: usize = 1000;
+
+/// What people wrote, fit for a terminal: without what would move its cursor, colour it or turn its text around, and of a
+/// length that can be read.
+fn shown(text: impl Into<String>) -> String {
+    let text = text.into();
+    let moves = |c: char| {
+        c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    if text.len() <= SHOWN && !text.chars().any(moves) {
+        return text;
+    }
+    let mut out = String::new();
+    for c in text.chars() {
+        if out.len() >= SHOWN {
+            out.push('…');
+            break;
+        }
+        if moves(c) {
+            out.extend(c.escape_debug());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
 /// One mistake in a file or a key: where it is, what it is, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Problem {
@@ -23,7 +51,7 @@ pub struct Problem {
 impl Problem {
     /// A problem without a place in a text.
     pub fn new(key: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { line: 0, column: 0, key: key.into(), message: message.into(), hint: None }
+        Self { line: 0, column: 0, key: shown(key), message: shown(message), hint: None }
     }
 
     /// The same problem, at a place.
@@ -37,7 +65,7 @@ impl Problem {
     /// The same problem, with a remedy.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
+        self.hint = Some(shown(hint));
         self
     }
 }
@@ -83,6 +111,17 @@ impl Problems {
     #[must_use]
     pub fn sorted(mut self) -> Self {
         self.0.sort();
+        self
+    }
+
+    /// The first of them, and how many there are beside.
+    #[must_use]
+    pub fn first(mut self, most: usize) -> Self {
+        if let Some((line, column)) = self.0.get(most).map(|p| (p.line, p.column)) {
+            let more = self.0.len() - most;
+            self.0.truncate(most);
+            self.0.push(Problem::new("", format!("{more} more problems from here on")).at(line, column));
+        }
         self
     }
 }

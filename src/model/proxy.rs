@@ -1,6 +1,6 @@
 //! What nginx is asked to serve: values only. Text is made of them elsewhere.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -48,6 +48,9 @@ pub struct Manifest {
     /// When the vhost of an app last changed, or went.
     #[serde(default)]
     pub changed: BTreeMap<AppName, Timestamp>,
+    /// Apps that changed since a worker last served a set of demae's: until one serves this, requests go where they went.
+    #[serde(default)]
+    pub fresh: BTreeSet<AppName>,
 }
 
 /// A vhost that nginx, or its template, refused.
@@ -81,6 +84,8 @@ pub struct ObservedProxy {
     pub templates: String,
     /// Workers that serve, or may serve, an older set.
     pub old_workers: usize,
+    /// Since when there are workers that take new requests.
+    pub workers_since: Timestamp,
 }
 
 impl ObservedProxy {
@@ -102,9 +107,12 @@ impl ObservedProxy {
         self.live.as_ref()?.vhosts.get(app)
     }
 
-    /// When the vhost of an app last changed, or went; whoever left it then began to drain.
+    /// When the vhost of an app last changed, or went, for the workers that take requests; whoever left it then began to
+    /// drain. Means nothing while the live set is not served.
     pub fn changed(&self, app: &AppName) -> Timestamp {
-        self.live.as_ref().and_then(|m| m.changed.get(app)).copied().unwrap_or(self.published)
+        let made = self.live.as_ref().and_then(|m| m.changed.get(app)).copied().unwrap_or(self.published);
+        let fresh = self.live.as_ref().is_some_and(|m| m.fresh.contains(app));
+        if fresh { made.max(self.workers_since) } else { made }
     }
 
     /// Why the last vhost of an app was refused.

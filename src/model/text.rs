@@ -2,6 +2,10 @@
 
 use std::time::Duration;
 
+/// Longest duration that is taken: a year. Whoever multiplies one, adds it to a time or tells it to Docker in nanoseconds
+/// stays far from the largest number there is.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// `1m30s`, `500ms`, `2.5s`. Units: `us ms s m h`. Bare numbers are refused, as in Compose.
 ///
 /// # Errors
@@ -29,7 +33,10 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         total += number * unit;
         rest = &rest[letters..];
     }
-    Duration::try_from_secs_f64(total).map_err(|_| error())
+    match Duration::try_from_secs_f64(total) {
+        Ok(found) if found <= LONGEST => Ok(found),
+        _ => Err(format!("`{text}` is too long; a year, `8760h`, is the most")),
+    }
 }
 
 /// `512M`, `64k`, `1.5gb`, `1024`: 1024-based, as Docker and Compose read them. In bytes.
@@ -108,7 +115,7 @@ mod tests {
         assert_eq!(ms("20ms"), Ok(20));
         assert_eq!(ms("2.5s"), Ok(2500));
         assert_eq!(ms("500us"), Ok(0));
-        for bad in ["", "10", "s", "1x", "1M", "-1s", "1s x"] {
+        for bad in ["", "10", "s", "1x", "1M", "-1s", "1s x", "8761h", "5000000000000000h"] {
             assert!(duration(bad).is_err(), "{bad:?} was taken for a duration");
         }
     }

@@ -3,6 +3,8 @@
 //! Serde would stop at the first mistake and forget where it was; people want all of them, with lines.
 //! The texts come from a store that many may write to, so size and depth are bounded and aliases refused.
 
+use std::collections::HashMap;
+
 use saphyr_parser::{Event, Parser, ScalarStyle, Span};
 
 use super::problem::Problem;
@@ -80,10 +82,10 @@ pub fn parse(bytes: &[u8]) -> Result<Node, Problem> {
         let line = before.iter().filter(|b| **b == b'\n').count() + 1;
         Problem::new("", format!("the text is not UTF-8 at byte {}", e.valid_up_to())).at(line, 1)
     })?;
-    let mut reader = Reader { events: Parser::new_from_str(text), depth: 0 };
+    let last = text.lines().count().max(1);
+    let mut reader = Reader { events: Parser::new_from_str(text), depth: 0, last };
     reader.document().map_err(|mut problem| {
-        // What is missing at the end is missed on a line that is not there.
-        problem.line = problem.line.min(text.lines().count().max(1));
+        problem.line = problem.line.min(last);
         problem
     })
 }
@@ -91,6 +93,8 @@ pub fn parse(bytes: &[u8]) -> Result<Node, Problem> {
 struct Reader<'i> {
     events: Parser<'i, saphyr_parser::StrInput<'i>>,
     depth: usize,
+    /// The last line. What is missing at the end is missed on a line that is not there.
+    last: usize,
 }
 
 impl<'i> Reader<'i> {
@@ -130,7 +134,7 @@ impl<'i> Reader<'i> {
         if self.depth >= MAX_DEPTH {
             return Err(problem(span, "the text is nested too deeply"));
         }
-        let (line, column) = (span.start.line(), span.start.col() + 1);
+        let (line, column) = (span.start.line().min(self.last), span.start.col() + 1);
         let value = match event {
             Event::Scalar(text, style, anchor, tag) => {
                 refuse_extras(span, anchor, tag.is_some())?;
@@ -172,6 +176,8 @@ impl<'i> Reader<'i> {
 
     fn entries(&mut self) -> Result<Vec<(Key, Node)>, Problem> {
         let mut entries: Vec<(Key, Node)> = Vec::new();
+        // Beside the list, with the line of each: a text has room for fifty thousand keys.
+        let mut seen: HashMap<String, usize> = HashMap::new();
         loop {
             let (event, span) = self.next()?;
             let name = match event {
@@ -182,9 +188,9 @@ impl<'i> Reader<'i> {
             if name == "<<" {
                 return Err(problem(span, "merge keys (`<<`) are not read; write the values out"));
             }
-            let key = Key { name, line: span.start.line(), column: span.start.col() + 1 };
-            if let Some((first, _)) = entries.iter().find(|(k, _)| k.name == key.name) {
-                let message = format!("this key stands twice; it is already on line {}", first.line);
+            let key = Key { name, line: span.start.line().min(self.last), column: span.start.col() + 1 };
+            if let Some(first) = seen.insert(key.name.clone(), key.line) {
+                let message = format!("this key stands twice; it is already on line {first}");
                 return Err(Problem::new(key.name, message).at(key.line, key.column));
             }
             let (event, span) = self.next()?;

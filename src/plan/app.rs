@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::{
     AppInput, AppPlan,
     draft::Draft,
-    group::{Group, ending, handle, is_established, of_release, patience},
+    group::{Group, ending, handle, is_established, is_left, of_release, patience},
     retire, routes,
     step::{Planned, Step, StepKind},
     wait::{Block, Wait},
@@ -24,6 +24,8 @@ use crate::model::{
 const PROOFS: u32 = 3;
 /// Candidates of a release that may be killed from outside before the release is given up: programs can end as if.
 const KILLS: u32 = 5;
+/// How often a candidate whose time is over is looked at until somebody has asked it.
+const ASKED_SOON: Duration = Duration::from_secs(1);
 /// How often an image that nobody pulls is looked for.
 const LOOK_FOR_IMAGE: Duration = Duration::from_secs(5);
 
@@ -118,7 +120,10 @@ impl<'a> Draft<'a> {
                 self.plan.blocks.push(Block::Halted(verdict.clone()));
                 false
             }
-            None => self.roll_out(target, &group, proven),
+            None => {
+                retire::strays(self, target, serving.as_ref());
+                self.roll_out(target, &group, proven)
+            }
         };
         let active = if ready || proven { Some(wanted) } else { serving.as_ref().filter(|s| *s != wanted) };
         let routed = routes::route(self, target, active, &group);
@@ -133,7 +138,7 @@ impl<'a> Draft<'a> {
 
     /// Starts again what was in service and has ended.
     fn supervise(&mut self, instances: impl Iterator<Item = &'a Instance>) {
-        for instance in instances.filter(|i| is_established(self.input, i)).collect::<Vec<_>>() {
+        for instance in instances.filter(|i| is_established(self.input, i) && !is_left(i)).collect::<Vec<_>>() {
             match instance.phase {
                 Phase::Exited(_) | Phase::Created | Phase::Paused => {
                     self.step(Step::Start(handle(instance)), "it should run and does not");
@@ -154,13 +159,15 @@ impl<'a> Draft<'a> {
             return false;
         }
         let discarded = self.input.cooling.get(&StepKind::Discard).map_or(0, |c| c.attempts);
-        if let Some(instance) = group.spent.first().filter(|_| !proven && discarded >= KILLS) {
+        if let Some(instance) = group.spent.iter().find(|i| !i.leaving).filter(|_| !proven && discarded >= KILLS) {
             let cause = format!("{} {KILLS} times before it was healthy", ending(instance));
             let (handle, release) = (handle(instance), release.clone());
             self.step(Step::RecordVerdict { handle, release, cause, exit_code: None }, "the release failed");
             return false;
         }
-        if let Some(instance) = group.spent.first() {
+        if let Some(instance) = group.spent.iter().find(|i| i.leaving) {
+            self.step(Step::Remove(handle(instance)), "it was ended when another release was wanted");
+        } else if let Some(instance) = group.spent.first() {
             let why = ending(instance);
             self.step(Step::Discard { handle: handle(instance), why }, "a replacement did not get healthy");
         }
@@ -230,7 +237,12 @@ impl<'a> Draft<'a> {
                     // That a container has run long enough is no event.
                     let settles = instance.started.plus(SETTLE);
                     let by_time = instance.check.probe == Probe::Running && self.input.now < settles;
-                    let again = if by_time { settles } else { until };
+                    let again = match self.input.now {
+                        now if by_time => settles.max(now),
+                        now if now < until => until,
+                        // Whoever asks it is about to tell.
+                        now => now.plus(ASKED_SOON),
+                    };
                     self.wait(Wait::Health { key: instance.key.clone(), until, answer, again });
                 }
             }

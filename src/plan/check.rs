@@ -102,6 +102,8 @@ fn check_ending(input: &AppInput<'_>, instance: &Instance, step: &Step, found: &
         found.push(format!("`{step}` ends an instance that requests go to"));
     }
     let left = match &instance.address {
+        // Nothing has left before nginx serves what it was told.
+        Some(Address::Port(_)) if !input.proxy.serving => input.now,
         Some(Address::Port(_)) => input.proxy.changed,
         _ => input.observed.slots_changed,
     };

@@ -34,11 +34,8 @@ impl<'a> Group<'a> {
         let spent: Vec<&Instance> = all
             .iter()
             .copied()
-            .filter(|i| !is_established(input, i))
-            .filter(|i| {
-                was_killed(i)
-                    || proven && (is_late(i, input) && !i.health.is_healthy() || matches!(i.phase, Phase::Exited(_)))
-            })
+            .filter(|i| !is_established(input, i) || is_left(i))
+            .filter(|i| was_killed(i) || proven && (is_late(i, input) || matches!(i.phase, Phase::Exited(_))))
             .collect();
         let condemned = |i: &Instance| match &i.health {
             Health::Unhealthy { since, .. } => {
@@ -63,9 +60,9 @@ impl<'a> Group<'a> {
         Self { all, good, spent }
     }
 
-    /// The image that the release was resolved to, if it has an instance.
+    /// The image that the release was resolved to, if it has an instance that lives. That of a dead one may be gone.
     pub(super) fn image(&self) -> Option<String> {
-        self.all.first().map(|i| i.image.clone())
+        self.all.iter().find(|i| i.is_alive()).map(|i| i.image.clone())
     }
 
     /// The lowest number that no instance has.
@@ -86,7 +83,7 @@ impl<'a> Group<'a> {
                     Some(verdict(format!("it ended with exit code {code}{memory} before it was healthy"), Some(*code)))
                 }
                 Phase::Restarting => Some(verdict("it ends again and again".to_owned(), None)),
-                Phase::Running if is_late(i, input) && !i.health.is_healthy() => {
+                Phase::Running if is_late(i, input) => {
                     let took = within(i.check.deadline());
                     let cause = match &i.health {
                         Health::Starting(answer) | Health::Unhealthy { answer, .. } if !answer.is_empty() => {
@@ -110,9 +107,10 @@ pub(super) fn of_release<'a>(
     observed.instances.iter().filter(move |i| i.key.release == release)
 }
 
+/// Whether a candidate was asked after its deadline, and was not well. That the deadline is over is not enough: an agent
+/// that was stopped for a while has old answers.
 fn is_late(instance: &Instance, input: &AppInput<'_>) -> bool {
-    // An instance this agent has not asked yet is asked first: a restarted agent knows of no answer.
-    instance.is_alive() && instance.health != Health::Unknown && input.now >= instance.deadline()
+    instance.is_alive() && instance.health.is_unhealthy() && input.now >= instance.deadline()
 }
 
 /// Whether an instance has been put in service: it is routed, or Docker keeps it running.
@@ -120,14 +118,20 @@ pub(super) fn is_established(input: &AppInput<'_>, instance: &Instance) -> bool 
     instance.settled || is_routed(input, instance)
 }
 
+/// Whether an instance has ended, and is not to be started again.
+pub(super) fn is_left(instance: &Instance) -> bool {
+    instance.leaving && matches!(instance.phase, Phase::Exited(_))
+}
+
 /// Whether somebody ended an instance from outside: a person, or an engine or a host that went down. That says nothing
 /// about its release. 128 + SIGKILL and 128 + SIGTERM, as a shell would tell them.
 fn was_killed(instance: &Instance) -> bool {
-    matches!(instance.phase, Phase::Exited(137 | 143)) && !instance.out_of_memory
+    let code = matches!(instance.phase, Phase::Exited(137 | 143)) && !instance.out_of_memory;
+    code || is_left(instance)
 }
 
 pub(super) fn patience(instance: &Instance) -> Duration {
-    (instance.check.interval * instance.check.retries).max(PATIENCE)
+    instance.check.interval.saturating_mul(instance.check.retries).max(PATIENCE)
 }
 
 pub(super) fn ending(instance: &Instance) -> String {

@@ -75,6 +75,12 @@ pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
         plan.trouble.clone_from(&observed.error);
         return plan;
     }
+    if let (None, Some(served), true) = (&observed.live, observed.serving, keeps) {
+        plan.trouble = Some(format!(
+            "the link `live` of demae's nginx files is gone, and apps that are to stay as they are were served by it; make it lead to `{served}.set` again"
+        ));
+        return plan;
+    }
     let wanted = wanted(input);
     let step = match &observed.live {
         None => Some((ProxyStep::Publish(wanted), "there is no configuration of demae yet")),

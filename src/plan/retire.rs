@@ -47,6 +47,24 @@ pub(super) fn retire(
     }
 }
 
+/// Ends candidates of releases that are not wanted any more, before more are made, once there are as many as instances
+/// are wanted: else they would pile up for as long as minds change faster than containers are made.
+pub(super) fn strays(draft: &mut Draft<'_>, target: &Target, serving: Option<&ReleaseId>) {
+    let input = draft.input;
+    let is_stray = |i: &&Instance| {
+        i.key.release != target.release.id
+            && serving != Some(&i.key.release)
+            && !is_established(input, i)
+            && !(i.is_running() && i.health.is_healthy() && serving.is_none())
+    };
+    let strays: Vec<&Instance> = draft.observed().instances.iter().filter(is_stray).collect();
+    if strays.len() >= usize::from(target.replicas) {
+        for instance in strays {
+            end(draft, instance, "it is a candidate of a release that is not wanted any more");
+        }
+    }
+}
+
 /// Everything of an app that does not belong here goes: route, connections, containers, files, in this order.
 pub(super) fn leave(draft: &mut Draft<'_>) {
     draft.plan.vhost = VhostWish::Remove;
@@ -74,6 +92,8 @@ fn end(draft: &mut Draft<'_>, instance: &Instance, reason: &'static str) {
         Phase::Created | Phase::Exited(_) => draft.step(Step::Remove(handle(instance)), reason),
         Phase::Running | Phase::Paused | Phase::Restarting => {
             let left = match &instance.address {
+                // Until nginx serves the live set, requests go where they went, and nothing has begun to drain.
+                Some(Address::Port(_)) if !draft.input.proxy.serving => draft.input.now,
                 Some(Address::Port(_)) => draft.input.proxy.changed,
                 _ => draft.observed().slots_changed,
             };

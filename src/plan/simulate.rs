@@ -140,6 +140,7 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
                 phase: Phase::Created,
                 health: Health::Unknown,
                 settled: false,
+                leaving: false,
                 out_of_memory: false,
                 started: now,
                 address,
@@ -165,7 +166,10 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
         }
         Step::Prove { release, .. } => observed.proven = Some(release.clone()),
         Step::Settle(handle) => change(handle, &|i| i.settled = true),
-        Step::Stop { handle, .. } => change(handle, &|i| i.phase = Phase::Exited(0)),
+        Step::Stop { handle, .. } => change(handle, &|i| {
+            i.phase = Phase::Exited(0);
+            i.leaving |= !i.settled;
+        }),
         Step::Remove(handle) | Step::Discard { handle, .. } => {
             observed.instances.retain(|i| i.id != handle.id);
             observed.socket_dirs.remove(&handle.key);
@@ -186,6 +190,50 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
             }
         }
     }
+}
+
+/// Where the model of a step and what is seen of a host after it contradict each other. What moves by itself may have
+/// moved: a program may have ended, Docker may have started it again, a person may have removed a container.
+pub fn contradiction(step: &Step, predicted: &ObservedApp, seen: &ObservedApp) -> Option<String> {
+    fn differ<T: PartialEq + std::fmt::Debug>(what: &str, predicted: &T, seen: &T) -> Option<String> {
+        (predicted != seen).then(|| format!("{what} should be {predicted:?}, and {seen:?} is seen"))
+    }
+    // Somebody may have removed another instance meanwhile.
+    let subject = match step {
+        Step::Create { key, .. } => Some(key),
+        Step::Start(handle) | Step::Settle(handle) => Some(&handle.key),
+        _ => None,
+    };
+    let find = |i: &&Instance| seen.instances.iter().find(|s| s.key == i.key);
+    let gone = |i: &&Instance| find(i).is_none() && subject != Some(&i.key);
+    let expected: Vec<&Instance> = predicted.instances.iter().filter(|i| !gone(i)).collect();
+    let keys = |all: &[&Instance]| all.iter().map(|i| i.key.clone()).collect::<Vec<_>>();
+    let found: Vec<&Instance> = seen.instances.iter().collect();
+    let verdicts = |o: &ObservedApp| o.verdicts.keys().cloned().collect::<Vec<_>>();
+    differ("the instances", &keys(&expected), &keys(&found))
+        .or_else(|| differ("the routes", &predicted.slots, &seen.slots))
+        .or_else(|| differ("the env-files", &predicted.env_files, &seen.env_files))
+        .or_else(|| differ("the socket directories", &predicted.socket_dirs, &seen.socket_dirs))
+        .or_else(|| differ("the proven release", &predicted.proven, &seen.proven))
+        .or_else(|| differ("the verdicts", &verdicts(predicted), &verdicts(seen)))
+        .or_else(|| expected.iter().zip(found).find_map(|(p, s)| instances_differ(p, s)))
+}
+
+fn instances_differ(predicted: &Instance, seen: &Instance) -> Option<String> {
+    let kind = |i: &Instance| i.address.as_ref().map(std::mem::discriminant);
+    let same_phase = match (&predicted.phase, &seen.phase) {
+        (Phase::Running | Phase::Restarting, Phase::Running | Phase::Restarting | Phase::Exited(_))
+        | (Phase::Exited(_), Phase::Exited(_)) => true,
+        (predicted, seen) => predicted == seen,
+    };
+    let same = same_phase
+        && predicted.settled == seen.settled
+        && predicted.leaving == seen.leaving
+        && kind(predicted) == kind(seen)
+        && predicted.drain == seen.drain
+        && predicted.check == seen.check
+        && predicted.ordered == seen.ordered;
+    (!same).then(|| format!("{} should be {predicted:?}, and {seen:?} is seen", predicted.key))
 }
 
 /// The steps that lie ahead if all goes well, as lines, until nothing is left or a person must act.

@@ -86,6 +86,21 @@ impl Wait {
         }
     }
 
+    /// The same, with its times told by another clock.
+    #[must_use]
+    pub fn timed(mut self, tell: &impl Fn(Timestamp) -> Timestamp) -> Self {
+        match &mut self {
+            Self::Health { until, again, .. } | Self::Drain { until, again, .. } => {
+                (*until, *again) = (tell(*until), tell(*again));
+            }
+            Self::CoolingDown { until, .. } | Self::Recovery { until, .. } | Self::Image(until) => {
+                *until = tell(*until);
+            }
+            Self::Busy(_) | Self::Proxy(_) | Self::Removal(_) | Self::Store(_) => {}
+        }
+        self
+    }
+
     /// The kind: a bounded set, for metrics.
     pub fn kind(&self) -> &'static str {
         match self {

@@ -120,6 +120,12 @@ pub(super) fn text(
 }
 
 impl Ledger {
+    /// As it is kept.
+    pub fn text(&self, host: &HostName, prefix: &Prefix) -> Vec<u8> {
+        let Self { identity, saved, contents, key, held } = self;
+        text((host, prefix), identity, *saved, (contents, key), held.as_ref())
+    }
+
     /// From what was kept. Anything that is not exactly what was written is refused.
     ///
     /// # Errors
@@ -132,9 +138,13 @@ impl Ledger {
             return Err(LedgerError::Damaged("its first line is not that of a ledger"));
         };
         // Before the checksum: another form may have another one.
-        let version: u32 = version.parse().map_err(|_| LedgerError::Damaged("its form is no number"))?;
-        if version != VERSION {
-            return Err(LedgerError::Version(version));
+        let number: u32 = version.parse().map_err(|_| LedgerError::Damaged("its form is no number"))?;
+        // `01` and `+1` are numbers too, and nobody wrote them.
+        if version != number.to_string() {
+            return Err(LedgerError::Damaged("its form is no number"));
+        }
+        if number != VERSION {
+            return Err(LedgerError::Version(number));
         }
         let body = &text[end + 1..];
         if digest(body) != sum {
@@ -177,22 +187,17 @@ mod tests {
         (ledger, HostName::try_from("web1").expect("a name"), Prefix::new("/demae").expect("a prefix"))
     }
 
-    fn kept(ledger: &Ledger, host: &HostName, prefix: &Prefix) -> Vec<u8> {
-        let Ledger { identity, saved, contents, key, held } = ledger;
-        text((host, prefix), identity, *saved, (contents, key), held.as_ref())
-    }
-
     #[test]
     fn what_was_kept_comes_back() {
         let (ledger, host, prefix) = ledger();
-        let text = kept(&ledger, &host, &prefix);
+        let text = ledger.text(&host, &prefix);
         assert_eq!(Ledger::parse(&text, &host, &prefix), Ok(ledger));
     }
 
     #[test]
     fn a_ledger_that_was_cut_or_changed_anywhere_is_refused() {
         let (ledger, host, prefix) = ledger();
-        let text = kept(&ledger, &host, &prefix);
+        let text = ledger.text(&host, &prefix);
         for length in 0..text.len() {
             assert!(Ledger::parse(&text[..length], &host, &prefix).is_err(), "cut after {length} bytes");
         }
@@ -206,7 +211,7 @@ mod tests {
     #[test]
     fn ledgers_of_others_are_told_apart() {
         let (ledger, host, prefix) = ledger();
-        let text = kept(&ledger, &host, &prefix);
+        let text = ledger.text(&host, &prefix);
         let other = HostName::try_from("web2").expect("a name");
         assert!(matches!(Ledger::parse(&text, &other, &prefix), Err(LedgerError::Foreign { .. })));
         let newer = String::from_utf8(text).expect("text").replacen(" 1 ", " 2 ", 1);

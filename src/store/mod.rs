@@ -19,7 +19,7 @@ pub use compare::{Comparison, compare, init};
 pub use ledger::{Ledger, LedgerError, Shelf};
 pub use members::{Member, members};
 pub use publish::{HostInfo, publish, published};
-pub use read::{Contents, Entry, read_once};
+pub use read::{Contents, Entry, fingerprint, read_once};
 pub use standing::{Acceptance, Brake, Found, Identity, Standing};
 pub use watch::watch;
 

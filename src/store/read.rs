@@ -43,11 +43,13 @@ impl Entry {
         Self { value, created, modified }
     }
 
-    pub(super) fn value(&self) -> &[u8] {
+    /// What was read.
+    pub fn value(&self) -> &[u8] {
         &self.value
     }
 
-    pub(super) fn created(&self) -> i64 {
+    /// The revision it was made at.
+    pub fn created(&self) -> i64 {
         self.created
     }
 
@@ -120,7 +122,7 @@ pub async fn read(
 }
 
 /// Stands for a release key without telling it.
-pub(super) fn fingerprint(key: &ReleaseKey) -> String {
+pub fn fingerprint(key: &ReleaseKey) -> String {
     hex(&Sha256::digest(key.expose())[..8])
 }
 

@@ -408,6 +408,11 @@ impl Drop for Lab {
         }
         self.stop_nginx();
         kill(&mut self.etcd_process);
+        let contradictions: Vec<String> =
+            self.agent_log().lines().filter(|l| l.contains("model and host differ")).map(str::to_owned).collect();
+        if !std::thread::panicking() {
+            assert!(contradictions.is_empty(), "the model of a step is wrong: {contradictions:#?}");
+        }
         if std::thread::panicking() {
             eprintln!("the end of the agent's log:");
             let log = self.agent_log();

@@ -12,7 +12,7 @@ use bollard::{
 
 use super::{Docker, DockerError, Operation, label};
 use crate::model::{
-    name::{AppName, ContainerId},
+    name::{AppName, ContainerId, HostName},
     observed::InstanceKey,
     release::Release,
     spec::{Endpoint, Probe, VolumeSource},
@@ -43,7 +43,7 @@ impl Docker {
     /// # Errors
     /// If the engine cannot; a name taken by somebody else gets the container another name.
     pub async fn create(&self, request: &CreateRequest<'_>) -> Result<ContainerId, DockerError> {
-        let body = self.body(request);
+        let body = Self::body(&self.host, request);
         let base = format!("demae.{}.{}.{}", self.host, request.app, request.key);
         for attempt in 0..10 {
             let name = if attempt == 0 { base.clone() } else { format!("{base}.{attempt}") };
@@ -72,16 +72,16 @@ impl Docker {
             Err(e) => return Err(e),
         };
         let labels = found.config.and_then(|c| c.labels).unwrap_or_default();
-        let same = self.labels(request).iter().all(|(k, v)| k == label::PORT || labels.get(k) == Some(v));
+        let same = Self::labels(&self.host, request).iter().all(|(k, v)| k == label::PORT || labels.get(k) == Some(v));
         if same { found.id.map(|i| id(&i)).transpose() } else { Ok(None) }
     }
 
-    fn labels(&self, r: &CreateRequest<'_>) -> HashMap<String, String> {
+    fn labels(host: &HostName, r: &CreateRequest<'_>) -> HashMap<String, String> {
         let json = |value: Result<String, serde_json::Error>| value.unwrap_or_default();
         let mut labels: HashMap<String, String> =
             r.release.container.labels.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
         labels.extend([
-            (label::HOST.to_owned(), self.host.to_string()),
+            (label::HOST.to_owned(), host.to_string()),
             (label::APP.to_owned(), r.app.to_string()),
             (label::RELEASE.to_owned(), r.key.release.to_string()),
             (label::NUMBER.to_owned(), r.key.number.to_string()),
@@ -98,10 +98,10 @@ impl Docker {
         labels
     }
 
-    fn body(&self, r: &CreateRequest<'_>) -> ContainerCreateBody {
+    fn body(host: &HostName, r: &CreateRequest<'_>) -> ContainerCreateBody {
         let c = &r.release.container;
         let mut env: Vec<String> = r.release.env.iter().map(|(k, v)| format!("{k}={}", v.expose())).collect();
-        env.extend(facts(r.app, r.key, self.host.as_str()).map(|(k, v)| format!("{k}={v}")));
+        env.extend(facts(r.app, r.key, host.as_str()).map(|(k, v)| format!("{k}={v}")));
         let mut mounts: Vec<Mount> = c
             .volumes
             .iter()
@@ -160,7 +160,7 @@ impl Docker {
             user: c.user.clone(),
             working_dir: c.working_dir.clone(),
             env: Some(env),
-            labels: Some(self.labels(r)),
+            labels: Some(Self::labels(host, r)),
             exposed_ports: some(exposed),
             healthcheck: Some(health(r.release)),
             stop_signal: c.stop_signal.clone(),
@@ -169,6 +169,11 @@ impl Docker {
             ..Default::default()
         }
     }
+}
+
+/// The body of the create call, as the engine gets it: for whoever checks what a spec can ask for.
+pub fn create_body(host: &HostName, request: &CreateRequest<'_>) -> serde_json::Value {
+    serde_json::to_value(Docker::body(host, request)).unwrap_or_default()
 }
 
 /// What demae tells every container about itself.

@@ -5,12 +5,24 @@ use std::time::Duration;
 use bollard::models::{ContainerInspectResponse, ContainerStateStatusEnum, HealthStatusEnum, RestartPolicyNameEnum};
 
 use super::{DockerError, Result, label};
+use crate::host::clock::Clock;
 use crate::model::{
     name::{AppName, ContainerId, ImageRef, ReleaseId},
     observed::{Health, InstanceKey, Phase},
     spec::{Endpoint, HealthCheck, Probe, SETTLE},
     time::Timestamp,
 };
+
+impl Found {
+    /// Whether its process may exist.
+    pub fn is_alive(&self) -> bool {
+        matches!(self.phase, Phase::Running | Phase::Restarting | Phase::Paused)
+    }
+}
+
+/// What is put behind the name of a container that is ended before its release was proven, so that the next agent does
+/// not take the end for a failure of the release.
+pub(super) const LEAVING: &str = "-leaving";
 
 /// A container of this host, as the engine tells of it.
 #[derive(Debug, Clone)]
@@ -33,6 +45,8 @@ pub struct Found {
     pub settled: bool,
     /// Whether the kernel ended it for want of memory.
     pub out_of_memory: bool,
+    /// Whether it was ended before its release was proven.
+    pub leaving: bool,
     /// When it last started, or was created.
     pub started: Timestamp,
     /// How often the engine has started it again.
@@ -52,7 +66,7 @@ pub struct Found {
 }
 
 /// A container from its labels and what the engine says of it.
-pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, now: Timestamp) -> Result<Found> {
+pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, clock: &Clock) -> Result<Found> {
     let bad = |what: &str| DockerError::Labels { id: id.get(..12).unwrap_or(id).to_owned(), what: what.to_owned() };
     let config = details.config.unwrap_or_default();
     let labels = config.labels.unwrap_or_default();
@@ -67,22 +81,26 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, n
         Some(text) => Some(serde_json::from_str(text).map_err(|_| bad(label::ENDPOINT))?),
     };
     let state = details.state.unwrap_or_default();
-    let created = details.created.as_deref().and_then(Timestamp::parse).unwrap_or_default();
-    let started = state.started_at.as_deref().and_then(Timestamp::parse).unwrap_or_default().max(created);
+    let steady = |stamp: Option<&str>| clock.steady(stamp.and_then(Timestamp::parse).unwrap_or_default());
+    let started = steady(state.started_at.as_deref()).max(steady(details.created.as_deref()));
     let out_of_memory = state.oom_killed == Some(true);
     let phase = match state.status {
         Some(ContainerStateStatusEnum::CREATED) => Phase::Created,
         Some(ContainerStateStatusEnum::RUNNING | ContainerStateStatusEnum::STOPPING) => Phase::Running,
         Some(ContainerStateStatusEnum::PAUSED) => Phase::Paused,
         Some(ContainerStateStatusEnum::RESTARTING) => Phase::Restarting,
-        Some(ContainerStateStatusEnum::EXITED) => Phase::Exited(state.exit_code.unwrap_or(-1)),
+        // Of a dead one the removal failed half-way. It can only be removed again.
+        Some(ContainerStateStatusEnum::EXITED | ContainerStateStatusEnum::DEAD) => {
+            Phase::Exited(state.exit_code.unwrap_or(-1))
+        }
         _ => Phase::Removing,
     };
+    let dead = state.status == Some(ContainerStateStatusEnum::DEAD);
     let health = match &check.probe {
         Probe::Http(_) | Probe::Tcp => None,
-        Probe::Command(_) => Some(docker_health(state.health.unwrap_or_default(), started)),
+        Probe::Command(_) => Some(docker_health(state.health.unwrap_or_default(), started, clock)),
         Probe::Running => Some(match phase {
-            Phase::Running if now >= started.plus(SETTLE) => Health::Healthy,
+            Phase::Running if clock.now() >= started.plus(SETTLE) => Health::Healthy,
             Phase::Restarting => Health::Unhealthy { since: started, answer: "it ends again and again".into() },
             _ => Health::Starting(String::new()),
         }),
@@ -104,6 +122,7 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, n
         health,
         settled,
         out_of_memory,
+        leaving: dead || details.name.as_deref().is_some_and(|name| name.ends_with(LEAVING)),
         started,
         restarts: details.restart_count.and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
         endpoint,
@@ -116,7 +135,7 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, n
 }
 
 /// What Docker's own check says.
-fn docker_health(health: bollard::models::Health, started: Timestamp) -> Health {
+fn docker_health(health: bollard::models::Health, started: Timestamp, clock: &Clock) -> Health {
     let log = health.log.unwrap_or_default();
     // What the command printed may hold secrets; its exit code does not.
     let code = log.last().and_then(|l| l.exit_code);
@@ -127,7 +146,7 @@ fn docker_health(health: bollard::models::Health, started: Timestamp) -> Health 
             // The first of the failures in a row, as far back as Docker remembers: five checks.
             let failures = log.iter().rev().take_while(|l| l.exit_code != Some(0));
             let since = failures.last().and_then(|l| l.start.as_deref()).and_then(Timestamp::parse);
-            Health::Unhealthy { since: since.unwrap_or(started), answer }
+            Health::Unhealthy { since: since.map_or(started, |at| clock.steady(at)), answer }
         }
         _ => Health::Starting(answer),
     }

@@ -23,7 +23,7 @@ pub enum Operation {
     Stop,
     /// Remove one.
     Remove,
-    /// Change its restart policy.
+    /// Change its restart policy, or its name.
     Update,
     /// Send it a signal.
     Signal,

@@ -23,20 +23,22 @@ use bollard::{
     models::{ContainerUpdateBody, EventMessageTypeEnum, ExecConfig, RestartPolicy, RestartPolicyNameEnum},
     query_parameters::{
         EventsOptionsBuilder, KillContainerOptionsBuilder, ListContainersOptionsBuilder, LogsOptionsBuilder,
-        RemoveContainerOptionsBuilder, StopContainerOptionsBuilder,
+        RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder, StopContainerOptionsBuilder,
     },
 };
 use futures_util::{Stream, StreamExt as _};
 
-pub use create::{CreateRequest, facts};
+pub use create::{CreateRequest, create_body, facts};
 pub use found::Found;
-use found::read;
+use found::{LEAVING, read};
 pub use meter::{Failure, Meter, NoMeter, Operation};
 
-use crate::model::{
-    name::{AppName, ContainerId, HostName},
-    problem::chain,
-    time::Timestamp,
+use crate::{
+    host::clock::Clock,
+    model::{
+        name::{AppName, ContainerId, HostName},
+        problem::chain,
+    },
 };
 
 /// Longest time for an ordinary call. A loaded engine takes a second or two to start a container.
@@ -238,7 +240,7 @@ impl Docker {
     ///
     /// # Errors
     /// If the engine does not answer, or a container has labels that make no sense.
-    pub async fn instances(&self, app: &AppName, now: Timestamp) -> Result<Vec<Found>> {
+    pub async fn instances(&self, app: &AppName, clock: &Clock) -> Result<Vec<Found>> {
         let listed = self.list(Some(app)).await?;
         let inspect = |id: String| async move {
             let details = self.call(Operation::Inspect, self.client.inspect_container(&id, None)).await;
@@ -247,7 +249,7 @@ impl Docker {
         let mut instances = Vec::new();
         for (id, details) in futures_util::future::join_all(listed.into_iter().map(|l| inspect(l.id))).await {
             match details {
-                Ok(details) => instances.push(read(app, &id, details, now)?),
+                Ok(details) => instances.push(read(app, &id, details, clock)?),
                 // Gone since the list.
                 Err(e) if e.is_status(404) => {}
                 Err(e) => return Err(e),
@@ -291,6 +293,24 @@ impl Docker {
             }
             other => other,
         }
+    }
+
+    /// Marks a container as one that is being ended. One that is gone is done.
+    ///
+    /// # Errors
+    /// If the engine cannot.
+    pub async fn mark_leaving(&self, id: &ContainerId) -> Result<()> {
+        let found = match self.call(Operation::Inspect, self.client.inspect_container(id.as_str(), None)).await {
+            Err(e) if e.is_status(404) => return Ok(()),
+            found => found?,
+        };
+        let name = found.name.unwrap_or_default();
+        let name = name.trim_start_matches('/');
+        if name.ends_with(LEAVING) {
+            return Ok(());
+        }
+        let options = RenameContainerOptionsBuilder::default().name(&format!("{name}{LEAVING}")).build();
+        self.call(Operation::Update, self.client.rename_container(id.as_str(), options)).await
     }
 
     /// Asks a container to end, and kills it after its grace. One that has ended, or is gone, is done.

@@ -11,27 +11,34 @@ use std::{
     collections::BTreeMap,
     io,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicI32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicI32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use tokio::sync::Mutex;
 
-pub use render::{Profile, Settings};
+pub use render::{Profile, Renderer, Settings};
 pub use server::{Contained, Local, Server};
 
 use super::{
+    clock::Clock,
     files::{self, FileError},
     layout::Layout,
     probe,
 };
-use crate::model::{
-    name::AppName,
-    problem::chain,
-    proxy::{Manifest, ObservedProxy, Rejected, Vhost},
-    time::Timestamp,
+use crate::{
+    failpoint,
+    model::{
+        name::AppName,
+        problem::chain,
+        proxy::{Manifest, ObservedProxy, Rejected, Vhost},
+        time::Timestamp,
+    },
 };
-use render::{PROBE_HOST, Renderer};
+use render::PROBE_HOST;
 use set::{Saved, Set, digest_of};
 
 /// Longest wait for a worker that answers with a new generation.
@@ -107,6 +114,7 @@ pub struct Nginx {
     server: Box<dyn Server>,
     config: NginxConfig,
     layout: Layout,
+    clock: Arc<Clock>,
     renderer: Mutex<Option<(String, Renderer)>>,
     master: AtomicI32,
 }
@@ -124,14 +132,14 @@ pub struct Published {
 
 impl Nginx {
     /// Nothing is done yet.
-    pub fn new(server: Box<dyn Server>, config: NginxConfig, layout: Layout) -> Self {
-        Self { server, config, layout, renderer: Mutex::new(None), master: AtomicI32::new(0) }
+    pub fn new(server: Box<dyn Server>, config: NginxConfig, layout: Layout, clock: Arc<Clock>) -> Self {
+        Self { server, config, layout, clock, renderer: Mutex::new(None), master: AtomicI32::new(0) }
     }
 
     /// What nginx serves, and what it is meant to.
     pub async fn observe(&self) -> ObservedProxy {
         let (live, published, drifted) = match self.manifest() {
-            Ok(Some((manifest, at, drifted))) => (Some(manifest), at, drifted),
+            Ok(Some((manifest, at, drifted))) => (Some(self.timed(manifest)), self.clock.steady(at), drifted),
             Ok(None) => (None, Timestamp::default(), false),
             Err(e) => {
                 return ObservedProxy { error: Some(chain(&e)), unreadable: true, ..ObservedProxy::default() };
@@ -162,7 +170,16 @@ impl Nginx {
             unreadable: false,
             templates,
             old_workers: self.old_workers().await.unwrap_or(0),
+            workers_since: self.workers_since(),
         }
+    }
+
+    /// A manifest with its times by the clock that nobody sets.
+    fn timed(&self, mut manifest: Manifest) -> Manifest {
+        let changed = manifest.changed.values_mut();
+        let refused = manifest.rejected.values_mut().map(|r| &mut r.at);
+        changed.chain(refused).for_each(|at| *at = self.clock.steady(*at));
+        manifest
     }
 
     /// Workers that serve, or may serve, an older set than the live one.
@@ -172,7 +189,8 @@ impl Nginx {
     pub async fn old_workers(&self) -> Result<usize, NginxError> {
         let text = files::read(&self.layout.nginx_live().join(MANIFEST))?.unwrap_or_default();
         let published = serde_json::from_slice::<Saved>(&text).map(|s| s.published).unwrap_or_default();
-        Ok(server::old_workers(self.master().await?, published))
+        let age = self.clock.now().since(self.clock.steady(published));
+        Ok(server::old_workers(self.master().await?, age))
     }
 
     /// nginx's master process.
@@ -185,6 +203,13 @@ impl Nginx {
         let master = self.server.master(tree.pid.as_deref().unwrap_or(&self.config.pid)).await?;
         self.master.store(master, Ordering::Relaxed);
         Ok(master)
+    }
+
+    /// Since when there are workers that take new requests; now if there are none.
+    fn workers_since(&self) -> Timestamp {
+        let now = self.clock.now();
+        let age = self.known_master().and_then(server::oldest_worker).unwrap_or_default();
+        Timestamp::from_millis(now.as_millis() - i64::try_from(age.as_millis()).unwrap_or(0))
     }
 
     /// The version of the program.
@@ -224,8 +249,11 @@ impl Nginx {
         self.fill(&mut slot).await?;
         let Some((_, renderer)) = slot.as_ref() else { return Err(NginxError::Template("no templates".into())) };
         let old = self.manifest()?.map(|(m, ..)| m).unwrap_or_default();
-        let generation = old.generation + 1;
-        let set = Set { nginx: self, renderer, generation, old: &old };
+        let served = self.serving().await.ok();
+        // Never a number that was used: workers of another set would answer with it.
+        let used = self.sets()?.into_iter().chain(served).max().unwrap_or(0);
+        let generation = old.generation.max(used) + 1;
+        let set = Set { nginx: self, renderer, generation, old: &old, old_is_served: served == Some(old.generation) };
         let root = self.server.root().await?;
         let chosen = set.choose(wanted, &root).await?;
         let rejected = chosen.rejected.iter().map(|(app, r)| (app.clone(), r.error.clone())).collect();
@@ -259,6 +287,7 @@ impl Nginx {
         let master = self.master().await?;
         let before = server::workers(master);
         self.server.reload(master).await?;
+        failpoint::boundary("reloaded");
         self.prove(generation).await?;
         // The master lets old workers take connections for another 100 ms. Whoever asks nginx after this asks new ones.
         let until = Instant::now() + PROOF;
@@ -383,6 +412,12 @@ impl Nginx {
             *slot = Some((state, Renderer::new(self.config.settings.clone(), version(&text))));
         }
         Ok(())
+    }
+
+    /// The numbers of all sets on disk.
+    fn sets(&self) -> Result<Vec<u64>, FileError> {
+        let names = files::list(&self.layout.nginx())?;
+        Ok(names.iter().filter_map(|name| name.strip_suffix(".set")?.parse().ok()).collect())
     }
 
     /// Removes sets that are neither live nor the one before.

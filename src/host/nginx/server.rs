@@ -9,7 +9,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::{host::docker::Docker, model::time::Timestamp};
+use crate::host::docker::Docker;
 
 /// Longest time for `nginx -t`: 5,000 virtual hosts take a second.
 const TEST: Duration = Duration::from_secs(30);
@@ -138,25 +138,28 @@ fn children(pid: i32) -> Vec<i32> {
     text.split_whitespace().filter_map(|p| p.parse().ok()).collect()
 }
 
-/// How many workers of a master serve an older configuration than the one published at that time: those that finish
+/// How many workers of a master serve an older configuration than the one published so long ago: those that finish
 /// their last requests, and those that were started before it and may still take new ones. A reload does not end them
 /// at once, and an agent that was killed in the middle of one knows of no reload.
-pub fn old_workers(master: i32, published: Timestamp) -> usize {
-    let is_old = |pid: &i32| is_leaving(*pid) || started(*pid).is_some_and(|at| at < published);
+pub fn old_workers(master: i32, published: Duration) -> usize {
+    let is_old = |pid: &i32| is_leaving(*pid) || age(*pid).is_some_and(|age| age > published);
     children(master).iter().filter(|pid| is_old(pid)).count()
 }
 
-/// When a process was started, by the kernel's clock tick of 10 ms; rounded up, so that a worker is not taken for
-/// older than it is.
-fn started(pid: i32) -> Option<Timestamp> {
+/// How long a process has run, by the kernel's clock tick of 10 ms; rounded down, so that a worker is not taken for
+/// older than it is. Whatever becomes of the wall clock.
+fn age(pid: i32) -> Option<Duration> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // Field 22, counted from the end of the name, which may hold blanks: proc(5).
-    let ticks: i64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+    let ticks: u64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
     let uptime = fs::read_to_string("/proc/uptime").ok()?;
-    let uptime: f64 = uptime.split_whitespace().next()?.parse().ok()?;
-    #[expect(clippy::cast_possible_truncation, reason = "milliseconds since the start of a machine")]
-    let booted = Timestamp::now().as_millis() - (uptime * 1000.0) as i64;
-    Some(Timestamp::from_millis(booted + ticks * 10 + 20))
+    let uptime = Duration::try_from_secs_f64(uptime.split_whitespace().next()?.parse().ok()?).ok()?;
+    Some(uptime.saturating_sub(Duration::from_millis(ticks * 10 + 20)))
+}
+
+/// How long the oldest of the workers has run that take new connections.
+pub fn oldest_worker(master: i32) -> Option<Duration> {
+    workers(master).into_iter().filter_map(age).max()
 }
 
 /// Workers of a master that take new connections.

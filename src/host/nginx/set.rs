@@ -1,6 +1,10 @@
 //! A set of nginx files in the making: which vhosts nginx takes, and how that is found out.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    time::Duration,
+};
 
 use super::{MANIFEST, Nginx, NginxError, render::Renderer, stage};
 use crate::{
@@ -37,6 +41,8 @@ pub(super) struct Set<'a> {
     pub(super) generation: u64,
     /// The live one.
     pub(super) old: &'a Manifest,
+    /// Whether workers serve that.
+    pub(super) old_is_served: bool,
 }
 
 impl Set<'_> {
@@ -61,6 +67,7 @@ impl Set<'_> {
             rejected,
             templates: self.renderer.fingerprint().to_owned(),
             changed: BTreeMap::new(),
+            fresh: BTreeSet::new(),
         };
         let earlier =
             self.old.rejected.clone().into_iter().filter(|_| self.old.templates == self.renderer.fingerprint());
@@ -102,12 +109,22 @@ impl Set<'_> {
         let now = Timestamp::now();
         let mut changed = self.old.changed.clone();
         changed.retain(|app, at| manifest.vhosts.contains_key(app) || now.since(*at) < REMEMBERED);
-        for app in manifest.vhosts.keys().chain(self.old.vhosts.keys()) {
-            if manifest.vhosts.get(app) != self.old.vhosts.get(app) {
-                changed.insert(app.clone(), now);
-            }
-        }
+        changed.extend(self.changes(manifest).into_iter().map(|app| (app, now)));
         changed
+    }
+
+    /// Which apps changed since a set was last served.
+    fn fresh(&self, manifest: &Manifest) -> BTreeSet<AppName> {
+        let mut fresh = self.changes(manifest);
+        if !self.old_is_served {
+            fresh.extend(self.old.fresh.iter().cloned());
+        }
+        fresh
+    }
+
+    fn changes(&self, manifest: &Manifest) -> BTreeSet<AppName> {
+        let all = manifest.vhosts.keys().chain(self.old.vhosts.keys());
+        all.filter(|app| manifest.vhosts.get(*app) != self.old.vhosts.get(*app)).cloned().collect()
     }
 
     /// Puts an app back to its last good vhost, if it has one.
@@ -154,7 +171,7 @@ impl Set<'_> {
                 put(format!("app-{app}.conf"), text)?;
             }
         }
-        let manifest = Manifest { changed: self.changed(manifest), ..manifest.clone() };
+        let manifest = Manifest { changed: self.changed(manifest), fresh: self.fresh(manifest), ..manifest.clone() };
         let saved = Saved { manifest, published: Timestamp::now(), files: digests };
         let json = serde_json::to_vec_pretty(&saved).map_err(|e| NginxError::Template(e.to_string()))?;
         files::write(&dir.join(MANIFEST), &json, 0o644)?;

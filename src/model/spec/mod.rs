@@ -4,6 +4,7 @@
 
 mod read;
 mod values;
+pub use values::is_mountable;
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -172,7 +173,8 @@ impl HealthCheck {
     /// How long after its start an instance may take to become healthy: the start period, then the failures that are
     /// forgiven. There is always such a deadline.
     pub fn deadline(&self) -> Duration {
-        self.start_period + self.interval * self.retries
+        // What a label of a container says was not read by this demae.
+        self.start_period.saturating_add(self.interval.saturating_mul(self.retries))
     }
 }
 

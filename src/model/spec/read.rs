@@ -1,6 +1,6 @@
 //! From a tree with positions to a [`Spec`]: every key known, every value checked, every problem kept.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     ContainerSpec, Deploy, Endpoint, HealthCheck, Ingress, Logging, Order, Probe, Spec,
@@ -94,11 +94,14 @@ const NOT_HERE: &[(&str, &str)] = &[
     ("rollback_config", "leave it out; the old instances keep serving until the new ones are proven"),
 ];
 
+/// Most problems of one text that are told. They are published, and a store takes values of 1.5 MiB.
+const MOST_PROBLEMS: usize = 100;
+
 pub(super) fn spec(text: &[u8]) -> Result<Spec, Problems> {
     let node = yaml::parse(text)?;
     let mut reader = Reader { problems: Problems::default() };
     let spec = reader.spec(&node);
-    if reader.problems.is_empty() { Ok(spec) } else { Err(reader.problems.sorted()) }
+    if reader.problems.is_empty() { Ok(spec) } else { Err(reader.problems.sorted().first(MOST_PROBLEMS)) }
 }
 
 struct Reader {
@@ -360,11 +363,13 @@ impl Reader {
     fn ingress(&mut self, node: &Node) -> Ingress {
         let f = self.fields("ingress", node);
         let mut hosts: Vec<VirtualHost> = Vec::new();
+        // A set beside the list: a text has room for fifty thousand hosts.
+        let mut seen = BTreeSet::new();
         for host in self.items(&f, "hosts", |t| VirtualHost::try_from(t)) {
-            if hosts.contains(&host) {
-                self.problem("ingress.hosts", node, format!("`{host}` stands twice"));
-            } else {
+            if seen.insert(host.clone()) {
                 hosts.push(host);
+            } else {
+                self.problem("ingress.hosts", node, format!("`{host}` stands twice"));
             }
         }
         if self.list(&f, "hosts").is_empty() {

@@ -6,6 +6,12 @@ use super::{Constraint, PullPolicy, Volume, VolumeSource};
 /// refused would always miss something.
 const MOUNTABLE: &[&str] = &["/srv", "/opt", "/mnt", "/media", "/data", "/home", "/var/www"];
 
+/// Whether an app may mount a path of the host, if that is where it really is.
+pub fn is_mountable(path: &str) -> bool {
+    let below = MOUNTABLE.iter().any(|m| path.strip_prefix(m).is_some_and(|rest| rest.starts_with('/')));
+    below && !path.ends_with(".sock")
+}
+
 /// Directories inside a container over which nothing may be mounted: the app would lose its own system.
 const SYSTEM_DIRS: &[&str] = &[
     "/", "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/run", "/sbin", "/sys", "/usr", "/var",
@@ -100,8 +106,7 @@ pub(super) fn volume(text: &str) -> Result<Volume, String> {
     }
     let source = if source.starts_with('/') {
         let path = absolute(source)?;
-        let allowed = MOUNTABLE.iter().any(|m| path.strip_prefix(m).is_some_and(|rest| rest.starts_with('/')));
-        if !allowed || path.ends_with(".sock") {
+        if !is_mountable(path) {
             let places = MOUNTABLE.join(", ");
             return Err(format!("`{path}` of the host cannot be mounted: an app may have directories below {places}"));
         }

@@ -1,0 +1,84 @@
+//! What must hold for any bytes: one function for each reader or writer of what others wrote. It panics where something
+//! does not hold.
+//!
+//! libFuzzer calls them with what it makes up (`fuzz/fuzz_targets/`), `tests/fuzz.rs` with mutations of the corpus. They
+//! do not ask the code that they judge: each rule is written a second time, from its documentation.
+
+mod env_file;
+mod keys;
+mod ledger;
+mod spec;
+mod templates;
+
+pub use env_file::{check as env_file, variables};
+pub use keys::check as keys;
+pub use ledger::check as ledger;
+pub use spec::{check as spec, denied};
+pub use templates::{Directive, check as templates, directives};
+
+/// Decisions and fields, taken from the bytes of an input. Where there are no more, all decisions are 0.
+struct Bytes<'a>(&'a [u8]);
+
+impl<'a> Bytes<'a> {
+    fn byte(&mut self) -> u8 {
+        match self.0 {
+            [first, rest @ ..] => {
+                self.0 = rest;
+                *first
+            }
+            [] => 0,
+        }
+    }
+
+    /// A number from 0 up to, and without, `n`.
+    fn below(&mut self, n: usize) -> usize {
+        (usize::from(self.byte()) * 256 + usize::from(self.byte())) % n.max(1)
+    }
+
+    fn number(&mut self) -> u64 {
+        (0..8).fold(0, |n, _| (n << 8) | u64::from(self.byte()))
+    }
+
+    /// What stands before the next NUL, which no name and no value of an environment can have.
+    fn field(&mut self) -> Option<&'a [u8]> {
+        let all = self.0;
+        if all.is_empty() {
+            return None;
+        }
+        let end = all.iter().position(|b| *b == 0).unwrap_or(all.len());
+        self.0 = all.get(end + 1..).unwrap_or_default();
+        Some(&all[..end])
+    }
+
+    fn text(&mut self) -> String {
+        String::from_utf8_lossy(self.field().unwrap_or_default()).into_owned()
+    }
+}
+
+/// A name from a field: as it stands, or, since few inputs are names, spelled in letters that names have.
+fn name<T: TryFrom<String>>(field: &[u8], letters: &[u8]) -> Option<T> {
+    let plain = || field.iter().map(|b| char::from(letters[usize::from(*b) % letters.len()])).collect::<String>();
+    T::try_from(String::from_utf8_lossy(field).into_owned()).ok().or_else(|| T::try_from(plain()).ok())
+}
+
+/// Whether a label may stand in a name: `[a-z0-9]`, and `-` inside, up to 40.
+fn is_label(text: &str) -> bool {
+    text.len() <= 40
+        && text.split('-').all(|part| part.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9')))
+        && text.starts_with(|c: char| c != '-')
+        && !text.ends_with('-')
+}
+
+/// Whether a variable may be called so.
+fn is_variable(text: &str) -> bool {
+    let word = |c: char| matches!(c, 'A'..='Z' | 'a'..='z' | '0'..='9' | '_');
+    text.len() <= 255
+        && text.chars().all(word)
+        && text.starts_with(|c: char| !c.is_ascii_digit())
+        && !text.starts_with("DEMAE_")
+}
+
+/// Whether a terminal would do something else than show it: control characters, and what turns text around.
+fn is_control(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}

@@ -1,0 +1,292 @@
+//! A spec: every text is read in bounded time, to a sound spec or to problems that help. No spec asks for more of its host
+//! than a spec may.
+
+use std::{
+    sync::LazyLock,
+    time::{Duration, Instant},
+};
+
+use demae::{
+    host::docker::{CreateRequest, create_body},
+    model::{
+        name::{AppName, HostName, ImageRef},
+        observed::InstanceKey,
+        problem::Problems,
+        release::{Release, ReleaseKey},
+        spec::{self, Spec},
+        yaml,
+    },
+};
+use serde_json::Value;
+
+use super::is_control;
+
+/// Longest time for one text, on a loaded machine and without optimisation. What grows with the square of a text takes
+/// minutes.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// What the problems of one text may come to in bytes. They are published, in values of at most 1.5 MiB.
+const MOST_TOLD: usize = 512 * 1024;
+/// The directory of its socket, as the agent gives it to the container.
+const SOCKET_DIR: &str = "/var/lib/demae/sockets/web/0123456789ab.1";
+
+static SCHEMA: LazyLock<Value> =
+    LazyLock::new(|| serde_json::from_str(spec::SCHEMA).expect("the schema of a spec is JSON"));
+
+/// Holds the reader of specs to its promises.
+pub fn check(bytes: &[u8]) {
+    let begun = Instant::now();
+    let read = Spec::parse(bytes);
+    let took = begun.elapsed();
+    assert!(took < PATIENCE, "a text of {} bytes took {took:?}", bytes.len());
+    assert!(read == Spec::parse(bytes), "the same text is read in two ways: {read:?}");
+    match &read {
+        Ok(spec) => {
+            has_only_known_keys(bytes);
+            can_be_counted_with(spec);
+            asks_for_nothing_denied(spec);
+        }
+        Err(problems) => help(bytes, problems),
+    }
+}
+
+/// Problems say what is wrong and where, and can be shown as they are.
+fn help(bytes: &[u8], problems: &Problems) {
+    assert!(!problems.is_empty(), "it is refused without a reason");
+    let last = last_line(bytes);
+    let (mut before, mut told) = ((0, 0), 0);
+    for problem in problems.iter() {
+        let text = problem.to_string();
+        assert!(!problem.message.trim().is_empty(), "a problem says nothing: {problem:?}");
+        assert!(problem.hint.as_ref().is_none_or(|h| !h.trim().is_empty()), "a hint says nothing: {problem:?}");
+        assert!(!text.contains(is_control), "a terminal would not show this as it is: {text:?}");
+        if bytes.len() <= yaml::MAX_TEXT {
+            assert!((1..=last).contains(&problem.line), "there are {last} lines: {problem:?}");
+            assert!(problem.column >= 1, "columns begin at 1: {problem:?}");
+        } else {
+            assert_eq!(problem.line, 0, "this was not read: {problem:?}");
+        }
+        assert!(before <= (problem.line, problem.column), "not in the order of the text: {problems:?}");
+        before = (problem.line, problem.column);
+        told += text.len();
+    }
+    assert!(told <= MOST_TOLD, "the problems of {} bytes come to {told} bytes", bytes.len());
+}
+
+/// The number of the last line. YAML breaks lines at CR, LF and CR LF.
+fn last_line(bytes: &[u8]) -> usize {
+    let is_break = |(i, b): (usize, &u8)| *b == b'\n' || (*b == b'\r' && bytes.get(i + 1) != Some(&b'\n'));
+    let breaks = bytes.iter().enumerate().filter(|at| is_break(*at)).count();
+    let is_open = !matches!(bytes.last(), Some(b'\n' | b'\r'));
+    (breaks + usize::from(is_open)).max(1)
+}
+
+/// What was read has no key that the schema forbids, and nothing was left out unseen.
+fn has_only_known_keys(bytes: &[u8]) {
+    assert!(bytes.len() <= yaml::MAX_TEXT, "{} bytes were read", bytes.len());
+    assert!(!bytes.contains(&0), "what stands behind a NUL was not read");
+    let node = yaml::parse(bytes).expect("what is a spec is YAML");
+    let mut unknown = Vec::new();
+    walk(&node, &SCHEMA, true, &mut unknown);
+    assert!(unknown.is_empty(), "the schema has no {unknown:?}");
+    // JSON is read a second time, by other eyes.
+    if let (Ok(Value::Object(json)), yaml::Value::Map(entries)) = (serde_json::from_slice::<Value>(bytes), &node.value)
+    {
+        let mut keys: Vec<&str> = entries.iter().map(|(key, _)| key.name.as_str()).collect();
+        keys.sort_unstable();
+        let mut others: Vec<&str> = json.keys().map(String::as_str).collect();
+        others.sort_unstable();
+        assert_eq!(keys, others, "as YAML and as JSON");
+    }
+}
+
+/// Keys of mappings that the schema closes, and does not name.
+fn walk(node: &yaml::Node, schema: &Value, is_top: bool, unknown: &mut Vec<String>) {
+    let yaml::Value::Map(entries) = &node.value else { return };
+    if schema["additionalProperties"] != Value::Bool(false) {
+        return;
+    }
+    for (key, node) in entries {
+        match schema["properties"].get(key.name.as_str()) {
+            Some(schema) => walk(node, schema, false, unknown),
+            None if is_top && key.name.starts_with("x-") => {}
+            None => unknown.push(key.name.clone()),
+        }
+    }
+}
+
+/// Times can be multiplied as the agent does, added to now, and told to Docker, which takes nanoseconds in 63 bits.
+fn can_be_counted_with(spec: &Spec) {
+    let health = &spec.health;
+    let forgiven = health.interval.checked_mul(health.retries).expect("the failures that are forgiven come to an end");
+    let mut told = vec![health.interval, health.timeout, health.start_period, spec.container.stop_grace_period];
+    for time in &told {
+        assert!(i64::try_from(time.as_nanos()).is_ok(), "Docker cannot be told {time:?}");
+    }
+    told.extend([health.start_interval, health.deadline(), forgiven]);
+    told.extend(spec.ingress.iter().flat_map(|i| [i.drain, i.read_timeout]));
+    for time in told {
+        assert!(Instant::now().checked_add(time).is_some(), "{time:?} from now is never");
+    }
+    assert!(spec.ingress.as_ref().is_none_or(|i| !i.hosts.is_empty() && i.read_timeout.as_secs() > 0), "{spec:?}");
+    assert!(spec.deploy.replicas_per_host > 0 && health.retries > 0 && health.successes > 0, "{spec:?}");
+}
+
+/// The body of the create call is what demae gives a container, and of the spec's only what a spec may have.
+fn asks_for_nothing_denied(spec: &Spec) {
+    let app = AppName::try_from("web").expect("a name");
+    let host = HostName::try_from("web1").expect("a name");
+    let image = spec.image.clone().unwrap_or_else(|| ImageRef::try_from("web:v1").expect("an image"));
+    let release = Release::new(
+        &ReleaseKey::new("key"),
+        image,
+        spec.container.clone(),
+        spec.environment.clone(),
+        spec.health.clone(),
+        spec.ingress.as_ref().map(|i| i.endpoint.clone()),
+        None,
+    );
+    let key = InstanceKey { release: release.id.clone(), number: 1 };
+    let body = create_body(
+        &host,
+        &CreateRequest {
+            app: &app,
+            key: &key,
+            release: &release,
+            image: "sha256:0123",
+            socket_dir: Some(SOCKET_DIR),
+            port: Some(20_001),
+            drain: spec.ingress.as_ref().map_or(Duration::ZERO, |i| i.drain),
+        },
+    );
+    let denied = denied(&body);
+    assert!(denied.is_empty(), "{denied:?} in {body}");
+    let variables = list(&body["Env"]).count();
+    assert_eq!(variables, spec.environment.len() + 4, "variables of the spec, and four of demae: {body}");
+    assert!(body["Labels"]["demae.app"] == "web" && body["Labels"]["demae.host"] == "web1", "taken over: {body}");
+}
+
+/// What may stand in the body of a create call.
+const BODY: &[&str] = &[
+    "Image",
+    "Cmd",
+    "Entrypoint",
+    "User",
+    "WorkingDir",
+    "Env",
+    "Labels",
+    "ExposedPorts",
+    "Healthcheck",
+    "StopSignal",
+    "StopTimeout",
+    "HostConfig",
+];
+/// What may stand in its `HostConfig`. Rights, devices, namespaces, security options and sysctls are not among it.
+const HOST_CONFIG: &[&str] = &[
+    "Mounts",
+    "PortBindings",
+    "RestartPolicy",
+    "LogConfig",
+    "NetworkMode",
+    "ExtraHosts",
+    "CapDrop",
+    "Tmpfs",
+    "ReadonlyRootfs",
+    "Init",
+    "Memory",
+    "NanoCpus",
+    "PidsLimit",
+];
+/// Directories of the host that apps may have parts of.
+const MOUNTABLE: &[&str] = &["srv", "opt", "mnt", "media", "data", "home"];
+
+/// What in the body of a create call no spec may ask for. It lists what is allowed, so that what Docker learns tomorrow is
+/// denied.
+pub fn denied(body: &Value) -> Vec<String> {
+    let mut found = Vec::new();
+    if body["Image"].as_str().is_none_or(str::is_empty) {
+        found.push("no image".to_owned());
+    }
+    only(body, BODY, &mut found);
+    let host = &body["HostConfig"];
+    only(host, HOST_CONFIG, &mut found);
+    only(&body["Healthcheck"], &["Test", "Interval", "Timeout", "Retries", "StartPeriod"], &mut found);
+    for mount in list(&host["Mounts"]) {
+        only(mount, &["Type", "Source", "Target", "ReadOnly"], &mut found);
+        if !is_harmless(mount) {
+            found.push(format!("mount {mount}"));
+        }
+    }
+    for options in values(&host["Tmpfs"]) {
+        if options != "" {
+            found.push(format!("options {options} of a tmpfs"));
+        }
+    }
+    let network = &host["NetworkMode"];
+    if !network.is_null() && network.as_str().is_none_or(|n| n == "host" || n.contains([':', '/'])) {
+        found.push(format!("network {network}"));
+    }
+    if host["RestartPolicy"]["Name"] != "no" {
+        found.push(format!("restart policy {}", host["RestartPolicy"]));
+    }
+    for binding in values(&host["PortBindings"]).flat_map(list) {
+        if binding["HostIp"] != "127.0.0.1" {
+            found.push(format!("port {binding}"));
+        }
+    }
+    let mut own = 0;
+    for variable in list(&body["Env"]) {
+        let text = variable.as_str().unwrap_or_default();
+        let (name, value) = text.split_once('=').unwrap_or_default();
+        own += usize::from(name.starts_with("DEMAE_"));
+        if value.contains('\0') || !(super::is_variable(name) || name.starts_with("DEMAE_")) {
+            found.push(format!("variable {variable}"));
+        }
+    }
+    if own != 4 {
+        found.push(format!("{own} variables of demae"));
+    }
+    found
+}
+
+fn only(value: &Value, allowed: &[&str], found: &mut Vec<String>) {
+    for (key, _) in value.as_object().into_iter().flatten() {
+        if !allowed.contains(&key.as_str()) {
+            found.push(key.clone());
+        }
+    }
+}
+
+fn values(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_object().into_iter().flat_map(|o| o.values())
+}
+
+fn list(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}
+
+fn is_harmless(mount: &Value) -> bool {
+    let text = |name: &str| mount[name].as_str().unwrap_or_default();
+    let (source, target) = (text("Source"), text("Target"));
+    let comes_from = match text("Type") {
+        "bind" => source == SOCKET_DIR || is_mountable(source),
+        // Anything with a slash would be a path, and `.` and `..` would be directories of Docker's.
+        "volume" => !source.is_empty() && !source.contains('/') && !source.starts_with('.'),
+        _ => false,
+    };
+    comes_from && parts(target).is_some()
+}
+
+fn is_mountable(path: &str) -> bool {
+    !path.ends_with(".sock")
+        && match parts(path).as_deref() {
+            Some(["var", "www", _, ..]) => true,
+            Some([top, _, ..]) => MOUNTABLE.contains(top),
+            _ => false,
+        }
+}
+
+/// The parts of a path that is absolute, not the root, and leads nowhere but down.
+fn parts(path: &str) -> Option<Vec<&str>> {
+    let parts: Vec<&str> = path.strip_prefix('/')?.split('/').collect();
+    parts.iter().all(|p| !matches!(*p, "" | "." | "..") && !p.contains('\0')).then_some(parts)
+}

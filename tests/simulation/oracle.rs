@@ -1,0 +1,169 @@
+//! What must hold at each effect of the agent, judged by what the host really is. None of demae's decisions is used here.
+
+use std::sync::atomic::Ordering;
+
+use demae::{
+    model::{
+        desired::{DesiredApp, Snapshot},
+        name::{AppName, ContainerId},
+        observed::{Instance, ObservedApp, Phase},
+    },
+    plan::step::Step,
+};
+use tokio::time::Instant;
+
+use crate::scene::{Scene, State, Upstreamed, is_routed, leaves, serving, stops_first, upstreamed};
+
+impl Scene {
+    /// Something that the agent does to an app: done, counted, and judged.
+    pub fn effect<T>(
+        &self,
+        app: &AppName,
+        what: &str,
+        seen: Option<&ObservedApp>,
+        change: impl FnOnce(&mut State) -> T,
+    ) -> T {
+        let mut state = self.state();
+        let before = Before::of(&state, app);
+        let result = change(&mut state);
+        self.routes_changed(&mut state, app);
+        if let Some(wrong) = before.judge(&state, app, seen) {
+            state.violate(format!("`{what}` for {app}: {wrong}"));
+        }
+        *state.effects.entry(app.clone()).or_default() += 1;
+        drop(state);
+        self.happens("step", || format!("{app}: {what}"));
+        result
+    }
+
+    /// Notes which instances requests stopped going to.
+    pub fn routes_changed(&self, state: &mut State, app: &AppName) {
+        let now = Instant::now();
+        let Some(observed) = state.apps.get(app) else { return };
+        let routed: Vec<(ContainerId, bool)> =
+            observed.instances.iter().map(|i| (i.id.clone(), is_routed(&state.proxy, app, observed, i))).collect();
+        for (id, routed) in routed {
+            let lingers = self.chance.millis(0, 12_000);
+            if let Some(program) = state.programs.get_mut(&id) {
+                if routed {
+                    program.left = None;
+                    program.settled_by = Some(now);
+                } else if program.settled_by.is_some() && program.left.is_none() {
+                    program.left = Some(now);
+                    program.lingers = lingers;
+                }
+            }
+        }
+    }
+
+    /// Takes notice of what the agent believes now, and judges it.
+    pub fn note_belief(&self) {
+        let mut state = self.state();
+        let Some(updates) = &state.updates else { return };
+        let new = updates.borrow().snapshot.clone();
+        let Some(new) = new.filter(|n| !state.believed.as_ref().is_some_and(|b| std::sync::Arc::ptr_eq(b, n))) else {
+            return;
+        };
+        let now = Instant::now();
+        let nothing = Snapshot::default();
+        let old = state.believed.clone();
+        let old = old.as_deref().unwrap_or(&nothing);
+        let apps: Vec<AppName> = old.apps.keys().chain(new.apps.keys()).chain(state.apps.keys()).cloned().collect();
+        for app in apps {
+            if old.apps.get(&app) != new.apps.get(&app) || old.proven != new.proven {
+                state.believed_changed.insert(app.clone(), now);
+            }
+            let goes = new.proven && matches!(new.apps.get(&app), None | Some(DesiredApp::Absent(_)));
+            let is_here = state.apps.get(&app).is_some_and(|o| !o.instances.is_empty());
+            let meant = state.meant.get(&app);
+            let is_meant = meant
+                .is_none_or(|m| !m.present || m.drained || m.absent_until.is_some_and(|at| at >= state.believed_at));
+            if goes && is_here && !is_meant {
+                state.violate(format!("{app} is believed to be unwanted, and nobody meant that"));
+            }
+        }
+        if new.proven && old.proven && new.revision < old.revision && !self.accepted.load(Ordering::Relaxed) {
+            state.violate(format!("revision {} is believed after {}", new.revision, old.revision));
+        }
+        if new.proven {
+            state.believed_at = now;
+        }
+        state.believed = Some(new);
+    }
+
+    /// What a step may not touch, and may not cut.
+    pub fn judge_step(&self, app: &AppName, step: &Step) {
+        let mut state = self.state();
+        let handle = match step {
+            Step::Start(h) | Step::ClearSocket(h) | Step::Settle(h) | Step::RecordVerdict { handle: h, .. } => h,
+            Step::Stop { handle, .. } | Step::Remove(handle) | Step::Discard { handle, .. } => handle,
+            _ => return,
+        };
+        if state.foreign.contains(&handle.id) {
+            let wrong = format!("`{step}` for {app} touches a container of somebody else");
+            state.violate(wrong);
+        }
+        let Some(instance) = find(&state, app, &handle.id) else { return };
+        let ends = matches!(step, Step::Stop { .. } | Step::Discard { .. });
+        if !ends || instance.phase != Phase::Running || stops_first(&state, app) {
+            return;
+        }
+        let Some(program) = state.programs.get(&instance.id) else { return };
+        let now = Instant::now();
+        if let Some(left) = program.left
+            && program.answers
+            && now < left + program.lingers.min(instance.drain)
+        {
+            let over = (left + program.lingers.min(instance.drain)).duration_since(now);
+            let wrong = format!("`{step}` for {app} cuts requests {} ms before their end", over.as_millis());
+            state.violate(wrong);
+        }
+    }
+}
+
+/// An app before an effect.
+pub struct Before {
+    upstreamed: Upstreamed,
+    serving: usize,
+}
+
+impl Before {
+    pub fn of(state: &State, app: &AppName) -> Self {
+        Self { upstreamed: upstreamed(state, app), serving: serving(state, app) }
+    }
+
+    /// What got worse by an effect.
+    pub fn judge(&self, state: &State, app: &AppName, seen: Option<&ObservedApp>) -> Option<String> {
+        let now = upstreamed(state, app);
+        let serving = serving(state, app);
+        let looked = state.looked.get(app).copied().unwrap_or(state.looked_at_proxy);
+        // What changed after the agent looked, it could not know.
+        let moved = |id: &ContainerId| state.programs.get(id).is_some_and(|p| p.changed > looked);
+        let unseen = |o: &ObservedApp| o.instances.iter().any(|i| find(state, app, &i.id).is_none());
+        let excused = stops_first(state, app)
+            || now.behind.iter().any(moved)
+            || seen.is_some_and(unseen)
+            || state.apps.get(app).is_some_and(|o| o.instances.iter().any(|i| moved(&i.id)))
+            || state.believed_changed.get(app).is_some_and(|at| *at > looked);
+        if excused {
+            return None;
+        }
+        // An app that nginx did not know had nothing to lose.
+        let before = &self.upstreamed;
+        if before.all > 0 && now.dead * before.all > before.dead * now.all {
+            let (dead, all) = (now.dead, now.all);
+            return Some(format!(
+                "{dead} of {all} upstreams lead nowhere, and {} of {} before",
+                before.dead, before.all
+            ));
+        }
+        if serving == 0 && self.serving > 0 && !leaves(state, app) {
+            return Some("the last instance that served does not any more".to_owned());
+        }
+        None
+    }
+}
+
+fn find<'a>(state: &'a State, app: &AppName, id: &ContainerId) -> Option<&'a Instance> {
+    state.apps.get(app)?.instances.iter().find(|i| i.id == *id)
+}

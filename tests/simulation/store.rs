@@ -1,0 +1,231 @@
+//! etcd, played: revisions, a watch that loses news, backups that come back, other clusters at the same address. What is
+//! made of it is demae's own.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use demae::{
+    model::release::ReleaseKey,
+    store::{Acceptance, Belief, Change, Contents, Entry, Identity, News, Shelf, StoreError},
+};
+use tokio::{sync::mpsc, time::Instant};
+
+use crate::scene::Scene;
+
+/// What etcd has.
+#[derive(Clone)]
+pub struct Data {
+    pub etcd: u64,
+    pub revision: i64,
+    pub entries: BTreeMap<Vec<u8>, Entry>,
+    pub key: Option<ReleaseKey>,
+    changes: Vec<Change>,
+}
+
+pub struct Etcd {
+    pub up: bool,
+    pub data: Data,
+    pub backup: Option<Data>,
+    subscribers: Vec<mpsc::UnboundedSender<News>>,
+}
+
+pub struct Store {
+    scene: Arc<Scene>,
+    etcd: Mutex<Etcd>,
+}
+
+impl Data {
+    /// A new cluster.
+    pub fn new(etcd: u64) -> Self {
+        Self { etcd, revision: 1, entries: BTreeMap::new(), key: None, changes: Vec::new() }
+    }
+
+    fn write(&mut self, key: &[u8], value: Option<&[u8]>) {
+        self.revision += 1;
+        let created = self.entries.get(key).map_or(self.revision, Entry::created);
+        let value = value.map(|v| Entry::new(v.to_vec(), created, self.revision));
+        match &value {
+            Some(entry) => self.entries.insert(key.to_vec(), entry.clone()),
+            None => self.entries.remove(key),
+        };
+        self.changes.push(Change { key: Some(key.to_vec()), revision: self.revision, value });
+    }
+}
+
+impl Store {
+    pub fn new(scene: Arc<Scene>) -> Self {
+        let etcd = Etcd { up: true, data: Data::new(1), backup: None, subscribers: Vec::new() };
+        Self { scene, etcd: Mutex::new(etcd) }
+    }
+
+    pub fn etcd(&self) -> MutexGuard<'_, Etcd> {
+        self.etcd.lock().expect("one thread")
+    }
+
+    pub fn put(&self, key: &str, value: &str) {
+        self.write(key, Some(value));
+    }
+
+    pub fn delete(&self, key: &str) {
+        self.write(key, None);
+    }
+
+    /// All keys in one go, as `etcdctl del --prefix` does.
+    pub fn delete_all(&self) {
+        let mut etcd = self.etcd();
+        etcd.data.revision += 1;
+        let revision = etcd.data.revision;
+        let keys = std::mem::take(&mut etcd.data.entries).into_keys();
+        let changes: Vec<Change> = keys.map(|key| Change { key: Some(key), revision, value: None }).collect();
+        etcd.data.changes.extend(changes.clone());
+        self.tell(&mut etcd, changes);
+    }
+
+    fn write(&self, key: &str, value: Option<&str>) {
+        let mut etcd = self.etcd();
+        etcd.data.write(key.as_bytes(), value.map(str::as_bytes));
+        let changes = etcd.data.changes.last().cloned().into_iter().collect();
+        self.tell(&mut etcd, changes);
+    }
+
+    fn tell(&self, etcd: &mut Etcd, changes: Vec<Change>) {
+        let news = News { changes, head: etcd.data.revision, etcd: etcd.data.etcd, opened: false };
+        // etcd's watches have lost events more than once.
+        etcd.subscribers.retain(|s| self.scene.chance.one_in(25) || s.send(news.clone()).is_ok());
+    }
+
+    /// Another state of things, at the same address.
+    pub fn replace(&self, data: Data) {
+        let mut etcd = self.etcd();
+        etcd.data = data;
+        etcd.subscribers.clear();
+    }
+
+    pub fn set_up(&self, up: bool) {
+        let mut etcd = self.etcd();
+        etcd.up = up;
+        if !up {
+            etcd.subscribers.clear();
+        }
+    }
+
+    fn subscribe(&self, from: i64) -> mpsc::UnboundedReceiver<News> {
+        let (out, news) = mpsc::unbounded_channel();
+        let mut etcd = self.etcd();
+        let changes: Vec<Change> = etcd.data.changes.iter().filter(|c| c.revision >= from).cloned().collect();
+        let (head, id) = (etcd.data.revision, etcd.data.etcd);
+        let _ = out.send(News { changes: Vec::new(), head, etcd: id, opened: true });
+        if !changes.is_empty() {
+            let _ = out.send(News { changes, head, etcd: id, opened: false });
+        }
+        etcd.subscribers.push(out);
+        news
+    }
+
+    /// Keeps an agent's belief as the store is: the same list-then-watch as the real one, without a network.
+    pub async fn watch(self: Arc<Self>, mut belief: Belief) {
+        belief.recall();
+        loop {
+            let Err(error) = self.session(&mut belief).await;
+            belief.fail(&error);
+            self.scene.note_belief();
+            let longest = if matches!(error, StoreError::Doubt(_)) { 3_000 } else { 10_000 };
+            tokio::time::sleep(self.scene.chance.millis(100, longest)).await;
+        }
+    }
+
+    async fn session(&self, belief: &mut Belief) -> Result<std::convert::Infallible, StoreError> {
+        self.read(belief).await?;
+        let mut news = self.subscribe(belief.revision() + 1);
+        let mut resync = Instant::now() + self.scene.chance.millis(48_000, 72_000);
+        loop {
+            tokio::select! {
+                biased;
+                message = news.recv() => {
+                    tokio::time::sleep(self.scene.chance.millis(1, 30)).await;
+                    let ended = || StoreError::Watch { endpoint: "etcd".into(), reason: "was closed".into() };
+                    belief.take_news(message.ok_or_else(ended)?)?;
+                    self.scene.note_belief();
+                }
+                () = tokio::time::sleep_until(resync) => {
+                    self.read(belief).await?;
+                    resync = Instant::now() + self.scene.chance.millis(48_000, 72_000);
+                }
+            }
+        }
+    }
+
+    async fn read(&self, belief: &mut Belief) -> Result<(), StoreError> {
+        tokio::time::sleep(self.scene.chance.millis(1, 20)).await;
+        if !self.etcd().up {
+            return Err(StoreError::Connect { endpoint: "etcd".into(), reason: "connection refused".into() });
+        }
+        let (contents, identity, key) = self.found();
+        tokio::time::sleep(self.scene.chance.millis(0, 20)).await;
+        let key = match key {
+            Some(key) => key,
+            None => {
+                belief.check(&contents, &identity)?;
+                let key = belief.key().cloned().unwrap_or_else(|| ReleaseKey::new("the key of this store"));
+                self.etcd().data.key.get_or_insert(key).clone()
+            }
+        };
+        belief.take_read(contents, identity, key)?;
+        self.scene.note_belief();
+        Ok(())
+    }
+
+    fn found(&self) -> (Contents, Identity, Option<ReleaseKey>) {
+        let etcd = self.etcd();
+        let data = &etcd.data;
+        let cluster = data.entries.get(b"cluster".as_slice()).map(|e| String::from_utf8_lossy(e.value()).into_owned());
+        let identity = Identity {
+            cluster,
+            etcd: data.etcd,
+            revision: data.revision,
+            key: data.key.as_ref().map(demae::store::fingerprint),
+        };
+        (Contents::new(data.entries.clone(), data.revision), identity, data.key.clone())
+    }
+
+    /// What a person writes who takes this store, and that all of these leave.
+    pub fn accept(&self, leaving: impl Iterator<Item = demae::model::name::AppName>) -> Vec<u8> {
+        let (_, identity, _) = self.found();
+        serde_json::to_vec(&Acceptance { identity: Some(identity), leaving: leaving.collect() }).expect("JSON")
+    }
+}
+
+/// The agent's disk, as far as the store is concerned.
+#[derive(Default)]
+pub struct Disk {
+    pub ledger: Mutex<Option<Vec<u8>>>,
+    pub accepted: Mutex<Option<Vec<u8>>>,
+    pub full: std::sync::atomic::AtomicBool,
+}
+
+impl Shelf for Disk {
+    fn ledger(&self) -> Result<Option<Vec<u8>>, String> {
+        Ok(self.ledger.lock().expect("one thread").clone())
+    }
+
+    fn keep(&self, text: &[u8]) -> Result<(), String> {
+        if self.full.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err("no space left on device".into());
+        }
+        *self.ledger.lock().expect("one thread") = Some(text.to_vec());
+        Ok(())
+    }
+
+    fn acceptance(&self) -> Option<Vec<u8>> {
+        self.accepted.lock().expect("one thread").clone()
+    }
+
+    fn use_up(&self) {
+        *self.accepted.lock().expect("one thread") = None;
+    }
+}
+
+pub const RESYNC: Duration = Duration::from_secs(60);
