@@ -69,6 +69,11 @@ impl StepError {
         }
     }
 
+    /// Whether a container could not be made since its image is gone.
+    pub fn is_image_gone(&self) -> bool {
+        matches!(self, Self::Docker(e) if e.is_image_gone())
+    }
+
     /// Every kind.
     pub const KINDS: [&'static str; 8] =
         ["docker_unreachable", "docker", "image", "disk_full", "file", "nginx", "port", "gone"];

@@ -15,8 +15,8 @@ use crate::{
         nginx::{NginxError, Published},
     },
     model::{
-        name::{AppName, HostName, ImageRef, ReleaseId},
-        observed::ObservedApp,
+        name::{AppName, HostName},
+        observed::{ObservedApp, Wanted},
         proxy::{ObservedProxy, Vhost},
         time::Timestamp,
     },
@@ -57,7 +57,7 @@ pub trait Machine: Send + Sync + 'static {
     fn observe_app(
         &self,
         app: &AppName,
-        wanted: Option<(&ReleaseId, &ImageRef)>,
+        wanted: Option<&Wanted>,
     ) -> impl Future<Output = Result<ObservedApp, ObserveError>> + Send;
 
     /// nginx.
@@ -116,11 +116,7 @@ impl Machine for World {
         Ok((self.docker.list(None).await?, self.all_traces()?))
     }
 
-    async fn observe_app(
-        &self,
-        app: &AppName,
-        wanted: Option<(&ReleaseId, &ImageRef)>,
-    ) -> Result<ObservedApp, ObserveError> {
+    async fn observe_app(&self, app: &AppName, wanted: Option<&Wanted>) -> Result<ObservedApp, ObserveError> {
         self.observe_app(app, wanted).await
     }
 

@@ -18,8 +18,8 @@ use crate::{
         ports::Ports,
     },
     model::{
-        name::{AppName, HostName, ImageRef, ReleaseId},
-        observed::{Address, Health, Instance, ObservedApp, Phase, Verdict},
+        name::{AppName, HostName, ReleaseId},
+        observed::{Address, Health, Instance, ObservedApp, Phase, Verdict, Wanted},
         spec::Endpoint,
         time::Timestamp,
     },
@@ -59,14 +59,10 @@ impl World {
     ///
     /// # Errors
     /// If anything of it cannot be seen; a part is never taken for the whole.
-    pub async fn observe_app(
-        &self,
-        app: &AppName,
-        wanted: Option<(&ReleaseId, &ImageRef)>,
-    ) -> Result<ObservedApp, ObserveError> {
+    pub async fn observe_app(&self, app: &AppName, wanted: Option<&Wanted>) -> Result<ObservedApp, ObserveError> {
         let found = self.docker.instances(app, &self.clock).await?;
         let image = match wanted {
-            Some((release, image)) => self.image(&found, release, image).await?,
+            Some(wanted) => self.image(&found, wanted).await?,
             None => None,
         };
         let group = if found.is_empty() { None } else { self.nginx_group().await };
@@ -76,7 +72,7 @@ impl World {
         observed.instances = found
             .into_iter()
             .map(|f| {
-                let leaving = wanted.is_none_or(|(release, _)| f.key.release != *release) || several;
+                let leaving = wanted.is_none_or(|w| f.key.release != w.release) || several;
                 let count = leaving && !observed.slots.values().flatten().any(|k| *k == f.key);
                 self.instance(f, group, count)
             })
@@ -89,16 +85,11 @@ impl World {
     }
 
     /// The image of a release, looked for only where no instance that lives tells it: no engine gives up the image of
-    /// one that does.
-    async fn image(
-        &self,
-        found: &[Found],
-        release: &ReleaseId,
-        image: &ImageRef,
-    ) -> Result<Option<String>, ObserveError> {
+    /// one that does, unless it was given up while that one was dead.
+    async fn image(&self, found: &[Found], wanted: &Wanted) -> Result<Option<String>, ObserveError> {
         let mut known = None;
-        for found in found.iter().filter(|f| f.key.release == *release) {
-            if found.is_alive() {
+        for found in found.iter().filter(|f| f.key.release == wanted.release) {
+            if found.is_alive() && !wanted.image_lost {
                 return Ok(None);
             }
             known = known.or(Some(found.image.as_str()));
@@ -109,7 +100,7 @@ impl World {
         {
             return Ok(Some(id));
         }
-        Ok(self.docker.image(&image.tagged()).await?)
+        Ok(self.docker.image(&wanted.image.tagged()).await?)
     }
 
     /// Only what lies on disk.

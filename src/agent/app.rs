@@ -19,8 +19,8 @@ use crate::{
     metrics::{AppView, Metrics, ReleaseView},
     model::{
         desired::DesiredApp,
-        name::{AppName, ImageRef, ReleaseId},
-        observed::{Address, ObservedApp, Phase},
+        name::{AppName, ReleaseId},
+        observed::{Address, ObservedApp, Phase, Wanted},
         proxy::ObservedProxy,
         status::{AppStatus, State},
         time::Timestamp,
@@ -53,6 +53,7 @@ pub(super) struct AppState {
     cooling: Cooling,
     look_error: Option<(String, u32)>,
     pulled: Option<ReleaseId>,
+    image_lost: bool,
     account: Account,
     prediction: Prediction,
     since: Timestamp,
@@ -77,6 +78,7 @@ impl AppState {
             cooling: Cooling::new(),
             look_error: None,
             pulled: None,
+            image_lost: false,
             prediction: Prediction::default(),
             since: now,
             told: None,
@@ -94,6 +96,7 @@ impl AppState {
         }
         if release(&self.desired) != release(&desired) {
             self.cooling.clear();
+            self.image_lost = false;
         }
         self.account.changed(&self.desired, &desired, release(&desired), seen, now);
         self.desired = desired;
@@ -102,15 +105,16 @@ impl AppState {
         self.look_after = now;
     }
 
-    pub(super) fn wanted_image(&self) -> Option<(ReleaseId, ImageRef)> {
-        self.desired.target().map(|t| (t.release.id.clone(), t.release.image.clone()))
+    pub(super) fn wanted(&self) -> Option<Wanted> {
+        let release = &self.desired.target()?.release;
+        Some(Wanted { release: release.id.clone(), image: release.image.clone(), image_lost: self.image_lost })
     }
 
     pub(super) fn take_observed(&mut self, observed: ObservedApp) {
         self.prediction.compare(&observed);
         self.account.observed(self.observed.as_ref(), &observed, self.desired.target());
         let pulled = self.pulled.is_some() && self.pulled.as_ref() == release(&self.desired);
-        self.observed = Some(ObservedApp { pulled, ..observed });
+        self.observed = Some(ObservedApp { pulled, image_lost: self.image_lost, ..observed });
         self.look_error = None;
         self.replan = true;
     }
@@ -218,6 +222,7 @@ impl AppState {
         }
         match step {
             Step::Pull(_) => self.pulled = release(&self.desired).cloned(),
+            Step::Create { .. } => self.image_lost = false,
             // A replacement that failed is not the failure of a step, and is not tried again at once all the same.
             Step::Discard { why, .. } => self.failed_step(StepKind::Discard, why.clone(), true, now),
             _ => {}
@@ -228,6 +233,11 @@ impl AppState {
     /// The span that a step belongs to.
     pub(super) fn span(&self, kind: StepKind) -> Span {
         self.account.span(kind)
+    }
+
+    /// The engine has not the image any more that a container was to be made from.
+    pub(super) fn lost_image(&mut self) {
+        self.image_lost = true;
     }
 
     pub(super) fn failed_step(&mut self, kind: StepKind, error: String, temporary: bool, now: Timestamp) {

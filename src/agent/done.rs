@@ -112,6 +112,9 @@ impl<M: Machine> Agent<M> {
             Err(e) => {
                 tell(Outcome::Failed, format!("{step} failed: {}", chain(&e)));
                 tracing::warn!(app = %app, step = kind.as_str(), error = e.kind(), "{step} failed: {}", chain(&e));
+                if e.is_image_gone() {
+                    state.lost_image();
+                }
                 state.failed_step(kind, chain(&e), e.is_temporary(), now);
             }
         }

@@ -331,11 +331,10 @@ impl<M: Machine> Agent<M> {
         if state.dirty && !state.observing && state.busy.is_none() && state.look_after <= now {
             state.dirty = false;
             state.observing = true;
-            let wanted = state.wanted_image();
+            let wanted = state.wanted();
             let (machine, app) = (self.machine.clone(), app.clone());
             self.jobs.spawn(async move {
-                let wanted = wanted.as_ref().map(|(release, image)| (release, image));
-                let observed = machine.observe_app(&app, wanted).await;
+                let observed = machine.observe_app(&app, wanted.as_ref()).await;
                 Done::Observed(app, observed)
             });
         }

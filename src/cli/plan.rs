@@ -9,7 +9,7 @@ use super::{Common, Ended, Exit, Failed, print::Printer, runtime, setup};
 use crate::{
     config::Config,
     host::docker::NoMeter,
-    model::{desired::DesiredApp, name::AppName, time::Timestamp},
+    model::{desired::DesiredApp, name::AppName, observed::Wanted, time::Timestamp},
     plan::{
         AppInput, Cooling, ProxyView,
         app::plan_app,
@@ -57,10 +57,13 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
     for app in &apps {
         let desired = snapshot.apps.get(app).unwrap_or(&unwanted);
         let wanted = match desired {
-            DesiredApp::Run(target) => Some((&target.release.id, &target.release.image)),
+            DesiredApp::Run(target) => {
+                let (release, image) = (target.release.id.clone(), target.release.image.clone());
+                Some(Wanted { release, image, image_lost: false })
+            }
             _ => None,
         };
-        let observed = world.observe_app(app, wanted).await?;
+        let observed = world.observe_app(app, wanted.as_ref()).await?;
         let now = Timestamp::now();
         let cooling = Cooling::new();
         let input = AppInput {

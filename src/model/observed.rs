@@ -20,6 +20,8 @@ pub struct ObservedApp {
     pub instances: Vec<Instance>,
     /// The local id of the image that is wanted, if it is on this host.
     pub image: Option<String>,
+    /// Whether the engine refused to make a container since the image is gone, though others of the release still have it.
+    pub image_lost: bool,
     /// Whether this agent has pulled the image for the release that is wanted.
     pub pulled: bool,
     /// Its route symlinks: slot to the instance it leads to; `None` where it leads nowhere known.
@@ -36,6 +38,17 @@ pub struct ObservedApp {
     pub proven_at: Option<Timestamp>,
     /// Releases that failed here.
     pub verdicts: BTreeMap<ReleaseId, Verdict>,
+}
+
+/// What an app is looked at for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Wanted {
+    /// The release that is wanted.
+    pub release: ReleaseId,
+    /// Its image.
+    pub image: ImageRef,
+    /// Whether its image is to be looked for even if an instance that lives has it.
+    pub image_lost: bool,
 }
 
 /// Which instance: its release and its number, which tells replicas of one release apart.

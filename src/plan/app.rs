@@ -172,7 +172,8 @@ impl<'a> Draft<'a> {
             self.step(Step::Discard { handle: handle(instance), why }, "a replacement did not get healthy");
         }
         let missing = usize::from(target.replicas).saturating_sub(group.good.len());
-        let image = group.image().or_else(|| self.observed().image.clone());
+        let known = group.image().filter(|_| !self.observed().image_lost);
+        let image = known.or_else(|| self.observed().image.clone());
         let env_written = self.observed().env_files.contains(&release.id);
         if missing > 0 {
             let fresh = target.pull_policy == PullPolicy::Always && group.all.is_empty() && !self.observed().pulled;

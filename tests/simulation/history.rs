@@ -256,7 +256,7 @@ impl History {
         let meant = state.meant.entry(app.clone()).or_insert(Meant {
             present: false,
             drained: false,
-            absent_until: None,
+            absent_until: 0,
             version: 0,
             replicas: 1,
             special: false,
@@ -284,9 +284,11 @@ impl History {
 
     /// Puts all keys of an app that is meant to be here.
     fn place(&self, app: &App) {
+        // Both keys are written before the watch can tell of either.
+        let revision = self.store.etcd().data.revision + 2;
         self.mean(&app.name, |m| {
             if !m.present {
-                m.absent_until = Some(Instant::now());
+                m.absent_until = revision;
             }
             m.present = true;
         });
@@ -355,7 +357,8 @@ impl History {
                 self.mode = *chance.pick(&["active", "active", "cordoned", "drained"]).expect("some");
                 let drained = self.mode == "drained";
                 for app in self.apps.clone() {
-                    self.mean(&app.name, |m| m.drain(drained));
+                    let revision = self.store.etcd().data.revision + 1;
+                    self.mean(&app.name, |m| m.drain(drained, revision));
                 }
                 self.store.put("hosts/host1/mode", self.mode);
                 format!("sets the mode {}", self.mode)
@@ -703,7 +706,8 @@ impl History {
         }
         self.store.put("hosts/host1/mode", "active");
         for app in self.apps.clone() {
-            self.mean(&app.name, |m| m.drain(false));
+            let revision = self.store.etcd().data.revision;
+            self.mean(&app.name, |m| m.drain(false, revision));
         }
         self.scene.accepted.store(true, Ordering::Relaxed);
         let accept = self.store.accept(self.apps.iter().map(|a| a.name.clone()));

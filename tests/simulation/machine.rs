@@ -16,8 +16,8 @@ use demae::{
     },
     machine::{Inventory, Machine},
     model::{
-        name::{AppName, ContainerId, HostName, ImageRef, ReleaseId},
-        observed::{Address, Health, Instance, ObservedApp, Phase},
+        name::{AppName, ContainerId, HostName},
+        observed::{Address, Health, Instance, ObservedApp, Phase, Wanted},
         proxy::{ObservedProxy, Vhost},
         spec::Probe,
         time::Timestamp,
@@ -129,7 +129,7 @@ impl Hands {
         Health::Starting("connection refused".into())
     }
 
-    fn look(&self, app: &AppName, wanted: Option<(&ReleaseId, &ImageRef)>) -> ObservedApp {
+    fn look(&self, app: &AppName, wanted: Option<&Wanted>) -> ObservedApp {
         let mut observed = {
             let mut state = self.scene.state();
             state.looked.insert(app.clone(), Instant::now());
@@ -137,9 +137,9 @@ impl Hands {
         };
         let several = observed.instances.len() > 1;
         observed.image = wanted
-            .filter(|(release, _)| !observed.instances.iter().any(|i| i.key.release == **release && i.is_alive()))
-            .filter(|(_, image)| self.scene.state().images.contains(&image.to_string()))
-            .map(|(_, image)| format!("sha256:{image}"));
+            .filter(|w| w.image_lost || !observed.instances.iter().any(|i| i.key.release == w.release && i.is_alive()))
+            .filter(|w| self.scene.state().images.contains(&w.image.to_string()))
+            .map(|w| format!("sha256:{}", w.image));
         observed.pulled = false;
         observed.slots_changed = self.clock.steady(observed.slots_changed);
         for instance in &mut observed.instances {
@@ -149,7 +149,7 @@ impl Hands {
         for instance in &mut observed.instances {
             let alive = instance.is_alive();
             instance.health = if alive { self.health(app, instance) } else { Health::Unknown };
-            let leaving = wanted.is_none_or(|(release, _)| instance.key.release != *release) || several;
+            let leaving = wanted.is_none_or(|w| instance.key.release != w.release) || several;
             let count = leaving && instance.is_running() && !routes.contains(&instance.key);
             instance.connections = match count.then(|| self.connections(app, instance)) {
                 // Now and then it cannot be counted.
@@ -201,7 +201,7 @@ impl Hands {
                 return Err(refused(409, "the name is already in use"));
             }
             if !state.images.contains(&release.image.to_string()) {
-                return Err(refused(404, "no such image"));
+                return Err(refused(404, "No such image: it"));
             }
             state.made += 1;
             let id = ContainerId::try_from(format!("{:064x}", state.made)).expect("an id");
@@ -328,11 +328,7 @@ impl Machine for Hands {
         Ok((listed, traces))
     }
 
-    async fn observe_app(
-        &self,
-        app: &AppName,
-        wanted: Option<(&ReleaseId, &ImageRef)>,
-    ) -> Result<ObservedApp, ObserveError> {
+    async fn observe_app(&self, app: &AppName, wanted: Option<&Wanted>) -> Result<ObservedApp, ObserveError> {
         self.docker().await?;
         let observed = self.look(app, wanted);
         self.answer().await?;

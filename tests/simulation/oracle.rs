@@ -76,17 +76,17 @@ impl Scene {
             let goes = new.proven && matches!(new.apps.get(&app), None | Some(DesiredApp::Absent(_)));
             let is_here = state.apps.get(&app).is_some_and(|o| !o.instances.is_empty());
             let meant = state.meant.get(&app);
-            let is_meant = meant
-                .is_none_or(|m| !m.present || m.drained || m.absent_until.is_some_and(|at| at >= state.believed_at));
+            let is_meant = meant.is_none_or(|m| !m.present || m.drained || new.revision <= m.absent_until);
             if goes && is_here && !is_meant {
                 state.violate(format!("{app} is believed to be unwanted, and nobody meant that"));
             }
         }
-        if new.proven && old.proven && new.revision < old.revision && !self.accepted.load(Ordering::Relaxed) {
-            state.violate(format!("revision {} is believed after {}", new.revision, old.revision));
-        }
-        if new.proven {
-            state.believed_at = now;
+        if new.proven && !self.accepted.load(Ordering::Relaxed) {
+            if new.revision < state.newest {
+                let newest = state.newest;
+                state.violate(format!("revision {} is believed after {newest}", new.revision));
+            }
+            state.newest = new.revision;
         }
         state.believed = Some(new);
     }

@@ -66,8 +66,8 @@ pub struct Meant {
     pub present: bool,
     /// Whether the whole host is to be empty.
     pub drained: bool,
-    /// When it last did not.
-    pub absent_until: Option<Instant>,
+    /// The revision of the store up to which it did not.
+    pub absent_until: i64,
     pub version: usize,
     pub replicas: usize,
     /// Whether a person has to act before it converges: it is paused, broken, or shares a virtual host.
@@ -75,9 +75,9 @@ pub struct Meant {
 }
 
 impl Meant {
-    pub fn drain(&mut self, drained: bool) {
+    pub fn drain(&mut self, drained: bool, revision: i64) {
         if self.drained && !drained {
-            self.absent_until = Some(Instant::now());
+            self.absent_until = revision;
         }
         self.drained = drained;
     }
@@ -133,8 +133,8 @@ pub struct State {
     pub updates: Option<watch::Receiver<Update>>,
     /// What people mean, whatever becomes of the store.
     pub meant: BTreeMap<AppName, Meant>,
-    /// When something was last believed.
-    pub believed_at: Instant,
+    /// The newest revision that was believed, by any agent.
+    pub newest: i64,
     /// Containers of others.
     pub foreign: BTreeSet<ContainerId>,
     pub tally: BTreeMap<String, u64>,
@@ -203,7 +203,7 @@ impl Scene {
             made: 0,
             updates: None,
             meant: BTreeMap::new(),
-            believed_at: now,
+            newest: 0,
             foreign: BTreeSet::new(),
             tally: BTreeMap::new(),
             app_states: BTreeSet::new(),

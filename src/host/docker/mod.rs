@@ -111,6 +111,12 @@ impl DockerError {
         matches!(self, DockerError::Refused { status, .. } if *status == wanted)
     }
 
+    /// Whether a container could not be made since its image is gone.
+    pub fn is_image_gone(&self) -> bool {
+        matches!(self, DockerError::Refused { operation: Operation::Create, status: 404, message }
+            if message.to_lowercase().contains("no such image"))
+    }
+
     /// Whether another program holds the port that was asked for.
     pub fn is_port_taken(&self) -> bool {
         matches!(self, DockerError::Refused { message, .. }
