@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help install demo test lint stack soak fuzz bench
+.PHONY: help install demo test lint stack soak simulate fuzz bench
 
 help: ## Show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ stack: install ## The whole stack by docker-compose.yml: deploys under load, das
 soak: install ## The long forms: a thousand switches, every kill point, many histories
 	DEMAE_ETCD_ROUNDS=20 DEMAE_SOCKET_SWITCHES=1000 DEMAE_PORT_SWITCHES=100 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=20000 \
 	scripts/test.sh --soak
+
+simulate: install ## A million events in the life of agents, played; optimised, so built anew: 10 min in all
+	@DEMAE_SIMULATED_EVENTS=$${DEMAE_SIMULATED_EVENTS:-1000000} cargo test --quiet --profile bench --all-features --test simulation histories -- --nocapture
 
 fuzz: install ## libFuzzer on all that reads or writes what others wrote; 10 min for each of five targets
 	@scripts/install.sh fuzz

@@ -269,3 +269,34 @@ fn paused_cordoned_and_drained_are_obeyed() {
     assert!(lab.containers().is_empty(), "it came back: {:?}", lab.containers());
     pause();
 }
+
+#[test]
+fn long_names_and_many_of_them_are_served() {
+    let lab = Lab::new();
+    let label = "x".repeat(60);
+    let long = format!("{label}.{label}.{label}.{}.test", "y".repeat(60));
+    let hosts: Vec<String> = (0..400).map(|n| format!("n{n}.many.test")).chain([long.clone()]).collect();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), &hosts.join(", "), ""));
+    for host in [&long, &hosts[0], &hosts[399]] {
+        assert_eq!(lab.get(host, "/").map(|(status, _)| status), Ok(200), "{host}");
+    }
+}
+
+#[test]
+fn a_volume_that_leads_out_of_its_place_by_a_symlink_is_refused() {
+    let lab = Lab::new();
+    let place = std::path::PathBuf::from(format!("/srv/demae-lab-{}", lab.tag));
+    std::fs::create_dir_all(&place).expect("a directory");
+    std::os::unix::fs::symlink("/etc", place.join("evil")).expect("a symlink");
+    std::fs::create_dir(place.join("fine")).expect("a directory");
+    let spec = |volume: &str| {
+        let more = format!("volumes: [\"{}/{volume}:/data\"]\n", place.display());
+        lab.socket_spec(&lab.image("v1"), "web.test", &more)
+    };
+    lab.put("apps/web/spec", &spec("evil"));
+    let told = lab.wait_app("web", "refused", |a| a.reason.contains("is really `/etc`"));
+    let made = lab.containers().len();
+    lab.deploy("web", "apps/web/spec", &spec("fine"));
+    std::fs::remove_dir_all(&place).expect("it goes");
+    assert_eq!(made, 0, "{}", told.reason);
+}

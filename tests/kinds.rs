@@ -93,3 +93,21 @@ fn an_image_is_pulled_and_a_missing_one_is_waited_for() {
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
 }
+
+#[test]
+fn a_tag_that_moves_changes_no_instance_of_a_release() {
+    let lab = Lab::new();
+    let (v1, v2) = (lab.image("v1"), lab.image("v2"));
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&v1, "web.test", ""));
+    docker(&["tag", &v2, &v1]);
+    // More instances of what runs are made from what runs.
+    lab.put("apps/web/spec", &lab.socket_spec(&v1, "web.test", "deploy: {replicas_per_host: 2}\n"));
+    lab.wait_app("web", "two", |a| a.state == State::Converged && a.healthy == 2);
+    let images: std::collections::BTreeSet<String> =
+        lab.containers().iter().map(|id| docker(&["inspect", "--format", "{{.Image}}", id])).collect();
+    assert_eq!((lab.containers().len(), images.len()), (2, 1), "{images:?}");
+    assert_eq!(lab.get("web.test", "/").map(|(_, body)| body.contains("v1")), Ok(true));
+    // Another release of the same tag takes what the tag means now.
+    lab.take_over("web", "apps/web/restart", "1");
+    assert_eq!(lab.get("web.test", "/").map(|(_, body)| body.contains("v2")), Ok(true));
+}

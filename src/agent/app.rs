@@ -47,6 +47,9 @@ pub(super) struct AppState {
     pub(super) busy: Option<StepKind>,
     pub(super) dirty: bool,
     pub(super) replan: bool,
+    /// Whether it was seen since the last step ended. What was seen before that says nothing any more, least of all if
+    /// nobody knows whether the step was done.
+    pub(super) seen: bool,
     pub(super) observing: bool,
     pub(super) wake: Option<Timestamp>,
     pub(super) look_after: Timestamp,
@@ -72,6 +75,7 @@ impl AppState {
             busy: None,
             dirty: true,
             replan: false,
+            seen: false,
             observing: false,
             wake: None,
             look_after: now,
@@ -117,12 +121,14 @@ impl AppState {
         self.observed = Some(ObservedApp { pulled, image_lost: self.image_lost, ..observed });
         self.look_error = None;
         self.replan = true;
+        self.seen = true;
     }
 
     /// Nothing is known of the app now; the last plan stands, and the look is tried again.
     pub(super) fn fail_look(&mut self, error: &str, now: Timestamp) {
         let attempts = self.look_error.as_ref().map_or(0, |(_, n)| *n) + 1;
         self.prediction.drop();
+        self.seen = false;
         self.look_error = Some((error.to_owned(), attempts));
         self.look_after = now.plus(pause_after(attempts).min(Duration::from_secs(10)));
         self.dirty = true;

@@ -103,6 +103,7 @@ impl<M: Machine> Agent<M> {
         let Some(state) = self.apps.get_mut(app) else { return };
         state.busy = None;
         state.dirty = true;
+        state.seen = false;
         match result {
             Ok(()) => {
                 tracing::info!(app = %app, step = kind.as_str(), took_ms, "{step}");

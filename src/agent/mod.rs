@@ -338,7 +338,7 @@ impl<M: Machine> Agent<M> {
                 Done::Observed(app, observed)
             });
         }
-        if !state.replan || state.observing || !self.proxy.seen {
+        if !state.replan || !state.seen || state.observing || !self.proxy.seen {
             return;
         }
         let conflict = self.conflicts.get(app).cloned();

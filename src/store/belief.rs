@@ -84,6 +84,16 @@ pub struct News {
     pub opened: bool,
 }
 
+impl News {
+    /// Adds what came after it.
+    pub fn add(&mut self, next: Self) {
+        self.changes.extend(next.changes);
+        self.head = self.head.max(next.head);
+        self.etcd = next.etcd;
+        self.opened &= next.opened;
+    }
+}
+
 /// The desired state as one agent believes it. All changes go through here, whether read or told of.
 pub struct Belief {
     prefix: Prefix,

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use etcd_client::{Event, EventType, WatchOptions, WatchResponse, WatchStream};
+use futures_util::FutureExt as _;
 use tokio::{sync::watch::Sender, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -16,6 +17,8 @@ use crate::retry::{Retry, jittered};
 
 /// How often the watch is asked for a sign of life, and how long it may take to give one.
 const PROGRESS: Duration = Duration::from_secs(10);
+/// Most changes that are taken at once.
+const GATHERED: usize = 10_000;
 /// The watch must have worked for this long before failures count from one again.
 const STEADY: Duration = Duration::from_secs(60);
 /// How soon a store that is not believed is read again: a person may be about to accept it.
@@ -64,6 +67,9 @@ pub async fn watch(
     }
 }
 
+/// What the watch gives.
+type Message = Result<Option<WatchResponse>, etcd_client::Error>;
+
 struct Watcher {
     config: EtcdConfig,
     resync: Duration,
@@ -91,7 +97,7 @@ impl Watcher {
         loop {
             tokio::select! {
                 message = stream.message() => {
-                    self.take(&connection, message)?;
+                    self.take(&connection, message, &mut stream)?;
                     asked = false;
                     sign_by = Instant::now() + PROGRESS;
                 }
@@ -124,13 +130,29 @@ impl Watcher {
         self.belief.take_read(contents, found, key)
     }
 
-    /// Takes one message of the watch. Any that is not news or a sign of life ends the session: a cancelled watch stays
-    /// open and says nothing for ever.
-    fn take(
-        &mut self,
-        connection: &Connection,
-        message: Result<Option<WatchResponse>, etcd_client::Error>,
-    ) -> Result<(), StoreError> {
+    /// Takes a message of the watch, with all that has come meanwhile: each time something is believed, all of it is kept
+    /// on disk.
+    fn take(&mut self, connection: &Connection, first: Message, stream: &mut WatchStream) -> Result<(), StoreError> {
+        let mut news = self.news(connection, first)?;
+        let mut ended = Ok(());
+        while news.changes.len() < GATHERED
+            && let Some(next) = stream.message().now_or_never()
+        {
+            match self.news(connection, next) {
+                Ok(next) => news.add(next),
+                Err(e) => {
+                    ended = Err(e);
+                    break;
+                }
+            }
+        }
+        self.belief.take_news(news)?;
+        ended
+    }
+
+    /// What a message of the watch says. Any that is neither news nor a sign of life ends the session: a cancelled watch
+    /// stays open and says nothing for ever.
+    fn news(&self, connection: &Connection, message: Message) -> Result<News, StoreError> {
         let ended = |reason: String| StoreError::Watch { endpoint: connection.endpoint.clone(), reason };
         let message = message.map_err(connection.failed("watching"))?.ok_or_else(|| ended("was closed".into()))?;
         if message.canceled() {
@@ -146,13 +168,12 @@ impl Watcher {
             let key = self.config.prefix.strip(kv.key()).map(<[u8]>::to_vec);
             Some(Change { key, revision: kv.mod_revision(), value })
         };
-        let news = News {
+        Ok(News {
             changes: message.events().iter().filter_map(change).collect(),
             head: message.header().map_or(0, etcd_client::ResponseHeader::revision),
             etcd: message.header().map_or(0, etcd_client::ResponseHeader::cluster_id),
             opened: message.created(),
-        };
-        self.belief.take_news(news)
+        })
     }
 }
 

@@ -15,7 +15,7 @@ use demae::{
         desired::HostMode,
         name::{AppName, ContainerId, HostName},
         observed::{Instance, Phase},
-        status::{HostStatus, State as Shown, StoreStatus, VERSION},
+        status::{AppStatus, HostStatus, State as Shown, StoreStatus, VERSION},
         time::Timestamp,
     },
     store::{Belief, Brake, Update, Viewer, keys::Prefix},
@@ -107,6 +107,19 @@ pub fn play(seed: u64, events: usize, planner: Planner) -> Outcome {
             host_states: std::mem::take(&mut state.host_states),
             trace: state.trace.finish(),
         }
+    })
+}
+
+/// What an agent tells after a minute in which nothing goes wrong.
+pub fn first_minute(seed: u64, planner: Planner) -> Vec<AppStatus> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+    runtime.expect("a runtime").block_on(async {
+        let mut history = History::new(seed, planner);
+        history.begin().await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let apps = history.running.as_ref().map(|r| r.status.borrow().apps.clone()).unwrap_or_default();
+        history.crash().await;
+        apps
     })
 }
 

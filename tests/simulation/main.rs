@@ -22,8 +22,8 @@ use std::{
     },
 };
 
-use demae::{agent::Planner, plan::app::plan_app};
-use history::{Outcome, play};
+use demae::{agent::Planner, model::status::State, plan::app::plan_app};
+use history::{Outcome, first_minute, play};
 
 /// Things that happen in one history before everything is put right.
 const EVENTS: usize = 60;
@@ -129,5 +129,19 @@ fn wrong_planners_are_caught() {
         });
         let caught = caught.unwrap_or_else(|| panic!("`{name}` was not caught in {ESCAPES} histories"));
         println!("`{name}` is caught {}", caught.chars().take(160).collect::<String>());
+    }
+}
+
+#[test]
+fn a_panic_about_one_app_leaves_the_others_alone() {
+    // The first history with several apps.
+    let status = (1..50).map(|seed| first_minute(seed, mutants::panics_about_one_app)).find(|apps| apps.len() > 2);
+    let status = status.expect("a history with several apps");
+    for app in &status {
+        if app.app == "app0" {
+            assert!(app.reason.contains("ended in a panic"), "{app:?}");
+        } else {
+            assert_eq!(app.state, State::Converged, "{app:?}");
+        }
     }
 }

@@ -50,3 +50,9 @@ pub fn removes_before_nginx_knows(input: &AppInput<'_>) -> AppPlan {
 pub fn forgets_nginx(input: &AppInput<'_>) -> AppPlan {
     AppPlan { vhost: VhostWish::Keep, ..plan_app(input) }
 }
+
+/// Cannot bear the first app.
+pub fn panics_about_one_app(input: &AppInput<'_>) -> AppPlan {
+    assert!(input.app.as_str() != "app0", "a mistake in the planner");
+    plan_app(input)
+}
