@@ -4,11 +4,11 @@
 //!
 //! Environment: `SOCKET` (a path) or `PORT` (8080 unless given) to listen on, `VERSION` to tell, `GREETING` to tell,
 //! `START_MS` to be slow at the start, `MOOD` to be `sick` (`/healthz` answers 503), `exit` (ends at once, code 3),
-//! `deaf` (never listens) or `keep-socket` (does not remove a socket in its way).
+//! `deaf` (never listens) or `greedy` (takes 256 MB before it listens).
 //!
 //! Paths: `/` tells version and release, `/healthz`, `/slow?MS`, `/stream?N` (N lines, one every 100 ms),
 //! `/env?NAME` (a variable, to see that it arrived), `/echo` (a connection that is upgraded and echoes bytes),
-//! `/sicken` (from now on `/healthz` answers 503), `/die` (ends, code 4).
+//! `/sicken` (from now on `/healthz` answers 503), `/eat?MB` (takes so much memory and keeps it), `/die` (ends, code 4).
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -39,6 +39,9 @@ fn main() {
     if mood == "exit" {
         eprintln!("cannot work like this");
         std::process::exit(3);
+    }
+    if mood == "greedy" {
+        eat(256);
     }
     if let Some(ms) = env::var("START_MS").ok().and_then(|ms| ms.parse().ok()) {
         thread::sleep(Duration::from_millis(ms));
@@ -109,6 +112,10 @@ fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
                 SICK.store(true, Ordering::Relaxed);
                 answer(&mut output, "200 OK", "sick from now on\n")?;
             }
+            "/eat" => {
+                eat(query.parse().unwrap_or(1));
+                answer(&mut output, "200 OK", "it was good\n")?;
+            }
             "/die" => std::process::exit(4),
             "/slow" => {
                 thread::sleep(Duration::from_millis(query.parse().unwrap_or(1000)));
@@ -134,6 +141,13 @@ fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
         if close {
             return Ok(());
         }
+    }
+}
+
+/// Takes so many megabytes, and never gives them back. They are written to, so that the kernel must hand them out.
+fn eat(megabytes: usize) {
+    for _ in 0..megabytes {
+        std::mem::forget(std::hint::black_box(vec![1u8; 1 << 20]));
     }
 }
 

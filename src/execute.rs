@@ -217,7 +217,10 @@ impl World {
         let dir = self.layout.socket_dir(app, &handle.key);
         let group = if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None };
         for above in [self.layout.sockets(), self.layout.app_sockets(app)] {
-            files::make_dir(&above, 0o700)?;
+            // While nginx is away, what is open to it stays open.
+            if group.is_some() || !above.is_dir() {
+                files::make_dir(&above, 0o700)?;
+            }
             if group.is_some() {
                 files::hand_over(&above, None, group, 0o750)?;
             }

@@ -50,6 +50,8 @@ pub(super) struct AppState {
     /// Whether it was seen since the last step ended. What was seen before that says nothing any more, least of all if
     /// nobody knows whether the step was done.
     pub(super) seen: bool,
+    /// Whether that has not been planned on yet.
+    fresh: bool,
     pub(super) observing: bool,
     pub(super) wake: Option<Timestamp>,
     pub(super) look_after: Timestamp,
@@ -76,6 +78,7 @@ impl AppState {
             dirty: true,
             replan: false,
             seen: false,
+            fresh: false,
             observing: false,
             wake: None,
             look_after: now,
@@ -106,6 +109,8 @@ impl AppState {
         self.desired = desired;
         self.current = false;
         self.dirty = true;
+        // It was looked at for another wish: with another image in mind, for one.
+        self.seen = false;
         self.look_after = now;
     }
 
@@ -122,6 +127,13 @@ impl AppState {
         self.look_error = None;
         self.replan = true;
         self.seen = true;
+        self.fresh = true;
+    }
+
+    /// Whether what was seen is good enough to decide on: not what was seen before a step, before another wish, or before
+    /// a hint that something happened.
+    pub(super) fn is_plannable(&self) -> bool {
+        self.replan && self.seen && !self.observing && (self.fresh || !self.dirty)
     }
 
     /// Nothing is known of the app now; the last plan stands, and the look is tried again.
@@ -171,6 +183,7 @@ impl AppState {
         (metrics, events): (&Metrics, &Events),
     ) -> Option<Step> {
         self.replan = false;
+        self.fresh = false;
         let app = &self.app;
         let observed = self.observed.as_ref()?;
         self.cooling.retain(|_, c| now < c.until.plus(FORGIVEN));

@@ -79,6 +79,10 @@ impl<M: Machine> Agent<M> {
             Done::ProxyObserved(observed) => {
                 self.proxy.observing = false;
                 self.proxy.seen = true;
+                // An nginx that was away has other workers, and sockets may have to be opened to their group.
+                if observed.serving.is_some() && self.proxy.observed.serving.is_none() {
+                    self.apps.values_mut().for_each(|state| state.dirty = true);
+                }
                 self.proxy.observed = *observed;
                 self.replan_all();
             }

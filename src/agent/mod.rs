@@ -210,7 +210,8 @@ impl<M: Machine> Agent<M> {
                     // Outside of systemd nobody listens.
                     let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
                     // nginx that was stopped or started anew is looked at soon, not only with everything else.
-                    self.proxy.dirty |= self.proxy.seen && !self.machine.has_nginx();
+                    let away = self.proxy.observed.serving.is_none() || !self.machine.has_nginx();
+                    self.proxy.dirty |= self.proxy.seen && away;
                 }
                 changed = updates.changed() => {
                     if changed.is_err() {
@@ -328,31 +329,12 @@ impl<M: Machine> Agent<M> {
                 self.jobs.spawn(async move { Done::OldWorkers(machine.old_workers().await) });
             }
         }
-        if state.dirty && !state.observing && state.busy.is_none() && state.look_after <= now {
-            state.dirty = false;
-            state.observing = true;
-            let wanted = state.wanted();
-            let (machine, app) = (self.machine.clone(), app.clone());
-            self.jobs.spawn(async move {
-                let observed = machine.observe_app(&app, wanted.as_ref()).await;
-                Done::Observed(app, observed)
-            });
-        }
-        if !state.replan || !state.seen || state.observing || !self.proxy.seen {
-            return;
-        }
-        let conflict = self.conflicts.get(app).cloned();
-        let trouble = self.proxy.trouble.clone();
-        let Some(step) = state.plan(
-            self.options.planner,
-            &self.proxy.observed,
-            trouble.as_deref(),
-            conflict,
-            now,
-            (&self.outlets.metrics, &self.outlets.events),
-        ) else {
+        // What was just seen is planned on before the next look: else hints without a pause would keep an app from it.
+        let Some(step) = self.plan(app, now) else {
+            self.look(app, now);
             return;
         };
+        let Some(state) = self.apps.get(app) else { return };
         let (machine, app, observed) =
             (self.machine.clone(), app.clone(), state.observed().cloned().unwrap_or_default());
         let span = state.span(step.kind());
@@ -373,6 +355,33 @@ impl<M: Machine> Agent<M> {
             let _permit = permits.acquire_owned().await;
             performing.instrument(span).await
         });
+    }
+
+    /// The next step for an app, if what was seen of it is good enough to decide.
+    fn plan(&mut self, app: &AppName, now: Timestamp) -> Option<Step> {
+        let state = self.apps.get_mut(app)?;
+        if !state.is_plannable() || !self.proxy.seen {
+            return None;
+        }
+        let conflict = self.conflicts.get(app).cloned();
+        let trouble = self.proxy.trouble.clone();
+        let told = (self.outlets.metrics.as_ref(), &self.outlets.events);
+        state.plan(self.options.planner, &self.proxy.observed, trouble.as_deref(), conflict, now, told)
+    }
+
+    /// Looks at an app, if that is due.
+    fn look(&mut self, app: &AppName, now: Timestamp) {
+        let Some(state) = self.apps.get_mut(app) else { return };
+        if state.dirty && !state.observing && state.busy.is_none() && state.look_after <= now {
+            state.dirty = false;
+            state.observing = true;
+            let wanted = state.wanted();
+            let (machine, app) = (self.machine.clone(), app.clone());
+            self.jobs.spawn(async move {
+                let observed = machine.observe_app(&app, wanted.as_ref()).await;
+                Done::Observed(app, observed)
+            });
+        }
     }
 
     fn act_on_proxy(&mut self, now: Timestamp) {

@@ -77,11 +77,15 @@ pub(super) fn places(config: &Config) -> Places {
     Places { dirs, certificates, nginx: layout.nginx_live() }
 }
 
+/// Longest wait for the first list of containers: an engine that hangs must not keep an agent from its store.
+const FIRST_LIST: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// Who reads the store, and what it is held against.
 pub(super) async fn viewer(config: &Config, world: &World) -> Result<Viewer, Failed> {
     let mut traces = world.apps_on_disk()?;
     // An engine that does not answer now has its containers all the same; those are found when it does.
-    traces.extend(world.docker.list(None).await.unwrap_or_default().into_iter().map(|c| c.app));
+    let listed = tokio::time::timeout(FIRST_LIST, world.docker.list(None)).await;
+    traces.extend(listed.ok().and_then(Result::ok).unwrap_or_default().into_iter().map(|c| c.app));
     Ok(Viewer {
         host: config.host.clone(),
         labels: config.labels.clone(),

@@ -7,7 +7,7 @@
 use std::{
     fs, io,
     io::Write as _,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -138,6 +138,27 @@ pub fn hand_over(path: &Path, user: Option<u32>, group: Option<u32>, mode: u32) 
         fs::set_permissions(path, fs::Permissions::from_mode(mode))
     };
     give().map_err(failed("hand over", path))
+}
+
+/// Lets a group pass to a socket, if it was made while the group was not known: through the directory of the instance and
+/// the two above it, that of the app and that of all. A directory that is open to the group already is left alone.
+///
+/// # Errors
+/// If this agent may not.
+pub fn open_way_to(socket: &Path, group: u32) -> Result<()> {
+    for (level, dir) in socket.ancestors().skip(1).take(3).enumerate() {
+        let found = match fs::symlink_metadata(dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            found => found.map_err(failed("look at", dir))?,
+        };
+        if !found.is_dir() || found.gid() == group {
+            continue;
+        }
+        // That of the instance belongs to the container's user, and hands its group down.
+        let mode = if level == 0 { found.permissions().mode() & 0o777 | 0o2050 } else { 0o750 };
+        hand_over(dir, None, Some(group), mode)?;
+    }
+    Ok(())
 }
 
 /// Lets a group connect to a socket; what is not there is left alone.

@@ -52,6 +52,8 @@ pub struct Prober {
 struct Asked {
     health: Arc<Mutex<Health>>,
     question: Question,
+    /// The group that sockets are opened to: nginx may come later, or with other workers.
+    group: Arc<Mutex<Option<u32>>>,
     task: AbortHandle,
 }
 
@@ -75,18 +77,29 @@ impl Prober {
             && known.question.address == question.address
             && known.question.check == question.check
         {
+            let mut group = known.group.lock().unwrap_or_else(PoisonError::into_inner);
+            if question.group.is_some() && *group != question.group {
+                *group = question.group;
+                if let Address::Socket(path) = &question.address
+                    && let Err(e) = open_to_group(Path::new(path), question.group)
+                {
+                    tracing::warn!(app = %app, "nginx may not be able to connect: {e}");
+                }
+            }
             return known.health.lock().unwrap_or_else(PoisonError::into_inner).clone();
         }
         let health = Arc::new(Mutex::new(Health::Unknown));
+        let group = Arc::new(Mutex::new(question.group));
         let asking = Asking {
             app: app.clone(),
             question: question.clone(),
             health: health.clone(),
             news: self.news.clone(),
             clock: self.clock.clone(),
+            group: group.clone(),
         };
         let task = self.tasks.spawn(asking.run()).abort_handle();
-        of_app.insert(id.clone(), Asked { health, question, task });
+        of_app.insert(id.clone(), Asked { health, question, group, task });
         Health::Unknown
     }
 
@@ -109,6 +122,7 @@ struct Asking {
     health: Arc<Mutex<Health>>,
     news: UnboundedSender<AppName>,
     clock: Arc<Clock>,
+    group: Arc<Mutex<Option<u32>>>,
 }
 
 impl Asking {
@@ -156,7 +170,7 @@ impl Asking {
     async fn keep_open(&self) {
         let Address::Socket(path) = &self.question.address else { return };
         loop {
-            if let Err(e) = open_to_group(Path::new(path), self.question.group) {
+            if let Err(e) = open_to_group(Path::new(path), self.group()) {
                 tracing::warn!(app = %self.app, "nginx may not be able to connect: {e}");
             }
             self.rest(SUSPECT).await;
@@ -175,12 +189,16 @@ impl Asking {
         }
     }
 
+    fn group(&self) -> Option<u32> {
+        *self.group.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn ask(&self) -> Result<(), String> {
         let timeout = self.question.check.timeout;
         match (&self.question.address, &self.question.check.probe) {
             (Address::Socket(path), probe) => {
                 let path = Path::new(path);
-                open_to_group(path, self.question.group)?;
+                open_to_group(path, self.group())?;
                 match probe {
                     Probe::Http(uri) => expect_success(uri, &probe::get_unix(path, uri, timeout).await?),
                     _ => probe::connect_unix(path, timeout).await,
@@ -224,5 +242,5 @@ fn expect_success(uri: &str, answer: &probe::Answer) -> Result<(), String> {
 /// An app binds its socket with the rights of its own user; nginx's group must be able to connect to it.
 fn open_to_group(path: &Path, group: Option<u32>) -> Result<(), String> {
     let Some(group) = group else { return Ok(()) };
-    files::open_socket_to(path, group).map_err(|e| e.to_string())
+    files::open_way_to(path, group).and_then(|()| files::open_socket_to(path, group)).map_err(|e| e.to_string())
 }

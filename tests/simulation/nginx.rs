@@ -74,8 +74,13 @@ impl Scene {
             }
             new.generation = old.generation + 1;
             let served = proxy.runs && proxy.served.as_ref().is_some_and(|m| m.generation == old.generation);
-            if !served {
-                new.fresh.clone_from(&old.fresh);
+            for app in &old.fresh {
+                if served {
+                    let since = proxy.since;
+                    new.changed.entry(app.clone()).and_modify(|at| *at = since.max(*at));
+                } else {
+                    new.fresh.insert(app.clone());
+                }
             }
             for app in old.vhosts.keys().chain(new.vhosts.keys()) {
                 if old.vhosts.get(app) != new.vhosts.get(app) {

@@ -62,6 +62,8 @@ pub struct Tally {
     pub failed: u64,
     /// Ended without a byte on a connection that had been used before.
     pub stale: u64,
+    /// Of those that failed: whole answers that are not 200.
+    pub wrong: u64,
     /// The first failures, in words.
     pub reasons: Vec<String>,
     pub slowest: Duration,
@@ -149,6 +151,7 @@ fn work(shared: &Shared, address: SocketAddr, host: &str, client: &Client) {
                         tally.stale += 1;
                     } else {
                         tally.failed += 1;
+                        tally.wrong += u64::from(reason.starts_with(NOT_200));
                     }
                     if tally.reasons.len() < 20 {
                         tally.reasons.push(format!("{reason} (reused: {reused}, {client:?})"));
@@ -161,6 +164,7 @@ fn work(shared: &Shared, address: SocketAddr, host: &str, client: &Client) {
 }
 
 const NO_BYTES: &str = "the connection ended without a byte";
+const NOT_200: &str = "answered with ";
 
 /// One request; its body, or why there is none.
 fn ask(
@@ -222,7 +226,7 @@ fn ask(
         *connection = None;
     }
     if !status.starts_with("HTTP/1.1 200") {
-        return Err(format!("answered with {}", status.trim()));
+        return Err(format!("{NOT_200}{}", status.trim()));
     }
     String::from_utf8(bytes).map_err(|e| e.to_string())
 }

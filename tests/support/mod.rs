@@ -1,10 +1,13 @@
 //! What the tests on real etcd, nginx and Docker share.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub mod containers;
 pub mod dashboards;
+pub mod engine;
 pub mod lab;
 pub mod load;
 pub mod mishaps;
 pub mod prometheus;
 pub mod receiver;
 pub mod registry;
+pub mod relay;

@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicI32, Ordering},
+        atomic::{AtomicI32, AtomicI64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -117,6 +117,8 @@ pub struct Nginx {
     clock: Arc<Clock>,
     renderer: Mutex<Option<(String, Renderer)>>,
     master: AtomicI32,
+    /// The group that workers last had; negative before the first.
+    group: AtomicI64,
 }
 
 /// What a publication did.
@@ -133,7 +135,15 @@ pub struct Published {
 impl Nginx {
     /// Nothing is done yet.
     pub fn new(server: Box<dyn Server>, config: NginxConfig, layout: Layout, clock: Arc<Clock>) -> Self {
-        Self { server, config, layout, clock, renderer: Mutex::new(None), master: AtomicI32::new(0) }
+        Self {
+            server,
+            config,
+            layout,
+            clock,
+            renderer: Mutex::new(None),
+            master: AtomicI32::new(0),
+            group: AtomicI64::new(-1),
+        }
     }
 
     /// What nginx serves, and what it is meant to.
@@ -224,7 +234,7 @@ impl Nginx {
     /// The master process that was last seen, without looking again.
     pub fn known_master(&self) -> Option<i32> {
         let pid = self.master.load(Ordering::Relaxed);
-        (pid > 0 && Path::new(&format!("/proc/{pid}")).exists()).then_some(pid)
+        (pid > 0 && server::runs(pid)).then_some(pid)
     }
 
     /// The group that may connect to sockets: that of nginx's workers.
@@ -233,10 +243,17 @@ impl Nginx {
             return self.config.group;
         }
         let master = match self.known_master() {
-            Some(master) => master,
-            None => self.master().await.ok()?,
+            Some(master) => Some(master),
+            None => self.master().await.ok(),
         };
-        server::worker_group(master)
+        match master.and_then(server::worker_group) {
+            Some(group) => {
+                self.group.store(i64::from(group), Ordering::Relaxed);
+                Some(group)
+            }
+            // While it is away, the workers of the next one are taken to have the group of the last one.
+            None => u32::try_from(self.group.load(Ordering::Relaxed)).ok(),
+        }
     }
 
     /// Makes a set of vhosts live, as far as nginx takes it, and proves it. A vhost that nginx refuses is left out, or
@@ -253,7 +270,8 @@ impl Nginx {
         // Never a number that was used: workers of another set would answer with it.
         let used = self.sets()?.into_iter().chain(served).max().unwrap_or(0);
         let generation = old.generation.max(used) + 1;
-        let set = Set { nginx: self, renderer, generation, old: &old, old_is_served: served == Some(old.generation) };
+        let old_served_since = (served == Some(old.generation)).then(|| self.clock.wall(self.workers_since()));
+        let set = Set { nginx: self, renderer, generation, old: &old, old_served_since };
         let root = self.server.root().await?;
         let chosen = set.choose(wanted, &root).await?;
         let rejected = chosen.rejected.iter().map(|(app, r)| (app.clone(), r.error.clone())).collect();

@@ -59,7 +59,7 @@ impl Server for Local {
                 .map_err(|_| io::Error::other(format!("`{}` holds no number", pid_file.display())))?;
             // A stale file may name a process that is somebody else by now.
             match fs::read_to_string(format!("/proc/{pid}/comm")) {
-                Ok(name) if name.trim() == "nginx" => Ok(pid),
+                Ok(name) if name.trim() == "nginx" && runs(pid) => Ok(pid),
                 _ => Err(io::Error::other(format!(
                     "nginx does not run: process {pid} of `{}` is not nginx",
                     pid_file.display()
@@ -130,6 +130,14 @@ impl Server for Contained {
             Ok(PathBuf::from(format!("/proc/{pid}/root")))
         })
     }
+}
+
+/// Whether a process is there, and has not ended: one that nobody has waited for is only a number.
+pub fn runs(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Its state comes after its name, which may hold blanks: proc(5).
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
 }
 
 /// The children of a process.

@@ -41,8 +41,8 @@ pub(super) struct Set<'a> {
     pub(super) generation: u64,
     /// The live one.
     pub(super) old: &'a Manifest,
-    /// Whether workers serve that.
-    pub(super) old_is_served: bool,
+    /// Since when workers serve that, if they do.
+    pub(super) old_served_since: Option<Timestamp>,
 }
 
 impl Set<'_> {
@@ -109,6 +109,12 @@ impl Set<'_> {
         let now = Timestamp::now();
         let mut changed = self.old.changed.clone();
         changed.retain(|app, at| manifest.vhosts.contains_key(app) || now.since(*at) < REMEMBERED);
+        // What changed in the old set did so for requests when that was served, not when it was written.
+        if let Some(since) = self.old_served_since {
+            for app in &self.old.fresh {
+                changed.entry(app.clone()).and_modify(|at| *at = since.max(*at));
+            }
+        }
         changed.extend(self.changes(manifest).into_iter().map(|app| (app, now)));
         changed
     }
@@ -116,7 +122,7 @@ impl Set<'_> {
     /// Which apps changed since a set was last served.
     fn fresh(&self, manifest: &Manifest) -> BTreeSet<AppName> {
         let mut fresh = self.changes(manifest);
-        if !self.old_is_served {
+        if self.old_served_since.is_none() {
             fresh.extend(self.old.fresh.iter().cloned());
         }
         fresh

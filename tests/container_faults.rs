@@ -1,0 +1,257 @@
+//! Containers that are in the way, do not end, find no port, run out of memory, or are changed by hand.
+#![expect(clippy::disallowed_methods, reason = "a test runs programs and reads files of its own")]
+
+mod support;
+
+use std::{fs, net::TcpListener, ops::RangeInclusive, process::Command, time::Duration};
+
+use demae::model::status::State;
+use support::{
+    containers::{Foreign, ids, inspect, is_done, kill_and_wait, only},
+    lab::{Lab, Setup, docker, until},
+    load::{Client, Load, mixed},
+    relay::{Relay, is},
+};
+
+fn lab() -> Lab {
+    Lab::with(&Setup { top: "resync = \"1s\"", ..Setup::default() })
+}
+
+/// An app that needs no network, and so starts quickly.
+fn quick(lab: &Lab, more: &str) -> String {
+    lab.socket_spec(&lab.image("v1"), "web.test", &format!("network_mode: none\n{more}"))
+}
+
+/// Waits until the agent has looked at everything once more, and once more after that.
+fn looked_at(lab: &Lab) {
+    let lists = lab.metric("demae_docker_lists_total", "");
+    until("two full looks", || lab.metric("demae_docker_lists_total", "") >= lists + 2.0);
+}
+
+#[test]
+fn a_name_that_somebody_else_has_is_left_to_them() {
+    let lab = lab();
+    let spec = quick(&lab, "");
+    let leave = || {
+        lab.del("apps/web/");
+        until("it is gone", || lab.containers().is_empty() && lab.app("web").is_none());
+    };
+    // The same spec is the same release, and so its container would have the same name.
+    lab.deploy("web", "apps/web/spec", &spec);
+    let name = lab.containers()[0].clone();
+    leave();
+    let mut foreign = Foreign::default();
+    foreign.create(&["--name", &name], &lab.image("v1"));
+    lab.put("apps/web/spec", &spec);
+    lab.wait_app("web", "converged under another name", |s| s.state == State::Converged && s.healthy == 1);
+    assert_eq!(lab.containers(), [format!("{name}.1")]);
+    assert!(foreign.are_untouched());
+    assert!(lab.agent_log().contains(&format!("container name `{name}` belongs to somebody else")));
+    leave();
+
+    // All names that it would try.
+    let taken: Vec<String> =
+        (1..10).map(|n| foreign.create(&["--name", &format!("{name}.{n}")], &lab.image("v1"))).collect();
+    lab.put("apps/web/spec", &spec);
+    let status = lab.wait_app("web", "told that there is no name", |s| s.reason.contains("belong to somebody else"));
+    assert!(status.reason.contains(&name), "{}", status.reason);
+    assert!(lab.containers().is_empty() && foreign.are_untouched());
+    foreign.remove(&taken[4]);
+    lab.wait_app("web", "converged once one is free", |s| s.state == State::Converged && s.healthy == 1);
+    assert_eq!(lab.containers(), [format!("{name}.5")]);
+    assert!(foreign.are_untouched());
+}
+
+#[test]
+fn a_container_with_labels_that_make_no_sense_is_told_of_and_left_alone() {
+    let lab = lab();
+    lab.deploy("web", "apps/web/spec", &quick(&lab, ""));
+    lab.deploy("other", "apps/other/spec", &quick(&lab, "").replace("web.test", "other.test"));
+    let (before, v2) = (only(&lab, "web"), lab.image("v2"));
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    let mut foreign = Foreign::default();
+    let labels = [format!("demae.host={}", lab.host), "demae.app=web".to_owned()];
+    let id = foreign.create(&["--label", &labels[0], "--label", &labels[1]], &lab.image("v1"));
+    let status = lab.wait_app("web", "told of it", |s| s.reason.contains("labels that demae does not write"));
+    assert!(status.reason.contains(&id[..12]), "{}", status.reason);
+    // Whatever it is, the others are none the worse.
+    lab.put("apps/web/image", &v2);
+    lab.deploy("other", "apps/other/image", &v2);
+    assert!(foreign.are_untouched() && ids(&lab, "web").contains(&before));
+    foreign.remove(&id);
+    lab.wait_app("web", "converged once it is gone", is_done(&v2));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+}
+
+#[test]
+fn a_program_that_ignores_term_is_killed_after_its_grace_while_the_new_one_serves() {
+    let lab = lab();
+    // Without an init process the app is process 1, and the kernel has that one ignore what it does not handle.
+    lab.deploy("web", "apps/web/spec", &quick(&lab, "init: false\n"));
+    let (before, image) = (only(&lab, "web"), lab.image("v2"));
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    until("requests flow", || load.requests() > 50);
+    lab.take_over("web", "apps/web/image", &image);
+    let left = ids(&lab, "web");
+    assert!(left.len() == 2 && left.contains(&before), "the old one is still there: {left:?}");
+    lab.wait_app("web", "converged", is_done(&image));
+    let took = lab.metric("demae_step_seconds_sum", "kind=\"stop\"");
+    assert!(took >= 2.0, "the grace is 2 s, and it took {took} s");
+    assert!(!ids(&lab, "web").contains(&before));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+}
+
+#[test]
+fn who_takes_long_to_end_holds_up_nobody_else() {
+    let lab = Lab::with(&Setup { top: "resync = \"1s\"\nparallel = 1", ..Setup::default() });
+    let deaf = format!(
+        "image: \"{}\"\ninit: false\nnetwork_mode: none\nstop_grace_period: 20s\nenvironment: {{MOOD: deaf}}\n",
+        lab.image("v1")
+    );
+    lab.deploy("deaf", "apps/deaf/spec", &deaf);
+    lab.deploy("web", "apps/web/spec", &quick(&lab, ""));
+    let old = only(&lab, "deaf");
+    lab.put("env/deaf/GREETING", "hello");
+    lab.wait_app("deaf", "ending the old one", |s| s.reason.contains("stop"));
+    kill_and_wait(&lab, "web", "web.test");
+    assert_eq!(inspect(&old, "{{.State.Running}}"), "true", "the old one had not ended by then");
+}
+
+/// The ports that the lab's agent may hand out.
+fn ports(lab: &Lab) -> RangeInclusive<u16> {
+    let text = fs::read_to_string(lab.path("agent.toml")).expect("a file");
+    let range = text.lines().find_map(|l| l.strip_prefix("range = \"")?.strip_suffix('"')?.split_once('-'));
+    let (from, to) = range.expect("a range");
+    from.parse().expect("a port")..=to.parse().expect("a port")
+}
+
+fn port_of(container: &str) -> u16 {
+    inspect(container, "{{index .Config.Labels \"demae.port\"}}").parse().expect("a port")
+}
+
+#[test]
+fn a_host_without_free_ports_keeps_what_serves_and_goes_on_with_the_first_that_is_free() {
+    let lab = Lab::with(&Setup { top: "resync = \"1s\"", nginx: "profile = \"strict\"", ..Setup::default() });
+    lab.deploy("web", "apps/web/spec", &lab.port_spec(&lab.image("v1"), "web.test", ""));
+    let (first, image) = (only(&lab, "web"), lab.image("v2"));
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    let mut taken: Vec<TcpListener> =
+        ports(&lab).filter_map(|port| TcpListener::bind(("127.0.0.1", port)).ok()).collect();
+    lab.put("apps/web/image", &image);
+    let status = lab.wait_app("web", "told that there is no port", |s| s.reason.contains("no port of"));
+    assert!(status.state == State::Converging && status.healthy == 1, "{status:?}");
+    assert!(lab.metric("demae_step_failures_total", "error=\"port\"") >= 1.0);
+    assert_eq!(ids(&lab, "web"), [first], "nothing was made that could not be started");
+    let free = taken.pop().expect("one of many").local_addr().expect("an address").port();
+    lab.wait_app("web", "converged on the one that is free", is_done(&image));
+    assert_eq!(port_of(&only(&lab, "web")), free);
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+}
+
+#[test]
+fn a_port_that_is_taken_before_the_start_is_given_up_for_another() {
+    let mut lab = Lab::with(&Setup { no_agent: true, top: "resync = \"1s\"", ..Setup::default() });
+    let relay = Relay::start(&lab.path("docker.sock"));
+    lab.start_agent(&[("DOCKER_HOST", &relay.host())]);
+    relay.hold_next(is("POST", "/start"));
+    lab.put("apps/web/spec", &lab.port_spec(&lab.image("v1"), "web.test", ""));
+    until("it is about to be started", || relay.held() == 1);
+    let first = only(&lab, "web");
+    let port = port_of(&first);
+    let taken = TcpListener::bind(("127.0.0.1", port)).expect("nobody has it yet");
+    relay.pass();
+    lab.wait_app("web", "converged on another port", |s| s.state == State::Converged && s.healthy == 1);
+    let second = only(&lab, "web");
+    assert!(second != first && port_of(&second) != port);
+    assert!(lab.app("web").is_some_and(|a| a.verdict.is_none()), "that is no fault of the release");
+    drop(taken);
+}
+
+#[test]
+fn who_takes_more_memory_than_allowed_is_told_so() {
+    let lab = lab();
+    let limit = "deploy: {resources: {limits: {memory: 16M}}}\n";
+    lab.deploy("web", "apps/web/spec", &quick(&lab, limit));
+    let before = only(&lab, "web");
+    let load = Load::start(lab.ingress, "web.test", vec![Client::get(true), Client::post(false)]);
+    // A release that eats before it is well has failed, at once: killed as it was, nobody killed it by hand.
+    lab.put("env/web/MOOD", "greedy");
+    let status = lab.wait_app("web", "blocked", |s| s.state == State::Blocked);
+    assert!(status.reason.contains("exit code 137, for want of memory"), "{}", status.reason);
+    assert_eq!(status.verdict.and_then(|v| v.exit_code), Some(137));
+    assert_eq!(status.healthy, 1, "the old release serves");
+    lab.del("env/web/MOOD");
+    lab.wait_app("web", "as it was", |s| s.state == State::Converged && s.verdict.is_none());
+    assert_eq!(only(&lab, "web"), before);
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+
+    // In service it is started again, which counts as a restart.
+    let restarts = lab.metric("demae_container_restarts_total", "app=\"web\"");
+    let started = inspect(&before, "{{.State.StartedAt}}");
+    // It ends in the middle of its answer.
+    let _ = lab.get("web.test", "/eat?64");
+    until("it runs again", || {
+        inspect(&before, "{{.State.StartedAt}}") != started
+            && lab.get("web.test", "/").is_ok_and(|(code, _)| code == 200)
+    });
+    lab.wait_app("web", "as it should be", |s| s.state == State::Converged && s.healthy == 1);
+    until("it is counted", || lab.metric("demae_container_restarts_total", "app=\"web\"") > restarts);
+    assert_eq!(only(&lab, "web"), before, "the same container");
+}
+
+#[test]
+fn what_hands_did_to_a_container_is_put_right() {
+    let lab = lab();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let (id, image) = (only(&lab, "web"), lab.image("v2"));
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    for policy in ["no", "always", "on-failure:3"] {
+        docker(&["update", "--restart", policy, &id]);
+        let template = "{{.HostConfig.RestartPolicy.Name}}";
+        until(&format!("`{policy}` is set back"), || inspect(&id, template) == "unless-stopped");
+    }
+    // Whatever it is called, its labels tell what it is. An app behind a socket needs no network either.
+    docker(&["rename", &id, &format!("demae-lab-{}-renamed", lab.tag)]);
+    docker(&["network", "disconnect", "bridge", &id]);
+    looked_at(&lab);
+    lab.wait_app("web", "as it was", |s| s.state == State::Converged && s.healthy == 1);
+    assert_eq!(only(&lab, "web"), id);
+    lab.deploy("web", "apps/web/image", &image);
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    assert_ne!(only(&lab, "web"), id, "the renamed one has left");
+
+    // Its process, killed past Docker.
+    let id = only(&lab, "web");
+    let (pid, started) = (inspect(&id, "{{.State.Pid}}"), inspect(&id, "{{.State.StartedAt}}"));
+    let status = Command::new("kill").args(["-9", &pid]).status().expect("kill runs");
+    assert!(status.success(), "this test must be allowed to end what a container runs");
+    until("it runs again", || {
+        inspect(&id, "{{.State.StartedAt}}") != started && lab.get("web.test", "/").is_ok_and(|(code, _)| code == 200)
+    });
+    lab.wait_app("web", "as it should be", |s| s.state == State::Converged && s.healthy == 1);
+    assert_eq!(only(&lab, "web"), id);
+}
+
+#[test]
+fn an_app_that_was_cut_off_from_its_port_is_replaced() {
+    let lab = lab();
+    lab.deploy("web", "apps/web/spec", &lab.port_spec(&lab.image("v1"), "web.test", ""));
+    let id = only(&lab, "web");
+    docker(&["network", "disconnect", "bridge", &id]);
+    until("another one serves", || {
+        let found = ids(&lab, "web");
+        found.len() == 1 && found[0] != id && lab.get("web.test", "/").is_ok_and(|(code, _)| code == 200)
+    });
+    lab.wait_app("web", "as it should be", |s| s.state == State::Converged && s.healthy == 1);
+    // Paused, it holds on to its connections, and goes on with them.
+    let id = only(&lab, "web");
+    docker(&["pause", &id]);
+    until("it goes on", || inspect(&id, "{{.State.Status}}") == "running");
+    lab.wait_app("web", "as it should be", |s| s.state == State::Converged && s.healthy == 1);
+    assert_eq!(lab.get("web.test", "/").map(|(code, _)| code), Ok(200));
+}

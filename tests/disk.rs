@@ -1,0 +1,241 @@
+//! The disk is full, or has no inodes left, before a change and in the middle of one. What serves goes on serving, the
+//! status names the file, and no file is torn.
+#![expect(clippy::disallowed_methods, reason = "a test mounts file systems and writes files of its own")]
+
+mod support;
+
+use std::{
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use demae::model::status::State;
+use support::{
+    containers::{ids, is_done, kill_and_wait, only},
+    lab::{Lab, Setup, until},
+    load::{Client, Load, mixed},
+    relay::{Relay, is},
+};
+
+/// A small file system in the place of a directory. Docker must see it too, for sockets of apps lie on it.
+struct Disk {
+    at: PathBuf,
+}
+
+impl Disk {
+    fn mount(at: PathBuf) -> Self {
+        fs::create_dir_all(&at).expect("a directory");
+        let mut command = Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", "size=4m,nr_inodes=2000,mode=755", "demae-lab"]).arg(&at);
+        assert!(command.status().is_ok_and(|s| s.success()), "a disk of its own needs a test that is root");
+        Self { at }
+    }
+
+    /// Leaves not one byte.
+    fn fill(&self) {
+        let mut file = fs::File::options().create(true).append(true).open(self.at.join("filler")).expect("a file");
+        // A page at a time, so that the last one is taken too.
+        while file.write_all(&[0; 4096]).is_ok() {}
+    }
+
+    /// Leaves bytes, and nothing to name them by.
+    fn fill_inodes(&self) {
+        let dir = self.at.join("many");
+        fs::create_dir(&dir).expect("a directory");
+        let file = |n: usize| fs::File::options().create_new(true).write(true).open(dir.join(n.to_string()));
+        let made = (0..).take_while(|n| file(*n).is_ok()).count();
+        assert!(made > 100, "{made} files fill it");
+    }
+
+    fn clear(&self) {
+        // One of them is there.
+        let _ = fs::remove_file(self.at.join("filler"));
+        let _ = fs::remove_dir_all(self.at.join("many"));
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Programs of the lab still have files open there; they go right after it.
+        let _ = Command::new("umount").arg("-l").arg(&self.at).status();
+    }
+}
+
+/// A host whose state, and what it has in memory, lie on small disks, and whose Docker is reached by a relay. Disks go
+/// before the lab does, since it removes the directories that they are mounted on.
+fn site() -> (Lab, Relay, Disk, Disk) {
+    let setup = Setup { no_agent: true, top: "resync = \"1s\"", nginx: "profile = \"strict\"", ..Setup::default() };
+    let mut lab = Lab::with(&setup);
+    let (state, run) = (Disk::mount(lab.path("state")), Disk::mount(lab.path("run")));
+    let relay = Relay::start(&lab.path("docker.sock"));
+    lab.start_agent(&[("DOCKER_HOST", &relay.host())]);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", "network_mode: none\n"));
+    lab.image("v2");
+    (lab, relay, state, run)
+}
+
+/// What was begun beside its place and never put there.
+fn torn(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+        if name.starts_with('.') && name.ends_with(".new") {
+            found.push(path.clone());
+        }
+        if path.is_dir() && !path.is_symlink() {
+            torn(&path, found);
+        }
+    }
+}
+
+/// Nothing on the disks is half a file, and the next agent goes on from it.
+fn is_whole(lab: &mut Lab, relay: &Relay) {
+    let mut found = Vec::new();
+    torn(&lab.path("state"), &mut found);
+    torn(&lab.path("run"), &mut found);
+    assert!(found.is_empty(), "{found:?}");
+    let mut test = Command::new("nginx");
+    test.args(["-t", "-q", "-c"]).arg(lab.path("nginx.conf")).arg("-e").arg(lab.path("nginx-error.log"));
+    assert!(test.status().expect("nginx runs").success(), "what lies there for nginx is whole");
+    lab.kill_agent();
+    let known = lab.agent_log().len();
+    lab.start_agent(&[("DOCKER_HOST", &relay.host())]);
+    until("the next agent answers for all apps", || {
+        lab.status().is_some_and(|s| {
+            !s.apps.is_empty() && s.apps.iter().all(|a| a.state == State::Converged) && s.store.error.is_none()
+        })
+    });
+    let log = lab.agent_log();
+    assert!(!log[known..].contains("damaged"), "{}", &log[known..]);
+    // The disks go next, and nobody is to see that.
+    lab.kill_agent();
+}
+
+#[test]
+fn on_a_full_disk_nothing_new_begins_and_what_serves_is_kept_up() {
+    let (mut lab, relay, state, run) = site();
+    let (before, image) = (only(&lab, "web"), lab.image("v2"));
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    until("requests flow", || load.requests() > 50);
+    state.fill();
+    run.fill();
+    lab.put("apps/web/image", &image);
+    let told = |lab: &Lab| {
+        let error = lab.status().and_then(|s| s.store.error).unwrap_or_default();
+        error.contains("cannot be kept on disk") && error.contains("ledger") && error.contains("No space left")
+    };
+    until("it is told that the wish cannot be kept", || told(&lab));
+    // Also to an agent that starts now.
+    lab.kill_agent();
+    lab.start_agent(&[("DOCKER_HOST", &relay.host())]);
+    until("the next one tells the same", || told(&lab));
+    lab.wait_app("web", "as it was kept", |s| s.state == State::Converged && s.healthy == 1);
+    assert_eq!(only(&lab, "web"), before, "nothing new was begun");
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    // What dies is started again all the same.
+    kill_and_wait(&lab, "web", "web.test");
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    state.clear();
+    run.clear();
+    lab.wait_app("web", "converged with the wish", is_done(&image));
+    until("nothing is told any more", || lab.status().is_some_and(|s| s.store.error.is_none()));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    is_whole(&mut lab, &relay);
+}
+
+#[test]
+fn a_disk_that_fills_up_before_the_proof_leaves_the_old_one_there() {
+    let (mut lab, relay, state, _run) = site();
+    let (before, image) = (only(&lab, "web"), lab.image("v2"));
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    relay.hold_next(is("POST", "/start"));
+    lab.put("apps/web/image", &image);
+    until("the new one is about to be started", || relay.held() == 1);
+    state.fill();
+    relay.pass();
+    let status = lab.wait_app("web", "told what cannot be written", |s| s.reason.contains("No space left"));
+    assert!(status.reason.contains("proven/web"), "{}", status.reason);
+    until("it was tried three times", || lab.metric("demae_step_failures_total", "error=\"disk_full\"") >= 3.0);
+    let status = lab.app("web").expect("a status");
+    assert!(
+        status.verdict.is_none() && status.state == State::Converging,
+        "a full disk says nothing of a release: {status:?}"
+    );
+    assert!(ids(&lab, "web").contains(&before), "as long as it is not on disk that the new one serves");
+    state.clear();
+    lab.wait_app("web", "converged", is_done(&image));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    is_whole(&mut lab, &relay);
+}
+
+#[test]
+fn a_set_for_nginx_that_finds_no_space_changes_nothing() {
+    let (mut lab, relay, state, _run) = site();
+    lab.deploy("port", "apps/port/spec", &lab.port_spec(&lab.image("v1"), "port.test", ""));
+    let (before, image) = (only(&lab, "port"), lab.image("v2"));
+    let loads = [("web.test", mixed(Duration::from_millis(10))), ("port.test", mixed(Duration::from_millis(10)))];
+    let loads = loads.map(|(host, clients)| Load::start(lab.ingress, host, clients));
+    relay.hold_next(is("POST", "/start"));
+    lab.put("apps/port/image", &image);
+    until("the new one is about to be started", || relay.held() == 1);
+    state.fill();
+    relay.pass();
+    let status = lab.wait_app("port", "told that nginx cannot be changed", |s| s.reason.contains("No space left"));
+    assert!(status.reason.contains("nginx cannot be changed now"), "{}", status.reason);
+    assert!(lab.status().is_some_and(|s| s.proxy.is_some()), "it is told for the host too");
+    assert!(ids(&lab, "port").contains(&before));
+    assert!(lab.get("port.test", "/").expect("an answer").1.contains("version=v1"));
+    state.clear();
+    lab.wait_app("port", "converged", is_done(&image));
+    for load in loads {
+        let tally = load.stop();
+        assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    }
+    is_whole(&mut lab, &relay);
+}
+
+#[test]
+fn memory_that_is_full_is_told_with_the_env_file_that_it_has_no_room_for() {
+    let (mut lab, relay, _state, run) = site();
+    let image = lab.image("v2");
+    let load = Load::start(lab.ingress, "web.test", vec![Client::get(true), Client::post(false)]);
+    run.fill();
+    lab.put("apps/web/image", &image);
+    let status = lab.wait_app("web", "told what cannot be written", |s| s.reason.contains("No space left"));
+    assert!(status.reason.contains("run/env/web"), "{}", status.reason);
+    assert!(lab.metric("demae_step_failures_total", "kind=\"write_env_file\"") >= 1.0);
+    run.clear();
+    lab.wait_app("web", "converged", is_done(&image));
+    let traces = lab.traces();
+    assert!(traces.iter().any(|t| t.ends_with("/env")), "{traces:?}");
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    is_whole(&mut lab, &relay);
+}
+
+#[test]
+fn a_disk_without_inodes_is_told_with_the_directory_that_it_cannot_make() {
+    let (mut lab, relay, state, _run) = site();
+    let image = lab.image("v2");
+    // The wish itself is kept before that.
+    relay.hold_next(is("GET", "/images/"));
+    lab.put("apps/web/image", &image);
+    until("it is about to begin", || relay.held() == 1);
+    state.fill_inodes();
+    relay.pass();
+    let status = lab.wait_app("web", "told what cannot be made", |s| s.reason.contains("No space left"));
+    assert!(status.reason.contains("state/sockets/web"), "{}", status.reason);
+    // The socket of a dead program is taken away before the next one makes its own: that is one for one.
+    kill_and_wait(&lab, "web", "web.test");
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    state.clear();
+    lab.wait_app("web", "converged", is_done(&image));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    is_whole(&mut lab, &relay);
+}

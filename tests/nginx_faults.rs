@@ -1,0 +1,369 @@
+//! nginx ends and comes back between two steps of a deploy, loses its master, or takes nothing new.
+#![expect(clippy::disallowed_methods, reason = "a test runs programs and writes files of its own")]
+
+mod support;
+
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener},
+    os::{fd::OwnedFd, unix::fs::PermissionsExt as _},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use demae::model::status::State;
+use support::{
+    containers::{ids, is_done, only},
+    lab::{Lab, Setup, docker, free_address, until},
+    load::{self, Client, Load},
+};
+
+/// An nginx whose supervisor holds the socket that it listens on, as systemd would: while nginx is away, connections wait
+/// and none is refused. So whatever fails, fails in nginx.
+///
+/// nginx takes sockets over by the numbers in `NGINX`, which it writes for its own successor; here it is its standard
+/// input.
+struct Supervised {
+    listener: TcpListener,
+    address: SocketAddr,
+    conf: PathBuf,
+    log: PathBuf,
+    child: Option<Child>,
+}
+
+impl Supervised {
+    /// In the place of the lab's own.
+    fn start(lab: &mut Lab) -> Self {
+        lab.stop_nginx();
+        let listener = TcpListener::bind(lab.ingress).expect("nginx has left it");
+        // nginx takes it for one of its own, and those do not block.
+        listener.set_nonblocking(true).expect("a socket");
+        let (conf, log) = (lab.path("nginx.conf"), lab.path("nginx-error.log"));
+        let mut supervised = Self { listener, address: lab.ingress, conf, log, child: None };
+        supervised.run();
+        supervised
+    }
+
+    fn run(&mut self) {
+        let socket = OwnedFd::from(self.listener.try_clone().expect("a socket"));
+        let mut command = Command::new("nginx");
+        command.arg("-c").arg(&self.conf).arg("-e").arg(&self.log).args(["-g", "daemon off;"]).env("NGINX", "0;");
+        command.stdin(Stdio::from(socket)).stdout(Stdio::null()).stderr(Stdio::null());
+        self.child = Some(command.spawn().expect("nginx runs"));
+        // To connect proves nothing here.
+        let address = self.address;
+        until("nginx answers", || load::get(address, "starting.invalid", "/").is_ok());
+    }
+
+    /// Ends it with this signal, and waits until it has ended.
+    fn end(&mut self, signal: &str) {
+        let Some(mut child) = self.child.take() else { return };
+        let mut all = vec![child.id()];
+        if signal == "KILL" {
+            // A master cannot take its workers along then.
+            all.extend(children(child.id()));
+        }
+        for pid in all {
+            send(signal, pid);
+        }
+        child.wait().expect("it ends");
+    }
+}
+
+impl Drop for Supervised {
+    fn drop(&mut self) {
+        self.end("TERM");
+    }
+}
+
+/// Workers that nobody looks after any more. They go with the test.
+struct Orphans(Vec<u32>);
+
+impl Orphans {
+    /// Takes the master of the lab's nginx from its workers.
+    fn make(lab: &Lab) -> Self {
+        let master = master(lab);
+        let orphans = Self(children(master));
+        send("KILL", master);
+        until("the master has ended", || children(master).is_empty());
+        orphans
+    }
+
+    fn end(&mut self) {
+        for pid in self.0.drain(..) {
+            send("KILL", pid);
+            until("a worker has ended", || !is_nginx(pid));
+        }
+    }
+}
+
+impl Drop for Orphans {
+    fn drop(&mut self) {
+        for pid in self.0.drain(..) {
+            send("KILL", pid);
+        }
+    }
+}
+
+fn send(signal: &str, pid: u32) {
+    // It may have ended by itself.
+    let _ = Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).stderr(Stdio::null()).status();
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace().filter_map(|p| p.parse().ok()).collect()
+}
+
+/// Whether this process runs nginx. One that has ended and was not waited for does not.
+fn is_nginx(pid: u32) -> bool {
+    fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(b"nginx"))
+}
+
+fn master(lab: &Lab) -> u32 {
+    let text = fs::read_to_string(lab.path("nginx.pid")).expect("nginx runs");
+    text.trim().parse().expect("a number")
+}
+
+/// Makes nginx's workers who they are on most hosts, nobody in particular: they reach only what was opened to them. The
+/// lab's own are root, and reach everything.
+fn unprivileged(lab: &mut Lab) {
+    lab.stop_nginx();
+    let text = fs::read_to_string(lab.path("nginx.conf")).expect("a file");
+    let other = text.replacen("user root;", "user nobody nogroup;", 1);
+    assert_ne!(other, text, "this needs a test that is root");
+    fs::write(lab.path("nginx.conf"), other).expect("a file");
+    fs::set_permissions(lab.dir.path(), fs::Permissions::from_mode(0o755)).expect("a directory");
+    lab.start_nginx();
+}
+
+/// Two apps, one behind a socket and one behind a port.
+fn two_apps(lab: &Lab) {
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    lab.deploy("port", "apps/port/spec", &lab.port_spec(&lab.image("v1"), "port.test", ""));
+    lab.image("v2");
+}
+
+/// Deploys to and fro; in the middle of each deploy, a step later each time, nginx is ended and run again.
+fn restart_in_deploys(lab: &Lab, nginx: &mut Supervised, app: &str, moments: &[&str], signals: &[&str]) {
+    for (round, moment) in moments.iter().enumerate() {
+        let image = lab.image(if round % 2 == 0 { "v2" } else { "v1" });
+        let step = format!("\"step\":\"{moment}\"");
+        let known = lab.agent_log().matches(&step).count();
+        lab.put(&format!("apps/{app}/image"), &image);
+        until("a step of the deploy", || lab.agent_log().matches(&step).count() > known);
+        nginx.end(signals[round % signals.len()]);
+        nginx.run();
+        lab.wait_app(app, "converged", is_done(&image));
+        assert_eq!(ids(lab, app).len(), 1, "after `{moment}`");
+    }
+}
+
+/// Of a deploy behind a socket, and of one behind a port. The last one of each comes after all is done.
+const MOMENTS: [(&str, [&str; 5]); 2] =
+    [("web", ["create", "start", "switch", "prove", "stop"]), ("port", ["create", "start", "nginx", "prove", "stop"])];
+
+#[test]
+fn an_nginx_that_ends_gracefully_between_any_two_steps_loses_nothing() {
+    let mut lab = Lab::with(&Setup { no_agent: true, nginx: "profile = \"strict\"", ..Setup::default() });
+    let mut nginx = Supervised::start(&mut lab);
+    lab.start_agent(&[]);
+    two_apps(&lab);
+    for (app, moments) in MOMENTS {
+        let quick = Duration::from_millis(5);
+        let mut clients: Vec<Client> =
+            [Client::get(true), Client::get(false), Client::post(false)].map(|c| c.pausing(quick)).into();
+        // An nginx that is asked to end waits for this one.
+        clients.push(Client::slow(false, 500));
+        let load = Load::start(lab.ingress, &format!("{app}.test"), clients);
+        until("requests flow", || load.requests() > 50);
+        restart_in_deploys(&lab, &mut nginx, app, &moments, &["QUIT"]);
+        let tally = load.stop();
+        assert_eq!((tally.failed, tally.stale), (0, 0), "{app}: {:#?}", tally.reasons);
+        assert!(tally.versions.len() >= 2, "both versions answered: {:?}", tally.versions);
+    }
+}
+
+/// What is under way in nginx when it is killed is lost, and that is all: at most one request for each client each time.
+/// No request that came to nginx finds nobody behind it.
+#[test]
+fn an_nginx_that_is_killed_between_any_two_steps_loses_only_what_was_in_it() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    let mut nginx = Supervised::start(&mut lab);
+    lab.start_agent(&[]);
+    two_apps(&lab);
+    for (app, moments) in MOMENTS {
+        let clients = vec![Client::get(false), Client::post(false), Client::slow(false, 1000)];
+        let most = (clients.len() * moments.len()) as u64;
+        let load = Load::start(lab.ingress, &format!("{app}.test"), clients);
+        until("requests flow", || load.requests() > 50);
+        restart_in_deploys(&lab, &mut nginx, app, &moments, &["KILL", "TERM"]);
+        let tally = load.stop();
+        assert_eq!(tally.wrong, 0, "{app}: answers of nginx's own: {:#?}", tally.reasons);
+        assert!(tally.failed <= most, "{app}: {} of at most {most}: {:#?}", tally.failed, tally.reasons);
+    }
+}
+
+#[test]
+fn without_its_master_nginx_serves_on_and_what_needs_a_reload_waits() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    unprivileged(&mut lab);
+    lab.start_agent(&[]);
+    two_apps(&lab);
+    let image = lab.image("v2");
+    let start = |host: &str| Load::start(lab.ingress, host, vec![Client::get(false), Client::slow(false, 1000)]);
+    let loads = [start("web.test"), start("port.test")];
+    let mut orphans = Orphans::make(&lab);
+    // Behind a socket nothing needs the master.
+    lab.deploy("web", "apps/web/image", &image);
+    let before = only(&lab, "port");
+    lab.put("apps/port/image", &image);
+    let status = lab.wait_app("port", "told that nginx does not run", |s| s.reason.contains("nginx does not run"));
+    assert_eq!(status.state, State::Converging);
+    // Its drain is 10 s. Orphans send requests to it for as long as they live.
+    until("it was tried for longer than a drain takes", || lab.metric("demae_nginx_reloads_total", "failed") >= 5.0);
+    assert!(ids(&lab, "port").contains(&before), "it is not stopped while requests go to it");
+    for load in loads {
+        let tally = load.stop();
+        assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    }
+    // Only now can another one listen.
+    orphans.end();
+    lab.stop_nginx();
+    lab.start_nginx();
+    lab.wait_app("port", "converged", is_done(&image));
+    for host in ["web.test", "port.test"] {
+        assert!(lab.get(host, "/").expect("an answer").1.contains("version=v2"), "{host}");
+    }
+}
+
+/// Whom a socket must be opened to is only seen while nginx runs. It must be opened then at the latest.
+#[test]
+fn an_app_that_comes_up_while_nginx_is_away_is_reached_once_it_is_back() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    unprivileged(&mut lab);
+    lab.start_agent(&[]);
+    two_apps(&lab);
+    let image = lab.image("v2");
+    let switch = "\"step\":\"switch\"";
+    let known = lab.agent_log().matches(switch).count();
+    lab.stop_nginx();
+    lab.put("apps/web/image", &image);
+    until("the new one has all requests, if only there were any", || lab.agent_log().matches(switch).count() > known);
+    let status = lab.app("web").expect("a status");
+    assert!(status.state == State::Converging && ids(&lab, "web").len() == 2, "it is not proven: {status:?}");
+    lab.start_nginx();
+    let load = Load::start(lab.ingress, "web.test", vec![Client::get(false), Client::post(false)]);
+    lab.wait_app("web", "converged", is_done(&image));
+    assert!(lab.get("web.test", "/").expect("an answer").1.contains("version=v2"));
+    let tally = load.stop();
+    assert_eq!(tally.wrong, 0, "it is reached from the first request on: {:#?}", tally.reasons);
+}
+
+#[test]
+fn after_a_boot_in_which_nginx_came_last_every_app_is_reached() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    unprivileged(&mut lab);
+    lab.start_agent(&[]);
+    two_apps(&lab);
+    lab.kill_agent();
+    lab.stop_nginx();
+    for name in lab.containers() {
+        docker(&["stop", "-t", "0", &name]);
+    }
+    lab.start_agent(&[]);
+    for app in ["web", "port"] {
+        lab.wait_app(app, "healthy", |s| s.healthy == 1);
+    }
+    lab.start_nginx();
+    for host in ["web.test", "port.test"] {
+        until(&format!("`{host}` is reached"), || lab.get(host, "/").is_ok_and(|(code, _)| code == 200));
+    }
+}
+
+/// A replacement is no new release, and needs no proof. It is no reason to stop what requests still go to.
+#[test]
+fn an_instance_that_nginx_still_sends_to_outlives_its_replacement() {
+    let mut lab = Lab::new();
+    lab.deploy("port", "apps/port/spec", &lab.port_spec(&lab.image("v1"), "port.test", ""));
+    let before = only(&lab, "port");
+    let load = Load::start(lab.ingress, "port.test", vec![Client::get(false), Client::post(false)]);
+    let mut orphans = Orphans::make(&lab);
+    lab.get("port.test", "/sicken").expect("an answer");
+    until("there is a replacement", || ids(&lab, "port").len() == 2);
+    until("it was tried for longer than a drain takes", || lab.metric("demae_nginx_reloads_total", "failed") >= 5.0);
+    assert!(ids(&lab, "port").contains(&before));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    orphans.end();
+    lab.stop_nginx();
+    lab.start_nginx();
+    lab.wait_app("port", "converged", |s| s.state == State::Converged && s.healthy == 1);
+    assert!(!ids(&lab, "port").contains(&before));
+}
+
+#[test]
+fn a_reload_by_hand_changes_nothing_and_disturbs_no_deploy() {
+    let lab = Lab::with(&Setup { top: "resync = \"1s\"", ..Setup::default() });
+    two_apps(&lab);
+    let image = lab.image("v2");
+    let start = |host: &str| Load::start(lab.ingress, host, vec![Client::get(false), Client::slow(false, 1000)]);
+    let loads = [start("web.test"), start("port.test")];
+    let master = master(&lab);
+    let reload = || {
+        let before = children(master);
+        send("HUP", master);
+        until("nginx has new workers", || children(master).iter().any(|pid| !before.contains(pid)));
+    };
+    let state = || (lab.metric("demae_nginx_reloads_total", ""), only(&lab, "web"), only(&lab, "port"));
+    let before = state();
+    for _ in 0..5 {
+        reload();
+    }
+    let lists = lab.metric("demae_docker_lists_total", "");
+    until("two full looks", || lab.metric("demae_docker_lists_total", "") >= lists + 2.0);
+    assert_eq!(state(), before, "nothing came of it");
+    let status = lab.status().expect("a status");
+    assert!(status.proxy.is_none() && status.apps.iter().all(|a| a.state == State::Converged), "{status:?}");
+    // In the middle of a deploy that needs a reload of its own.
+    let count = |moment: &str| lab.agent_log().matches(&format!("\"step\":\"{moment}\"")).count();
+    let moments = ["create", "start", "nginx", "prove"].map(|moment| (moment, count(moment)));
+    lab.put("apps/port/image", &image);
+    for (moment, known) in moments {
+        until("a step of the deploy", || count(moment) > known);
+        reload();
+    }
+    lab.wait_app("port", "converged", is_done(&image));
+    assert_eq!(lab.metric("demae_nginx_reloads_total", ""), before.0 + 1.0, "the agent needed one of its own");
+    for load in loads {
+        let tally = load.stop();
+        assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    }
+}
+
+#[test]
+fn a_reload_that_nginx_takes_and_does_not_do_stops_nothing() {
+    let lab = Lab::new();
+    lab.deploy("port", "apps/port/spec", &lab.port_spec(&lab.image("v1"), "port.test", ""));
+    let (before, image) = (only(&lab, "port"), lab.image("v2"));
+    let load = Load::start(lab.ingress, "port.test", vec![Client::get(false), Client::slow(false, 1000)]);
+    // A port of somebody else's. A test of the file does not mind it, a reload fails on it.
+    let taken = TcpListener::bind(free_address()).expect("a port");
+    let address = taken.local_addr().expect("an address");
+    let text = fs::read_to_string(lab.path("nginx.conf")).expect("a file");
+    let more = text.replacen("server {", &format!("server {{ listen {address}; return 404; }}\nserver {{"), 1);
+    assert_ne!(more, text);
+    fs::write(lab.path("nginx.conf"), more).expect("a file");
+    lab.put("apps/port/image", &image);
+    let status = lab.wait_app("port", "told that nothing came of it", |s| s.reason.contains("no worker answers with"));
+    assert_eq!((status.state, status.healthy), (State::Converging, 1));
+    // Each try takes 10 s, as long as its drain.
+    until("it was tried twice", || lab.metric("demae_nginx_reloads_total", "failed") >= 2.0);
+    assert!(ids(&lab, "port").contains(&before), "it is not stopped while requests go to it");
+    assert!(lab.get("port.test", "/").expect("an answer").1.contains("version=v1"));
+    drop(taken);
+    lab.wait_app("port", "converged", is_done(&image));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+}
