@@ -307,7 +307,7 @@ impl World {
     /// Begins to ask an instance that is about to start: a socket can be asked before Docker's call returns.
     async fn expect(&self, app: &AppName, id: &ContainerId, observed: &ObservedApp) {
         let Some(instance) = observed.instances.iter().find(|i| i.id == *id) else { return };
-        if let (Some(prober), Some(address @ Address::Socket(_))) = (&self.prober, &instance.address) {
+        if let (Some(prober), Some(address)) = (&self.prober, &instance.address) {
             let group = if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None };
             let question = crate::host::health::Question {
                 address: address.clone(),

@@ -233,6 +233,9 @@ impl Hands {
             self.apply(app, &Step::Remove(handle.clone()), seen, None);
             return Err(refused(500, "port is already allocated"));
         }
+        // It is asked from before its start on.
+        let asked = Asked { answered: true, ..Asked::default() };
+        self.asked.lock().expect("one thread").insert(handle.id.clone(), asked);
         self.apply(app, step, seen, None);
         self.scene.begin_life(app, &handle.id);
         self.scene.docker_tells(app);

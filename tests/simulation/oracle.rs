@@ -157,6 +157,13 @@ impl Before {
                 before.dead, before.all
             ));
         }
+        // A reload makes workers old, with all that they know.
+        if now.old_dead > before.old_dead && seen.is_some() {
+            return Some(format!(
+                "{} upstreams of old workers lead nowhere, and {} before",
+                now.old_dead, before.old_dead
+            ));
+        }
         if serving == 0 && self.serving > 0 && !leaves(state, app) {
             return Some("the last instance that served does not any more".to_owned());
         }

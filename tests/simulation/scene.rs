@@ -352,11 +352,14 @@ pub fn is_well(state: &State, instance: &Instance, now: Timestamp) -> bool {
     answers(state, instance)
 }
 
-/// Upstreams that some worker of nginx may send a request to.
+/// Upstreams that workers of nginx may send a request to.
 pub struct Upstreamed {
+    /// Of workers that take new requests.
     pub all: usize,
-    /// Those that answer nobody.
+    /// Those of these that answer nobody.
     pub dead: usize,
+    /// Those that answer nobody, of workers that finish their last requests.
+    pub old_dead: usize,
     /// The instances behind these.
     pub behind: Vec<ContainerId>,
 }
@@ -366,13 +369,14 @@ pub fn upstreamed(state: &State, app: &AppName) -> Upstreamed {
     let observed = state.apps.get(app).unwrap_or(&nothing);
     let now = Instant::now();
     let mut instances = Vec::new();
-    let (mut all, mut dead) = (0, 0);
+    let (mut all, mut dead, mut old_dead) = (0, 0, 0);
     let at_key = |key: &InstanceKey| observed.instances.iter().find(|i| i.key == *key);
     let at_port = |port: u16| observed.instances.iter().find(|i| i.address == Some(Address::Port(port)));
-    let mut upstream = |instance: Option<&Instance>| {
-        all += 1;
+    let mut upstream = |is_old: bool, instance: Option<&Instance>| {
+        all += usize::from(!is_old);
         if !instance.is_some_and(|i| answers(state, i)) {
-            dead += 1;
+            dead += usize::from(!is_old);
+            old_dead += usize::from(is_old);
             instances.extend(instance.map(|i| i.id.clone()));
         }
     };
@@ -385,13 +389,13 @@ pub fn upstreamed(state: &State, app: &AppName) -> Upstreamed {
             Upstreams::Slots(_) if is_old => {}
             Upstreams::Slots(n) => {
                 for slot in 1..=*n {
-                    upstream(observed.slots.get(&slot).and_then(|k| k.as_ref()).and_then(at_key));
+                    upstream(false, observed.slots.get(&slot).and_then(|k| k.as_ref()).and_then(at_key));
                 }
             }
-            Upstreams::Ports(ports) => ports.iter().for_each(|port| upstream(at_port(*port))),
+            Upstreams::Ports(ports) => ports.iter().for_each(|port| upstream(is_old, at_port(*port))),
         }
     }
-    Upstreamed { all, dead, behind: instances }
+    Upstreamed { all, dead, old_dead, behind: instances }
 }
 
 /// What the agent believes of an app.
