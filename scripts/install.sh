@@ -15,6 +15,7 @@ need nginx nginx
 need curl curl
 need docker-registry docker-registry
 need prometheus prometheus
+need openssl openssl
 if [ "${1:-}" = fuzz ]; then
     need c++ g++
 fi

@@ -1,0 +1,134 @@
+//! etcd that shows a certificate, and wants one: renewed, and not good any more.
+#![expect(clippy::disallowed_methods, reason = "a test runs programs and writes files of its own")]
+
+mod support;
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use demae::model::status::State;
+use support::{
+    lab::{Lab, Setup, free_address, until},
+    load::{Client, Load},
+};
+
+/// An etcd that talks to nobody without a certificate; it ends with the test.
+struct Secured(Child);
+
+impl Secured {
+    fn start(dir: &Path, at: SocketAddr, peer: SocketAddr) -> Self {
+        let log = fs::File::options().create(true).append(true).open(dir.join("etcd-tls.log")).expect("a log");
+        let (client, peer) = (format!("https://{at}"), format!("http://{peer}"));
+        let mut command = Command::new("etcd");
+        command.current_dir(dir).args(["--name", "a", "--logger", "zap", "--log-level", "error", "--data-dir", "secured"]);
+        command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+        command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
+        command.args(["--initial-cluster", &format!("a={peer}"), "--client-cert-auth", "--trusted-ca-file", "ca.crt"]);
+        command.args(["--cert-file", "server.crt", "--key-file", "server.key"]);
+        Self(command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("etcd runs"))
+    }
+}
+
+impl Drop for Secured {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn openssl(dir: &Path, arguments: &str) {
+    let output = Command::new("openssl").current_dir(dir).args(arguments.split(' ')).output().expect("openssl runs");
+    assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// An authority, by whose word others are believed.
+fn authority(dir: &Path) {
+    openssl(dir, "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.crt");
+}
+
+/// A certificate by that authority.
+fn certificate(dir: &Path, name: &str) {
+    fs::write(dir.join("names"), "subjectAltName=IP:127.0.0.1\n").expect("a file");
+    openssl(dir, &format!("req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key.new -out {name}.csr"));
+    openssl(
+        dir,
+        &format!("x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile names -out {name}.crt.new"),
+    );
+    for kind in ["key", "crt"] {
+        fs::rename(dir.join(format!("{name}.{kind}.new")), dir.join(format!("{name}.{kind}"))).expect("it is there");
+    }
+}
+
+/// Puts a key below `/demae/`.
+fn put(lab: &Lab, key: &str, value: &str) -> bool {
+    let mut command = Command::new("etcdctl");
+    command.current_dir(lab.dir.path()).env("ETCDCTL_API", "3").stderr(Stdio::null()).stdout(Stdio::null());
+    command.args(["--endpoints", &format!("https://{}", lab.etcd), "--cacert", "ca.crt"]);
+    command.args(["--cert", "client.crt", "--key", "client.key", "put", &format!("/demae/{key}"), value]);
+    command.status().expect("etcdctl runs").success()
+}
+
+#[test]
+fn certificates_may_be_renewed_and_bad_ones_stop_nothing() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    lab.stop_etcd();
+    let dir = lab.dir.path().to_owned();
+    authority(&dir);
+    certificate(&dir, "server");
+    certificate(&dir, "client");
+    let config = fs::read_to_string(lab.path("agent.toml")).expect("a file");
+    let at = dir.display();
+    let with = format!(
+        "endpoints = [\"https://{}\"]\ncacert = \"{at}/ca.crt\"\ncert = \"{at}/client.crt\"\nkey = \"{at}/client.key\"",
+        lab.etcd
+    );
+    let config = config.replace(&format!("endpoints = [\"{}\"]", lab.etcd), &with);
+    fs::write(lab.path("agent.toml"), config).expect("a file");
+
+    let peer = free_address();
+    let etcd = Secured::start(&dir, lab.etcd, peer);
+    let spec = lab.socket_spec(&lab.image("v1"), "web.test", "");
+    until("etcd takes a key", || put(&lab, "apps/web/spec", &spec));
+    lab.start_agent(&[]);
+    lab.wait_app("web", "converged", |a| a.state == State::Converged);
+    let load = Load::start(lab.ingress, "web.test", vec![Client::get(true).pausing(Duration::from_millis(5))]);
+
+    // All are renewed, by another authority even. The agent reads them at its next connection.
+    drop(etcd);
+    until("the agent misses it", || lab.status().is_some_and(|s| s.store.error.is_some()));
+    authority(&dir);
+    certificate(&dir, "server");
+    certificate(&dir, "client");
+    let etcd = Secured::start(&dir, lab.etcd, peer);
+    let v2 = lab.image("v2");
+    until("etcd takes another key", || put(&lab, "apps/web/image", &v2));
+    lab.wait_app("web", "deployed", |a| a.state == State::Converged && a.image.as_ref() == Some(&v2));
+
+    // The client's is by nobody that etcd knows.
+    drop(etcd);
+    until("the agent misses it again", || lab.status().is_some_and(|s| s.store.error.is_some()));
+    let strange = dir.join("strange");
+    fs::create_dir(&strange).expect("a directory");
+    authority(&strange);
+    certificate(&strange, "client");
+    for kind in ["key", "crt"] {
+        fs::rename(dir.join(format!("client.{kind}")), dir.join(format!("good.{kind}"))).expect("it is there");
+        fs::copy(strange.join(format!("client.{kind}")), dir.join(format!("client.{kind}"))).expect("it is there");
+    }
+    let _etcd = Secured::start(&dir, lab.etcd, peer);
+    until("etcd answers others", || std::net::TcpStream::connect(lab.etcd).is_ok());
+    assert!(!put(&lab, "apps/web/image", &lab.image("v1")), "a strange certificate is refused");
+    assert!(lab.status().is_some_and(|s| s.store.error.is_some()), "and is told as an error, not as an empty store");
+    for kind in ["key", "crt"] {
+        fs::rename(dir.join(format!("good.{kind}")), dir.join(format!("client.{kind}"))).expect("it is there");
+    }
+    until("the store is read again", || lab.status().is_some_and(|s| s.store.error.is_none()));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "of {}: {:#?}", tally.requests, tally.reasons);
+    assert_eq!(lab.containers().len(), 1);
+}
