@@ -15,7 +15,7 @@ use crate::{
         name::{AppName, ContainerId},
         observed::{Address, InstanceKey, ObservedApp, Verdict},
         release::Release,
-        spec::{ContainerSpec, Endpoint, Probe, VolumeSource, is_mountable},
+        spec::{ContainerSpec, Endpoint, MOUNTABLE, Probe, VolumeSource},
         time::Timestamp,
     },
     plan::step::{Handle, Leftovers, Step},
@@ -46,7 +46,7 @@ pub enum StepError {
     Port(#[from] NoPort),
     /// A volume is not where its path says.
     #[error(
-        "volume `{path}` is really `{real}` of the host, which no app may mount: name the real directory, or remove the symlink"
+        "volume `{path}` is really `{real}` of the host, which no app may mount: remove the symlink, or name a directory that lies where apps may have them"
     )]
     Mount {
         /// As the spec names it.
@@ -260,7 +260,8 @@ impl World {
 
     async fn stop(&self, handle: &Handle, grace: Duration, observed: &ObservedApp) -> Result<(), StepError> {
         // A candidate may be wanted again before it is removed. Its end must not be taken for its own failure then.
-        let is_candidate = observed.instances.iter().any(|i| i.id == handle.id && !i.settled && !i.leaving);
+        let is_candidate = observed.proven.as_ref() != Some(&handle.key.release)
+            && observed.instances.iter().any(|i| i.id == handle.id && !i.settled && !i.leaving);
         if is_candidate {
             self.docker.mark_leaving(&handle.id).await?;
             failpoint::boundary("marked");
@@ -326,8 +327,12 @@ fn check_mounts(container: &ContainerSpec) -> Result<(), StepError> {
         let VolumeSource::Host(path) = &volume.source else { continue };
         // One that is not there is refused by Docker.
         let Ok(real) = std::fs::canonicalize(path) else { continue };
-        let real = real.to_string_lossy().into_owned();
-        if !is_mountable(&real) {
+        // Some systems keep these places elsewhere, behind symlinks of their own.
+        let mut places = MOUNTABLE.iter().filter_map(|place| std::fs::canonicalize(place).ok());
+        let is_socket = real.extension().is_some_and(|e| e == "sock");
+        let below = |place: &Path| place.parent().is_some() && real != place && real.starts_with(place);
+        if is_socket || !places.any(|place| below(&place)) {
+            let real = real.to_string_lossy().into_owned();
             return Err(StepError::Mount { path: path.clone(), real });
         }
     }

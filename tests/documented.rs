@@ -16,7 +16,9 @@ fn has_test(file: &str, name: &str) -> bool {
     let heads = [format!("fn {name}("), format!("async fn {name}(")];
     let function = lines.iter().enumerate().any(|(n, line)| {
         let above = &lines[n.saturating_sub(4)..n];
-        heads.iter().any(|head| line.starts_with(head.as_str())) && above.iter().any(|l| l.starts_with("#[test]"))
+        heads.iter().any(|head| line.starts_with(head.as_str()))
+            && above.iter().any(|l| l.starts_with("#[test]"))
+            && !above.iter().any(|l| l.starts_with("#[ignore"))
     });
     let target = lines.iter().any(|l| {
         l.strip_prefix("targets!(")

@@ -96,11 +96,14 @@ fn members_that_hang_or_die_hold_up_no_deploy_for_long() {
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
     let load = Load::start(lab.ingress, "web.test", quick());
 
+    // Whichever of them leads, two of three are left, and agree on another after a moment.
+    let agreed = |lab: &Lab| until("two of three agree", || etcdctl(lab, &["endpoint", "health"]).0);
     hangs.signal("-STOP");
+    agreed(&lab);
     lab.take_over("web", "apps/web/image", &lab.image("v2"));
     hangs.signal("-CONT");
-    // Whichever of them led, two of three are left.
     drop(dies);
+    agreed(&lab);
     lab.take_over("web", "apps/web/image", &lab.image("v1"));
     lab.kill_agent();
     hangs.signal("-STOP");
@@ -108,6 +111,7 @@ fn members_that_hang_or_die_hold_up_no_deploy_for_long() {
     lab.start_agent(&[]);
     until("the store is missed", || lab.status().is_some_and(|s| s.store.error.is_some()));
     hangs.signal("-CONT");
+    agreed(&lab);
     lab.take_over("web", "apps/web/image", &lab.image("v2"));
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "of {}: {:#?}", tally.requests, tally.reasons);

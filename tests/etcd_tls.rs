@@ -25,12 +25,28 @@ impl Secured {
         let log = fs::File::options().create(true).append(true).open(dir.join("etcd-tls.log")).expect("a log");
         let (client, peer) = (format!("https://{at}"), format!("http://{peer}"));
         let mut command = Command::new("etcd");
-        command.current_dir(dir).args(["--name", "a", "--logger", "zap", "--log-level", "error", "--data-dir", "secured"]);
+        command.current_dir(dir).args([
+            "--name",
+            "a",
+            "--logger",
+            "zap",
+            "--log-level",
+            "error",
+            "--data-dir",
+            "secured",
+        ]);
         command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
         command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
         command.args(["--initial-cluster", &format!("a={peer}"), "--client-cert-auth", "--trusted-ca-file", "ca.crt"]);
         command.args(["--cert-file", "server.crt", "--key-file", "server.key"]);
-        Self(command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("etcd runs"))
+        Self(
+            command
+                .stdin(Stdio::null())
+                .stdout(log.try_clone().expect("a log"))
+                .stderr(log)
+                .spawn()
+                .expect("etcd runs"),
+        )
     }
 }
 
@@ -57,7 +73,9 @@ fn certificate(dir: &Path, name: &str) {
     openssl(dir, &format!("req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key.new -out {name}.csr"));
     openssl(
         dir,
-        &format!("x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile names -out {name}.crt.new"),
+        &format!(
+            "x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile names -out {name}.crt.new"
+        ),
     );
     for kind in ["key", "crt"] {
         fs::rename(dir.join(format!("{name}.{kind}.new")), dir.join(format!("{name}.{kind}"))).expect("it is there");

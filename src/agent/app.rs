@@ -50,6 +50,8 @@ pub(super) struct AppState {
     /// Whether it was seen since the last step ended. What was seen before that says nothing any more, least of all if
     /// nobody knows whether the step was done.
     pub(super) seen: bool,
+    /// Whether the look under way was begun for another wish.
+    outdated: bool,
     /// Whether that has not been planned on yet.
     fresh: bool,
     pub(super) observing: bool,
@@ -78,6 +80,7 @@ impl AppState {
             dirty: true,
             replan: false,
             seen: false,
+            outdated: false,
             fresh: false,
             observing: false,
             wake: None,
@@ -109,8 +112,9 @@ impl AppState {
         self.desired = desired;
         self.current = false;
         self.dirty = true;
-        // It was looked at for another wish: with another image in mind, for one.
+        // It was, or is being, looked at for another wish: with another image in mind, for one.
         self.seen = false;
+        self.outdated = self.observing;
         self.look_after = now;
     }
 
@@ -126,8 +130,8 @@ impl AppState {
         self.observed = Some(ObservedApp { pulled, image_lost: self.image_lost, ..observed });
         self.look_error = None;
         self.replan = true;
-        self.seen = true;
-        self.fresh = true;
+        let outdated = std::mem::take(&mut self.outdated);
+        (self.seen, self.fresh) = (!outdated, !outdated);
     }
 
     /// Whether what was seen is good enough to decide on: not what was seen before a step, before another wish, or before
@@ -141,6 +145,7 @@ impl AppState {
         let attempts = self.look_error.as_ref().map_or(0, |(_, n)| *n) + 1;
         self.prediction.drop();
         self.seen = false;
+        self.outdated = false;
         self.look_error = Some((error.to_owned(), attempts));
         self.look_after = now.plus(pause_after(attempts).min(Duration::from_secs(10)));
         self.dirty = true;

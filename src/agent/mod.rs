@@ -206,7 +206,7 @@ impl<M: Machine> Agent<M> {
                     return Ended::Told;
                 }
                 _ = watchdog.tick() => {
-                    self.outlets.pulse.send_replace(self.machine.now());
+                    self.outlets.pulse.send_replace(self.machine.wall(self.machine.now()));
                     // Outside of systemd nobody listens.
                     let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
                     // nginx that was stopped or started anew is looked at soon, not only with everything else.
@@ -237,7 +237,7 @@ impl<M: Machine> Agent<M> {
                 },
                 () = tokio::time::sleep_until(wake) => {}
             }
-            self.outlets.pulse.send_replace(self.machine.now());
+            self.outlets.pulse.send_replace(self.machine.wall(self.machine.now()));
         }
     }
 
@@ -412,6 +412,7 @@ impl<M: Machine> Agent<M> {
         };
         tracing::info!("{step}: {reason}");
         self.proxy.busy = true;
+        self.proxy.observed.changing = true;
         let changes = match &step {
             ProxyStep::Publish(wanted) => self.proxy.observed.changes_to(wanted),
             ProxyStep::Reload => 0,

@@ -92,6 +92,8 @@ impl Clock {
     /// back, it is taken for the later: whoever waits for it waits too long rather than too short. What was stamped in the
     /// future, for one by a clock that was set back before this agent began, counts from when it was first seen.
     pub fn steady(&self, stamp: Timestamp) -> Timestamp {
+        // A step that nobody has noticed yet is noticed here.
+        let now = self.now().as_millis();
         let steps = self.steps();
         let mut at = stamp.as_millis() - sum(&steps);
         for step in steps.iter().rev() {
@@ -100,14 +102,16 @@ impl Clock {
             }
             at += step.by;
         }
-        let now = self.now().as_millis();
         let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
-        ahead.retain(|stamp, _| *stamp > now);
-        if at > now + STEP {
+        // Also once its time has come: it would grow young again.
+        if let Some(seen) = ahead.get(&at) {
+            at = *seen;
+        } else if at > now + STEP {
             if ahead.len() >= MOST_AHEAD {
                 ahead.pop_first();
             }
-            at = *ahead.entry(at).or_insert(now);
+            ahead.insert(at, now);
+            at = now;
         }
         Timestamp::from_millis(at)
     }
@@ -194,6 +198,8 @@ mod tests {
         assert_eq!(it.0.steady(future), it.0.now());
         pass(&it, 5_000);
         assert_eq!(it.0.now().since(it.0.steady(future)), Duration::from_secs(5));
+        pass(&it, 20_000_000);
+        assert_eq!(it.0.now().since(it.0.steady(future)), Duration::from_secs(20_005), "it does not grow young again");
     }
 
     #[test]

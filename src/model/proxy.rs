@@ -86,12 +86,14 @@ pub struct ObservedProxy {
     pub old_workers: usize,
     /// Since when there are workers that take new requests.
     pub workers_since: Timestamp,
+    /// Whether nginx is being changed since: then this is what was.
+    pub changing: bool,
 }
 
 impl ObservedProxy {
-    /// Whether the live set is the one that is served.
+    /// Whether the live set is the one that is served, as far as that can be told now.
     pub fn is_serving_live(&self) -> bool {
-        self.live.as_ref().is_some_and(|m| self.serving == Some(m.generation))
+        !self.changing && self.live.as_ref().is_some_and(|m| self.serving == Some(m.generation))
     }
 
     /// How many apps are served otherwise by another set of vhosts.

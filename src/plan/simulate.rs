@@ -116,6 +116,7 @@ pub fn address(key: &InstanceKey, release: &Release, port: u16) -> Option<Addres
 
 /// The model of every step: what an app is seen to have once the step has succeeded.
 pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>, now: Timestamp) {
+    let proven = observed.proven.clone();
     let mut change = |handle: &Handle, change: &dyn Fn(&mut Instance)| {
         observed.instances.iter_mut().filter(|i| i.id == handle.id).for_each(change);
     };
@@ -165,10 +166,10 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
             observed.slots_changed = now;
         }
         Step::Prove { release, .. } => observed.proven = Some(release.clone()),
-        Step::Settle(handle) => change(handle, &|i| i.settled = true),
+        Step::Settle(handle) => change(handle, &|i| (i.settled, i.leaving) = (true, false)),
         Step::Stop { handle, .. } => change(handle, &|i| {
             i.phase = Phase::Exited(0);
-            i.leaving |= !i.settled;
+            i.leaving |= !i.settled && proven.as_ref() != Some(&i.key.release);
         }),
         Step::Remove(handle) | Step::Discard { handle, .. } => {
             observed.instances.retain(|i| i.id != handle.id);

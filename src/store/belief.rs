@@ -304,7 +304,9 @@ impl Belief {
             self.shown = self.shown.max(newest);
             if changed && let Some(key) = self.key.clone() {
                 let key_of = Some(fingerprint(&key));
-                let found = Identity { cluster: contents.cluster(), etcd: news.etcd, revision: newest, key: key_of };
+                let whole = self.standing.identity.as_ref().map_or(0, |known| known.whole);
+                let (cluster, etcd) = (contents.cluster(), news.etcd);
+                let found = Identity { cluster, etcd, revision: newest, whole, key: key_of };
                 snapshot = Some(self.believe(contents, key, found)?);
             } else {
                 self.contents = contents;

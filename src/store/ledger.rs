@@ -176,7 +176,7 @@ mod tests {
         let mut contents = Contents { revision: 9, ..Contents::default() };
         contents.entries.insert(b"apps/web/spec".to_vec(), Entry::new(b"image: web:v1\n".to_vec(), 3, 7));
         contents.entries.insert(b"env/web/\xff".to_vec(), Entry::new(vec![0, 255], 4, 4));
-        let identity = Identity { cluster: Some("c1".into()), etcd: 7, revision: 9, key: Some("k".into()) };
+        let identity = Identity { cluster: Some("c1".into()), etcd: 7, revision: 9, whole: 9, key: Some("k".into()) };
         let ledger = Ledger {
             identity,
             saved: Timestamp::from_millis(1),

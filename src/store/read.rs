@@ -117,7 +117,8 @@ pub async fn read(
     }
     let key = release_key(connection, prefix).await?;
     let fingerprint = key.as_ref().map(fingerprint);
-    let identity = Identity { cluster: contents.cluster(), etcd, revision: contents.revision, key: fingerprint };
+    let (cluster, revision) = (contents.cluster(), contents.revision);
+    let identity = Identity { cluster, etcd, revision, whole: revision, key: fingerprint };
     Ok((contents, identity, key))
 }
 

@@ -24,6 +24,9 @@ pub struct Identity {
     pub etcd: u64,
     /// The highest revision seen.
     pub revision: i64,
+    /// The revision of the last full read. What the watch told of since may be less than what there was.
+    #[serde(default)]
+    pub whole: i64,
     /// Stands for the key that release ids are made with; nothing if the store has none.
     #[serde(default)]
     pub key: Option<String>,
@@ -159,8 +162,8 @@ impl Standing {
     /// Whether something that was read before reads otherwise now, with the revision of then. Revisions alone do not
     /// tell: a backup that was restored counts on from where it was made, and is past what was seen some day.
     fn other_history(&self, contents: &Contents, known: &Contents) -> Option<StoreBlock> {
-        self.identity.as_ref()?;
-        let is_old = |entry: &Entry| entry.modified() <= known.revision;
+        let whole = self.identity.as_ref()?.whole;
+        let is_old = |entry: &Entry| entry.modified() <= whole;
         let differs = |(key, entry): &(&Vec<u8>, &Entry)| is_old(entry) && known.entries.get(*key) != Some(*entry);
         let (key, entry) = contents.entries.iter().find(differs)?;
         let message = format!(
@@ -245,7 +248,7 @@ mod tests {
     use super::*;
 
     fn identity(cluster: Option<&str>, etcd: u64, revision: i64) -> Identity {
-        Identity { cluster: cluster.map(str::to_owned), etcd, revision, key: Some("k".into()) }
+        Identity { cluster: cluster.map(str::to_owned), etcd, revision, whole: revision, key: Some("k".into()) }
     }
 
     fn app(n: usize) -> AppName {
@@ -346,6 +349,16 @@ mod tests {
         assert_eq!(kind(&at(&[("a", "3", 12)], 50)), None, "written and deleted since");
         assert_eq!(kind(&at(&[("a", "1", 5), ("b", "1", 3)], 50)).as_deref(), Some("older_revision"), "an older value");
         assert_eq!(kind(&at(&[("c", "1", 5)], 50)).as_deref(), Some("older_revision"), "one that was deleted before");
+        // What was written after the last full read may have been missed: a watch may lose news.
+        let seen_less =
+            Standing { identity: Some(Identity { whole: 4, ..identity(None, 1, 10) }), ..Standing::default() };
+        let kind = |now: &Contents| seen_less.other_history(now, &known).map(|b| b.kind);
+        assert_eq!(kind(&at(&[("a", "2", 9), ("b", "1", 3), ("c", "1", 8)], 50)), None, "a change that was missed");
+        assert_eq!(
+            kind(&at(&[("a", "1", 3), ("b", "1", 3)], 50)).as_deref(),
+            Some("older_revision"),
+            "older all the same"
+        );
     }
 
     #[test]

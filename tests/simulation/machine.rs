@@ -192,13 +192,16 @@ impl Hands {
     }
 
     async fn create(&self, app: &AppName, step: &Step, seen: &ObservedApp) -> Result<(), StepError> {
-        let Step::Create { key, release, .. } = step else { return Ok(()) };
+        let Step::Create { key, release, image, .. } = step else { return Ok(()) };
         self.docker().await?;
         let made = {
             let mut state = self.scene.state();
             let taken = state.apps.get(app).is_some_and(|o| o.instances.iter().any(|i| i.key == *key));
             if taken {
                 return Err(refused(409, "the name is already in use"));
+            }
+            if *image != format!("sha256:{}", release.image) {
+                state.violate(format!("{app}: a container of {} is made from {image}", release.image));
             }
             if !state.images.contains(&release.image.to_string()) {
                 return Err(refused(404, "No such image: it"));

@@ -33,6 +33,7 @@ impl Scene {
             templates: TEMPLATES.into(),
             old_workers: proxy.old.len(),
             workers_since: proxy.since,
+            changing: false,
         }
     }
 

@@ -14,6 +14,10 @@ use tokio::time::Instant;
 
 use crate::scene::{Scene, State, Upstreamed, is_routed, leaves, serving, stops_first, upstreamed};
 
+/// Most containers of an app: three that serve, three that come, and up to as many that nobody wants any more, while one
+/// more is being made.
+const MOST: usize = 10;
+
 impl Scene {
     /// Something that the agent does to an app: done, counted, and judged.
     pub fn effect<T>(
@@ -29,6 +33,10 @@ impl Scene {
         self.routes_changed(&mut state, app);
         if let Some(wrong) = before.judge(&state, app, seen) {
             state.violate(format!("`{what}` for {app}: {wrong}"));
+        }
+        let count = state.apps.get(app).map_or(0, |o| o.instances.len());
+        if count > MOST {
+            state.violate(format!("{app} has {count} containers"));
         }
         *state.effects.entry(app.clone()).or_default() += 1;
         drop(state);
@@ -144,6 +152,7 @@ impl Before {
             || now.behind.iter().any(moved)
             || seen.is_some_and(unseen)
             || state.apps.get(app).is_some_and(|o| o.instances.iter().any(|i| moved(&i.id)))
+            || state.meddled.get(app).is_some_and(|at| *at > looked)
             || state.believed_changed.get(app).is_some_and(|at| *at > looked);
         if excused {
             return None;

@@ -133,6 +133,8 @@ pub struct State {
     pub updates: Option<watch::Receiver<Update>>,
     /// What people mean, whatever becomes of the store.
     pub meant: BTreeMap<AppName, Meant>,
+    /// When somebody last removed a container of an app.
+    pub meddled: BTreeMap<AppName, Instant>,
     /// The newest revision that was believed, by any agent.
     pub newest: i64,
     /// Containers of others.
@@ -203,6 +205,7 @@ impl Scene {
             made: 0,
             updates: None,
             meant: BTreeMap::new(),
+            meddled: BTreeMap::new(),
             newest: 0,
             foreign: BTreeSet::new(),
             tally: BTreeMap::new(),

@@ -186,6 +186,7 @@ impl Store {
             cluster,
             etcd: data.etcd,
             revision: data.revision,
+            whole: data.revision,
             key: data.key.as_ref().map(demae::store::fingerprint),
         };
         (Contents::new(data.entries.clone(), data.revision), identity, data.key.clone())

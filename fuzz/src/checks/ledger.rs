@@ -45,6 +45,7 @@ fn ledger(from: &mut Bytes<'_>) -> Ledger {
     let identity = Identity {
         etcd: from.number(),
         revision: from.number().cast_signed(),
+        whole: from.number().cast_signed(),
         cluster: some(1).then(|| from.text()),
         key: some(2).then(|| from.text()),
     };

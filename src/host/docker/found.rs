@@ -122,7 +122,7 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
         health,
         settled,
         out_of_memory,
-        leaving: dead || details.name.as_deref().is_some_and(|name| name.ends_with(LEAVING)),
+        leaving: dead || !settled && details.name.as_deref().is_some_and(|name| name.ends_with(LEAVING)),
         started,
         restarts: details.restart_count.and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
         endpoint,

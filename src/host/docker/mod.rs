@@ -315,8 +315,17 @@ impl Docker {
         if name.ends_with(LEAVING) {
             return Ok(());
         }
-        let options = RenameContainerOptionsBuilder::default().name(&format!("{name}{LEAVING}")).build();
-        self.call(Operation::Update, self.client.rename_container(id.as_str(), options)).await
+        // Somebody else may have that name.
+        let names = (0..10).map(|n| if n == 0 { format!("{name}{LEAVING}") } else { format!("{name}.{n}{LEAVING}") });
+        let mut last = Ok(());
+        for name in names {
+            let options = RenameContainerOptionsBuilder::default().name(&name).build();
+            last = self.call(Operation::Update, self.client.rename_container(id.as_str(), options)).await;
+            if !last.as_ref().is_err_and(|e| e.is_status(409)) {
+                break;
+            }
+        }
+        last
     }
 
     /// Asks a container to end, and kills it after its grace. One that has ended, or is gone, is done.

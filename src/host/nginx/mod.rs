@@ -181,6 +181,7 @@ impl Nginx {
             templates,
             old_workers: self.old_workers().await.unwrap_or(0),
             workers_since: self.workers_since(),
+            changing: false,
         }
     }
 

@@ -4,7 +4,7 @@
 
 mod read;
 mod values;
-pub use values::is_mountable;
+pub use values::MOUNTABLE;
 
 use std::{collections::BTreeMap, time::Duration};
 

@@ -4,10 +4,10 @@ use super::{Constraint, PullPolicy, Volume, VolumeSource};
 
 /// Below these an app may mount what is on the host. All else belongs to the system, or to demae: a list of what is
 /// refused would always miss something.
-const MOUNTABLE: &[&str] = &["/srv", "/opt", "/mnt", "/media", "/data", "/home", "/var/www"];
+pub const MOUNTABLE: &[&str] = &["/srv", "/opt", "/mnt", "/media", "/data", "/home", "/var/www"];
 
-/// Whether an app may mount a path of the host, if that is where it really is.
-pub fn is_mountable(path: &str) -> bool {
+/// Whether an app may mount a path of the host, by its text.
+fn is_mountable(path: &str) -> bool {
     let below = MOUNTABLE.iter().any(|m| path.strip_prefix(m).is_some_and(|rest| rest.starts_with('/')));
     below && !path.ends_with(".sock")
 }
