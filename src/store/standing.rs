@@ -25,11 +25,17 @@ pub struct Identity {
     /// The highest revision seen.
     pub revision: i64,
     /// The revision of the last full read. What the watch told of since may be less than what there was.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_none_yet")]
     pub whole: i64,
     /// Stands for the key that release ids are made with; nothing if the store has none.
     #[serde(default)]
     pub key: Option<String>,
+}
+
+/// A ledger of an agent that did not keep it says nothing, and is kept as it was.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks by reference")]
+fn is_none_yet(revision: &i64) -> bool {
+    *revision == 0
 }
 
 impl Identity {

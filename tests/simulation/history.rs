@@ -78,6 +78,8 @@ pub struct History {
     disaster: bool,
     planner: Planner,
     running: Option<Running>,
+    /// When the clock was last set ahead.
+    set_ahead: Option<Instant>,
 }
 
 /// Plays a history of so many events.
@@ -138,7 +140,17 @@ impl History {
                 bad_template: false,
             })
             .collect();
-        Self { disk: Arc::default(), apps, mode: "active", disaster: false, planner, running: None, store, scene }
+        Self {
+            disk: Arc::default(),
+            apps,
+            mode: "active",
+            disaster: false,
+            planner,
+            running: None,
+            set_ahead: None,
+            store,
+            scene,
+        }
     }
 
     fn host() -> HostName {
@@ -394,6 +406,7 @@ impl History {
         match chance.chance.below(30) {
             0..=11 => self.operator_acts(),
             12..=14 => {
+                self.let_clock_settle().await;
                 self.scene.happens("crash", String::new);
                 self.crash().await;
                 if chance.chance.one_in(4) {
@@ -402,6 +415,7 @@ impl History {
                 self.start();
             }
             15 => {
+                self.let_clock_settle().await;
                 self.scene.happens("told to end", String::new);
                 self.stop().await;
                 self.start();
@@ -424,9 +438,20 @@ impl History {
             28 => {
                 let hours = i64::try_from(chance.chance.below(5)).expect("small") - 2;
                 self.scene.set_clock(hours * 3_600_000);
+                if hours > 0 {
+                    self.set_ahead = Some(Instant::now());
+                }
                 self.scene.happens("clock", || format!("set by {hours} h"));
             }
             _ => self.reboot().await,
+        }
+    }
+
+    /// An agent that is started anew right after the clock was set ahead takes what is under way for older than it is: a
+    /// limit that is documented. Two minutes later nothing of it is left.
+    async fn let_clock_settle(&mut self) {
+        if let Some(at) = self.set_ahead.take() {
+            tokio::time::sleep_until(at + Duration::from_secs(120)).await;
         }
     }
 
@@ -659,6 +684,7 @@ impl History {
     }
 
     async fn reboot(&mut self) {
+        self.let_clock_settle().await;
         self.scene.happens("reboot", String::new);
         self.crash().await;
         self.kill_containers();

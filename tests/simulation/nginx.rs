@@ -39,6 +39,7 @@ impl Scene {
 
     pub async fn publish(&self, vhosts: &BTreeMap<AppName, Vhost>) -> Result<Published, NginxError> {
         self.note_belief();
+        self.state().changing_since = Instant::now();
         tokio::time::sleep(self.chance.millis(5, 60)).await;
         let now = self.now();
         let (generation, rejected) = {
@@ -101,6 +102,7 @@ impl Scene {
     }
 
     pub async fn reload(&self) -> Result<(), NginxError> {
+        self.state().changing_since = Instant::now();
         tokio::time::sleep(self.chance.millis(1, 10)).await;
         if self.state().proxy.broken {
             return Err(NginxError::Broken("[emerg] unknown directive".into()));

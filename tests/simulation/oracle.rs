@@ -144,7 +144,10 @@ impl Before {
     pub fn judge(&self, state: &State, app: &AppName, seen: Option<&ObservedApp>) -> Option<String> {
         let now = upstreamed(state, app);
         let serving = serving(state, app);
-        let looked = state.looked.get(app).copied().unwrap_or(state.looked_at_proxy);
+        let mut looked = state.looked.get(app).copied().unwrap_or(state.looked_at_proxy);
+        if seen.is_none() {
+            looked = looked.min(state.changing_since);
+        }
         // What changed after the agent looked, it could not know.
         let moved = |id: &ContainerId| state.programs.get(id).is_some_and(|p| p.changed > looked);
         let unseen = |o: &ObservedApp| o.instances.iter().any(|i| find(state, app, &i.id).is_none());

@@ -124,6 +124,8 @@ pub struct State {
     /// When the agent last looked at an app.
     pub looked: BTreeMap<AppName, Instant>,
     pub looked_at_proxy: Instant,
+    /// When the change of nginx under way, or the last one, was begun.
+    pub changing_since: Instant,
     pub believed: Option<Arc<Snapshot>>,
     /// When what is believed of an app last changed.
     pub believed_changed: BTreeMap<AppName, Instant>,
@@ -198,6 +200,7 @@ impl Scene {
             disk_full: false,
             looked: BTreeMap::new(),
             looked_at_proxy: now,
+            changing_since: now,
             believed: None,
             believed_changed: BTreeMap::new(),
             news: None,
