@@ -82,10 +82,12 @@ impl Scene {
                 state.believed_changed.insert(app.clone(), now);
             }
             let goes = new.proven && matches!(new.apps.get(&app), None | Some(DesiredApp::Absent(_)));
+            // News that was lost is no new belief: the next full read tells.
+            let gone = old.proven && matches!(old.apps.get(&app), None | Some(DesiredApp::Absent(_)));
             let is_here = state.apps.get(&app).is_some_and(|o| !o.instances.is_empty());
             let meant = state.meant.get(&app);
             let is_meant = meant.is_none_or(|m| !m.present || m.drained || new.revision <= m.absent_until);
-            if goes && is_here && !is_meant {
+            if goes && !gone && is_here && !is_meant {
                 state.violate(format!("{app} is believed to be unwanted, and nobody meant that"));
             }
         }
