@@ -20,7 +20,7 @@ use crate::{
     model::{
         desired::DesiredApp,
         name::{AppName, ReleaseId},
-        observed::{Address, ObservedApp, Phase, Wanted},
+        observed::{Address, ObservedApp, Wanted},
         proxy::ObservedProxy,
         status::{AppStatus, State},
         time::Timestamp,
@@ -162,15 +162,8 @@ impl AppState {
         if on_disk(observed) != on_disk(traces) {
             return true;
         }
-        let word = |phase: &Phase| match phase {
-            Phase::Created => "created",
-            Phase::Running => "running",
-            Phase::Paused => "paused",
-            Phase::Restarting => "restarting",
-            Phase::Exited(_) => "exited",
-            Phase::Removing => "removing",
-        };
-        let mut known: Vec<(&str, &str)> = observed.instances.iter().map(|i| (i.id.as_str(), word(&i.phase))).collect();
+        let mut known: Vec<(&str, &str)> =
+            observed.instances.iter().map(|i| (i.id.as_str(), i.phase.as_str())).collect();
         known.sort_unstable();
         let mut found: Vec<(&str, &str)> = listed.iter().map(|(id, state)| (id.as_str(), state.as_str())).collect();
         found.sort_unstable();

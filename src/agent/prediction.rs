@@ -59,7 +59,7 @@ mod unchecked {
 
     /// Nothing, without the feature.
     #[derive(Debug, Default)]
-    pub(crate) struct Prediction;
+    pub(crate) struct Prediction(());
 
     impl Prediction {
         #[expect(clippy::unused_self, reason = "it has nothing to remember")]

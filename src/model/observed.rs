@@ -148,6 +148,20 @@ pub enum Phase {
     Removing,
 }
 
+impl Phase {
+    /// Docker's word for it.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Restarting => "restarting",
+            Self::Exited(_) => "exited",
+            Self::Removing => "removing",
+        }
+    }
+}
+
 /// What the checks say of an instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Health {

@@ -317,7 +317,7 @@ impl Machine for Hands {
                     Some(Address::Port(port)) => Some(port),
                     _ => None,
                 };
-                let state = state_word(&instance.phase).to_owned();
+                let state = instance.phase.as_str().to_owned();
                 listed.push(Listed { app: app.clone(), id: instance.id.to_string(), state, port });
             }
             let on_disk = ObservedApp { instances: Vec::new(), image: None, ..observed.clone() };
@@ -441,17 +441,6 @@ impl Machine for Hands {
 
 fn refused(status: u16, message: &str) -> StepError {
     DockerError::Refused { operation: Operation::Create, status, message: message.into() }.into()
-}
-
-fn state_word(phase: &Phase) -> &'static str {
-    match phase {
-        Phase::Created => "created",
-        Phase::Running => "running",
-        Phase::Paused => "paused",
-        Phase::Restarting => "restarting",
-        Phase::Exited(_) => "exited",
-        Phase::Removing => "removing",
-    }
 }
 
 /// What programs do by themselves.
