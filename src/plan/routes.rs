@@ -133,7 +133,7 @@ fn switch(draft: &mut Draft<'_>, ingress: &Ingress, pool: &[&Instance], slots: u
     let told = if switched { told } else { told.max(served.min(there)) };
     draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Slots(told)));
     let met = draft.report();
-    if met && there > needed {
+    if met && !settled && there > slots.max(served) {
         draft.wait(Wait::Proxy("old nginx workers still know a route that is going".to_owned()));
     }
     switched && met && told == slots
