@@ -264,8 +264,10 @@ impl AppState {
         self.cooling.insert(kind, Cooled { until, attempts, error, temporary });
     }
 
+    /// What nginx is asked to serve of it. What was planned for another wish of a person says nothing: an app that was to
+    /// leave a moment ago, and is to stay now, must not lose its virtual host meanwhile.
     pub(super) fn wish(&self) -> VhostWish {
-        self.planned.as_ref().map(|p| p.vhost.clone()).unwrap_or_default()
+        self.planned.as_ref().filter(|_| self.current).map(|p| p.vhost.clone()).unwrap_or_default()
     }
 
     /// Whether it was looked at, or that was tried.

@@ -129,8 +129,8 @@ fn switch(draft: &mut Draft<'_>, ingress: &Ingress, pool: &[&Instance], slots: u
         draft.step(Step::Switch(wanted), "routes do not lead to the healthy instances of the release");
     }
     let told = if there == 0 || there >= slots { slots } else { there };
-    // Fewer only once those that stay lead to who is well.
-    let told = if switched { told } else { told.max(served.min(there)) };
+    // Fewer or more only once all of them lead to who is well.
+    let told = if switched || served == 0 { told } else { told.clamp(served.min(there), served) };
     draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Slots(told)));
     let met = draft.report();
     if met && !settled && there > slots.max(served) {

@@ -102,7 +102,6 @@ impl Scene {
     }
 
     pub async fn reload(&self) -> Result<(), NginxError> {
-        self.state().changing_since = Instant::now();
         tokio::time::sleep(self.chance.millis(1, 10)).await;
         if self.state().proxy.broken {
             return Err(NginxError::Broken("[emerg] unknown directive".into()));

@@ -14,9 +14,9 @@ use tokio::time::Instant;
 
 use crate::scene::{Scene, State, Upstreamed, is_routed, leaves, serving, stops_first, upstreamed};
 
-/// Most containers of an app: three that serve, three that come, and up to as many that nobody wants any more, while one
-/// more is being made.
-const MOST: usize = 10;
+/// Most containers of an app: three that serve, three that come, as many that nobody wants any more, and as many that
+/// served for a moment only and still end their requests, while one more is being made.
+const MOST: usize = 13;
 
 impl Scene {
     /// Something that the agent does to an app: done, counted, and judged.

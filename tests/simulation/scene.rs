@@ -124,7 +124,7 @@ pub struct State {
     /// When the agent last looked at an app.
     pub looked: BTreeMap<AppName, Instant>,
     pub looked_at_proxy: Instant,
-    /// When the change of nginx under way, or the last one, was begun.
+    /// When the making of the set that is live was begun: it was right then, and may be served much later.
     pub changing_since: Instant,
     pub believed: Option<Arc<Snapshot>>,
     /// When what is believed of an app last changed.
