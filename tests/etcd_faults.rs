@@ -16,7 +16,7 @@ use std::{
 
 use demae::{
     model::{name::HostName, status::State},
-    store::{self, Brake, Shelf, Update, Viewer, client::EtcdConfig, keys::Prefix},
+    store::{self, Brake, Claim, Shelf, Update, Viewer, client::EtcdConfig, keys::Prefix},
 };
 use support::{
     lab::{Lab, Setup, free_address, until},
@@ -292,7 +292,8 @@ fn many_readers_come_back_to_a_store_that_was_started_anew_and_make_one_key() {
                 brake: Brake::default(),
                 traces: BTreeSet::new(),
             };
-            let reading = store::watch(config.clone(), viewer, Arc::new(NoShelf), out, token.clone());
+            let claim = Claim::new(viewer.host.clone(), format!("agent-{n}")).expect("a claim");
+            let reading = store::watch(config.clone(), viewer, Arc::new(NoShelf), Arc::new(claim), out, token.clone());
             tasks.spawn_on(reading, runtime.handle());
             updates
         })

@@ -7,7 +7,7 @@ use crate::{
     config::Config,
     host::{files, layout::Layout},
     model::name::AppName,
-    store::{self, Comparison},
+    store::{self, Comparison, StoreError},
 };
 
 #[derive(Debug, clap::Args)]
@@ -50,7 +50,12 @@ fn run(args: &Args, printer: &mut Printer, kinds: &[&str], verb: &str) -> Ended 
     let shelf = setup::Disk(layout.clone());
     let found = runtime(1)?.block_on(async {
         let viewer = setup::viewer(&config, &world).await?;
-        store::compare(&config.etcd, &viewer, &shelf).await.map_err(|e| Failed::for_now(e.to_string()))
+        let failed = |e: StoreError| Failed::for_now(e.to_string());
+        let found = store::compare(&config.etcd, &viewer, &shelf).await.map_err(failed)?;
+        // Whose the name is comes after what the store is: it is no reason to leave that unsaid.
+        let claimed =
+            store::claimed(&config.etcd, &config.host, setup::agent_id(&layout)?.as_deref()).await.map_err(failed)?;
+        Ok::<_, Failed>(Comparison { block: found.block.clone().or(claimed), ..found })
     })?;
     let Some(block) = &found.block else {
         printer.line("the agent of this host takes the store as it is; there is nothing to accept");

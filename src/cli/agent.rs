@@ -76,6 +76,7 @@ pub(super) fn run(args: &Args) -> CliEnded {
 /// Runs an agent until the token is cancelled.
 pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken) -> Result<Ended, Failed> {
     let _lock = setup::directories(config)?;
+    let claim = Arc::new(setup::claim(config)?);
     let (news_out, news) = mpsc::unbounded_channel();
     let metrics = Arc::new(Metrics::new()?);
     let events = Events::new(config.host.clone(), metrics.clone());
@@ -124,8 +125,8 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     });
     let viewer = setup::viewer(config, &world).await?;
     let shelf = Arc::new(setup::Disk(world.layout.clone()));
-    tasks.spawn(store::watch(config.etcd.clone(), viewer, shelf, updates, side.clone()));
-    tasks.spawn(store::publish(config.etcd.clone(), publish_in, updates_in.clone(), side.clone()));
+    tasks.spawn(store::watch(config.etcd.clone(), viewer, shelf, claim.clone(), updates, side.clone()));
+    tasks.spawn(store::publish(config.etcd.clone(), claim, publish_in, updates_in.clone(), side.clone()));
     tasks.close();
     tracing::info!(host = %config.host, listen = %config.listen, endpoints = config.etcd.endpoints.join(","), "demae {} starts", env!("CARGO_PKG_VERSION"));
 

@@ -20,7 +20,7 @@ use crate::{
         name::{AppName, MAX_NAME},
         problem::chain,
     },
-    store::{Shelf, Viewer},
+    store::{Claim, Shelf, Viewer},
     vitals::Places,
     world::World,
 };
@@ -116,6 +116,27 @@ impl Shelf for Disk {
             tracing::warn!("{}", chain(&e));
         }
     }
+}
+
+/// The id of the agent of these directories; nothing if it was never started.
+pub(super) fn agent_id(layout: &Layout) -> Result<Option<String>, Failed> {
+    let text = files::read(&layout.agent_id())?;
+    let id = text.map(|text| String::from_utf8_lossy(&text).trim().to_owned());
+    Ok(id.filter(|id| !id.is_empty()))
+}
+
+/// What this run of the agent says of the name of its host. Only the one that holds the lock may ask.
+pub(super) fn claim(config: &Config) -> Result<Claim, Failed> {
+    let layout = Layout::new(&config.state_dir, &config.run_dir);
+    let id = match agent_id(&layout)? {
+        Some(id) => id,
+        None => {
+            let id = Claim::fresh_id()?;
+            files::write(&layout.agent_id(), format!("{id}\n").as_bytes(), 0o644)?;
+            id
+        }
+    };
+    Ok(Claim::new(config.host.clone(), id)?)
 }
 
 /// Makes the directories of an agent, and takes its lock.

@@ -41,6 +41,11 @@ impl Layout {
         self.state.join("agent.lock")
     }
 
+    /// By which id the agent is known to the store, over all of its runs.
+    pub fn agent_id(&self) -> PathBuf {
+        self.state.join("agent.id")
+    }
+
     /// What the store last said, for an agent that starts without it.
     pub fn ledger(&self) -> PathBuf {
         self.state.join("ledger")

@@ -63,8 +63,12 @@ pub struct StoreBlock {
 
 impl StoreBlock {
     /// Every kind.
-    pub const KINDS: [&'static str; 4] = ["sentinel_missing", "other_store", "older_revision", "mass_removal"];
+    pub const KINDS: [&'static str; 5] =
+        ["sentinel_missing", "other_store", "older_revision", "mass_removal", NAME_TAKEN];
 }
+
+/// The kind of a block while another agent has the name of this host.
+pub const NAME_TAKEN: &str = "name_taken";
 
 impl std::fmt::Display for StoreBlock {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

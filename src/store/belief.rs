@@ -20,7 +20,7 @@ use crate::model::{
     desired::{DesiredApp, Snapshot},
     name::{AppName, HostName},
     release::ReleaseKey,
-    status::{StoreBlock, StoreStatus},
+    status::{NAME_TAKEN, StoreBlock, StoreStatus},
     time::Timestamp,
 };
 
@@ -162,7 +162,10 @@ impl Belief {
 
     /// Takes that the store could not be read, or is not believed.
     pub fn fail(&mut self, error: &StoreError) {
-        if let StoreError::Doubt(block) = error {
+        // A name that somebody else has says nothing about what the store holds.
+        if let StoreError::Doubt(block) = error
+            && block.kind != NAME_TAKEN
+        {
             self.hold(block);
         }
         self.updates.send_modify(|u| {

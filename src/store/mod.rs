@@ -3,6 +3,7 @@
 //! The watch is only for speed. What is true is a full read, made at the start, after any gap, and at an interval.
 
 mod belief;
+mod claim;
 pub mod client;
 mod compare;
 pub mod keys;
@@ -14,6 +15,7 @@ mod standing;
 mod watch;
 
 pub use belief::{Belief, Change, News, Update, Viewer};
+pub use claim::{Claim, Owner, claimed};
 pub use client::StoreError;
 pub use compare::{Comparison, compare, init};
 pub use ledger::{Ledger, LedgerError, Shelf};

@@ -1,14 +1,15 @@
 //! What an agent tells the fleet: its host and its apps, on a lease, so that it goes when the agent does.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use etcd_client::{GetOptions, PutOptions, Txn, TxnOp};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::{sync::watch::Receiver, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     belief::Update,
+    claim::{Claim, Owner, TTL, seconds},
     client::{Connection, EtcdConfig, StoreError},
 };
 use crate::{
@@ -20,34 +21,42 @@ use crate::{
     retry::Retry,
 };
 
-/// How long the keys outlive their agent.
-const TTL: Duration = Duration::from_secs(30);
 /// Shortest time between two writes: a deploy changes its status many times a second.
 const GATHER: Duration = Duration::from_millis(500);
 /// Operations in one transaction; etcd takes 128.
 const BATCH: usize = 100;
 
 /// What `state/hosts/<host>` says.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+///
+/// It is read back for its owner, whatever version wrote it: all else may be missing.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HostInfo {
     /// The version of this form.
+    #[serde(default)]
     pub version: u32,
     /// The host.
     pub host: HostName,
+    /// Who has this name; nothing from an agent of version 0.1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Owner>,
     /// Its labels, merged.
+    #[serde(default)]
     pub labels: BTreeMap<String, String>,
     /// Whether it takes apps.
+    #[serde(default)]
     pub mode: HostMode,
     /// The version of the agent.
+    #[serde(default)]
     pub agent: String,
 }
 
 /// Publishes every status, until cancelled; then takes it back.
 ///
 /// Nothing is written to a store that is not believed: what agents write makes revisions, and by its revision an older
-/// store is known.
+/// store is known. Nor to one in which somebody else has the name of this host.
 pub async fn publish(
     config: EtcdConfig,
+    claim: Arc<Claim>,
     mut statuses: Receiver<(HostStatus, BTreeMap<String, String>)>,
     updates: Receiver<Update>,
     token: CancellationToken,
@@ -55,10 +64,17 @@ pub async fn publish(
     let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(15));
     let mut turn = 0;
     loop {
-        let mut publisher = Publisher { config: &config, updates: &updates, told: BTreeMap::new() };
+        let mut publisher =
+            Publisher { config: &config, claim: &claim, updates: &updates, told: BTreeMap::new(), written: None };
         match publisher.session(turn, &mut statuses, &token).await {
             Ok(()) => return,
-            Err(error) => tracing::debug!("publishing pauses: {error}"),
+            Err(error) => {
+                tracing::debug!("publishing pauses: {error}");
+                if matches!(error, StoreError::Doubt(_)) {
+                    // Whoever reads the store finds out whose the name is now.
+                    claim.lost.notify_one();
+                }
+            }
         }
         turn += 1;
         tokio::select! {
@@ -70,8 +86,11 @@ pub async fn publish(
 
 struct Publisher<'c> {
     config: &'c EtcdConfig,
+    claim: &'c Claim,
     updates: &'c Receiver<Update>,
     told: BTreeMap<String, String>,
+    /// The revision at which the key of the host was written last; nothing before it was looked for.
+    written: Option<i64>,
 }
 
 impl Publisher<'_> {
@@ -82,18 +101,15 @@ impl Publisher<'_> {
         token: &CancellationToken,
     ) -> Result<(), StoreError> {
         let mut connection = Connection::open(self.config, turn).await?;
-        let ttl = i64::try_from(TTL.as_secs()).unwrap_or(30);
-        let lease = connection.client.lease_grant(ttl, None).await.map_err(connection.failed("taking a lease"))?.id();
+        let lease =
+            connection.client.lease_grant(seconds(TTL), None).await.map_err(connection.failed("taking a lease"))?.id();
         let (mut keeper, mut answers) =
             connection.client.lease_keep_alive(lease).await.map_err(connection.failed("keeping the lease"))?;
         let mut renew_at = Instant::now() + TTL / 3;
         let mut write_at = Some(Instant::now());
         loop {
             tokio::select! {
-                () = token.cancelled() => {
-                    // The keys go with their lease: what no agent says is not said any more.
-                    return connection.client.lease_revoke(lease).await.map(|_| ()).map_err(connection.failed("returning the lease"));
-                }
+                () = token.cancelled() => break,
                 () = tokio::time::sleep_until(renew_at) => {
                     keeper.keep_alive().await.map_err(connection.failed("renewing the lease"))?;
                     let answer = tokio::time::timeout(self.config.command_timeout, answers.message()).await;
@@ -106,7 +122,7 @@ impl Publisher<'_> {
                 }
                 changed = statuses.changed(), if write_at.is_none() => {
                     if changed.is_err() {
-                        return Ok(());
+                        break;
                     }
                     write_at = Some(Instant::now() + GATHER);
                 }
@@ -121,6 +137,9 @@ impl Publisher<'_> {
                 }
             }
         }
+        // The keys go with their lease: what no agent says is not said any more, and the name is free.
+        let returned = connection.client.lease_revoke(lease).await;
+        returned.map(|_| ()).map_err(connection.failed("returning the lease"))
     }
 
     fn keys(&self, (status, labels): &(HostStatus, BTreeMap<String, String>)) -> BTreeMap<String, String> {
@@ -128,6 +147,7 @@ impl Publisher<'_> {
         let info = HostInfo {
             version: VERSION,
             host: status.host.clone(),
+            owner: Some(self.claim.owner().clone()),
             labels: labels.clone(),
             mode: status.mode,
             agent: status.agent.clone(),
@@ -146,22 +166,46 @@ impl Publisher<'_> {
         keys
     }
 
-    /// Writes what differs from what was told, and nothing else.
+    /// Writes what differs from what was told, and nothing else. Each transaction writes the key of the host, and only if
+    /// nobody else has since: so an agent that lost its name writes nothing more.
     async fn write(
         &mut self,
         connection: &mut Connection,
         lease: i64,
         wanted: BTreeMap<String, String>,
     ) -> Result<(), StoreError> {
+        let host = self.config.prefix.host_state(self.claim.host());
+        let put =
+            |(k, v): (&String, &String)| TxnOp::put(k.clone(), v.clone(), Some(PutOptions::new().with_lease(lease)));
+        let is_new = |(k, v): &(&String, &String)| self.told.get(*k) != Some(*v);
         let gone = self.told.keys().filter(|k| !wanted.contains_key(*k)).map(|k| TxnOp::delete(k.clone(), None));
-        let fresh = wanted
-            .iter()
-            .filter(|(k, v)| self.told.get(*k) != Some(v))
-            .map(|(k, v)| TxnOp::put(k.clone(), v.clone(), Some(PutOptions::new().with_lease(lease))));
+        let fresh = wanted.iter().filter(|(k, _)| **k != host).filter(is_new).map(put);
         let operations: Vec<TxnOp> = gone.chain(fresh).collect();
-        for batch in operations.chunks(BATCH) {
-            let txn = Txn::new().and_then(batch.to_vec());
-            connection.client.txn(txn).await.map_err(connection.failed("publishing"))?;
+        let named: Vec<TxnOp> = wanted.get_key_value(&host).map(put).into_iter().collect();
+        let mut batches: Vec<Vec<TxnOp>> = operations.chunks(BATCH).map(<[TxnOp]>::to_vec).collect();
+        if batches.is_empty() && wanted.get_key_value(&host).is_some_and(|of_host| is_new(&of_host)) {
+            batches.push(Vec::new());
+        }
+        for batch in batches {
+            let written = match self.written {
+                Some(revision) => revision,
+                None => self.claim.look(connection, &self.config.prefix).await?,
+            };
+            let txn = Txn::new()
+                .when([self.claim.unchanged(&self.config.prefix, written)])
+                .and_then([batch, named.clone()].concat());
+            let answer = connection.client.txn(txn).await.map_err(connection.failed("publishing"))?;
+            if !answer.succeeded() {
+                // Whose it is now, the next session finds out.
+                let reason = "somebody else wrote to the key of this host".to_owned();
+                return Err(StoreError::Call {
+                    endpoint: connection.endpoint.clone(),
+                    operation: "publishing",
+                    reason,
+                });
+            }
+            self.claim.holds();
+            self.written = answer.header().map(etcd_client::ResponseHeader::revision);
         }
         self.told = wanted;
         Ok(())

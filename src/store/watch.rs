@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     belief::{Belief, Change, News, Update, Viewer},
+    claim::Claim,
     client::{Connection, EtcdConfig, StoreError},
     ledger::Shelf,
     read::{Entry, make_release_key, read},
@@ -29,13 +30,14 @@ pub async fn watch(
     config: EtcdConfig,
     viewer: Viewer,
     shelf: Arc<dyn Shelf>,
+    claim: Arc<Claim>,
     updates: Sender<Update>,
     token: CancellationToken,
 ) {
     let resync = viewer.resync;
     let mut belief = Belief::new(config.prefix.clone(), viewer, shelf, updates);
     belief.recall();
-    let mut watcher = Watcher { config, resync, belief };
+    let mut watcher = Watcher { config, resync, claim, belief };
     let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(10));
     let mut turn = 0;
     let mut last = String::new();
@@ -73,6 +75,7 @@ type Message = Result<Option<WatchResponse>, etcd_client::Error>;
 struct Watcher {
     config: EtcdConfig,
     resync: Duration,
+    claim: Arc<Claim>,
     belief: Belief,
 }
 
@@ -109,6 +112,7 @@ impl Watcher {
                     asked = true;
                     sign_by = Instant::now() + PROGRESS;
                 }
+                () = self.claim.lost.notified() => self.read_all(&connection).await?,
                 () = tokio::time::sleep_until(resync_at) => {
                     self.read_all(&connection).await?;
                     resync_at = Instant::now() + jittered(self.resync);
@@ -119,6 +123,11 @@ impl Watcher {
 
     async fn read_all(&mut self, connection: &Connection) -> Result<(), StoreError> {
         let (contents, found, key) = read(connection, &self.config.prefix).await?;
+        if self.claim.look(connection, &self.config.prefix).await? == 0 {
+            // Nothing is written to a store that is not believed.
+            self.belief.check(&contents, &found)?;
+            self.claim.take(connection, &self.config.prefix).await?;
+        }
         let key = match key {
             Some(key) => key,
             None => {

@@ -410,10 +410,7 @@ impl Drop for Lab {
         kill(&mut self.etcd_process);
         let contradictions: Vec<String> =
             self.agent_log().lines().filter(|l| l.contains("model and host differ")).map(str::to_owned).collect();
-        if !std::thread::panicking() {
-            assert!(contradictions.is_empty(), "the model of a step is wrong: {contradictions:#?}");
-        }
-        if std::thread::panicking() {
+        if std::thread::panicking() || !contradictions.is_empty() {
             eprintln!("the end of the agent's log:");
             let log = self.agent_log();
             let lines: Vec<&str> = log.lines().collect();
@@ -421,6 +418,10 @@ impl Drop for Lab {
                 eprintln!("  {line}");
             }
         }
+        assert!(
+            std::thread::panicking() || contradictions.is_empty(),
+            "the model of a step is wrong: {contradictions:#?}"
+        );
     }
 }
 

@@ -1,0 +1,126 @@
+//! Two machines with one name: one acts, the other says so and touches nothing.
+#![expect(clippy::disallowed_methods, reason = "a test writes files of its own")]
+
+mod support;
+
+use std::{fs, time::Duration};
+
+use demae::model::status::State;
+use support::{
+    lab::{Lab, Setup, docker, until},
+    load::{Load, mixed},
+};
+
+/// Another machine with the store and the name of the first.
+fn namesake(first: &Lab) -> Lab {
+    let second = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    let file = second.path("agent.toml");
+    let text = fs::read_to_string(&file).expect("a file");
+    let text = text.replace(&second.etcd.to_string(), &first.etcd.to_string()).replace(&second.host, &first.host);
+    fs::write(&file, text).expect("a file");
+    second
+}
+
+fn is_blocked(lab: &Lab) -> bool {
+    lab.status().and_then(|s| s.store.block).is_some_and(|b| b.kind == "name_taken")
+}
+
+/// Of who has the name of this lab: the id, or the run.
+fn of_owner(lab: &Lab, what: &str) -> String {
+    let text = lab.get_key(&format!("state/hosts/{}", lab.host));
+    let info: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    info["owner"][what].as_str().unwrap_or_default().to_owned()
+}
+
+fn owner(lab: &Lab) -> String {
+    of_owner(lab, "id")
+}
+
+fn id(lab: &Lab) -> String {
+    fs::read_to_string(lab.path("state/agent.id")).unwrap_or_default().trim().to_owned()
+}
+
+fn wait_name(lab: &Lab) {
+    until("it has its name", || !id(lab).is_empty() && owner(lab) == id(lab));
+}
+
+/// They even share an engine, where each would take the containers of the other for its own.
+#[test]
+fn of_two_machines_with_one_name_only_the_first_acts() {
+    let mut first = Lab::new();
+    first.deploy("web", "apps/web/spec", &first.socket_spec(&first.image("v1"), "web.test", ""));
+    wait_name(&first);
+    let containers = || docker(&["ps", "-aq", "--no-trunc", "--filter", &format!("label=demae.host={}", first.host)]);
+    let before = containers();
+    assert!(!before.is_empty(), "there is a container of that name");
+    let load = Load::start(first.ingress, "web.test", mixed(Duration::from_millis(5)));
+    let mut second = namesake(&first);
+    second.start_agent(&[]);
+    until("the second one says what is wrong", || is_blocked(&second));
+    assert_eq!(containers(), before, "and has touched nothing");
+    until("it is measured", || second.metric("demae_store_blocked", "name_taken") == 1.0);
+    let said = |args: &[&str]| {
+        let output = second.demae(args);
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+    };
+    let doctor = said(&["doctor"]);
+    assert!(doctor.contains(&format!("another agent has the name `{}`", first.host)), "{doctor}");
+    let accept = said(&["store", "accept", "--yes"]);
+    assert!(
+        accept.contains("`demae store accept` is not for this: give one of the two machines another name"),
+        "{accept}"
+    );
+
+    // The first one goes on as if there were no other.
+    first.deploy("web", "apps/web/image", &first.image("v2"));
+    assert!(is_blocked(&second) && !is_blocked(&first));
+    assert_eq!(owner(&first), id(&first));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+
+    // Once it gives its name up, the other one may have it.
+    first.del("apps/");
+    until("all leaves", || containers().is_empty());
+    first.stop_agent();
+    until("the name is free", || !is_blocked(&second));
+    first.put("apps/web/spec", &second.socket_spec(&first.image("v1"), "web.test", ""));
+    second.wait_app("web", "converged", |s| s.state == State::Converged);
+    until("the store names the new owner", || owner(&first) == id(&second));
+    first.start_agent(&[]);
+    until("now the first one is the second", || is_blocked(&first));
+    second.wait_app("web", "converged", |s| s.state == State::Converged);
+}
+
+#[test]
+fn a_run_that_was_killed_keeps_nobody_waiting() {
+    let mut lab = Lab::new();
+    wait_name(&lab);
+    let known = id(&lab);
+    lab.kill_agent();
+    assert_eq!(owner(&lab), known, "its lease lives on");
+    lab.start_agent(&[]);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    assert_eq!((id(&lab), owner(&lab)), (known.clone(), known));
+    assert!(!lab.agent_log().contains("has the name"), "{}", lab.agent_log());
+}
+
+#[test]
+fn a_machine_whose_disk_was_copied_notices_the_copy() {
+    let first = Lab::new();
+    wait_name(&first);
+    let mut copy = namesake(&first);
+    fs::create_dir_all(copy.path("state")).expect("a directory");
+    fs::copy(first.path("state/agent.id"), copy.path("state/agent.id")).expect("a copy");
+    let run = of_owner(&first, "run");
+    copy.start_agent(&[]);
+    until("the copy has taken the name", || of_owner(&first, "run") != run);
+    // The next time that the first one writes, it finds that the key is not as it was left.
+    first.put(&format!("hosts/{}/labels", first.host), "rack: '7'");
+    until("one of the two stops acting", || is_blocked(&first));
+    assert!(!is_blocked(&copy), "and only one");
+    let told = first.status().and_then(|s| s.store.block).map(|b| b.to_string()).unwrap_or_default();
+    assert!(told.contains("a copy of this one's state directory"), "{told}");
+    copy.stop_agent();
+    until("it acts again when the copy is gone", || !is_blocked(&first));
+    first.deploy("web", "apps/web/spec", &first.socket_spec(&first.image("v1"), "web.test", ""));
+}
