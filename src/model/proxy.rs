@@ -1,6 +1,9 @@
 //! What nginx is asked to serve: values only. Text is made of them elsewhere.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -53,6 +56,37 @@ pub struct Manifest {
     pub fresh: BTreeSet<AppName>,
 }
 
+/// How long it is remembered when the vhost of an app went: longer than anything drains.
+const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
+
+impl Manifest {
+    /// Apps whose vhosts are others in this set than among these.
+    pub fn changes(&self, vhosts: &BTreeMap<AppName, Vhost>) -> BTreeSet<AppName> {
+        let all = self.vhosts.keys().chain(vhosts.keys());
+        all.filter(|app| self.vhosts.get(*app) != vhosts.get(*app)).cloned().collect()
+    }
+
+    /// Takes over from the live set, made before this one, when each app changed, and what of that no worker has served
+    /// yet. `served_since` is since when workers serve the live set, if they do. All times are those of the wall clock.
+    pub fn follow(&mut self, old: &Self, served_since: Option<Timestamp>, now: Timestamp) {
+        self.changed.clone_from(&old.changed);
+        self.changed.retain(|app, at| self.vhosts.contains_key(app) || now.since(*at) < REMEMBERED);
+        let changes = self.changes(&old.vhosts);
+        self.fresh.clone_from(&changes);
+        match served_since {
+            // What changed in that set did so for requests when it was served, not when it was written. That is later, even
+            // if the clock was set back since and says otherwise.
+            Some(since) => {
+                for app in &old.fresh {
+                    self.changed.entry(app.clone()).and_modify(|at| *at = since);
+                }
+            }
+            None => self.fresh.extend(old.fresh.iter().cloned()),
+        }
+        self.changed.extend(changes.into_iter().map(|app| (app, now)));
+    }
+}
+
 /// A vhost that nginx, or its template, refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rejected {
@@ -98,10 +132,7 @@ impl ObservedProxy {
 
     /// How many apps are served otherwise by another set of vhosts.
     pub fn changes_to(&self, wanted: &BTreeMap<AppName, Vhost>) -> usize {
-        let nothing = BTreeMap::new();
-        let live = self.live.as_ref().map_or(&nothing, |m| &m.vhosts);
-        let changed = wanted.iter().filter(|(app, vhost)| live.get(*app) != Some(vhost)).count();
-        changed + live.keys().filter(|app| !wanted.contains_key(*app)).count()
+        self.live.as_ref().map_or(wanted.len(), |live| live.changes(wanted).len())
     }
 
     /// The live vhost of an app.
@@ -120,5 +151,34 @@ impl ObservedProxy {
     /// Why the last vhost of an app was refused.
     pub fn rejected(&self, app: &AppName) -> Option<&Rejected> {
         self.live.as_ref()?.rejected.get(app)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_left_a_set_that_was_served_late_began_to_drain_then_whatever_the_clock_says() {
+        let app = AppName::try_from("web").expect("a name");
+        let at = Timestamp::from_millis;
+        let vhost = |port| Vhost {
+            hosts: Vec::new(),
+            upstreams: Upstreams::Ports(vec![port]),
+            template: None,
+            max_body_size: 0,
+            read_timeout: 60,
+        };
+        let set = |port| Manifest { vhosts: [(app.clone(), vhost(port))].into(), ..Manifest::default() };
+        let (mut first, mut second, mut third) = (set(1), set(2), set(2));
+        first.follow(&Manifest::default(), None, at(1_000));
+        second.follow(&first, Some(at(1_000)), at(9_000));
+        assert_eq!((second.changed[&app], second.fresh.contains(&app)), (at(9_000), true));
+        // The clock was set back by 5 s, and a worker serves it only now.
+        third.follow(&second, Some(at(6_000)), at(7_000));
+        assert_eq!((third.changed[&app], third.fresh.contains(&app)), (at(6_000), false));
+        let mut unserved = set(2);
+        unserved.follow(&second, None, at(7_000));
+        assert_eq!((unserved.changed[&app], unserved.fresh.contains(&app)), (at(9_000), true));
     }
 }

@@ -53,7 +53,7 @@ impl Scene {
             }
             let proxy = &mut state.proxy;
             let old = proxy.live.clone().unwrap_or_default();
-            let mut new = Manifest { templates: TEMPLATES.into(), changed: old.changed.clone(), ..Manifest::default() };
+            let mut new = Manifest { templates: TEMPLATES.into(), ..Manifest::default() };
             for (app, vhost) in vhosts {
                 // The template that it names is broken: its last good part stays.
                 if vhost.template.is_some() {
@@ -76,20 +76,7 @@ impl Scene {
             }
             new.generation = old.generation + 1;
             let served = proxy.runs && proxy.served.as_ref().is_some_and(|m| m.generation == old.generation);
-            for app in &old.fresh {
-                if served {
-                    let since = proxy.since;
-                    new.changed.entry(app.clone()).and_modify(|at| *at = since.max(*at));
-                } else {
-                    new.fresh.insert(app.clone());
-                }
-            }
-            for app in old.vhosts.keys().chain(new.vhosts.keys()) {
-                if old.vhosts.get(app) != new.vhosts.get(app) {
-                    new.changed.insert(app.clone(), now);
-                    new.fresh.insert(app.clone());
-                }
-            }
+            new.follow(&old, served.then_some(proxy.since), now);
             let generation = new.generation;
             (proxy.live, proxy.published, proxy.drifted) = (Some(new), now, false);
             (generation, rejected)

@@ -1,10 +1,6 @@
 //! A set of nginx files in the making: which vhosts nginx takes, and how that is found out.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::Path,
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::Path};
 
 use super::{MANIFEST, Nginx, NginxError, render::Renderer, stage};
 use crate::{
@@ -15,9 +11,6 @@ use crate::{
         time::Timestamp,
     },
 };
-
-/// How long it is remembered when the vhost of an app went.
-const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 
 /// What lies in the directory of a set.
 #[derive(serde::Serialize, serde::Deserialize)]
@@ -66,8 +59,7 @@ impl Set<'_> {
             vhosts,
             rejected,
             templates: self.renderer.fingerprint().to_owned(),
-            changed: BTreeMap::new(),
-            fresh: BTreeSet::new(),
+            ..Manifest::default()
         };
         let earlier =
             self.old.rejected.clone().into_iter().filter(|_| self.old.templates == self.renderer.fingerprint());
@@ -102,35 +94,6 @@ impl Set<'_> {
             Ok(()) => Ok(chosen),
             Err(error) => Err(NginxError::Broken(error)),
         }
-    }
-
-    /// When each app last changed. What went is remembered for longer than anything drains.
-    fn changed(&self, manifest: &Manifest) -> BTreeMap<AppName, Timestamp> {
-        let now = Timestamp::now();
-        let mut changed = self.old.changed.clone();
-        changed.retain(|app, at| manifest.vhosts.contains_key(app) || now.since(*at) < REMEMBERED);
-        // What changed in the old set did so for requests when that was served, not when it was written.
-        if let Some(since) = self.old_served_since {
-            for app in &self.old.fresh {
-                changed.entry(app.clone()).and_modify(|at| *at = since.max(*at));
-            }
-        }
-        changed.extend(self.changes(manifest).into_iter().map(|app| (app, now)));
-        changed
-    }
-
-    /// Which apps changed since a set was last served.
-    fn fresh(&self, manifest: &Manifest) -> BTreeSet<AppName> {
-        let mut fresh = self.changes(manifest);
-        if self.old_served_since.is_none() {
-            fresh.extend(self.old.fresh.iter().cloned());
-        }
-        fresh
-    }
-
-    fn changes(&self, manifest: &Manifest) -> BTreeSet<AppName> {
-        let all = manifest.vhosts.keys().chain(self.old.vhosts.keys());
-        all.filter(|app| manifest.vhosts.get(*app) != self.old.vhosts.get(*app)).cloned().collect()
     }
 
     /// Puts an app back to its last good vhost, if it has one.
@@ -177,8 +140,9 @@ impl Set<'_> {
                 put(format!("app-{app}.conf"), text)?;
             }
         }
-        let manifest = Manifest { changed: self.changed(manifest), fresh: self.fresh(manifest), ..manifest.clone() };
-        let saved = Saved { manifest, published: Timestamp::now(), files: digests };
+        let (mut manifest, published) = (manifest.clone(), Timestamp::now());
+        manifest.follow(self.old, self.old_served_since, published);
+        let saved = Saved { manifest, published, files: digests };
         let json = serde_json::to_vec_pretty(&saved).map_err(|e| NginxError::Template(e.to_string()))?;
         files::write(&dir.join(MANIFEST), &json, 0o644)?;
         self.nginx.test(root, &dir).await
