@@ -14,9 +14,9 @@ use tokio::time::Instant;
 
 use crate::scene::{Scene, State, Upstreamed, is_routed, leaves, serving, stops_first, upstreamed};
 
-/// Most containers of an app: three that serve, three that come, as many that nobody wants any more, and as many that
-/// served for a moment only and still end their requests, while one more is being made.
-const MOST: usize = 13;
+/// Most containers of an app: three that serve, three that come, and up to as many that nobody wants any more, while one
+/// more is being made. Those that served and have left the routes are not counted: they stay until their requests end.
+const MOST: usize = 10;
 
 impl Scene {
     /// Something that the agent does to an app: done, counted, and judged.
@@ -34,7 +34,8 @@ impl Scene {
         if let Some(wrong) = before.judge(&state, app, seen) {
             state.violate(format!("`{what}` for {app}: {wrong}"));
         }
-        let count = state.apps.get(app).map_or(0, |o| o.instances.len());
+        let ends = |i: &&Instance| state.programs.get(&i.id).is_some_and(|p| p.left.is_some());
+        let count = state.apps.get(app).map_or(0, |o| o.instances.iter().filter(|i| !ends(i)).count());
         if count > MOST {
             state.violate(format!("{app} has {count} containers"));
         }
