@@ -25,6 +25,10 @@ fn is_blocked(lab: &Lab) -> bool {
     lab.status().and_then(|s| s.store.block).is_some_and(|b| b.kind == "name_taken")
 }
 
+fn is_free(lab: &Lab) -> bool {
+    lab.status().is_some_and(|s| s.store.block.is_none())
+}
+
 /// Of who has the name of this lab: the id, or the run.
 fn of_owner(lab: &Lab, what: &str) -> String {
     let text = lab.get_key(&format!("state/hosts/{}", lab.host));
@@ -73,7 +77,7 @@ fn of_two_machines_with_one_name_only_the_first_acts() {
 
     // The first one goes on as if there were no other.
     first.deploy("web", "apps/web/image", &first.image("v2"));
-    assert!(is_blocked(&second) && !is_blocked(&first));
+    assert!(is_blocked(&second) && is_free(&first));
     assert_eq!(owner(&first), id(&first));
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
@@ -82,7 +86,7 @@ fn of_two_machines_with_one_name_only_the_first_acts() {
     first.del("apps/");
     until("all leaves", || containers().is_empty());
     first.stop_agent();
-    until("the name is free", || !is_blocked(&second));
+    until("the name is free", || is_free(&second));
     first.put("apps/web/spec", &second.socket_spec(&first.image("v1"), "web.test", ""));
     second.wait_app("web", "converged", |s| s.state == State::Converged);
     until("the store names the new owner", || owner(&first) == id(&second));
@@ -116,11 +120,11 @@ fn a_machine_whose_disk_was_copied_notices_the_copy() {
     until("the copy has taken the name", || of_owner(&first, "run") != run);
     // The next time that the first one writes, it finds that the key is not as it was left.
     first.put(&format!("hosts/{}/labels", first.host), "rack: '7'");
-    until("one of the two stops acting", || is_blocked(&first));
-    assert!(!is_blocked(&copy), "and only one");
+    until("the first one stops acting", || is_blocked(&first));
+    assert!(is_free(&copy), "and only that one");
     let told = first.status().and_then(|s| s.store.block).map(|b| b.to_string()).unwrap_or_default();
     assert!(told.contains("a copy of this one's state directory"), "{told}");
     copy.stop_agent();
-    until("it acts again when the copy is gone", || !is_blocked(&first));
+    until("it acts again when the copy is gone", || is_free(&first));
     first.deploy("web", "apps/web/spec", &first.socket_spec(&first.image("v1"), "web.test", ""));
 }

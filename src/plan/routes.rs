@@ -122,7 +122,8 @@ fn switch(draft: &mut Draft<'_>, ingress: &Ingress, pool: &[&Instance], slots: u
     };
     // Slots that nginx still knows must lead somewhere until no worker knows them.
     let settled = draft.input.proxy.serving && !draft.input.proxy.old_workers;
-    let needed = if settled { slots.max(served) } else { slots.max(served).max(there) };
+    let known = slots.max(served);
+    let needed = if settled { known } else { known.max(there) };
     let wanted = assign(draft, pool, needed);
     let switched = !differs(draft, &wanted);
     if !switched {
@@ -133,7 +134,7 @@ fn switch(draft: &mut Draft<'_>, ingress: &Ingress, pool: &[&Instance], slots: u
     let told = if switched || served == 0 { told } else { told.clamp(served.min(there), served) };
     draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Slots(told)));
     let met = draft.report();
-    if met && !settled && there > slots.max(served) {
+    if met && !settled && there > known {
         draft.wait(Wait::Proxy("old nginx workers still know a route that is going".to_owned()));
     }
     switched && met && told == slots

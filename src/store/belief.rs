@@ -236,7 +236,7 @@ impl Belief {
         self.shelf.keep(&ledger::text(owner, identity, Timestamp::now(), (contents, key), held))
     }
 
-    /// Whether a store without a release key is believed. Which apps are wanted does not depend on the key.
+    /// Whether a store is believed, before anything is written to it: it may have no release key yet. Which apps are wanted does not depend on the key.
     ///
     /// # Errors
     /// Why it is not.

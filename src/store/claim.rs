@@ -4,7 +4,11 @@
 //! their own. So an agent goes by a store only while it holds its name there. The agent is known by a random id in its
 //! state directory, and each of its runs by another one: what a killed run has left is taken over at once.
 
-use std::time::Duration;
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
 use serde::{Deserialize, Serialize};
@@ -13,10 +17,10 @@ use tokio::sync::Notify;
 use super::{
     client::{Connection, EtcdConfig, StoreError},
     keys::Prefix,
-    publish::HostInfo,
     read::random_id,
 };
 use crate::model::{
+    desired::HostMode,
     name::HostName,
     status::{NAME_TAKEN, StoreBlock},
 };
@@ -33,6 +37,30 @@ pub struct Owner {
     pub run: String,
 }
 
+/// What `state/hosts/<host>` says.
+///
+/// It is read back for its owner, whatever version wrote it: all else may be missing.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HostInfo {
+    /// The version of this form.
+    #[serde(default)]
+    pub version: u32,
+    /// The host.
+    pub host: HostName,
+    /// Who has this name; nothing from an agent that does not say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Owner>,
+    /// Its labels, merged.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// Whether it takes apps.
+    #[serde(default)]
+    pub mode: HostMode,
+    /// The version of the agent.
+    #[serde(default)]
+    pub agent: String,
+}
+
 /// What one run of an agent says of its name.
 #[derive(Debug)]
 pub struct Claim {
@@ -41,7 +69,7 @@ pub struct Claim {
     /// Told when a write found that the name is somebody else's now.
     pub(super) lost: Notify,
     /// Whether this run has held the name already. Whoever has it then with our own id is no earlier run of ours.
-    held: std::sync::atomic::AtomicBool,
+    held: AtomicBool,
 }
 
 /// What was found at the key of a host.
@@ -86,7 +114,7 @@ impl Claim {
     }
 
     fn has_held(&self) -> bool {
-        self.held.load(std::sync::atomic::Ordering::Relaxed)
+        self.held.load(Ordering::Relaxed)
     }
 
     /// Whether the name may be held: the revision at which its key was written last, 0 if nobody has it.
@@ -128,7 +156,7 @@ impl Claim {
 
     /// This run has written the key of the name.
     pub(super) fn holds(&self) {
-        self.held.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.held.store(true, Ordering::Relaxed);
     }
 }
 

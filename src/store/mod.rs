@@ -15,12 +15,12 @@ mod standing;
 mod watch;
 
 pub use belief::{Belief, Change, News, Update, Viewer};
-pub use claim::{Claim, Owner, claimed};
+pub use claim::{Claim, HostInfo, Owner, claimed};
 pub use client::StoreError;
 pub use compare::{Comparison, compare, init};
 pub use ledger::{Ledger, LedgerError, Shelf};
 pub use members::{Member, members};
-pub use publish::{HostInfo, publish, published};
+pub use publish::{publish, published};
 pub use read::{Contents, Entry, fingerprint, read_once};
 pub use standing::{Acceptance, Brake, Found, Identity, Standing};
 pub use watch::watch;

@@ -3,21 +3,16 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use etcd_client::{GetOptions, PutOptions, Txn, TxnOp};
-use serde::{Deserialize, Serialize};
 use tokio::{sync::watch::Receiver, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     belief::Update,
-    claim::{Claim, Owner, TTL, seconds},
+    claim::{Claim, HostInfo, TTL, seconds},
     client::{Connection, EtcdConfig, StoreError},
 };
 use crate::{
-    model::{
-        desired::HostMode,
-        name::HostName,
-        status::{AppStatus, HostStatus, VERSION},
-    },
+    model::status::{AppStatus, HostStatus, VERSION},
     retry::Retry,
 };
 
@@ -25,30 +20,6 @@ use crate::{
 const GATHER: Duration = Duration::from_millis(500);
 /// Operations in one transaction; etcd takes 128.
 const BATCH: usize = 100;
-
-/// What `state/hosts/<host>` says.
-///
-/// It is read back for its owner, whatever version wrote it: all else may be missing.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct HostInfo {
-    /// The version of this form.
-    #[serde(default)]
-    pub version: u32,
-    /// The host.
-    pub host: HostName,
-    /// Who has this name; nothing from an agent of version 0.1.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub owner: Option<Owner>,
-    /// Its labels, merged.
-    #[serde(default)]
-    pub labels: BTreeMap<String, String>,
-    /// Whether it takes apps.
-    #[serde(default)]
-    pub mode: HostMode,
-    /// The version of the agent.
-    #[serde(default)]
-    pub agent: String,
-}
 
 /// Publishes every status, until cancelled; then takes it back.
 ///

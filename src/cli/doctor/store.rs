@@ -104,9 +104,16 @@ pub(super) async fn standing(patient: &Patient<'_>, found: &mut Findings) -> Opt
             found.ok("store", format!("`{cluster}`, {known}, at revision {}", compared.found.revision));
         }
     }
-    let id = setup::agent_id(&patient.world.layout).ok().flatten();
-    if let Ok(Some(block)) = store::claimed(&config.etcd, &config.host, id.as_deref()).await {
-        found.fail("name", block.message, block.remedy);
+    match setup::agent_id(&patient.world.layout) {
+        Err(e) => {
+            found.fail("name", e.message, "no agent starts that cannot read it: mend its rights, or remove it");
+        }
+        Ok(id) => {
+            // If no member answers, that was told of above.
+            if let Ok(Some(block)) = store::claimed(&config.etcd, &config.host, id.as_deref()).await {
+                found.fail("name", block.message, block.remedy);
+            }
+        }
     }
     for problem in &compared.snapshot.unreadable {
         let remedy = problem.hint.clone().unwrap_or_else(|| "mend or delete the key".to_owned());
