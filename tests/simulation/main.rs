@@ -6,11 +6,15 @@
 #![expect(clippy::disallowed_methods, reason = "what lives by itself in a history ends with its runtime")]
 
 mod chance;
+mod ending;
 mod history;
 mod machine;
+mod mishaps;
 mod mutants;
 mod nginx;
+mod operator;
 mod oracle;
+mod programs;
 mod scene;
 mod store;
 
