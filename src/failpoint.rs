@@ -1,19 +1,34 @@
-//! Lets a test end the agent between any two steps, as `kill -9` would. Compiled in only with the feature `failpoints`.
+//! Lets a test end the agent between any two steps, as `kill -9` would, or hold it still there, as a machine does that was
+//! suspended. Compiled in only with the feature `failpoints`.
 
-/// A boundary between two steps. With `DEMAE_FAILPOINT=n` the process aborts at the n-th it comes to.
+/// A boundary between two steps. With `DEMAE_FAILPOINT=n` the process aborts at the n-th it comes to; with
+/// `DEMAE_STANDSTILL=switch` it stands still at the first of that name, until somebody sends SIGCONT.
 #[cfg(feature = "failpoints")]
 pub fn boundary(what: &str) {
     use std::sync::{
-        LazyLock,
+        LazyLock, Once,
         atomic::{AtomicU64, Ordering},
     };
     static COUNT: AtomicU64 = AtomicU64::new(0);
     static LIMIT: LazyLock<Option<u64>> =
         LazyLock::new(|| std::env::var("DEMAE_FAILPOINT").ok().and_then(|n| n.parse().ok()));
+    static STANDSTILL: LazyLock<Option<String>> = LazyLock::new(|| std::env::var("DEMAE_STANDSTILL").ok());
+    static STOOD: Once = Once::new();
     let here = COUNT.fetch_add(1, Ordering::SeqCst) + 1;
     if *LIMIT == Some(here) {
         tracing::error!("failpoint {here}: ending at `{what}`");
         std::process::abort();
+    }
+    if STANDSTILL.as_deref() == Some(what) {
+        STOOD.call_once(|| {
+            use rustix::process::{Signal, getpid, kill_process};
+            tracing::warn!("failpoint {here}: standing still at `{what}`");
+            if let Err(e) = kill_process(getpid(), Signal::STOP) {
+                tracing::error!("it does not stand still: {e}");
+            }
+            // Another thread may be the one that takes the signal, and this one must not slip by meanwhile.
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        });
     }
 }
 

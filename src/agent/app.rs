@@ -42,7 +42,7 @@ pub(super) struct AppState {
     desired: DesiredApp,
     observed: Option<ObservedApp>,
     planned: Option<AppPlan>,
-    /// Whether the last plan was made for what is wanted now.
+    /// Whether the last plan was made for what is wanted now, and on what was seen since the agent last stood still.
     current: bool,
     pub(super) busy: Option<StepKind>,
     pub(super) dirty: bool,
@@ -150,6 +150,21 @@ impl AppState {
         self.look_after = now.plus(pause_after(attempts).min(Duration::from_secs(10)));
         self.dirty = true;
         self.account.unseen(now);
+    }
+
+    /// What was seen, or is being looked at, may not hold any more, nor what was decided on it.
+    pub(super) fn look_anew(&mut self) {
+        self.prediction.drop();
+        self.current = false;
+        self.seen = false;
+        self.outdated = self.observing;
+        self.dirty = true;
+    }
+
+    /// The step that was decided on was not begun.
+    pub(super) fn drop_step(&mut self) {
+        self.busy = None;
+        self.look_anew();
     }
 
     /// Whether a list of containers, or what lies on disk, shows anything that the last look did not.

@@ -33,6 +33,8 @@ pub(super) enum Done {
     Observed(AppName, Result<ObservedApp, ObserveError>),
     /// A step for an app.
     Stepped(AppName, Box<Step>, Result<(), StepError>, Duration, Span),
+    /// A step for an app that was not begun, since it was decided too long ago.
+    Late(AppName),
     /// A list of everything.
     Listed(Result<Inventory, ObserveError>),
     /// A look at nginx.
@@ -41,6 +43,8 @@ pub(super) enum Done {
     OldWorkers(usize),
     /// A step for nginx.
     ProxyStepped(ProxyEnd),
+    /// A step for nginx that was not begun, since it was decided too long ago.
+    ProxyLate,
 }
 
 /// How a step for nginx ended.
@@ -75,10 +79,15 @@ impl<M: Machine> Agent<M> {
             Done::Stepped(app, step, result, took, span) => {
                 span.in_scope(|| self.take_step(&app, &step, result, took));
             }
+            Done::Late(app) => {
+                if let Some(state) = self.apps.get_mut(&app) {
+                    state.drop_step();
+                }
+            }
             Done::Listed(result) => self.take_list(result),
             Done::ProxyObserved(observed) => {
                 self.proxy.observing = false;
-                self.proxy.seen = true;
+                self.proxy.seen = !std::mem::take(&mut self.proxy.outdated);
                 // An nginx that was away has other workers, and sockets may have to be opened to their group.
                 if observed.serving.is_some() && self.proxy.observed.serving.is_none() {
                     self.apps.values_mut().for_each(|state| state.dirty = true);
@@ -93,6 +102,10 @@ impl<M: Machine> Agent<M> {
                 }
             }
             Done::ProxyStepped(end) => self.take_proxy_step(end),
+            Done::ProxyLate => {
+                self.proxy.busy = false;
+                self.proxy.dirty = true;
+            }
         }
     }
 

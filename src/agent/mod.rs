@@ -53,6 +53,11 @@ const PARALLEL_PULLS: usize = 3;
 const PARALLEL_STOPS: usize = 64;
 /// Longest wait for steps under way when the agent ends. Whatever is cut is found and finished by the next start.
 const LAST_STEPS: Duration = Duration::from_secs(8);
+/// Longest time from a decision to the beginning of its step. It is longer only if there were no permits, or the agent
+/// stood still: then what was decided on may be long gone, and is looked at again.
+const LATEST_BEGIN: Duration = Duration::from_secs(5);
+/// A round of the loop begins every 5 s at least. One that comes so late means that the agent, or its machine, stood still.
+const STANDSTILL: Duration = Duration::from_secs(10);
 /// Apps that have not been looked at yet hold back changes of nginx for this long at most.
 const FIRST_LOOK: Duration = Duration::from_secs(5);
 
@@ -122,6 +127,8 @@ pub struct Agent<M> {
     relist: bool,
     relist_at: Instant,
     began: Instant,
+    /// When the last round of the loop began, by the clock that runs on while the machine is suspended.
+    round: Timestamp,
     jobs: JoinSet<Done>,
     steps: Arc<Semaphore>,
     pulls: Arc<Semaphore>,
@@ -135,6 +142,8 @@ struct ProxyState {
     observed: ObservedProxy,
     seen: bool,
     observing: bool,
+    /// Whether the look under way was begun before the agent stood still.
+    outdated: bool,
     dirty: bool,
     counting: bool,
     busy: bool,
@@ -153,6 +162,7 @@ impl<M: Machine> Agent<M> {
     /// Nothing is done yet.
     pub fn new(machine: Arc<M>, options: Options, outlets: Outlets, updates: watch::Receiver<Update>) -> Self {
         let now = Instant::now();
+        let round = machine.now();
         Self {
             machine,
             options,
@@ -168,6 +178,7 @@ impl<M: Machine> Agent<M> {
             relist: true,
             relist_at: now,
             began: now,
+            round,
             jobs: JoinSet::new(),
             steps: Arc::new(Semaphore::new(options.parallel)),
             pulls: Arc::new(Semaphore::new(PARALLEL_PULLS)),
@@ -189,6 +200,7 @@ impl<M: Machine> Agent<M> {
         let mut updates = self.updates.clone();
         self.take_update();
         loop {
+            self.notice_standstill();
             self.act();
             self.tell();
             if self.options.once
@@ -238,6 +250,20 @@ impl<M: Machine> Agent<M> {
                 () = tokio::time::sleep_until(wake) => {}
             }
             self.outlets.pulse.send_replace(self.machine.wall(self.machine.now()));
+        }
+    }
+
+    /// Whatever was seen before the agent stood still says nothing any more, and neither does what it has not heard yet.
+    fn notice_standstill(&mut self) {
+        let now = self.machine.now();
+        let since = now.since(std::mem::replace(&mut self.round, now));
+        if since > STANDSTILL {
+            tracing::warn!("the agent stood still for {} s; everything is looked at again", since.as_secs());
+            self.apps.values_mut().for_each(AppState::look_anew);
+            self.proxy.seen = false;
+            self.proxy.outdated = self.proxy.observing;
+            self.proxy.dirty = true;
+            self.relist = true;
         }
     }
 
@@ -345,8 +371,12 @@ impl<M: Machine> Agent<M> {
         };
         let permits = permits.clone();
         let performing = async move {
-            let began = Instant::now();
             failpoint::boundary(step.kind().as_str());
+            if machine.now().since(now) > LATEST_BEGIN {
+                tracing::info!(app = %app, step = step.kind().as_str(), "decided anew, as it comes late: {step}");
+                return Done::Late(app);
+            }
+            let began = Instant::now();
             let result = machine.perform(&app, &step, &observed).await;
             failpoint::boundary(step.kind().as_str());
             Done::Stepped(app, Box::new(step), result, began.elapsed(), tracing::Span::current())
@@ -419,8 +449,12 @@ impl<M: Machine> Agent<M> {
         };
         let machine = self.machine.clone();
         self.jobs.spawn(async move {
-            let began = Instant::now();
             failpoint::boundary("nginx");
+            if machine.now().since(now) > LATEST_BEGIN {
+                tracing::info!("decided anew, as it comes late: {step}");
+                return Done::ProxyLate;
+            }
+            let began = Instant::now();
             let result = match step {
                 ProxyStep::Publish(vhosts) => machine.publish(&vhosts).await.map(Some),
                 ProxyStep::Reload => machine.reload().await.map(|()| None),

@@ -1,0 +1,100 @@
+//! The agent stands still in the middle of a deploy, as on a machine that was suspended or starved, and the world goes on.
+//! What it had decided is looked at again before any of it is done.
+#![expect(clippy::disallowed_methods, reason = "a test runs programs and reads files of its own")]
+
+mod support;
+
+use std::{
+    fs,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use demae::model::status::State;
+use support::{
+    lab::{Lab, Setup, docker, until},
+    load::{Client, Load},
+};
+
+/// Longer than any decision keeps.
+const STANDSTILL: Duration = Duration::from_secs(11);
+
+fn quick() -> Vec<Client> {
+    let pause = Duration::from_millis(5);
+    vec![Client::get(true).pausing(pause), Client::post(false).pausing(pause)]
+}
+
+/// Puts v2, holds the agent still at a boundary while something happens, and wakes it.
+fn stand_still(lab: &mut Lab, boundary: &str, meanwhile: impl FnOnce(&Lab)) {
+    lab.kill_agent();
+    lab.put("apps/web/image", &lab.image("v2"));
+    lab.start_agent(&[("DEMAE_STANDSTILL", boundary)]);
+    let pid = lab.agent_pid().expect("it runs");
+    let stands = || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
+        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
+    };
+    until(&format!("the agent stands still at `{boundary}`"), stands);
+    let began = Instant::now();
+    meanwhile(lab);
+    until("it stood still for long", || began.elapsed() > STANDSTILL);
+    assert!(Command::new("kill").args(["-CONT", &pid.to_string()]).status().expect("kill runs").success());
+    until("it decides anew", || lab.agent_log().contains("decided anew, as it comes late"));
+}
+
+fn settles(lab: &Lab, version: &str) {
+    let image = lab.image(version);
+    lab.wait_app("web", "converged", |a| a.state == State::Converged && a.image.as_ref() == Some(&image));
+    until("nothing is left over", || lab.containers().len() == 1);
+    let answer = lab.get("web.test", "/").map(|(_, body)| body);
+    assert!(answer.as_ref().is_ok_and(|body| body.contains(&format!("version={version} "))), "{answer:?}");
+}
+
+/// The container of v2, by its image.
+fn newcomer(lab: &Lab) -> String {
+    let image = lab.image("v2");
+    let ids = docker(&["ps", "-aq", "--filter", &format!("ancestor={image}")]);
+    ids.lines().next().expect("a container of v2").to_owned()
+}
+
+fn nothing_lost(load: Load) {
+    let tally = load.stop();
+    assert!(tally.requests > 100, "{}", tally.requests);
+    assert_eq!((tally.failed, tally.stale), (0, 0), "of {}: {:#?}", tally.requests, tally.reasons);
+}
+
+#[test]
+fn no_route_is_turned_to_what_died_while_the_agent_stood_still() {
+    let mut lab = Lab::new();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let load = Load::start(lab.ingress, "web.test", quick());
+    stand_still(&mut lab, "switch", |lab| {
+        docker(&["rm", "-f", &newcomer(lab)]);
+    });
+    settles(&lab, "v2");
+    nothing_lost(load);
+}
+
+#[test]
+fn nginx_is_not_told_of_what_died_while_the_agent_stood_still() {
+    let mut lab = Lab::with(&Setup { nginx: "profile = \"strict\"", ..Setup::default() });
+    lab.deploy("web", "apps/web/spec", &lab.port_spec(&lab.image("v1"), "web.test", ""));
+    let load = Load::start(lab.ingress, "web.test", quick());
+    stand_still(&mut lab, "nginx", |lab| {
+        docker(&["rm", "-f", &newcomer(lab)]);
+    });
+    settles(&lab, "v2");
+    nothing_lost(load);
+}
+
+#[test]
+fn nothing_is_stopped_by_a_decision_from_before_the_wish_changed() {
+    let mut lab = Lab::new();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let load = Load::start(lab.ingress, "web.test", quick());
+    let old = lab.containers();
+    stand_still(&mut lab, "stop", |lab| lab.put("apps/web/image", &lab.image("v1")));
+    settles(&lab, "v1");
+    assert_eq!(lab.containers(), old, "it was about to be stopped, and is wanted again");
+    nothing_lost(load);
+}
