@@ -15,6 +15,7 @@ use crate::{
 impl History {
     /// Everything is put right. Then it must come to what was meant, and stay there.
     pub(super) async fn ends_well(&mut self) {
+        self.until_given_time().await;
         self.scene.happens("the faults end", String::new);
         {
             let mut state = self.scene.state();

@@ -2,8 +2,11 @@
 
 use std::{
     collections::BTreeMap,
+    future::poll_fn,
     hash::Hasher as _,
+    pin::pin,
     sync::{Arc, atomic::Ordering},
+    task::ready,
     time::Duration,
 };
 
@@ -125,6 +128,20 @@ pub fn first_minute(seed: u64, planner: Planner) -> Vec<AppStatus> {
     })
 }
 
+/// Runs a part of the agent whenever it is given time.
+async fn given_time<T>(scene: Arc<Scene>, part: impl Future<Output = T>) -> T {
+    let mut part = pin!(part);
+    let mut nap = None;
+    poll_fn(move |context| {
+        while let Some(until) = scene.state().still_until.filter(|until| *until > Instant::now()) {
+            let nap = nap.insert(Box::pin(tokio::time::sleep_until(until)));
+            ready!(nap.as_mut().poll(context));
+        }
+        part.as_mut().poll(context)
+    })
+    .await
+}
+
 impl History {
     fn new(seed: u64, planner: Planner) -> Self {
         let scene = Scene::new(seed);
@@ -180,6 +197,7 @@ impl History {
         let traces = {
             let mut state = self.scene.state();
             state.news = Some(news_out);
+            state.still_until = None;
             state.updates = Some(updates_in.clone());
             state.believed = None;
             state.listeners.clear();
@@ -189,7 +207,7 @@ impl History {
             Viewer { host: host.clone(), labels: BTreeMap::new(), resync: RESYNC, brake: Brake::default(), traces };
         let prefix = Prefix::new("/demae").expect("a prefix");
         let belief = Belief::new(prefix.clone(), viewer, self.disk.clone(), updates);
-        let watcher = tokio::spawn(self.store.clone().watch(belief));
+        let watcher = tokio::spawn(given_time(self.scene.clone(), self.store.clone().watch(belief)));
         let metrics = Arc::new(Metrics::new().expect("metrics"));
         let empty = HostStatus {
             version: VERSION,
@@ -217,9 +235,9 @@ impl History {
         let token = CancellationToken::new();
         let agent = Agent::new(hands, options, outlets, updates_in);
         let running = agent.run(news, token.clone());
-        let agent = tokio::spawn(async move {
+        let agent = tokio::spawn(given_time(self.scene.clone(), async move {
             running.await;
-        });
+        }));
         self.running = Some(Running { agent, watcher, token, status: shown });
     }
 
@@ -238,6 +256,8 @@ impl History {
     }
 
     pub(super) async fn stop(&mut self) {
+        // Else it could not hear of it.
+        self.until_given_time().await;
         if let Some(running) = &mut self.running {
             running.token.cancel();
             let ended = tokio::time::timeout(Duration::from_secs(10), &mut running.agent).await;
@@ -270,7 +290,7 @@ impl History {
 
     async fn something_happens(&mut self) {
         let chance = self.scene.clone();
-        match chance.chance.below(30) {
+        match chance.chance.below(31) {
             0..=11 => self.operator_acts(),
             12..=14 => {
                 self.let_clock_settle().await;
@@ -310,7 +330,20 @@ impl History {
                 }
                 self.scene.happens("clock", || format!("set by {hours} h"));
             }
+            29 => {
+                let still = chance.chance.millis(1_000, 300_000);
+                self.scene.state().still_until = Some(Instant::now() + still);
+                self.scene.happens("standstill", || format!("the agent gets no time for {still:?}"));
+            }
             _ => self.reboot().await,
+        }
+    }
+
+    /// Waits until the agent is given time to run.
+    pub(super) async fn until_given_time(&self) {
+        let still = self.scene.state().still_until;
+        if let Some(until) = still {
+            tokio::time::sleep_until(until).await;
         }
     }
 

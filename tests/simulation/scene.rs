@@ -121,6 +121,8 @@ pub struct State {
     /// One in so many calls fails, or its answer is lost; 0 for none.
     pub unreliable: usize,
     pub disk_full: bool,
+    /// Until when the agent gets no time to run. What it asked for before goes on.
+    pub still_until: Option<Instant>,
     /// When the agent last looked at an app.
     pub looked: BTreeMap<AppName, Instant>,
     pub looked_at_proxy: Instant,
@@ -198,6 +200,7 @@ impl Scene {
             engine: Engine::Up,
             unreliable: 0,
             disk_full: false,
+            still_until: None,
             looked: BTreeMap::new(),
             looked_at_proxy: now,
             changing_since: now,
