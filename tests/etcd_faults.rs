@@ -21,6 +21,7 @@ use demae::{
 use support::{
     lab::{Lab, Setup, free_address, until},
     load::{Client, Load},
+    wire::Wire,
 };
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -113,6 +114,65 @@ fn members_that_hang_or_die_hold_up_no_deploy_for_long() {
     hangs.signal("-CONT");
     agreed(&lab);
     lab.take_over("web", "apps/web/image", &lab.image("v2"));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "of {}: {:#?}", tally.requests, tally.reasons);
+}
+
+/// A request that names a key so often.
+fn names(key: &'static str, times: usize) -> impl Fn(&[u8]) -> bool + Send {
+    move |bytes| bytes.windows(key.len()).filter(|w| *w == key.as_bytes()).count() >= times
+}
+
+#[test]
+fn a_write_whose_answer_was_lost_is_known_for_ones_own() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    let wire = Wire::to(lab.etcd);
+    let config = fs::read_to_string(lab.path("agent.toml")).expect("a file");
+    fs::write(lab.path("agent.toml"), config.replace(&lab.etcd.to_string(), &wire.at.to_string())).expect("a file");
+    let host_key = format!("state/hosts/{}", lab.host);
+    let not_taken = |lab: &Lab| assert!(lab.status().is_none_or(|s| s.store.block.is_none()), "it is its own");
+
+    // A read names the key once; what makes it does so in its condition and in its effect.
+    let key = "secret/release-key";
+    wire.lose_answer(names(key, 2));
+    lab.start_agent(&[]);
+    until("the release key is made, and its maker does not know", || wire.lost() == 1 && !lab.get_key(key).is_empty());
+    let made = lab.get_key(key);
+    wire.cut();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    assert_eq!(lab.get_key(key), made);
+    let load = Load::start(lab.ingress, "web.test", quick());
+
+    // The name of the host, taken by an agent that does not hear that it has it.
+    lab.stop_agent();
+    until("the name is free", || lab.get_key(&host_key).is_empty());
+    wire.lose_answer(names("\"owner\"", 1));
+    lab.start_agent(&[]);
+    until("the name is taken, and its holder does not know", || wire.lost() == 2 && !lab.get_key(&host_key).is_empty());
+    wire.cut();
+    lab.take_over("web", "apps/web/image", &lab.image("v2"));
+    not_taken(&lab);
+
+    // What it tells of an app.
+    let app_key = format!("state/apps/web/{}", lab.host);
+    let release = lab.app("web").and_then(|a| a.release).expect("a release");
+    until("the status is published", || {
+        let told = lab.get_key(&app_key);
+        told.contains(&release) && told.contains("converged")
+    });
+    wire.lose_answer(names("\"state\":\"converging\"", 1));
+    lab.put("apps/web/image", &lab.image("v1"));
+    until("the status is written, and its writer does not know", || {
+        wire.lost() == 3 && lab.get_key(&app_key).contains("converging")
+    });
+    wire.cut();
+    lab.wait_app("web", "converged", |a| a.state == State::Converged && a.release.as_ref() != Some(&release));
+    until("the status is published", || {
+        let told = lab.get_key(&app_key);
+        !told.contains(&release) && told.contains("converged")
+    });
+    not_taken(&lab);
+    assert_eq!(lab.containers().len(), 1);
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "of {}: {:#?}", tally.requests, tally.reasons);
 }

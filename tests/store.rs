@@ -3,10 +3,16 @@
 
 mod support;
 
-use std::process::{Command, Stdio};
+use std::{
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use demae::model::status::State;
-use support::lab::{Lab, Setup, until};
+use support::{
+    lab::{Lab, Setup, until},
+    load::{Client, Load},
+};
 
 fn etcdctl(lab: &Lab, args: &[&str]) -> String {
     let mut command = Command::new("etcdctl");
@@ -38,21 +44,26 @@ fn what_was_missed_while_history_went_is_found() {
     assert_eq!(lab.containers().len(), 1);
 }
 
-#[test]
-fn a_store_with_users_is_read_with_the_rights_that_the_documentation_names() {
-    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
-    lab.put("apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
-    for args in [
-        &["user", "add", "root:secret"][..],
-        &["user", "grant-role", "root", "root"],
-        &["role", "add", "agent"],
-        &["role", "grant-permission", "agent", "read", "/demae/apps/", "/demae/hosts0"],
-        &["role", "grant-permission", "agent", "readwrite", "/demae/secret/release-key"],
-        &["role", "grant-permission", "agent", "readwrite", "--prefix=true", "/demae/state/"],
-        &["user", "add", "agent:word"],
-        &["user", "grant-role", "agent", "agent"],
-        &["auth", "enable"],
-    ] {
+/// What an agent may do, as the documentation names it.
+const RIGHTS: [&[&str]; 3] = [
+    &["role", "grant-permission", "agent", "read", "/demae/apps/", "/demae/hosts0"],
+    &["role", "grant-permission", "agent", "readwrite", "/demae/secret/release-key"],
+    &["role", "grant-permission", "agent", "readwrite", "--prefix=true", "/demae/state/"],
+];
+
+/// As the user who may do anything.
+fn as_root(lab: &Lab, args: &[&str]) -> String {
+    etcdctl(lab, &[&["--user", "root:secret"], args].concat())
+}
+
+/// A store that wants to know who asks: `root` with the password `secret`, and `agent` with `word`.
+fn want_users(lab: &Lab) {
+    for args in
+        [&["user", "add", "root:secret"][..], &["user", "grant-role", "root", "root"], &["role", "add", "agent"]]
+            .into_iter()
+            .chain(RIGHTS)
+            .chain([&["user", "add", "agent:word"][..], &["user", "grant-role", "agent", "agent"], &["auth", "enable"]])
+    {
         // `root` needs its role before anything else; on some versions it has it from the start.
         let mut command = Command::new("etcdctl");
         command.env("ETCDCTL_API", "3").args(["--endpoints", &lab.etcd.to_string()]).args(args);
@@ -60,6 +71,13 @@ fn a_store_with_users_is_read_with_the_rights_that_the_documentation_names() {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success() || text.contains("role name not found"), "{args:?}: {text}");
     }
+}
+
+#[test]
+fn a_store_with_users_is_read_with_the_rights_that_the_documentation_names() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    lab.put("apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    want_users(&lab);
     lab.start_agent(&[("ETCDCTL_USER", "agent"), ("ETCDCTL_PASSWORD", "wrong")]);
     until("the refusal is told", || {
         lab.status().is_some_and(|s| s.store.error.is_some_and(|e| e.contains("authentication failed")))
@@ -68,10 +86,43 @@ fn a_store_with_users_is_read_with_the_rights_that_the_documentation_names() {
     lab.kill_agent();
     lab.start_agent(&[("ETCDCTL_USER", "agent:word")]);
     lab.wait_app("web", "converged", |s| s.state == State::Converged);
-    let published = etcdctl(&lab, &["--user", "root:secret", "get", "--prefix", "/demae/state/apps/web/"]);
-    until("it is published", || {
-        published.contains("converged")
-            || etcdctl(&lab, &["--user", "root:secret", "get", "--prefix", "/demae/state/apps/web/"])
-                .contains("converged")
-    });
+    until("it is published", || as_root(&lab, &["get", "--prefix", "/demae/state/apps/web/"]).contains("converged"));
+}
+
+#[test]
+fn rights_that_are_taken_away_take_nothing_else_away() {
+    let mut lab = Lab::with(&Setup { no_agent: true, top: "resync = \"5s\"", ..Setup::default() });
+    lab.put("apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    want_users(&lab);
+    lab.start_agent(&[("ETCDCTL_USER", "agent:word")]);
+    lab.wait_app("web", "converged", |s| s.state == State::Converged);
+    let pause = Duration::from_millis(5);
+    let load = Load::start(
+        lab.ingress,
+        "web.test",
+        vec![Client::get(true).pausing(pause), Client::post(false).pausing(pause)],
+    );
+    let take: &[&str] = &["role", "revoke-permission", "agent", "/demae/apps/", "/demae/hosts0"];
+    let delete: &[&str] = &["user", "delete", "agent"];
+    let put_back: &[&[&str]] = &[&["user", "add", "agent:word"], &["user", "grant-role", "agent", "agent"]];
+    for (round, (faults, told, mends)) in
+        [(take, "permission denied", &RIGHTS[..1]), (delete, "authentication failed", put_back)].into_iter().enumerate()
+    {
+        let containers = lab.containers();
+        as_root(&lab, faults);
+        until("the refusal is told", || lab.status().is_some_and(|s| s.store.error.is_some_and(|e| e.contains(told))));
+        let app = lab.app("web").expect("what was read last holds");
+        assert_eq!((app.state, lab.containers()), (State::Converged, containers));
+        let wanted = lab.image(if round == 0 { "v2" } else { "v1" });
+        as_root(&lab, &["put", "/demae/apps/web/image", &wanted]);
+        for mend in mends {
+            as_root(&lab, mend);
+        }
+        lab.wait_app("web", "converged on what was put meanwhile", |a| {
+            a.state == State::Converged && a.image.as_ref() == Some(&wanted)
+        });
+        until("nobody complains", || lab.status().is_some_and(|s| s.store.error.is_none()));
+    }
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "of {}: {:#?}", tally.requests, tally.reasons);
 }

@@ -11,3 +11,4 @@ pub mod prometheus;
 pub mod receiver;
 pub mod registry;
 pub mod relay;
+pub mod wire;
