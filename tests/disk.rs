@@ -1,12 +1,11 @@
 //! The disk is full, or has no inodes left, before a change and in the middle of one. What serves goes on serving, the
 //! status names the file, and no file is torn.
-#![expect(clippy::disallowed_methods, reason = "a test mounts file systems and writes files of its own")]
+#![expect(clippy::disallowed_methods, reason = "a test runs programs and reads files of its own")]
 
 mod support;
 
 use std::{
     fs,
-    io::Write as _,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -15,54 +14,11 @@ use std::{
 use demae::model::status::State;
 use support::{
     containers::{ids, is_done, kill_and_wait, only},
+    disk::Disk,
     lab::{Lab, Setup, until},
     load::{Client, Load, mixed},
     relay::{Relay, is},
 };
-
-/// A small file system in the place of a directory. Docker must see it too, for sockets of apps lie on it.
-struct Disk {
-    at: PathBuf,
-}
-
-impl Disk {
-    fn mount(at: PathBuf) -> Self {
-        fs::create_dir_all(&at).expect("a directory");
-        let mut command = Command::new("mount");
-        command.args(["-t", "tmpfs", "-o", "size=4m,nr_inodes=2000,mode=755", "demae-lab"]).arg(&at);
-        assert!(command.status().is_ok_and(|s| s.success()), "a disk of its own needs a test that is root");
-        Self { at }
-    }
-
-    /// Leaves not one byte.
-    fn fill(&self) {
-        let mut file = fs::File::options().create(true).append(true).open(self.at.join("filler")).expect("a file");
-        // A page at a time, so that the last one is taken too.
-        while file.write_all(&[0; 4096]).is_ok() {}
-    }
-
-    /// Leaves bytes, and nothing to name them by.
-    fn fill_inodes(&self) {
-        let dir = self.at.join("many");
-        fs::create_dir(&dir).expect("a directory");
-        let file = |n: usize| fs::File::options().create_new(true).write(true).open(dir.join(n.to_string()));
-        let made = (0..).take_while(|n| file(*n).is_ok()).count();
-        assert!(made > 100, "{made} files fill it");
-    }
-
-    fn clear(&self) {
-        // One of them is there.
-        let _ = fs::remove_file(self.at.join("filler"));
-        let _ = fs::remove_dir_all(self.at.join("many"));
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        // Programs of the lab still have files open there; they go right after it.
-        let _ = Command::new("umount").arg("-l").arg(&self.at).status();
-    }
-}
 
 /// A host whose state, and what it has in memory, lie on small disks, and whose Docker is reached by a relay. Disks go
 /// before the lab does, since it removes the directories that they are mounted on.

@@ -1,13 +1,23 @@
 //! After each fault, what the agent holds is what it held before: files, tasks, and what lies on its disk.
-#![allow(clippy::print_stdout, reason = "a test tells its figures")]
+#![allow(clippy::disallowed_methods, clippy::print_stdout, reason = "a test runs programs, and tells its figures")]
 
 mod support;
 
-use std::{fs, path::PathBuf, time::Instant};
-
-use support::lab::{Lab, PATIENCE, docker, pause, until};
+use std::{fs, path::PathBuf, process::Command, time::Instant};
 
 use demae::model::status::State;
+use support::{
+    disk::Disk,
+    lab::{Lab, PATIENCE, Setup, docker, pause, until},
+    relay::{Relay, is},
+};
+
+/// A host whose Docker is reached by a relay, and whose state lies on a small disk, which goes before the lab does.
+struct Site {
+    relay: Relay,
+    disk: Disk,
+    lab: Lab,
+}
 
 /// What an agent holds.
 #[derive(Debug, PartialEq)]
@@ -46,16 +56,18 @@ fn all(lab: &Lab) -> Vec<PathBuf> {
 }
 
 /// How often each fault comes: what each leaves behind adds up.
-const ROUNDS: usize = 4;
+const ROUNDS: usize = 3;
 /// Connections that happen to be open just now, and their tasks. Fewer than rounds.
 const MOVES: f64 = 2.0;
 
 /// A fault, and the end of it.
-type Fault = (&'static str, fn(&mut Lab));
+type Fault = (&'static str, fn(&mut Site));
 
-const FAULTS: [Fault; 7] = [
-    ("the store is wiped, and put back", |lab| {
-        let kept = ["cluster", "apps/web/spec", "apps/api/spec"].map(|key| (key, lab.get_key(key)));
+const FAULTS: [Fault; 12] = [
+    ("the store is wiped, and put back", |Site { lab, .. }| {
+        let keys = ["cluster", "apps/web/spec", "apps/web/restart", "apps/api/spec"];
+        let kept = keys.map(|key| (key, lab.get_key(key))).into_iter().filter(|(_, value)| !value.is_empty());
+        let kept: Vec<(&str, String)> = kept.collect();
         lab.del("");
         until("the agent does not believe it", || lab.status().is_some_and(|s| s.store.block.is_some()));
         for (key, value) in kept {
@@ -63,41 +75,91 @@ const FAULTS: [Fault; 7] = [
         }
         until("it is believed again", || lab.status().is_some_and(|s| s.store.block.is_none()));
     }),
-    ("etcd is away", |lab| {
+    ("etcd is away", |Site { lab, .. }| {
         lab.stop_etcd();
         until("the agent notices", || lab.status().is_some_and(|s| s.store.error.is_some()));
         lab.start_etcd();
     }),
-    ("nginx is away", |lab| {
+    ("nginx is away", |Site { lab, .. }| {
         lab.stop_nginx();
         until("the agent notices", || lab.status().is_some_and(|s| s.proxy.is_some()));
         lab.start_nginx();
     }),
-    ("a container is killed", |lab| {
+    ("a container is killed", |Site { lab, .. }| {
         docker(&["kill", &lab.containers()[0]]);
     }),
-    ("a container is removed", |lab| {
+    ("a container is removed", |Site { lab, .. }| {
         docker(&["rm", "-f", &lab.containers()[0]]);
     }),
-    ("a release fails", |lab| {
+    ("a release fails", |Site { lab, .. }| {
         lab.put("env/web/MOOD", "exit");
         lab.wait_app("web", "halted", |a| a.state == State::Blocked);
         lab.del("env/web/MOOD");
     }),
-    ("a spec is broken", |lab| {
+    ("a spec is broken", |Site { lab, .. }| {
         let good = lab.get_key("apps/web/spec");
         lab.put("apps/web/spec", "image: [");
         lab.wait_app("web", "invalid", |a| a.state == State::Invalid);
         lab.put("apps/web/spec", &good);
     }),
+    ("the engine is away", |Site { lab, relay, .. }| {
+        // What it is asked breaks off without an answer, as does what is open.
+        relay.hold(|_| true);
+        relay.cut();
+        until("the agent notices", || {
+            relay.cut();
+            lab.status().is_some_and(|s| s.proxy.is_some_and(|note| note.contains("Docker does not answer")))
+        });
+        relay.pass();
+    }),
+    ("the engine hangs", |Site { lab, relay, .. }| {
+        relay.hold(|_| true);
+        docker(&["kill", &lab.containers()[0]]);
+        until("calls hang", || relay.held() > 0);
+        relay.pass();
+    }),
+    ("the engine loses answers", |Site { lab, relay, .. }| {
+        let (before, release) = (relay.lost(), lab.app("web").and_then(|a| a.release));
+        relay.lose_next(is("POST", "/containers/create"));
+        lab.put("apps/web/restart", &format!("{before}"));
+        until("an answer is lost", || relay.lost() > before);
+        lab.wait_app("web", "anew", |a| a.state == State::Converged && a.release != release);
+    }),
+    ("the disk is full", |Site { lab, disk, .. }| {
+        disk.fill();
+        let release = lab.app("web").and_then(|a| a.release);
+        lab.put("apps/web/restart", &format!("after {release:?}"));
+        until("the agent cannot keep it", || {
+            lab.status().is_some_and(|s| s.store.error.is_some_and(|e| e.contains("No space left")))
+        });
+        disk.clear();
+        lab.wait_app("web", "anew", |a| a.state == State::Converged && a.release != release);
+    }),
+    ("the agent stands still", |Site { lab, .. }| {
+        let pid = lab.agent_pid().expect("it runs").to_string();
+        let signal = |name: &str| {
+            assert!(Command::new("kill").args([name, &pid]).status().expect("kill runs").success());
+        };
+        signal("-STOP");
+        docker(&["kill", &lab.containers()[0]]);
+        let began = Instant::now();
+        until("it stood still for long", || began.elapsed().as_secs() > 10);
+        signal("-CONT");
+        until("it notices", || lab.agent_log().contains("the agent stood still"));
+    }),
 ];
 
 #[test]
 fn what_the_agent_holds_is_as_before_after_each_fault() {
-    let mut lab = Lab::new();
+    // What is missed by events is seen soon.
+    let mut lab = Lab::with(&Setup { no_agent: true, top: "resync = \"1s\"", ..Setup::default() });
+    let disk = Disk::mount(lab.path("state"));
+    let relay = Relay::start(&lab.path("docker.sock"));
+    lab.start_agent(&[("DOCKER_HOST", &relay.host())]);
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
     lab.deploy("api", "apps/api/spec", &lab.socket_spec(&lab.image("v1"), "api.test", ""));
     assert!(lab.demae(&["init"]).status.success());
+    let mut site = Site { relay, disk, lab };
     let at_rest = |lab: &Lab| {
         let converged = |app| lab.app(app).is_some_and(|a| a.state == State::Converged && a.healthy == a.wanted);
         let whole = lab.status().is_some_and(|s| s.store.error.is_none() && s.proxy.is_none());
@@ -105,18 +167,19 @@ fn what_the_agent_holds_is_as_before_after_each_fault() {
     };
     // Once for what is only made at first need: connections that are kept, files that are remembered.
     for (_, fault) in FAULTS {
-        fault(&mut lab);
-        until("the fault is over", || at_rest(&lab));
+        fault(&mut site);
+        until("the fault is over", || at_rest(&site.lab));
     }
-    let before = footprint(&lab);
+    let before = footprint(&site.lab);
     for (what, fault) in FAULTS {
         for _ in 0..ROUNDS {
-            fault(&mut lab);
-            until("the fault is over", || at_rest(&lab));
+            fault(&mut site);
+            until("the fault is over", || at_rest(&site.lab));
         }
-        let mut now = footprint(&lab);
+        let lab = &site.lab;
+        let mut now = footprint(lab);
         let began = Instant::now();
-        while !(at_rest(&lab)
+        while !(at_rest(lab)
             && now.files <= before.files + MOVES
             && now.tasks <= before.tasks + MOVES
             && now.disk == before.disk
@@ -125,10 +188,10 @@ fn what_the_agent_holds_is_as_before_after_each_fault() {
             assert!(
                 began.elapsed() < PATIENCE,
                 "after `{what}` it holds {now:?}, and {before:?} before: {:#?}",
-                all(&lab)
+                all(lab)
             );
             pause();
-            now = footprint(&lab);
+            now = footprint(lab);
         }
         println!("{what}: {now:?}, and {before:?} before");
     }

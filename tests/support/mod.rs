@@ -3,6 +3,7 @@
 
 pub mod containers;
 pub mod dashboards;
+pub mod disk;
 pub mod engine;
 pub mod lab;
 pub mod load;

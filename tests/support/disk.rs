@@ -1,0 +1,50 @@
+//! Disks of a test's own, that may be full.
+#![allow(clippy::disallowed_methods, reason = "a test mounts file systems and writes files of its own")]
+
+use std::{fs, io::Write as _, path::PathBuf, process::Command};
+
+/// A small file system in the place of a directory. Docker must see it too, for sockets of apps lie on it.
+pub struct Disk {
+    at: PathBuf,
+}
+
+impl Disk {
+    /// Mounts it there.
+    pub fn mount(at: PathBuf) -> Self {
+        fs::create_dir_all(&at).expect("a directory");
+        let mut command = Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", "size=4m,nr_inodes=2000,mode=755", "demae-lab"]).arg(&at);
+        assert!(command.status().is_ok_and(|s| s.success()), "a disk of its own needs a test that is root");
+        Self { at }
+    }
+
+    /// Leaves not one byte.
+    pub fn fill(&self) {
+        let mut file = fs::File::options().create(true).append(true).open(self.at.join("filler")).expect("a file");
+        // A page at a time, so that the last one is taken too.
+        while file.write_all(&[0; 4096]).is_ok() {}
+    }
+
+    /// Leaves bytes, and nothing to name them by.
+    pub fn fill_inodes(&self) {
+        let dir = self.at.join("many");
+        fs::create_dir(&dir).expect("a directory");
+        let file = |n: usize| fs::File::options().create_new(true).write(true).open(dir.join(n.to_string()));
+        let made = (0..).take_while(|n| file(*n).is_ok()).count();
+        assert!(made > 100, "{made} files fill it");
+    }
+
+    /// Takes that away again.
+    pub fn clear(&self) {
+        // One of them is there.
+        let _ = fs::remove_file(self.at.join("filler"));
+        let _ = fs::remove_dir_all(self.at.join("many"));
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Programs of the lab still have files open there; they go right after it.
+        let _ = Command::new("umount").arg("-l").arg(&self.at).status();
+    }
+}
