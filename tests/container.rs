@@ -32,7 +32,7 @@ fn nginx_image(name: &str, dir: &Path) {
         "FROM scratch\nCOPY root /\nENTRYPOINT [\"{binary}\", \"-e\", \"/run/error.log\", \"-g\", \"daemon off;\"]\n"
     );
     fs::write(dir.join("Dockerfile"), text).expect("a file");
-    support::lab::docker_build(name, dir);
+    support::images::build_from(name, dir);
 }
 
 struct Contained {

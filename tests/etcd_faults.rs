@@ -7,9 +7,7 @@ mod support;
 use std::{
     collections::BTreeSet,
     fs,
-    net::SocketAddr,
-    path::Path,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     sync::Arc,
     time::Duration,
 };
@@ -19,52 +17,13 @@ use demae::{
     store::{self, Brake, Claim, Shelf, Update, Viewer, client::EtcdConfig, keys::Prefix},
 };
 use support::{
+    etcd::Etcd,
     lab::{Lab, Setup, free_address, until},
     load::{Client, Load},
     wire::Wire,
 };
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-
-/// One etcd of a test's own; it ends with the test.
-struct Member(Child);
-
-impl Member {
-    fn start(dir: &Path, name: &str, at: SocketAddr, peers: &[(&str, SocketAddr)], more: &[&str]) -> Self {
-        let url = |a: SocketAddr| format!("http://{a}");
-        let own = peers.iter().find(|(n, _)| *n == name).expect("it is one of them").1;
-        let all: Vec<String> = peers.iter().map(|(n, a)| format!("{n}={}", url(*a))).collect();
-        let log = fs::File::create(dir.join(format!("etcd-{name}.log"))).expect("a log");
-        let mut command = Command::new("etcd");
-        command.args(["--name", name, "--logger", "zap", "--log-level", "error", "--data-dir"]).arg(dir.join(name));
-        command.args(["--listen-client-urls", &url(at), "--advertise-client-urls", &url(at)]);
-        command.args(["--listen-peer-urls", &url(own), "--initial-advertise-peer-urls", &url(own)]);
-        command.args(["--initial-cluster", &all.join(",")]).args(more);
-        Self(
-            command
-                .stdin(Stdio::null())
-                .stdout(log.try_clone().expect("a log"))
-                .stderr(log)
-                .spawn()
-                .expect("etcd runs"),
-        )
-    }
-
-    fn signal(&self, name: &str) {
-        signal(self.0.id(), name);
-    }
-}
-
-impl Drop for Member {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn signal(pid: u32, name: &str) {
-    assert!(Command::new("kill").args([name, &pid.to_string()]).status().expect("kill runs").success());
-}
 
 fn etcdctl(lab: &Lab, args: &[&str]) -> (bool, String) {
     let mut command = Command::new("etcdctl");
@@ -84,7 +43,7 @@ fn members_that_hang_or_die_hold_up_no_deploy_for_long() {
     lab.stop_etcd();
     let peers = [("a", free_address()), ("b", free_address()), ("c", free_address())];
     let (b, c) = (free_address(), free_address());
-    let start = |lab: &Lab, name, at| Member::start(lab.dir.path(), name, at, &peers, &[]);
+    let start = |lab: &Lab, name, at| Etcd::start(lab.dir.path(), name, at, &peers, &[]);
     let _a = start(&lab, "a", lab.etcd);
     let hangs = start(&lab, "b", b);
     let dies = start(&lab, "c", c);
@@ -181,15 +140,15 @@ fn a_write_whose_answer_was_lost_is_known_for_ones_own() {
 fn a_connection_that_says_nothing_is_given_up() {
     let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
     lab.stop_etcd();
-    let member = Member::start(lab.dir.path(), "a", lab.etcd, &[("a", free_address())], &[]);
+    let etcd = Etcd::start(lab.dir.path(), "a", lab.etcd, &[("a", free_address())], &[]);
     until("etcd is healthy", || etcdctl(&lab, &["endpoint", "health"]).0);
     lab.start_agent(&[]);
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
     // The connection stays open, and nobody answers on it any more.
-    member.signal("-STOP");
+    etcd.signal("-STOP");
     until("it is noticed", || lab.status().is_some_and(|s| s.store.error.is_some()));
     assert_eq!(lab.get("web.test", "/").map(|(status, _)| status), Ok(200));
-    member.signal("-CONT");
+    etcd.signal("-CONT");
     until("it is read again", || lab.status().is_some_and(|s| s.store.error.is_none()));
     lab.take_over("web", "apps/web/image", &lab.image("v2"));
 }
@@ -199,7 +158,7 @@ fn a_store_that_is_full_is_still_read_and_repaired_from() {
     let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
     lab.stop_etcd();
     let quota = ["--quota-backend-bytes", "4194304"];
-    let _member = Member::start(lab.dir.path(), "a", lab.etcd, &[("a", free_address())], &quota);
+    let _etcd = Etcd::start(lab.dir.path(), "a", lab.etcd, &[("a", free_address())], &quota);
     until("etcd is healthy", || etcdctl(&lab, &["endpoint", "health"]).0);
     lab.start_agent(&[]);
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));

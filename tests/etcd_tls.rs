@@ -7,54 +7,22 @@ use std::{
     fs,
     net::SocketAddr,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::Duration,
 };
 
 use demae::model::status::State;
 use support::{
+    etcd::Etcd,
     lab::{Lab, Setup, free_address, until},
     load::{Client, Load},
 };
 
-/// An etcd that talks to nobody without a certificate; it ends with the test.
-struct Secured(Child);
-
-impl Secured {
-    fn start(dir: &Path, at: SocketAddr, peer: SocketAddr) -> Self {
-        let log = fs::File::options().create(true).append(true).open(dir.join("etcd-tls.log")).expect("a log");
-        let (client, peer) = (format!("https://{at}"), format!("http://{peer}"));
-        let mut command = Command::new("etcd");
-        command.current_dir(dir).args([
-            "--name",
-            "a",
-            "--logger",
-            "zap",
-            "--log-level",
-            "error",
-            "--data-dir",
-            "secured",
-        ]);
-        command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
-        command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
-        command.args(["--initial-cluster", &format!("a={peer}"), "--client-cert-auth", "--trusted-ca-file", "ca.crt"]);
-        command.args(["--cert-file", "server.crt", "--key-file", "server.key"]);
-        Self(
-            command
-                .stdin(Stdio::null())
-                .stdout(log.try_clone().expect("a log"))
-                .stderr(log)
-                .spawn()
-                .expect("etcd runs"),
-        )
-    }
-}
-
-impl Drop for Secured {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// An etcd that talks to nobody without a certificate.
+fn secured(dir: &Path, at: SocketAddr, peer: SocketAddr) -> Etcd {
+    let more =
+        ["--client-cert-auth", "--trusted-ca-file", "ca.crt", "--cert-file", "server.crt", "--key-file", "server.key"];
+    Etcd::start_secured(dir, "secured", at, &[("secured", peer)], &more)
 }
 
 fn openssl(dir: &Path, arguments: &str) {
@@ -109,7 +77,7 @@ fn certificates_may_be_renewed_and_bad_ones_stop_nothing() {
     fs::write(lab.path("agent.toml"), config).expect("a file");
 
     let peer = free_address();
-    let etcd = Secured::start(&dir, lab.etcd, peer);
+    let etcd = secured(&dir, lab.etcd, peer);
     let spec = lab.socket_spec(&lab.image("v1"), "web.test", "");
     until("etcd takes a key", || put(&lab, "apps/web/spec", &spec));
     lab.start_agent(&[]);
@@ -122,7 +90,7 @@ fn certificates_may_be_renewed_and_bad_ones_stop_nothing() {
     authority(&dir);
     certificate(&dir, "server");
     certificate(&dir, "client");
-    let etcd = Secured::start(&dir, lab.etcd, peer);
+    let etcd = secured(&dir, lab.etcd, peer);
     let v2 = lab.image("v2");
     until("etcd takes another key", || put(&lab, "apps/web/image", &v2));
     lab.wait_app("web", "deployed", |a| a.state == State::Converged && a.image.as_ref() == Some(&v2));
@@ -138,7 +106,7 @@ fn certificates_may_be_renewed_and_bad_ones_stop_nothing() {
         fs::rename(dir.join(format!("client.{kind}")), dir.join(format!("good.{kind}"))).expect("it is there");
         fs::copy(strange.join(format!("client.{kind}")), dir.join(format!("client.{kind}"))).expect("it is there");
     }
-    let _etcd = Secured::start(&dir, lab.etcd, peer);
+    let _etcd = secured(&dir, lab.etcd, peer);
     until("etcd answers others", || std::net::TcpStream::connect(lab.etcd).is_ok());
     assert!(!put(&lab, "apps/web/image", &lab.image("v1")), "a strange certificate is refused");
     assert!(lab.status().is_some_and(|s| s.store.error.is_some()), "and is told as an error, not as an empty store");

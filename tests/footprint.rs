@@ -3,12 +3,12 @@
 
 mod support;
 
-use std::{fs, path::PathBuf, process::Command, time::Instant};
+use std::{fs, path::PathBuf, time::Instant};
 
 use demae::model::status::State;
 use support::{
     disk::Disk,
-    lab::{Lab, PATIENCE, Setup, docker, pause, until},
+    lab::{Lab, PATIENCE, Setup, docker, pause, signal, until},
     relay::{Relay, is},
 };
 
@@ -136,15 +136,12 @@ const FAULTS: [Fault; 12] = [
         lab.wait_app("web", "anew", |a| a.state == State::Converged && a.release != release);
     }),
     ("the agent stands still", |Site { lab, .. }| {
-        let pid = lab.agent_pid().expect("it runs").to_string();
-        let signal = |name: &str| {
-            assert!(Command::new("kill").args([name, &pid]).status().expect("kill runs").success());
-        };
-        signal("-STOP");
+        let pid = lab.agent_pid().expect("it runs");
+        signal(pid, "-STOP");
         docker(&["kill", &lab.containers()[0]]);
         let began = Instant::now();
         until("it stood still for long", || began.elapsed().as_secs() > 10);
-        signal("-CONT");
+        signal(pid, "-CONT");
         until("it notices", || lab.agent_log().contains("the agent stood still"));
     }),
 ];

@@ -1,18 +1,16 @@
 //! The agent stands still in the middle of a deploy, as on a machine that was suspended or starved, and the world goes on.
 //! What it had decided is looked at again before any of it is done.
-#![expect(clippy::disallowed_methods, reason = "a test runs programs and reads files of its own")]
 
 mod support;
 
 use std::{
     fs,
-    process::Command,
     time::{Duration, Instant},
 };
 
 use demae::model::status::State;
 use support::{
-    lab::{Lab, Setup, docker, until},
+    lab::{Lab, Setup, docker, signal, until},
     load::{Client, Load},
 };
 
@@ -38,7 +36,7 @@ fn stand_still(lab: &mut Lab, boundary: &str, meanwhile: impl FnOnce(&Lab)) {
     let began = Instant::now();
     meanwhile(lab);
     until("it stood still for long", || began.elapsed() > STANDSTILL);
-    assert!(Command::new("kill").args(["-CONT", &pid.to_string()]).status().expect("kill runs").success());
+    signal(pid, "-CONT");
     until("it decides anew", || lab.agent_log().contains("decided anew, as it comes late"));
 }
 

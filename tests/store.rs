@@ -10,7 +10,7 @@ use std::{
 
 use demae::model::status::State;
 use support::{
-    lab::{Lab, Setup, until},
+    lab::{Lab, Setup, signal, until},
     load::{Client, Load},
 };
 
@@ -27,16 +27,15 @@ fn what_was_missed_while_history_went_is_found() {
     let mut lab = Lab::new();
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
     // The agent is held still while the store changes and forgets how.
-    let pid = lab.agent_pid().expect("it runs").to_string();
-    let signal = |name: &str| assert!(Command::new("kill").args([name, &pid]).status().expect("kill runs").success());
-    signal("-STOP");
+    let pid = lab.agent_pid().expect("it runs");
+    signal(pid, "-STOP");
     for n in 0..5 {
         lab.put("env/web/GREETING", &format!("number {n}"));
     }
     etcdctl(&lab, &["compact", &lab.revision().to_string()]);
     lab.stop_etcd();
     lab.start_etcd();
-    signal("-CONT");
+    signal(pid, "-CONT");
     until("the last change is there", || {
         lab.get("web.test", "/env?GREETING").is_ok_and(|(_, body)| body == "number 4")
     });

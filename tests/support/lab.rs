@@ -17,7 +17,7 @@ use std::{
 
 use demae::model::status::{AppStatus, HostStatus, State};
 
-use super::load;
+use super::{etcd::Etcd, images, load};
 
 /// Longest wait for anything that should take a second: a loaded machine takes longer, and a wrong one takes for ever.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -29,7 +29,7 @@ pub struct Lab {
     pub ingress: SocketAddr,
     pub metrics: SocketAddr,
     pub tag: String,
-    etcd_process: Option<Child>,
+    etcd_process: Option<Etcd>,
     nginx_process: Option<Child>,
     agent_process: Option<Child>,
     images: std::sync::Mutex<Vec<String>>,
@@ -128,9 +128,10 @@ impl Lab {
     pub fn start_etcd(&mut self) {
         let began = Instant::now();
         loop {
-            if self.etcd_process.as_mut().is_none_or(|c| c.try_wait().expect("a child").is_some()) {
+            if self.etcd_process.as_mut().is_none_or(Etcd::has_ended) {
                 // Never, or not any more: somebody else may have taken the port between its choice and its use.
-                self.spawn_etcd();
+                let own = [("etcd", free_address())];
+                self.etcd_process = Some(Etcd::start(self.dir.path(), "etcd", self.etcd, &own, &[]));
             }
             if std::net::TcpStream::connect(self.etcd).is_ok() {
                 return;
@@ -141,19 +142,8 @@ impl Lab {
         }
     }
 
-    fn spawn_etcd(&mut self) {
-        let peer = free_address();
-        let url = |a: SocketAddr| format!("http://{a}");
-        let mut command = Command::new("etcd");
-        command.args(["--name", "lab", "--logger", "zap", "--log-level", "error", "--data-dir"]).arg(self.path("etcd"));
-        command.args(["--listen-client-urls", &url(self.etcd), "--advertise-client-urls", &url(self.etcd)]);
-        command.args(["--listen-peer-urls", &url(peer), "--initial-advertise-peer-urls", &url(peer)]);
-        command.args(["--initial-cluster", &format!("lab={}", url(peer))]);
-        self.etcd_process = Some(quiet(&mut command, &self.path("etcd.log")));
-    }
-
     pub fn stop_etcd(&mut self) {
-        kill(&mut self.etcd_process);
+        self.etcd_process = None;
     }
 
     pub fn start_nginx(&mut self) {
@@ -172,7 +162,7 @@ impl Lab {
     /// Ends nginx as its supervisor would.
     pub fn stop_nginx(&mut self) {
         if let Some(child) = &mut self.nginx_process {
-            run(Command::new("kill").args(["-TERM", &child.id().to_string()]));
+            signal(child.id(), "-TERM");
             child.wait().expect("nginx ends");
         }
         self.nginx_process = None;
@@ -195,7 +185,7 @@ impl Lab {
     pub fn stop_agent(&mut self) -> Duration {
         let began = Instant::now();
         if let Some(mut child) = self.agent_process.take() {
-            run(Command::new("kill").args(["-TERM", &child.id().to_string()]));
+            signal(child.id(), "-TERM");
             let status = child.wait().expect("the agent ends");
             assert!(status.success(), "the agent ended with {status}\n{}", self.agent_log());
         }
@@ -281,7 +271,7 @@ impl Lab {
         let name = format!("demae-lab-{}:{version}", self.tag);
         let mut images = self.images.lock().expect("no test panicked with it");
         if !images.contains(&name) {
-            build_image(&name, version, &self.path(&format!("image-{version}")));
+            images::build(&name, version, &self.path(&format!("image-{version}")));
             images.push(name.clone());
         }
         name
@@ -407,7 +397,7 @@ impl Drop for Lab {
             docker(&["rmi", "-f", image]);
         }
         self.stop_nginx();
-        kill(&mut self.etcd_process);
+        self.etcd_process = None;
         let contradictions: Vec<String> =
             self.agent_log().lines().filter(|l| l.contains("model and host differ")).map(str::to_owned).collect();
         if std::thread::panicking() || !contradictions.is_empty() {
@@ -454,14 +444,21 @@ pub fn docker(args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
-fn run(command: &mut Command) {
+/// Runs a program that must do well.
+pub fn run(command: &mut Command) {
     let status = command.status().expect("it runs");
     assert!(status.success(), "{command:?}: {status}");
 }
 
-fn quiet(command: &mut Command, log: &Path) -> Child {
+/// Starts a program that writes to a log.
+pub fn quiet(command: &mut Command, log: &Path) -> Child {
     let log = fs::File::options().create(true).append(true).open(log).expect("a log");
     command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("it starts")
+}
+
+/// `-STOP`, `-CONT` and the like.
+pub fn signal(pid: u32, name: &str) {
+    run(Command::new("kill").args([name, &pid.to_string()]));
 }
 
 fn kill(child: &mut Option<Child>) {
@@ -495,48 +492,4 @@ pub fn user_line() -> String {
         Ok(meta) if meta.uid() != 0 => format!("user: \"{}:{}\"\n", meta.uid(), meta.gid()),
         _ => String::new(),
     }
-}
-
-/// The example app, built static, once for all tests.
-pub fn example_app() -> PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/app.rs");
-    let binary = dir.join("example-app");
-    let lock = fs::File::create(dir.join("example-app.lock")).expect("a lock");
-    lock.lock().expect("the lock");
-    let newer = |a: &Path, b: &Path| match (
-        fs::metadata(a).and_then(|m| m.modified()),
-        fs::metadata(b).and_then(|m| m.modified()),
-    ) {
-        (Ok(a), Ok(b)) => a > b,
-        _ => false,
-    };
-    if !newer(&binary, &source) {
-        let beside = dir.join("example-app.new");
-        run(Command::new("rustc")
-            .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-C", "strip=symbols", "-o"])
-            .arg(&beside)
-            .arg(&source));
-        fs::rename(beside, &binary).expect("renamed");
-    }
-    binary
-}
-
-/// An image `FROM scratch` around the example app.
-pub fn build_image(name: &str, version: &str, dir: &Path) {
-    fs::create_dir_all(dir).expect("a directory");
-    fs::copy(example_app(), dir.join("app")).expect("copied");
-    let text = format!("FROM scratch\nCOPY app /app\nENV VERSION={version}\nENTRYPOINT [\"/app\"]\n");
-    fs::write(dir.join("Dockerfile"), text).expect("a file");
-    docker_build(name, dir);
-}
-
-/// Builds an image from a directory, sharing nothing with other builds: their end would take it away.
-pub fn docker_build(name: &str, dir: &Path) {
-    let output = Command::new("docker")
-        .args(["build", "-q", "--no-cache", "--force-rm", "-t", name])
-        .arg(dir)
-        .output()
-        .expect("docker runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

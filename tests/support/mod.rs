@@ -5,6 +5,8 @@ pub mod containers;
 pub mod dashboards;
 pub mod disk;
 pub mod engine;
+pub mod etcd;
+pub mod images;
 pub mod lab;
 pub mod load;
 pub mod mishaps;
