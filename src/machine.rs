@@ -44,6 +44,9 @@ pub trait Machine: Send + Sync + 'static {
         retry::jittered(duration)
     }
 
+    /// Forgets what instances last answered: the agent stood still, and nobody asked them.
+    fn stood_still(&self);
+
     /// Everything, in little detail.
     ///
     /// # Errors
@@ -110,6 +113,12 @@ impl Machine for World {
 
     fn wall(&self, at: Timestamp) -> Timestamp {
         self.clock.wall(at)
+    }
+
+    fn stood_still(&self) {
+        if let Some(prober) = &self.prober {
+            prober.forget();
+        }
     }
 
     async fn list(&self) -> Result<Inventory, ObserveError> {

@@ -292,3 +292,23 @@ fn an_image_that_goes_between_its_pull_and_its_use_is_pulled_again() {
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
 }
+
+/// Whoever removes it may take long, or fail.
+#[test]
+fn a_removal_that_is_under_way_is_waited_for() {
+    let (lab, relay) = relayed();
+    deploy(&lab, "web");
+    let (old, image) = (only(&lab, "web"), lab.image("v2"));
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    let removal = is("DELETE", &format!("/containers/{old}"));
+    let asked = relay.seen(&removal);
+    for _ in 0..2 {
+        relay.refuse_next(is("DELETE", "/containers/"), "removal of container is already in progress");
+    }
+    lab.put("apps/web/image", &image);
+    lab.wait_app("web", "converged", is_done(&image));
+    assert!(relay.seen(&removal) >= asked + 3, "it was seen to be there still, and removed again");
+    assert_ne!(only(&lab, "web"), old);
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+}

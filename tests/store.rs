@@ -10,8 +10,9 @@ use std::{
 
 use demae::model::status::State;
 use support::{
-    lab::{Lab, Setup, signal, until},
+    lab::{Lab, Setup, until},
     load::{Client, Load},
+    wire::{Wire, named},
 };
 
 fn etcdctl(lab: &Lab, args: &[&str]) -> String {
@@ -24,18 +25,24 @@ fn etcdctl(lab: &Lab, args: &[&str]) -> String {
 
 #[test]
 fn what_was_missed_while_history_went_is_found() {
-    let mut lab = Lab::new();
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    let wire = Wire::lead(&lab);
+    lab.start_agent(&[]);
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
-    // The agent is held still while the store changes and forgets how.
-    let pid = lab.agent_pid().expect("it runs");
-    signal(pid, "-STOP");
+    // Between its next read of the store and its next watch the store goes on, and forgets how.
+    let mut reads = 0;
+    wire.hold(move |bytes| {
+        reads += named("/demae/apps/", bytes);
+        reads > 1
+    });
+    wire.cut();
+    until("it has read, and is about to watch", || wire.is_holding());
     for n in 0..5 {
         lab.put("env/web/GREETING", &format!("number {n}"));
     }
     etcdctl(&lab, &["compact", &lab.revision().to_string()]);
-    lab.stop_etcd();
-    lab.start_etcd();
-    signal(pid, "-CONT");
+    wire.release();
+    until("it is told that history is gone", || lab.agent_log().contains("fell behind: history before revision"));
     until("the last change is there", || {
         lab.get("web.test", "/env?GREETING").is_ok_and(|(_, body)| body == "number 4")
     });

@@ -299,6 +299,14 @@ impl Account {
         }
     }
 
+    /// A step was decided on and not begun: whoever was to be stopped drains still.
+    pub(super) fn dropped(&mut self) {
+        let ended = self.drains.values_mut().filter_map(|d| d.ended.take()).count();
+        if ended > 0 && self.timeline.last().is_some_and(|m| m.what == "drained") {
+            self.timeline.pop();
+        }
+    }
+
     fn count_drain(&mut self, handle: &Handle, metrics: &Metrics) {
         if let Some((took, cut)) = self.drains.remove(&handle.id).and_then(|d| d.ended) {
             metrics.drained(cut, took);

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use tracing::Span;
 
 use super::{
@@ -42,7 +42,7 @@ pub(super) struct AppState {
     desired: DesiredApp,
     observed: Option<ObservedApp>,
     planned: Option<AppPlan>,
-    /// Whether the last plan was made for what is wanted now, and on what was seen since the agent last stood still.
+    /// Whether the last plan was made for what is wanted now.
     current: bool,
     pub(super) busy: Option<StepKind>,
     pub(super) dirty: bool,
@@ -50,6 +50,8 @@ pub(super) struct AppState {
     /// Whether it was seen since the last step ended. What was seen before that says nothing any more, least of all if
     /// nobody knows whether the step was done.
     pub(super) seen: bool,
+    /// Whether the last plan is too old to tell nginx of it.
+    stale: bool,
     /// Whether the look under way was begun for another wish.
     outdated: bool,
     /// Whether that has not been planned on yet.
@@ -57,6 +59,8 @@ pub(super) struct AppState {
     pub(super) observing: bool,
     pub(super) wake: Option<Timestamp>,
     pub(super) look_after: Timestamp,
+    /// The turn of a step that came so late that it was not begun: it is kept for the one that is decided on instead.
+    pub(super) turn: Option<OwnedSemaphorePermit>,
     cooling: Cooling,
     look_error: Option<(String, u32)>,
     pulled: Option<ReleaseId>,
@@ -80,11 +84,13 @@ impl AppState {
             dirty: true,
             replan: false,
             seen: false,
+            stale: false,
             outdated: false,
             fresh: false,
             observing: false,
             wake: None,
             look_after: now,
+            turn: None,
             cooling: Cooling::new(),
             look_error: None,
             pulled: None,
@@ -146,6 +152,7 @@ impl AppState {
         self.prediction.drop();
         self.seen = false;
         self.outdated = false;
+        self.turn = None;
         self.look_error = Some((error.to_owned(), attempts));
         self.look_after = now.plus(pause_after(attempts).min(Duration::from_secs(10)));
         self.dirty = true;
@@ -155,15 +162,17 @@ impl AppState {
     /// What was seen, or is being looked at, may not hold any more, nor what was decided on it.
     pub(super) fn look_anew(&mut self) {
         self.prediction.drop();
-        self.current = false;
+        self.stale = true;
         self.seen = false;
         self.outdated = self.observing;
         self.dirty = true;
     }
 
     /// The step that was decided on was not begun.
-    pub(super) fn drop_step(&mut self) {
+    pub(super) fn drop_step(&mut self, turn: Option<OwnedSemaphorePermit>) {
         self.busy = None;
+        self.turn = turn;
+        self.account.dropped();
         self.look_anew();
     }
 
@@ -242,7 +251,10 @@ impl AppState {
         let ears = Ears { metrics, events, release: release(&self.desired) };
         self.account.planned(&plan, observed, &ears, now);
         self.planned = Some(plan);
-        self.current = true;
+        (self.current, self.stale) = (true, false);
+        if step.is_none() {
+            self.turn = None;
+        }
         step.map(|p| p.step)
     }
 
@@ -282,7 +294,12 @@ impl AppState {
     /// What nginx is asked to serve of it. What was planned for another wish of a person says nothing: an app that was to
     /// leave a moment ago, and is to stay now, must not lose its virtual host meanwhile.
     pub(super) fn wish(&self) -> VhostWish {
-        self.planned.as_ref().filter(|_| self.current).map(|p| p.vhost.clone()).unwrap_or_default()
+        self.planned.as_ref().filter(|_| !self.is_held_back()).map(|p| p.vhost.clone()).unwrap_or_default()
+    }
+
+    /// Whether nginx is told nothing new of it until it was planned again.
+    pub(super) fn is_held_back(&self) -> bool {
+        !self.current || self.stale
     }
 
     /// Whether it was looked at, or that was tried.

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use tokio::time::Instant;
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use tracing::Span;
 
 use super::{Agent, account::millis, app::AppState, unknown};
@@ -33,8 +33,8 @@ pub(super) enum Done {
     Observed(AppName, Result<ObservedApp, ObserveError>),
     /// A step for an app.
     Stepped(AppName, Box<Step>, Result<(), StepError>, Duration, Span),
-    /// A step for an app that was not begun, since it was decided too long ago.
-    Late(AppName),
+    /// A step for an app that was not begun, since it was decided too long ago, with its turn; or since the agent ends.
+    Late(AppName, Option<OwnedSemaphorePermit>),
     /// A list of everything.
     Listed(Result<Inventory, ObserveError>),
     /// A look at nginx.
@@ -79,20 +79,22 @@ impl<M: Machine> Agent<M> {
             Done::Stepped(app, step, result, took, span) => {
                 span.in_scope(|| self.take_step(&app, &step, result, took));
             }
-            Done::Late(app) => {
+            Done::Late(app, turn) => {
                 if let Some(state) = self.apps.get_mut(&app) {
-                    state.drop_step();
+                    state.drop_step(turn);
                 }
             }
             Done::Listed(result) => self.take_list(result),
             Done::ProxyObserved(observed) => {
                 self.proxy.observing = false;
-                self.proxy.seen = !std::mem::take(&mut self.proxy.outdated);
+                self.proxy.seen = true;
+                self.proxy.stale = std::mem::take(&mut self.proxy.outdated);
                 // An nginx that was away has other workers, and sockets may have to be opened to their group.
                 if observed.serving.is_some() && self.proxy.observed.serving.is_none() {
                     self.apps.values_mut().for_each(|state| state.dirty = true);
                 }
                 self.proxy.observed = *observed;
+                self.proxy.observed.changing = self.proxy.busy;
                 self.replan_all();
             }
             Done::OldWorkers(count) => {
@@ -102,9 +104,10 @@ impl<M: Machine> Agent<M> {
                 }
             }
             Done::ProxyStepped(end) => self.take_proxy_step(end),
+            // Nothing holds up a step for nginx but that the agent stood still. The loop need not have noticed yet.
             Done::ProxyLate => {
                 self.proxy.busy = false;
-                self.proxy.dirty = true;
+                self.look_anew();
             }
         }
     }

@@ -9,11 +9,12 @@ mod done;
 mod listen;
 mod prediction;
 mod report;
+mod standstill;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::{Semaphore, mpsc, watch},
+    sync::{Notify, Semaphore, mpsc, watch},
     task::JoinSet,
     time::Instant,
 };
@@ -53,11 +54,6 @@ const PARALLEL_PULLS: usize = 3;
 const PARALLEL_STOPS: usize = 64;
 /// Longest wait for steps under way when the agent ends. Whatever is cut is found and finished by the next start.
 const LAST_STEPS: Duration = Duration::from_secs(8);
-/// Longest time from a decision to the beginning of its step. It is longer only if there were no permits, or the agent
-/// stood still: then what was decided on may be long gone, and is looked at again.
-const LATEST_BEGIN: Duration = Duration::from_secs(5);
-/// A round of the loop begins every 5 s at least. One that comes so late means that the agent, or its machine, stood still.
-const STANDSTILL: Duration = Duration::from_secs(10);
 /// Apps that have not been looked at yet hold back changes of nginx for this long at most.
 const FIRST_LOOK: Duration = Duration::from_secs(5);
 
@@ -80,6 +76,8 @@ pub struct Outlets {
     pub pulse: watch::Sender<Timestamp>,
     /// Whether etcd and Docker have been read.
     pub ready: watch::Sender<bool>,
+    /// For whoever reads the store: that it is to be read in full, at once.
+    pub doubted: Arc<Notify>,
 }
 
 /// How the agent runs.
@@ -127,8 +125,10 @@ pub struct Agent<M> {
     relist: bool,
     relist_at: Instant,
     began: Instant,
-    /// When the last round of the loop began, by the clock that runs on while the machine is suspended.
+    /// When this round of the loop began, by the clock that runs on while the machine is suspended.
     round: Timestamp,
+    /// Until when the store is waited for, and how often it had been read by then, or that been tried.
+    rereading: Option<(Instant, u64)>,
     jobs: JoinSet<Done>,
     steps: Arc<Semaphore>,
     pulls: Arc<Semaphore>,
@@ -142,7 +142,9 @@ struct ProxyState {
     observed: ObservedProxy,
     seen: bool,
     observing: bool,
-    /// Whether the look under way was begun before the agent stood still.
+    /// Whether what was seen may not hold any more.
+    stale: bool,
+    /// Whether the look under way was begun before that.
     outdated: bool,
     dirty: bool,
     counting: bool,
@@ -179,6 +181,7 @@ impl<M: Machine> Agent<M> {
             relist_at: now,
             began: now,
             round,
+            rereading: None,
             jobs: JoinSet::new(),
             steps: Arc::new(Semaphore::new(options.parallel)),
             pulls: Arc::new(Semaphore::new(PARALLEL_PULLS)),
@@ -200,7 +203,7 @@ impl<M: Machine> Agent<M> {
         let mut updates = self.updates.clone();
         self.take_update();
         loop {
-            self.notice_standstill();
+            self.begin_round();
             self.act();
             self.tell();
             if self.options.once
@@ -253,22 +256,12 @@ impl<M: Machine> Agent<M> {
         }
     }
 
-    /// Whatever was seen before the agent stood still says nothing any more, and neither does what it has not heard yet.
-    fn notice_standstill(&mut self) {
-        let now = self.machine.now();
-        let since = now.since(std::mem::replace(&mut self.round, now));
-        if since > STANDSTILL {
-            tracing::warn!("the agent stood still for {} s; everything is looked at again", since.as_secs());
-            self.apps.values_mut().for_each(AppState::look_anew);
-            self.proxy.seen = false;
-            self.proxy.outdated = self.proxy.observing;
-            self.proxy.dirty = true;
-            self.relist = true;
-        }
-    }
-
     /// Lets the steps under way end. What is cut is found and finished by the next start.
     async fn finish(&mut self) {
+        // Whoever waits for a turn gets none any more.
+        for permits in [&self.steps, &self.pulls, &self.stops] {
+            permits.close();
+        }
         let waiting = async { while self.jobs.join_next().await.is_some() {} };
         if tokio::time::timeout(LAST_STEPS, waiting).await.is_err() {
             tracing::warn!("leaving {} steps unfinished; the next start finishes them", self.jobs.len());
@@ -318,14 +311,15 @@ impl<M: Machine> Agent<M> {
 
     /// Everything that can be started now.
     fn act(&mut self) {
-        let now = self.machine.now();
+        let now = self.round;
         if (self.relist || Instant::now() >= self.relist_at) && !self.listing {
             self.relist = false;
             self.listing = true;
             let machine = self.machine.clone();
             self.jobs.spawn(async move { Done::Listed(machine.list().await) });
         }
-        if self.proxy.dirty && !self.proxy.observing && !self.proxy.busy {
+        // A change that was begun before a standstill may take long, and apps are not kept waiting for its end.
+        if self.proxy.dirty && !self.proxy.observing && (!self.proxy.busy || self.proxy.stale) {
             self.proxy.dirty = false;
             self.proxy.observing = true;
             let machine = self.machine.clone();
@@ -360,7 +354,7 @@ impl<M: Machine> Agent<M> {
             self.look(app, now);
             return;
         };
-        let Some(state) = self.apps.get(app) else { return };
+        let Some(state) = self.apps.get_mut(app) else { return };
         let (machine, app, observed) =
             (self.machine.clone(), app.clone(), state.observed().cloned().unwrap_or_default());
         let span = state.span(step.kind());
@@ -370,27 +364,33 @@ impl<M: Machine> Agent<M> {
             _ => &self.steps,
         };
         let permits = permits.clone();
+        let turn = state.turn.take().filter(|turn| Arc::ptr_eq(turn.semaphore(), &permits));
         let performing = async move {
+            let turn = match turn {
+                Some(turn) => turn,
+                None => match permits.acquire_owned().await {
+                    Ok(turn) => turn,
+                    // The agent ends.
+                    Err(_) => return Done::Late(app, None),
+                },
+            };
             failpoint::boundary(step.kind().as_str());
-            if machine.now().since(now) > LATEST_BEGIN {
+            if standstill::is_late(now, machine.now()) {
                 tracing::info!(app = %app, step = step.kind().as_str(), "decided anew, as it comes late: {step}");
-                return Done::Late(app);
+                return Done::Late(app, Some(turn));
             }
             let began = Instant::now();
             let result = machine.perform(&app, &step, &observed).await;
             failpoint::boundary(step.kind().as_str());
             Done::Stepped(app, Box::new(step), result, began.elapsed(), tracing::Span::current())
         };
-        self.jobs.spawn(async move {
-            let _permit = permits.acquire_owned().await;
-            performing.instrument(span).await
-        });
+        self.jobs.spawn(performing.instrument(span));
     }
 
     /// The next step for an app, if what was seen of it is good enough to decide.
     fn plan(&mut self, app: &AppName, now: Timestamp) -> Option<Step> {
         let state = self.apps.get_mut(app)?;
-        if !state.is_plannable() || !self.proxy.seen {
+        if !state.is_plannable() || !self.proxy.seen || self.proxy.stale || self.rereading.is_some() {
             return None;
         }
         let conflict = self.conflicts.get(app).cloned();
@@ -416,7 +416,8 @@ impl<M: Machine> Agent<M> {
 
     fn act_on_proxy(&mut self, now: Timestamp) {
         let unseen = self.apps.values().any(|s| !s.is_planned());
-        if !self.proxy.seen || self.proxy.observing || (unseen && self.began.elapsed() < FIRST_LOOK) {
+        if !self.proxy.seen || self.proxy.stale || self.proxy.observing || (unseen && self.began.elapsed() < FIRST_LOOK)
+        {
             return;
         }
         let wishes: BTreeMap<AppName, VhostWish> = self.apps.iter().map(|(a, s)| (a.clone(), s.wish())).collect();
@@ -434,8 +435,9 @@ impl<M: Machine> Agent<M> {
             self.replan_all();
         }
         let Some((step, reason)) = plan.step else {
-            // It came late, and it came: what failed is over.
-            if self.proxy.trouble.is_none() && self.proxy.cooled.take().is_some() {
+            // It came late, and it came: what failed is over. What is held back may fail again.
+            let held_back = self.apps.values().any(AppState::is_held_back);
+            if !held_back && self.proxy.trouble.is_none() && self.proxy.cooled.take().is_some() {
                 self.outlets.metrics.reload_recovered();
             }
             return;
@@ -450,7 +452,7 @@ impl<M: Machine> Agent<M> {
         let machine = self.machine.clone();
         self.jobs.spawn(async move {
             failpoint::boundary("nginx");
-            if machine.now().since(now) > LATEST_BEGIN {
+            if standstill::is_late(now, machine.now()) {
                 tracing::info!("decided anew, as it comes late: {step}");
                 return Done::ProxyLate;
             }
@@ -473,7 +475,12 @@ impl<M: Machine> Agent<M> {
         let apps = apps.filter_map(|s| if s.dirty { Some(s.look_after) } else { s.wake }).min().map(soon);
         let relist = if self.listing { None } else { Some(self.relist_at) };
         let proxy = self.proxy.wake.filter(|_| able && !self.proxy.observing).map(soon);
-        [apps, relist, proxy].into_iter().flatten().min().unwrap_or_else(|| Instant::now() + Duration::from_secs(60))
+        let reread = self.rereading.map(|_| Instant::now() + standstill::REREAD_LOOK);
+        [apps, relist, proxy, reread]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or_else(|| Instant::now() + Duration::from_secs(60))
     }
 
     /// With `once`: whether nothing is left to do.

@@ -126,12 +126,13 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let viewer = setup::viewer(config, &world).await?;
     let shelf = Arc::new(setup::Disk(world.layout.clone()));
     tasks.spawn(store::watch(config.etcd.clone(), viewer, shelf, claim.clone(), updates, side.clone()));
+    let doubted = claim.doubted();
     tasks.spawn(store::publish(config.etcd.clone(), claim, publish_in, updates_in.clone(), side.clone()));
     tasks.close();
     tracing::info!(host = %config.host, listen = %config.listen, endpoints = config.etcd.endpoints.join(","), "demae {} starts", env!("CARGO_PKG_VERSION"));
 
     let options = Options { resync: config.resync, parallel: config.parallel, once, planner: plan_app };
-    let outlets = Outlets { metrics, view, vitals, events, status, publish, pulse, ready };
+    let outlets = Outlets { metrics, view, vitals, events, status, publish, pulse, ready, doubted };
     let ended = Agent::new(world, options, outlets, updates_in).run(news, token).await;
     side.cancel();
     if tokio::time::timeout(GOODBYE, tasks.wait()).await.is_err() {

@@ -88,19 +88,40 @@ impl Prober {
             }
             return known.health.lock().unwrap_or_else(PoisonError::into_inner).clone();
         }
+        let asked = self.begin(app, question, false);
+        of_app.insert(id.clone(), asked);
+        Health::Unknown
+    }
+
+    fn begin(&self, app: &AppName, question: Question, was_healthy: bool) -> Asked {
         let health = Arc::new(Mutex::new(Health::Unknown));
         let group = Arc::new(Mutex::new(question.group));
         let asking = Asking {
             app: app.clone(),
             question: question.clone(),
+            was_healthy,
             health: health.clone(),
             news: self.news.clone(),
             clock: self.clock.clone(),
             group: group.clone(),
         };
         let task = self.tasks.spawn(asking.run()).abort_handle();
-        of_app.insert(id.clone(), Asked { health, question, group, task });
-        Health::Unknown
+        Asked { health, question, group, task }
+    }
+
+    /// Forgets all answers, and asks everybody again at once: the agent stood still, and whoever was healthy then may hang
+    /// now. Who was not healthy yet is given all of its time again: it may have stood still as well.
+    pub fn forget(&self) {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        for (app, of_app) in asked.iter_mut() {
+            for known in of_app.values_mut() {
+                let health = known.health.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                let group = *known.group.lock().unwrap_or_else(PoisonError::into_inner);
+                let was_healthy = matches!(health, Health::Healthy | Health::Unhealthy { .. });
+                let started = if was_healthy { known.question.started } else { self.clock.now() };
+                *known = self.begin(app, Question { started, group, ..known.question.clone() }, was_healthy);
+            }
+        }
     }
 
     /// Stops asking all instances of an app but these.
@@ -119,6 +140,8 @@ impl Prober {
 struct Asking {
     app: AppName,
     question: Question,
+    /// Whether it was before it was asked.
+    was_healthy: bool,
     health: Arc<Mutex<Health>>,
     news: UnboundedSender<AppName>,
     clock: Arc<Clock>,
@@ -131,7 +154,7 @@ impl Asking {
             return self.keep_open().await;
         }
         let check = &self.question.check;
-        let (mut successes, mut failures, mut was_healthy) = (0u32, 0u32, false);
+        let (mut successes, mut failures, mut was_healthy) = (0u32, 0u32, self.was_healthy);
         loop {
             let answer = self.ask().await;
             let now = self.clock.now();

@@ -117,6 +117,7 @@ pub struct Metrics {
     docker_seconds: HistogramVec,
     docker_errors: IntCounterVec,
     lists: IntCounter,
+    standstills: IntCounter,
     events: IntCounterVec,
     deliveries: IntCounterVec,
 }
@@ -216,6 +217,8 @@ impl Metrics {
                 &["operation", "kind"],
             )?,
             lists: make.counter("demae_docker_lists_total", "Full lists of containers")?,
+            standstills: make
+                .counter("demae_standstills_total", "Times that the agent got no time to run for 10 s or more")?,
             events: make.counters("demae_events_total", "Events told, by type", &["type"])?,
             deliveries: make.counters(
                 "demae_webhook_deliveries_total",
@@ -318,6 +321,11 @@ impl Metrics {
     /// All containers were listed.
     pub fn listed(&self) {
         self.lists.inc();
+    }
+
+    /// The agent got no time to run for a while.
+    pub fn stood_still(&self) {
+        self.standstills.inc();
     }
 
     /// An event was told.

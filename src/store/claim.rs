@@ -6,7 +6,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -66,8 +69,8 @@ pub struct HostInfo {
 pub struct Claim {
     host: HostName,
     owner: Owner,
-    /// Told when a write found that the name is somebody else's now.
-    pub(super) lost: Notify,
+    /// Whoever reads the store waits here.
+    pub(super) doubted: Arc<Notify>,
     /// Whether this run has held the name already. Whoever has it then with our own id is no earlier run of ours.
     held: AtomicBool,
 }
@@ -92,7 +95,12 @@ impl Claim {
     /// If the system gives no random numbers.
     pub fn new(host: HostName, id: String) -> std::io::Result<Self> {
         let run = random_id()?[..16].to_owned();
-        Ok(Self { host, owner: Owner { id, run }, lost: Notify::new(), held: false.into() })
+        Ok(Self { host, owner: Owner { id, run }, doubted: Arc::default(), held: false.into() })
+    }
+
+    /// Told when the name may be somebody else's by now, or the store another one: then the store is read in full, at once.
+    pub fn doubted(&self) -> Arc<Notify> {
+        self.doubted.clone()
     }
 
     /// The id for an agent that has none yet.

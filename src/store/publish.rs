@@ -43,7 +43,7 @@ pub async fn publish(
                 tracing::debug!("publishing pauses: {error}");
                 if matches!(error, StoreError::Doubt(_)) {
                     // Whoever reads the store finds out whose the name is now.
-                    claim.lost.notify_one();
+                    claim.doubted.notify_one();
                 }
             }
         }

@@ -112,7 +112,7 @@ impl Watcher {
                     asked = true;
                     sign_by = Instant::now() + PROGRESS;
                 }
-                () = self.claim.lost.notified() => self.read_all(&connection).await?,
+                () = self.claim.doubted.notified() => self.read_all(&connection).await?,
                 () = tokio::time::sleep_until(resync_at) => {
                     self.read_all(&connection).await?;
                     resync_at = Instant::now() + jittered(self.resync);

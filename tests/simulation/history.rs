@@ -229,6 +229,7 @@ impl History {
             publish: watch::channel((empty, BTreeMap::new())).0,
             pulse: watch::channel(Timestamp::default()).0,
             ready: watch::channel(false).0,
+            doubted: self.store.doubted.clone(),
         };
         let hands = Arc::new(Hands::new(host, self.scene.clone()));
         let options = Options { resync: RESYNC, parallel: 8, once: false, planner: self.planner };
@@ -332,7 +333,11 @@ impl History {
             }
             29 => {
                 let still = chance.chance.millis(1_000, 300_000);
-                self.scene.state().still_until = Some(Instant::now() + still);
+                let until = Instant::now() + still;
+                self.scene.state().still_until = Some(until);
+                if still > Duration::from_secs(16) {
+                    self.scene.state().woke = until;
+                }
                 self.scene.happens("standstill", || format!("the agent gets no time for {still:?}"));
             }
             _ => self.reboot().await,

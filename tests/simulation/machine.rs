@@ -307,6 +307,19 @@ impl Machine for Hands {
         self.scene.chance.millis(millis * 4 / 5, millis * 6 / 5)
     }
 
+    fn stood_still(&self) {
+        let mut all = self.asked.lock().expect("one thread");
+        all.values_mut().for_each(|asked| asked.answered = false);
+        let apps: Vec<AppName> = self.scene.state().apps.keys().cloned().collect();
+        for app in apps {
+            let (scene, pause) = (self.scene.clone(), self.scene.chance.millis(3, 60));
+            tokio::spawn(async move {
+                tokio::time::sleep(pause).await;
+                scene.health_tells(&app);
+            });
+        }
+    }
+
     async fn list(&self) -> Result<Inventory, ObserveError> {
         self.docker().await?;
         let mut listed = Vec::new();
@@ -376,6 +389,7 @@ impl Machine for Hands {
 
     async fn perform(&self, app: &AppName, step: &Step, seen: &ObservedApp) -> Result<(), StepError> {
         self.scene.note_belief();
+        self.scene.state().begun.insert(app.clone(), Instant::now());
         match step {
             Step::Pull(image) => {
                 tokio::time::sleep(self.scene.chance.millis(100, 5_000)).await;

@@ -148,8 +148,14 @@ impl Before {
         let now = upstreamed(state, app);
         let serving = serving(state, app);
         let mut looked = state.looked.get(app).copied().unwrap_or(state.looked_at_proxy);
+        let mut begun = state.begun.get(app).copied().unwrap_or(state.woke);
         if seen.is_none() {
             looked = looked.min(state.changing_since);
+            begun = state.changing_since;
+        }
+        // Nothing is begun on what was seen before a standstill.
+        if begun >= state.woke {
+            looked = looked.max(state.woke);
         }
         // What changed after the agent looked, it could not know.
         let moved = |id: &ContainerId| state.programs.get(id).is_some_and(|p| p.changed > looked);

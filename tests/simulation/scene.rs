@@ -123,6 +123,10 @@ pub struct State {
     pub disk_full: bool,
     /// Until when the agent gets no time to run. What it asked for before goes on.
     pub still_until: Option<Instant>,
+    /// When it last got time to run again, after so long that it must notice.
+    pub woke: Instant,
+    /// When the last step for an app was begun.
+    pub begun: BTreeMap<AppName, Instant>,
     /// When the agent last looked at an app.
     pub looked: BTreeMap<AppName, Instant>,
     pub looked_at_proxy: Instant,
@@ -201,6 +205,8 @@ impl Scene {
             unreliable: 0,
             disk_full: false,
             still_until: None,
+            woke: now,
+            begun: BTreeMap::new(),
             looked: BTreeMap::new(),
             looked_at_proxy: now,
             changing_since: now,

@@ -11,7 +11,10 @@ use demae::{
     model::release::ReleaseKey,
     store::{Acceptance, Belief, Change, Contents, Entry, Identity, News, Shelf, StoreError},
 };
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{Notify, mpsc},
+    time::Instant,
+};
 
 use crate::scene::Scene;
 
@@ -35,6 +38,8 @@ pub struct Etcd {
 pub struct Store {
     scene: Arc<Scene>,
     etcd: Mutex<Etcd>,
+    /// Told by the agent that it is to be read in full.
+    pub doubted: Arc<Notify>,
 }
 
 impl Data {
@@ -58,7 +63,7 @@ impl Data {
 impl Store {
     pub fn new(scene: Arc<Scene>) -> Self {
         let etcd = Etcd { up: true, data: Data::new(1), backup: None, subscribers: Vec::new() };
-        Self { scene, etcd: Mutex::new(etcd) }
+        Self { scene, etcd: Mutex::new(etcd), doubted: Arc::default() }
     }
 
     pub fn etcd(&self) -> MutexGuard<'_, Etcd> {
@@ -150,6 +155,7 @@ impl Store {
                     belief.take_news(message.ok_or_else(ended)?)?;
                     self.scene.note_belief();
                 }
+                () = self.doubted.notified() => self.read(belief).await?,
                 () = tokio::time::sleep_until(resync) => {
                     self.read(belief).await?;
                     resync = Instant::now() + self.scene.chance.millis(48_000, 72_000);

@@ -24,6 +24,8 @@ enum Fate {
     Lose,
     /// The answer begins, and what should follow never comes: for streams.
     Mute,
+    /// The engine never hears of it, and this is said in its place.
+    Refuse(&'static str),
 }
 
 struct Rule {
@@ -97,6 +99,11 @@ impl Relay {
     /// Has the next request that fits done, and loses its answer.
     pub fn lose_next(&self, fits: impl Fn(&str) -> bool + Send + 'static) {
         self.rule(fits, Fate::Lose, true);
+    }
+
+    /// Answers the next request that fits with a conflict and these words, as the engine would.
+    pub fn refuse_next(&self, fits: impl Fn(&str) -> bool + Send + 'static, words: &'static str) {
+        self.rule(fits, Fate::Refuse(words), true);
     }
 
     /// Lets answers begin, and nothing follow.
@@ -209,6 +216,14 @@ impl Shared {
         head: &[u8],
         rest: &[u8],
     ) -> io::Result<()> {
+        if let Some(Fate::Refuse(words)) = fate {
+            let body = format!("{{\"message\":\"{words}\"}}");
+            return write!(
+                client,
+                "HTTP/1.1 409 Conflict\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+                body.len()
+            );
+        }
         let engine = UnixStream::connect(&self.engine)?;
         match self.lock().open.get_mut(&number) {
             Some(ends) => ends.push(engine.try_clone()?),
@@ -229,7 +244,7 @@ impl Shared {
                 client.write_all(&head)?;
                 io::copy(&mut &engine, &mut io::sink())?
             }
-            Some(Fate::Hold) | None => io::copy(&mut &engine, &mut client)?,
+            Some(Fate::Hold | Fate::Refuse(_)) | None => io::copy(&mut &engine, &mut client)?,
         };
         Ok(())
     }

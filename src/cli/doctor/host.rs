@@ -59,6 +59,10 @@ pub(super) async fn nginx(patient: &Patient<'_>, found: &mut Findings) {
     }
     let observed = world.nginx.observe().await;
     match (&observed.live, &observed.error) {
+        (None, Some(error)) if observed.unreadable => {
+            let remedy = "a running agent cannot change nginx until it is readable: mend its rights, or remove it; the agent makes it anew";
+            found.fail("nginx files", error.clone(), remedy);
+        }
         (None, _) => found.ok("nginx files", "there are none of demae's yet; the agent makes them"),
         (Some(_), Some(error)) => {
             let remedy = "`nginx.address` must be one that nginx listens on for demae's apps, in plain HTTP";

@@ -346,13 +346,11 @@ impl Docker {
     /// Removes a container. One that is gone is done.
     ///
     /// # Errors
-    /// If the engine cannot, for one because it still runs.
+    /// If the engine cannot, for one because it still runs, or somebody else is about to remove it and may fail.
     pub async fn remove(&self, id: &ContainerId) -> Result<()> {
         let options = RemoveContainerOptionsBuilder::default().v(true).build();
         match self.call(Operation::Remove, self.client.remove_container(id.as_str(), Some(options))).await {
             Err(e) if e.is_status(404) => Ok(()),
-            // Somebody else is at it; the next look tells when it is gone.
-            Err(DockerError::Refused { message, .. }) if message.contains("already in progress") => Ok(()),
             other => other,
         }
     }
