@@ -68,6 +68,11 @@ fn what_is_wrong_is_found_and_nothing_is_changed() {
     fs::set_permissions(lab.path("state/ledger"), fs::Permissions::from_mode(0o644)).expect("a mode");
     assert_eq!(level(&lab, "ledger"), "fail");
     fs::set_permissions(lab.path("state/ledger"), fs::Permissions::from_mode(0o600)).expect("a mode");
+    // By a store that is not believed nothing is left over.
+    let cluster = lab.get_key("cluster");
+    lab.put("cluster", "another");
+    assert_eq!((level(&lab, "store"), findings(&lab, "leftovers").len()), ("fail".into(), 0));
+    lab.put("cluster", &cluster);
     // What an agent would take away.
     lab.del("apps/web/");
     assert_eq!(level(&lab, "leftovers"), "warn");

@@ -119,7 +119,8 @@ pub(super) async fn standing(patient: &Patient<'_>, found: &mut Findings) -> Opt
         let remedy = problem.hint.clone().unwrap_or_else(|| "mend or delete the key".to_owned());
         found.warn("keys", format!("`{}`: {}", problem.key, problem.message), remedy);
     }
-    Some(compared.snapshot)
+    // By a store that is not believed no agent takes anything away, and nobody is to mend hosts for its sake.
+    compared.block.is_none().then_some(compared.snapshot)
 }
 
 #[cfg(test)]
