@@ -112,7 +112,7 @@ const FAULTS: [Fault; 12] = [
         });
         relay.pass();
     }),
-    ("the engine hangs", |Site { lab, relay, .. }| {
+    ("the engine stalls for a moment", |Site { lab, relay, .. }| {
         relay.hold(|_| true);
         docker(&["kill", &lab.containers()[0]]);
         until("calls hang", || relay.held() > 0);

@@ -4,7 +4,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 use super::lab::run;
@@ -34,13 +34,18 @@ pub fn example_app() -> PathBuf {
     binary
 }
 
-/// An image `FROM scratch` around the example app.
+/// An image of nothing but the example app. It is made from an archive, which takes a tenth of the time of a build, and
+/// holds its name, so that it shares nothing with other images: their end would take it away.
 pub fn build(name: &str, version: &str, dir: &Path) {
     fs::create_dir_all(dir).expect("a directory");
     fs::copy(example_app(), dir.join("app")).expect("copied");
-    let text = format!("FROM scratch\nCOPY app /app\nENV VERSION={version}\nENTRYPOINT [\"/app\"]\n");
-    fs::write(dir.join("Dockerfile"), text).expect("a file");
-    build_from(name, dir);
+    fs::write(dir.join("name"), name).expect("a file");
+    let archive = dir.join("image.tar");
+    run(Command::new("tar").arg("-C").arg(dir).arg("-cf").arg(&archive).args(["app", "name"]));
+    let (version, entrypoint) = (format!("ENV VERSION={version}"), "ENTRYPOINT [\"/app\"]");
+    let mut import = Command::new("docker");
+    import.args(["import", "-c", &version, "-c", entrypoint]).arg(&archive).arg(name).stdout(Stdio::null());
+    run(&mut import);
 }
 
 /// Builds an image from a directory, sharing nothing with other builds: their end would take it away.
