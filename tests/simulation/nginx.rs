@@ -11,7 +11,10 @@ use demae::{
 };
 use tokio::time::Instant;
 
-use crate::{oracle::Before, scene::Scene};
+use crate::{
+    oracle::Before,
+    scene::{Scene, leaves},
+};
 
 const TEMPLATES: &str = "templates of this host";
 
@@ -44,6 +47,7 @@ impl Scene {
         let now = self.now();
         let (generation, rejected) = {
             let mut state = self.state();
+            let leaving = state.apps.keys().filter(|app| leaves(&state, app)).cloned().collect();
             if state.disk_full {
                 let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
                 return Err(demae::host::files::FileError::cannot_write("/nginx".as_ref(), full).into());
@@ -79,6 +83,7 @@ impl Scene {
             new.follow(&old, served.then_some(proxy.since), now);
             let generation = new.generation;
             (proxy.live, proxy.published, proxy.drifted) = (Some(new), now, false);
+            state.leaving = leaving;
             (generation, rejected)
         };
         self.happens("nginx set", || format!("generation {generation}: {:?}", vhosts.keys().collect::<Vec<_>>()));

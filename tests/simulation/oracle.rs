@@ -185,7 +185,8 @@ impl Before {
                 now.old_dead, before.old_dead
             ));
         }
-        if serving == 0 && self.serving > 0 && !leaves(state, app) {
+        let left = seen.is_none() && state.leaving.contains(app);
+        if serving == 0 && self.serving > 0 && !leaves(state, app) && !left {
             return Some("the last instance that served does not any more".to_owned());
         }
         None

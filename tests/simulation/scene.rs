@@ -132,6 +132,8 @@ pub struct State {
     pub looked_at_proxy: Instant,
     /// When the making of the set that is live was begun: it was right then, and may be served much later.
     pub changing_since: Instant,
+    /// Apps that were to leave when that was begun. A later agent may finish it, whatever it knows itself.
+    pub leaving: BTreeSet<AppName>,
     pub believed: Option<Arc<Snapshot>>,
     /// When what is believed of an app last changed.
     pub believed_changed: BTreeMap<AppName, Instant>,
@@ -210,6 +212,7 @@ impl Scene {
             looked: BTreeMap::new(),
             looked_at_proxy: now,
             changing_since: now,
+            leaving: BTreeSet::new(),
             believed: None,
             believed_changed: BTreeMap::new(),
             news: None,
