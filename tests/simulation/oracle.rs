@@ -164,6 +164,7 @@ impl Before {
             || now.behind.iter().any(moved)
             || seen.is_some_and(unseen)
             || state.apps.get(app).is_some_and(|o| o.instances.iter().any(|i| moved(&i.id)))
+            || state.died.get(app).is_some_and(|at| *at > looked)
             || state.meddled.get(app).is_some_and(|at| *at > looked)
             || state.believed_changed.get(app).is_some_and(|at| *at > looked);
         if excused {

@@ -61,7 +61,7 @@ impl Scene {
     pub fn die(self: &Arc<Self>, app: &AppName, id: &ContainerId, life: Option<u64>, code: i64) {
         let again = {
             let mut state = self.state();
-            let State { apps, programs, .. } = &mut *state;
+            let State { apps, programs, died, .. } = &mut *state;
             let Some(program) = programs.get_mut(id).filter(|p| life.is_none_or(|l| l == p.life)) else { return };
             let Some(instance) =
                 apps.get_mut(app).and_then(|o| o.instances.iter_mut().find(|i| i.id == *id && i.is_running()))
@@ -71,6 +71,7 @@ impl Scene {
             program.answers = false;
             program.changed = Instant::now();
             program.life += 1;
+            died.insert(app.clone(), program.changed);
             instance.stale_socket = matches!(instance.address, Some(Address::Socket(_)));
             instance.phase = if instance.settled { Phase::Restarting } else { Phase::Exited(code) };
             instance.settled

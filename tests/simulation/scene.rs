@@ -145,6 +145,8 @@ pub struct State {
     pub meant: BTreeMap<AppName, Meant>,
     /// When somebody last removed a container of an app.
     pub meddled: BTreeMap<AppName, Instant>,
+    /// When an instance of an app last died. It may have been removed since.
+    pub died: BTreeMap<AppName, Instant>,
     /// The newest revision that was believed, by any agent.
     pub newest: i64,
     /// Containers of others.
@@ -221,6 +223,7 @@ impl Scene {
             updates: None,
             meant: BTreeMap::new(),
             meddled: BTreeMap::new(),
+            died: BTreeMap::new(),
             newest: 0,
             foreign: BTreeSet::new(),
             tally: BTreeMap::new(),
