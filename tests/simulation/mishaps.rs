@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::{
     history::History,
-    scene::{Engine, State},
+    scene::{Engine, Meant, State},
     store::Data,
 };
 
@@ -21,7 +21,7 @@ impl History {
         let data = self.store.etcd().data.clone();
         let what = match chance.below(6) {
             0 | 1 => {
-                self.store.etcd().backup = Some(data);
+                self.store.etcd().backup = Some(data.clone());
                 "a backup is made"
             }
             2 => {
@@ -43,7 +43,15 @@ impl History {
                 "a backup is restored"
             }
         };
-        self.disaster |= what != "a backup is made";
+        if what != "a backup is made" {
+            self.disaster = true;
+            // What the store said last may still be on its way to an agent that gets no time.
+            let absent = |m: &&mut Meant| !m.present || m.drained;
+            let mut state = self.scene.state();
+            for meant in state.meant.values_mut().filter(absent) {
+                meant.absent_until = meant.absent_until.max(data.revision);
+            }
+        }
         self.scene.happens("disaster", || what.into());
     }
 

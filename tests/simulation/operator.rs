@@ -49,7 +49,7 @@ impl History {
         let revision = self.store.etcd().data.revision + 2;
         self.mean(&app.name, |m| {
             if !m.present {
-                m.absent_until = revision;
+                m.absent_until = m.absent_until.max(revision);
             }
             m.present = true;
         });

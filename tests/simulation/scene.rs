@@ -66,7 +66,7 @@ pub struct Meant {
     pub present: bool,
     /// Whether the whole host is to be empty.
     pub drained: bool,
-    /// The revision of the store up to which it did not.
+    /// The revision of the store up to which it did not; the highest one of all stores.
     pub absent_until: i64,
     pub version: usize,
     pub replicas: usize,
@@ -77,7 +77,7 @@ pub struct Meant {
 impl Meant {
     pub fn drain(&mut self, drained: bool, revision: i64) {
         if self.drained && !drained {
-            self.absent_until = revision;
+            self.absent_until = self.absent_until.max(revision);
         }
         self.drained = drained;
     }
