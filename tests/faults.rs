@@ -300,3 +300,20 @@ fn a_volume_that_leads_out_of_its_place_by_a_symlink_is_refused() {
     std::fs::remove_dir_all(&place).expect("it goes");
     assert_eq!(made, 0, "{}", told.reason);
 }
+
+/// Nothing but nginx's files tells of an app that never got as far as a container.
+#[test]
+fn a_virtual_host_of_an_app_that_was_removed_meanwhile_goes() {
+    let mut lab = Lab::new();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let missing = format!("127.0.0.1:1/nowhere-{}:v1", lab.tag);
+    lab.put("apps/ghost/spec", &lab.socket_spec(&missing, "ghost.test", ""));
+    until("nginx knows it", || lab.get("ghost.test", "/").is_ok_and(|(code, _)| code == 502));
+    lab.kill_agent();
+    lab.del("apps/ghost/");
+    lab.start_agent(&[]);
+    until("nginx knows it no more", || lab.get("ghost.test", "/").is_ok_and(|(code, _)| code != 502));
+    lab.wait_app("web", "converged", |a| a.state == State::Converged);
+    until("nothing is told of it", || lab.app("ghost").is_none());
+    assert_eq!(lab.get("web.test", "/").map(|(code, _)| code), Ok(200));
+}

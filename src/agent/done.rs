@@ -94,6 +94,12 @@ impl<M: Machine> Agent<M> {
                     self.apps.values_mut().for_each(|state| state.dirty = true);
                 }
                 self.proxy.observed = *observed;
+                // Of an app that never got as far as a container nothing else is left.
+                let unknown = unknown(self.snapshot.as_deref());
+                for app in self.proxy.observed.live.iter().flat_map(|live| live.vhosts.keys()) {
+                    let new = || AppState::new(app.clone(), unknown.clone(), now);
+                    self.apps.entry(app.clone()).or_insert_with(new);
+                }
                 self.proxy.observed.changing = self.proxy.busy;
                 self.replan_all();
             }
