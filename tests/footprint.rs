@@ -7,6 +7,7 @@ use std::{fs, path::PathBuf, time::Instant};
 
 use demae::model::status::State;
 use support::{
+    containers::{ids, inspect, kill_and_wait, only},
     disk::Disk,
     lab::{Lab, PATIENCE, Setup, docker, pause, signal, until},
     relay::{Relay, is},
@@ -60,6 +61,11 @@ const ROUNDS: usize = 3;
 /// Connections that happen to be open just now, and their tasks. Fewer than rounds.
 const MOVES: f64 = 2.0;
 
+/// Since when the container of `web` runs, and whether it does.
+fn runs(lab: &Lab) -> String {
+    inspect(&only(lab, "web"), "{{.State.StartedAt}} {{.State.Running}}")
+}
+
 /// A fault, and the end of it.
 type Fault = (&'static str, fn(&mut Site));
 
@@ -85,11 +91,11 @@ const FAULTS: [Fault; 12] = [
         until("the agent notices", || lab.status().is_some_and(|s| s.proxy.is_some()));
         lab.start_nginx();
     }),
-    ("a container is killed", |Site { lab, .. }| {
-        docker(&["kill", &lab.containers()[0]]);
-    }),
+    ("a container is killed", |Site { lab, .. }| kill_and_wait(lab, "web", "web.test")),
     ("a container is removed", |Site { lab, .. }| {
-        docker(&["rm", "-f", &lab.containers()[0]]);
+        let before = only(lab, "web");
+        docker(&["rm", "-f", &before]);
+        until("there is another", || ids(lab, "web").first().is_some_and(|id| *id != before));
     }),
     ("a release fails", |Site { lab, .. }| {
         lab.put("env/web/MOOD", "exit");
@@ -113,10 +119,12 @@ const FAULTS: [Fault; 12] = [
         relay.pass();
     }),
     ("the engine stalls for a moment", |Site { lab, relay, .. }| {
+        let before = runs(lab);
         relay.hold(|_| true);
-        docker(&["kill", &lab.containers()[0]]);
+        docker(&["kill", &only(lab, "web")]);
         until("calls hang", || relay.held() > 0);
         relay.pass();
+        until("it runs again", || runs(lab) != before && runs(lab).ends_with("true"));
     }),
     ("the engine loses answers", |Site { lab, relay, .. }| {
         let (before, release) = (relay.lost(), lab.app("web").and_then(|a| a.release));
@@ -137,13 +145,14 @@ const FAULTS: [Fault; 12] = [
     }),
     ("the agent stands still", |Site { lab, .. }| {
         let pid = lab.agent_pid().expect("it runs");
-        let before = lab.metric("demae_standstills_total", "");
+        let (before, ran) = (lab.metric("demae_standstills_total", ""), runs(lab));
         signal(pid, "-STOP");
-        docker(&["kill", &lab.containers()[0]]);
+        docker(&["kill", &only(lab, "web")]);
         let began = Instant::now();
         until("it stood still for long", || began.elapsed().as_secs() > 10);
         signal(pid, "-CONT");
         until("it notices", || lab.metric("demae_standstills_total", "") > before);
+        until("it runs again", || runs(lab) != ran && runs(lab).ends_with("true"));
     }),
 ];
 

@@ -221,6 +221,10 @@ pub fn contradiction(step: &Step, predicted: &ObservedApp, seen: &ObservedApp) -
 }
 
 fn instances_differ(predicted: &Instance, seen: &Instance) -> Option<String> {
+    // Somebody else removes it.
+    if seen.phase == Phase::Removing {
+        return None;
+    }
     let kind = |i: &Instance| i.address.as_ref().map(std::mem::discriminant);
     let same_phase = match (&predicted.phase, &seen.phase) {
         (Phase::Running | Phase::Restarting, Phase::Running | Phase::Restarting | Phase::Exited(_))
