@@ -213,6 +213,8 @@ fn what_hands_did_to_a_container_is_put_right() {
         docker(&["update", "--restart", policy, &id]);
         let template = "{{.HostConfig.RestartPolicy.Name}}";
         until(&format!("`{policy}` is set back"), || inspect(&id, template) == "unless-stopped");
+        // Else the agent finds the next change where it looks for what it did itself.
+        looked_at(&lab);
     }
     // Whatever it is called, its labels tell what it is. An app behind a socket needs no network either.
     docker(&["rename", &id, &format!("demae-lab-{}-renamed", lab.tag)]);
