@@ -99,6 +99,10 @@ fn a_tag_that_moves_changes_no_instance_of_a_release() {
     let lab = Lab::new();
     let (v1, v2) = (lab.image("v1"), lab.image("v2"));
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&v1, "web.test", ""));
+    // By this name it is removed in the end.
+    let first = format!("{v1}-first");
+    docker(&["tag", &v1, &first]);
+    lab.removes(first);
     docker(&["tag", &v2, &v1]);
     // More instances of what runs are made from what runs.
     lab.put("apps/web/spec", &lab.socket_spec(&v1, "web.test", "deploy: {replicas_per_host: 2}\n"));

@@ -277,6 +277,11 @@ impl Lab {
         name
     }
 
+    /// Has an image removed with the lab.
+    pub fn removes(&self, image: String) {
+        self.images.lock().expect("no test panicked with it").push(image);
+    }
+
     /// A spec in socket mode, with more lines.
     pub fn socket_spec(&self, image: &str, host: &str, more: &str) -> String {
         let user = user_line();
