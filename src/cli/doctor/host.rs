@@ -60,7 +60,7 @@ pub(super) async fn nginx(patient: &Patient<'_>, found: &mut Findings) {
     let observed = world.nginx.observe().await;
     match (&observed.live, &observed.error) {
         (None, Some(error)) if observed.unreadable => {
-            let remedy = "a running agent cannot change nginx until it is readable: mend its rights, or remove it; the agent makes it anew";
+            let remedy = "a running agent cannot change nginx until that can be read: mend its rights, or what it says";
             found.fail("nginx files", error.clone(), remedy);
         }
         (None, _) => found.ok("nginx files", "there are none of demae's yet; the agent makes them"),
