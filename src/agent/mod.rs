@@ -8,6 +8,7 @@ mod app;
 mod done;
 mod listen;
 mod prediction;
+mod proxy;
 mod report;
 mod standstill;
 
@@ -30,20 +31,20 @@ use crate::{
     model::{
         desired::{DesiredApp, Snapshot},
         name::AppName,
-        proxy::ObservedProxy,
         status::{HostStatus, StoreBlock},
         time::Timestamp,
     },
     plan::{
-        AppInput, AppPlan, Cooled, VhostWish,
-        proxy::{Conflict, ProxyInput, ProxyStep, conflicts, plan_proxy},
+        AppInput, AppPlan,
+        proxy::{Conflict, conflicts},
         step::Step,
     },
     store::Update,
 };
 use app::AppState;
-use done::{Done, ProxyEnd};
+use done::Done;
 use listen::{Hint, hang_up, listen};
+use proxy::ProxyState;
 
 /// Steps at a time. Measured on two cores: four at a time start 50 containers in 4.8 s, eight in 4.4 s, sixteen in
 /// 4.2 s; one at a time takes 10.2 s.
@@ -135,23 +136,6 @@ pub struct Agent<M> {
     stops: Arc<Semaphore>,
     store_reachable: bool,
     store_block: Option<StoreBlock>,
-}
-
-#[derive(Default)]
-struct ProxyState {
-    observed: ObservedProxy,
-    seen: bool,
-    observing: bool,
-    /// Whether what was seen may not hold any more.
-    stale: bool,
-    /// Whether the look under way was begun before that.
-    outdated: bool,
-    dirty: bool,
-    counting: bool,
-    busy: bool,
-    cooled: Option<Cooled>,
-    trouble: Option<String>,
-    wake: Option<Timestamp>,
 }
 
 /// What is wanted of an app that a snapshot does not know.
@@ -412,58 +396,6 @@ impl<M: Machine> Agent<M> {
                 Done::Observed(app, observed)
             });
         }
-    }
-
-    fn act_on_proxy(&mut self, now: Timestamp) {
-        let unseen = self.apps.values().any(|s| !s.is_planned());
-        if !self.proxy.seen || self.proxy.stale || self.proxy.observing || (unseen && self.began.elapsed() < FIRST_LOOK)
-        {
-            return;
-        }
-        let wishes: BTreeMap<AppName, VhostWish> = self.apps.iter().map(|(a, s)| (a.clone(), s.wish())).collect();
-        let input = ProxyInput {
-            wishes: &wishes,
-            observed: &self.proxy.observed,
-            cooling: self.proxy.cooled.as_ref(),
-            busy: self.proxy.busy,
-            now,
-        };
-        let plan = plan_proxy(&input);
-        self.proxy.wake = plan.wake;
-        if self.proxy.trouble != plan.trouble {
-            self.proxy.trouble = plan.trouble;
-            self.replan_all();
-        }
-        let Some((step, reason)) = plan.step else {
-            // It came late, and it came: what failed is over. What is held back may fail again.
-            let held_back = self.apps.values().any(AppState::is_held_back);
-            if !held_back && self.proxy.trouble.is_none() && self.proxy.cooled.take().is_some() {
-                self.outlets.metrics.reload_recovered();
-            }
-            return;
-        };
-        tracing::info!("{step}: {reason}");
-        self.proxy.busy = true;
-        self.proxy.observed.changing = true;
-        let changes = match &step {
-            ProxyStep::Publish(wanted) => self.proxy.observed.changes_to(wanted),
-            ProxyStep::Reload => 0,
-        };
-        let machine = self.machine.clone();
-        self.jobs.spawn(async move {
-            failpoint::boundary("nginx");
-            if standstill::is_late(now, machine.now()) {
-                tracing::info!("decided anew, as it comes late: {step}");
-                return Done::ProxyLate;
-            }
-            let began = Instant::now();
-            let result = match step {
-                ProxyStep::Publish(vhosts) => machine.publish(&vhosts).await.map(Some),
-                ProxyStep::Reload => machine.reload().await.map(|()| None),
-            };
-            failpoint::boundary("nginx");
-            Done::ProxyStepped(ProxyEnd { result, reason, changes, took: began.elapsed() })
-        });
     }
 
     fn wake_at(&self) -> Instant {
