@@ -173,7 +173,7 @@ impl World {
         match &release.endpoint {
             Some(Endpoint::Socket(_)) => {
                 let dir = self.layout.socket_dir(app, key);
-                files::make_dir(&dir, 0o700)?;
+                self.make_socket_dir(app, &dir)?;
                 socket_dir = Some(dir.to_string_lossy().into_owned());
             }
             Some(Endpoint::Port(_)) => {
@@ -212,20 +212,30 @@ impl World {
         }
     }
 
+    /// The directory of a socket, closed, in directories that a group may be let into. What is there already is left as it
+    /// is: requests to other instances pass through it, to be closed for a moment is enough to lose one.
+    fn make_socket_dir(&self, app: &AppName, dir: &Path) -> Result<(), FileError> {
+        // An agent that is not root can give nothing to nginx's group; the path must be open to it all the same.
+        let above = if rustix::process::geteuid().is_root() { 0o700 } else { 0o755 };
+        for (dir, mode) in [(&*self.layout.sockets(), above), (&*self.layout.app_sockets(app), above), (dir, 0o700)] {
+            if !dir.is_dir() {
+                files::make_dir(dir, mode)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The directory of a socket: the container's user may write in it, nginx's group may pass, nobody else may.
     async fn open_socket_dir(&self, app: &AppName, handle: &Handle) -> Result<(), StepError> {
         let dir = self.layout.socket_dir(app, &handle.key);
         let group = if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None };
-        for above in [self.layout.sockets(), self.layout.app_sockets(app)] {
-            // While nginx is away, what is open to it stays open.
-            if group.is_some() || !above.is_dir() {
-                files::make_dir(&above, 0o700)?;
-            }
-            if group.is_some() {
+        self.make_socket_dir(app, &dir)?;
+        // While nginx is away, what is open to it stays open.
+        if group.is_some() {
+            for above in [self.layout.sockets(), self.layout.app_sockets(app)] {
                 files::hand_over(&above, None, group, 0o750)?;
             }
         }
-        files::make_dir(&dir, 0o700)?;
         match (self.docker.user_of(&handle.id).await?, group) {
             (Some(user), Some(group)) => files::hand_over(&dir, Some(user), Some(group), 0o2750)?,
             // A user known only by name inside the image, or an agent that is not root: the directories above stay closed.

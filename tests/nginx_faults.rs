@@ -6,13 +6,14 @@ mod support;
 use std::{
     fs,
     net::{SocketAddr, TcpListener},
-    os::{fd::OwnedFd, unix::fs::PermissionsExt as _},
+    os::fd::OwnedFd,
     path::PathBuf,
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
 use demae::model::status::State;
+use rustix::fs::inotify;
 use support::{
     containers::{ids, is_done, only},
     lab::{Lab, Setup, docker, free_address, until},
@@ -126,18 +127,6 @@ fn master(lab: &Lab) -> u32 {
     text.trim().parse().expect("a number")
 }
 
-/// Makes nginx's workers who they are on most hosts, nobody in particular: they reach only what was opened to them. The
-/// lab's own are root, and reach everything.
-fn unprivileged(lab: &mut Lab) {
-    lab.stop_nginx();
-    let text = fs::read_to_string(lab.path("nginx.conf")).expect("a file");
-    let other = text.replacen("user root;", "user nobody nogroup;", 1);
-    assert_ne!(other, text, "this needs a test that is root");
-    fs::write(lab.path("nginx.conf"), other).expect("a file");
-    fs::set_permissions(lab.dir.path(), fs::Permissions::from_mode(0o755)).expect("a directory");
-    lab.start_nginx();
-}
-
 /// Two apps, one behind a socket and one behind a port.
 fn two_apps(lab: &Lab) {
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
@@ -207,9 +196,7 @@ fn an_nginx_that_is_killed_between_any_two_steps_loses_only_what_was_in_it() {
 
 #[test]
 fn without_its_master_nginx_serves_on_and_what_needs_a_reload_waits() {
-    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
-    unprivileged(&mut lab);
-    lab.start_agent(&[]);
+    let mut lab = Lab::new();
     two_apps(&lab);
     let image = lab.image("v2");
     let start = |host: &str| Load::start(lab.ingress, host, vec![Client::get(false), Client::slow(false, 1000)]);
@@ -238,12 +225,34 @@ fn without_its_master_nginx_serves_on_and_what_needs_a_reload_waits() {
     }
 }
 
+/// To be closed for a moment is enough to lose a request, and too short for a test to meet: nothing is touched at all.
+#[test]
+fn what_nginx_passes_through_to_an_instance_is_touched_by_no_other() {
+    let lab = Lab::new();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let before = lab.path("state/sockets/web").read_dir().expect("a directory").next().expect("an instance");
+    let instance = before.expect("a directory").path();
+    let way = [lab.path("state/sockets"), lab.path("state/sockets/web"), instance.join("app.sock"), instance];
+    let changes = inotify::init(inotify::CreateFlags::NONBLOCK).expect("inotify");
+    for place in &way {
+        inotify::add_watch(&changes, place, inotify::WatchFlags::ATTRIB).expect("a watch");
+    }
+    lab.deploy("other", "apps/other/spec", &lab.socket_spec(&lab.image("v1"), "other.test", ""));
+    let two = "deploy: {replicas_per_host: 2}";
+    lab.put("apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", two));
+    lab.wait_app("web", "two instances", |s| s.state == State::Converged && s.healthy == 2);
+    let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+    let mut events = inotify::Reader::new(&changes, &mut buffer);
+    // A directory tells of what is in it as well, by a name.
+    let touched = std::iter::from_fn(|| events.next().ok().map(|e| (e.wd(), e.file_name().is_none())));
+    let touched: Vec<i32> = touched.filter_map(|(number, itself)| itself.then_some(number)).collect();
+    assert!(touched.is_empty(), "{touched:?}, by number from 1: {way:?}");
+}
+
 /// Whom a socket must be opened to is only seen while nginx runs. It must be opened then at the latest.
 #[test]
 fn an_app_that_comes_up_while_nginx_is_away_is_reached_once_it_is_back() {
-    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
-    unprivileged(&mut lab);
-    lab.start_agent(&[]);
+    let mut lab = Lab::new();
     two_apps(&lab);
     let image = lab.image("v2");
     let switch = "\"step\":\"switch\"";
@@ -263,9 +272,7 @@ fn an_app_that_comes_up_while_nginx_is_away_is_reached_once_it_is_back() {
 
 #[test]
 fn after_a_boot_in_which_nginx_came_last_every_app_is_reached() {
-    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
-    unprivileged(&mut lab);
-    lab.start_agent(&[]);
+    let mut lab = Lab::new();
     two_apps(&lab);
     lab.kill_agent();
     lab.stop_nginx();

@@ -128,14 +128,22 @@ pub fn space(path: &Path) -> Result<(u64, u64)> {
     Ok((stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize))
 }
 
-/// Gives a file or directory to a user and a group, then the rights: the change of owner clears some of them.
+/// Gives a file or directory to a user and a group, then the rights: the change of owner clears some of them. What has
+/// them already is not touched.
 ///
 /// # Errors
 /// If this agent may not.
 pub fn hand_over(path: &Path, user: Option<u32>, group: Option<u32>, mode: u32) -> Result<()> {
     let give = || -> io::Result<()> {
-        std::os::unix::fs::chown(path, user, group)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        let found = fs::metadata(path)?;
+        let is_theirs = user.is_none_or(|u| u == found.uid()) && group.is_none_or(|g| g == found.gid());
+        if !is_theirs {
+            std::os::unix::fs::chown(path, user, group)?;
+        }
+        if !is_theirs || found.permissions().mode() & 0o7777 != mode {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+        }
+        Ok(())
     };
     give().map_err(failed("hand over", path))
 }

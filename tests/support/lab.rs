@@ -10,6 +10,7 @@
 use std::{
     fs,
     net::{SocketAddr, TcpListener},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -109,11 +110,9 @@ impl Lab {
             setup.sections
         );
         fs::write(self.path("agent.toml"), text).expect("a file");
-        let user = if fs::metadata("/proc/self").map(|m| std::os::unix::fs::MetadataExt::uid(&m)).ok() == Some(0) {
-            "user root;"
-        } else {
-            ""
-        };
+        // Workers are nobody in particular, as on most hosts: root would reach what was never opened to it.
+        let user = if rustix::process::geteuid().is_root() { "user nobody nogroup;" } else { "" };
+        fs::set_permissions(self.dir.path(), fs::Permissions::from_mode(0o755)).expect("a directory");
         let nginx = format!(
             "{user}\nworker_processes 2;\nworker_rlimit_nofile 8192;\npid {dir}/nginx.pid;\nerror_log {dir}/nginx-error.log;\n\
              events {{ worker_connections 2048; }}\nhttp {{ access_log off; keepalive_requests 1000000;\n\
@@ -406,11 +405,13 @@ impl Drop for Lab {
         let contradictions: Vec<String> =
             self.agent_log().lines().filter(|l| l.contains("model and host differ")).map(str::to_owned).collect();
         if std::thread::panicking() || !contradictions.is_empty() {
-            eprintln!("the end of the agent's log:");
-            let log = self.agent_log();
-            let lines: Vec<&str> = log.lines().collect();
-            for line in &lines[lines.len().saturating_sub(40)..] {
-                eprintln!("  {line}");
+            let refusals = fs::read_to_string(self.path("nginx-error.log")).unwrap_or_default();
+            for (whose, log) in [("agent", self.agent_log()), ("nginx", refusals)] {
+                eprintln!("the end of the {whose}'s log:");
+                let lines: Vec<&str> = log.lines().collect();
+                for line in &lines[lines.len().saturating_sub(40)..] {
+                    eprintln!("  {line}");
+                }
             }
         }
         assert!(

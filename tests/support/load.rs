@@ -154,7 +154,8 @@ fn work(shared: &Shared, address: SocketAddr, host: &str, client: &Client) {
                         tally.wrong += u64::from(reason.starts_with(NOT_200));
                     }
                     if tally.reasons.len() < 20 {
-                        tally.reasons.push(format!("{reason} (reused: {reused}, {client:?})"));
+                        let at = jiff::Timestamp::now();
+                        tally.reasons.push(format!("{at} {host}: {reason} (reused: {reused}, {client:?})"));
                     }
                 }
             }

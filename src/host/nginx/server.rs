@@ -176,13 +176,19 @@ pub fn workers(master: i32) -> Vec<i32> {
 }
 
 fn is_leaving(pid: i32) -> bool {
-    fs::read(format!("/proc/{pid}/cmdline"))
-        .is_ok_and(|line| String::from_utf8_lossy(&line).contains("worker process is shutting down"))
+    has_title(pid, "nginx: worker process is shutting down")
 }
 
-/// The group that workers run as, if one runs.
+/// Whether a process says this first about itself.
+fn has_title(pid: i32, title: &str) -> bool {
+    fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(title.as_bytes()))
+}
+
+/// The group that workers run as, if one runs. One that was only just started still is who its master is: it takes its
+/// title when it has become somebody else (`ngx_worker_process_cycle`, src/os/unix/ngx_process_cycle.c).
 pub fn worker_group(master: i32) -> Option<u32> {
-    let worker = *children(master).first()?;
+    let has_begun = |pid: &i32| has_title(*pid, "nginx: worker process");
+    let worker = children(master).into_iter().find(has_begun)?;
     let status = fs::read_to_string(format!("/proc/{worker}/status")).ok()?;
     let line = status.lines().find(|l| l.starts_with("Gid:"))?;
     line.split_whitespace().nth(2)?.parse().ok()
