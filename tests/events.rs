@@ -35,7 +35,6 @@ fn what_a_deploy_does_can_be_followed() {
     let mut follow = Command::new(env!("CARGO_BIN_EXE_demae"));
     follow.args(["events", "web", "--agent", &format!("http://{}/metrics", lab.metrics)]);
     follow.stdout(Stdio::piped()).stderr(Stdio::null());
-    until("the agent answers", || lab.demae(&["ready"]).status.success());
     let mut following = follow.spawn().expect("demae runs");
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
     lab.deploy("other", "apps/other/spec", &lab.socket_spec(&lab.image("v1"), "other.test", ""));
@@ -216,7 +215,6 @@ fn what_people_take_is_not_measured_and_a_change_of_mind_is_one_change() {
 #[test]
 fn events_are_followed_over_a_restart_of_the_agent() {
     let mut lab = Lab::new();
-    until("the agent answers", || lab.demae(&["ready"]).status.success());
     let mut follow = Command::new(env!("CARGO_BIN_EXE_demae"));
     follow.args(["events", "--agent", &format!("http://{}/metrics", lab.metrics)]);
     let mut following = follow.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("demae runs");

@@ -38,7 +38,7 @@ fn spans_of_a_deploy_are_exported() {
     });
     let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
     lab.start_agent(&[("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint), ("OTEL_BSP_SCHEDULE_DELAY", "200")]);
-    until("the agent is ready", || lab.demae(&["ready"]).status.success());
+    lab.wait_ready();
     let secret = "canary-in-the-environment";
     lab.put("env/web/TOKEN", secret);
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));

@@ -12,7 +12,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    process::{Child, Command, Output, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -32,7 +32,7 @@ pub struct Lab {
     pub tag: String,
     etcd_process: Option<Etcd>,
     nginx_process: Option<Child>,
-    agent_process: Option<Child>,
+    pub(super) agent_process: Option<Child>,
     images: std::sync::Mutex<Vec<String>>,
 }
 
@@ -84,6 +84,7 @@ impl Lab {
         lab.start_nginx();
         if !setup.no_agent {
             lab.start_agent(&[]);
+            lab.wait_ready();
         }
         lab
     }
@@ -165,54 +166,6 @@ impl Lab {
             child.wait().expect("nginx ends");
         }
         self.nginx_process = None;
-    }
-
-    /// Starts the agent, without waiting for anything.
-    pub fn start_agent(&mut self, env: &[(&str, &str)]) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
-        command.args(["agent", "--config"]).arg(self.path("agent.toml")).envs(env.iter().copied());
-        command.env_remove("ETCDCTL_ENDPOINTS");
-        self.agent_process = Some(quiet(&mut command, &self.path("agent.log")));
-    }
-
-    /// `kill -9`.
-    pub fn kill_agent(&mut self) {
-        kill(&mut self.agent_process);
-    }
-
-    /// SIGTERM, and how long it took.
-    pub fn stop_agent(&mut self) -> Duration {
-        let began = Instant::now();
-        if let Some(mut child) = self.agent_process.take() {
-            signal(child.id(), "-TERM");
-            let status = child.wait().expect("the agent ends");
-            assert!(status.success(), "the agent ended with {status}\n{}", self.agent_log());
-        }
-        began.elapsed()
-    }
-
-    /// Whether the agent ended by itself.
-    pub fn agent_ended(&mut self) -> bool {
-        match &mut self.agent_process {
-            Some(child) => child.try_wait().expect("a child").is_some(),
-            None => true,
-        }
-    }
-
-    pub fn agent_pid(&self) -> Option<u32> {
-        self.agent_process.as_ref().map(Child::id)
-    }
-
-    pub fn agent_log(&self) -> String {
-        fs::read_to_string(self.path("agent.log")).unwrap_or_default()
-    }
-
-    /// `demae` with the lab's configuration.
-    pub fn demae(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
-        command.args(args).env("DEMAE_CONFIG", self.path("agent.toml"));
-        command.env("DEMAE_METRICS", format!("http://{}/metrics", self.metrics)).env_remove("ETCDCTL_ENDPOINTS");
-        command.output().expect("demae runs")
     }
 
     fn etcdctl(&self) -> Command {
@@ -437,10 +390,15 @@ pub fn pause() {
 }
 
 /// Waits until something holds.
-pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
+pub fn until(what: &str, holds: impl FnMut() -> bool) {
+    until_within(PATIENCE, what, holds);
+}
+
+/// Waits until something holds that takes its time by design.
+pub fn until_within(patience: Duration, what: &str, mut holds: impl FnMut() -> bool) {
     let began = Instant::now();
     while !holds() {
-        assert!(began.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
+        assert!(began.elapsed() < patience, "not within {patience:?}: {what}");
         pause();
     }
 }
@@ -467,7 +425,7 @@ pub fn signal(pid: u32, name: &str) {
     run(Command::new("kill").args([name, &pid.to_string()]));
 }
 
-fn kill(child: &mut Option<Child>) {
+pub(super) fn kill(child: &mut Option<Child>) {
     if let Some(mut child) = child.take() {
         // It may have ended by itself.
         let _ = child.kill();

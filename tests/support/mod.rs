@@ -1,6 +1,7 @@
 //! What the tests on real etcd, nginx and Docker share.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub mod agent;
 pub mod containers;
 pub mod dashboards;
 pub mod disk;

@@ -242,7 +242,10 @@ impl Shared {
             Some(Fate::Mute) => {
                 let (head, _) = read_head(&engine)?;
                 client.write_all(&head)?;
-                io::copy(&mut &engine, &mut io::sink())?
+                io::copy(&mut &engine, &mut io::sink())?;
+                // The end would be something that follows.
+                self.wait(number);
+                0
             }
             Some(Fate::Hold | Fate::Refuse(_)) | None => io::copy(&mut &engine, &mut client)?,
         };

@@ -1,0 +1,66 @@
+//! The agent of a lab, and its command line.
+#![allow(clippy::disallowed_methods, reason = "a test starts programs and reads what they wrote")]
+
+use std::{
+    fs,
+    process::{Child, Command, Output},
+    time::{Duration, Instant},
+};
+
+use super::lab::{Lab, kill, quiet, signal, until};
+
+impl Lab {
+    /// Starts the agent, without waiting for anything.
+    pub fn start_agent(&mut self, env: &[(&str, &str)]) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
+        command.args(["agent", "--config"]).arg(self.path("agent.toml")).envs(env.iter().copied());
+        command.env_remove("ETCDCTL_ENDPOINTS");
+        self.agent_process = Some(quiet(&mut command, &self.path("agent.log")));
+    }
+
+    /// Waits until it has read etcd, Docker and nginx. What it finds at its start it takes for older than itself, and
+    /// keeps no time of.
+    pub fn wait_ready(&self) {
+        until("the agent is ready", || self.demae(&["ready"]).status.success());
+    }
+
+    /// `kill -9`.
+    pub fn kill_agent(&mut self) {
+        kill(&mut self.agent_process);
+    }
+
+    /// SIGTERM, and how long it took.
+    pub fn stop_agent(&mut self) -> Duration {
+        let began = Instant::now();
+        if let Some(mut child) = self.agent_process.take() {
+            signal(child.id(), "-TERM");
+            let status = child.wait().expect("the agent ends");
+            assert!(status.success(), "the agent ended with {status}\n{}", self.agent_log());
+        }
+        began.elapsed()
+    }
+
+    /// Whether the agent ended by itself.
+    pub fn agent_ended(&mut self) -> bool {
+        match &mut self.agent_process {
+            Some(child) => child.try_wait().expect("a child").is_some(),
+            None => true,
+        }
+    }
+
+    pub fn agent_pid(&self) -> Option<u32> {
+        self.agent_process.as_ref().map(Child::id)
+    }
+
+    pub fn agent_log(&self) -> String {
+        fs::read_to_string(self.path("agent.log")).unwrap_or_default()
+    }
+
+    /// `demae` with the lab's configuration.
+    pub fn demae(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
+        command.args(args).env("DEMAE_CONFIG", self.path("agent.toml"));
+        command.env("DEMAE_METRICS", format!("http://{}/metrics", self.metrics)).env_remove("ETCDCTL_ENDPOINTS");
+        command.output().expect("demae runs")
+    }
+}
