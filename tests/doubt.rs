@@ -97,6 +97,17 @@ fn a_damaged_ledger_stops_nothing_and_is_written_anew() {
     lab.start_etcd();
     lab.wait_app("web", "converged", |s| s.state == State::Converged && s.healthy == 1);
     assert_ne!(fs::read(&ledger).expect("a ledger").len(), whole.len() / 2, "it is whole again");
+
+    // Whether what runs here was wanted is not known without it, so nothing leaves unseen, be it one app.
+    lab.stop_agent();
+    fs::write(&ledger, &whole[..whole.len() / 2]).expect("a file");
+    lab.del("apps/web/");
+    lab.start_agent(&[]);
+    let found = wait_block(&lab, "mass_removal");
+    assert!(found.message.contains("1 of the 1 apps of this host would leave at once: web"), "{found}");
+    assert_eq!(lab.get("web.test", "/").map(|(code, _)| code), Ok(200));
+    assert!(lab.demae(&["confirm", "--yes"]).status.success());
+    until("it leaves", || lab.containers().is_empty());
 }
 
 #[test]
@@ -230,6 +241,30 @@ fn most_apps_leave_only_if_a_person_says_so() {
     until("all run again", all);
     lab.put(&format!("hosts/{}/mode", lab.host), "drained");
     until("all leave", || lab.containers().is_empty());
+}
+
+/// The keys come back between a person's consent and the agent's next look.
+#[test]
+fn consent_that_was_not_needed_is_none_for_another_day() {
+    let mut lab = Lab::new();
+    init(&lab);
+    let worker = format!("image: \"{}\"\nstop_grace_period: 1s\n", lab.image("v1"));
+    let specs = ["a", "b", "c", "d"].map(|n| (format!("apps/{n}/spec"), worker.clone()));
+    lab.put_all(&specs);
+    until("all run", || lab.status().is_some_and(|s| s.apps.iter().filter(|a| a.healthy == 1).count() == 4));
+    let before = lab.containers();
+    lab.del("apps/");
+    wait_block(&lab, "mass_removal");
+    lab.stop_agent();
+    assert!(lab.demae(&["confirm", "--yes"]).status.success());
+    lab.put_all(&specs);
+    lab.start_agent(&[]);
+    until("it is believed", || lab.status().is_some_and(|s| s.store.stale_since.is_none() && s.apps.len() == 4));
+    assert!(block(&lab).is_none());
+    until("what was accepted is forgotten", || !lab.path("state/accepted.json").exists());
+    lab.del("apps/");
+    wait_block(&lab, "mass_removal");
+    assert_eq!(lab.containers(), before);
 }
 
 #[test]

@@ -197,6 +197,12 @@ impl Belief {
         }
     }
 
+    fn use_up(&self, needed: bool, found: &Identity) {
+        if needed || self.accepted().is_settled_by(found) {
+            self.shelf.use_up();
+        }
+    }
+
     fn accepted(&self) -> Acceptance {
         let text = self.shelf.acceptance().unwrap_or_default();
         serde_json::from_slice(&text).unwrap_or_default()
@@ -209,9 +215,7 @@ impl Belief {
         let snapshot = reader.snapshot(&contents, &key);
         let needed = self.judge(&contents, &snapshot, &found)?;
         self.keep(&contents, &key, &found, None).map_err(StoreError::Ledger)?;
-        if needed {
-            self.shelf.use_up();
-        }
+        self.use_up(needed, &found);
         self.on_disk = found.revision;
         self.standing.believe(found, &snapshot);
         (self.reader, self.contents, self.key, self.proven) = (reader, contents, Some(key), true);
@@ -257,6 +261,7 @@ impl Belief {
             && self.contents.entries == contents.entries;
         let snapshot = if self.proven && unchanged {
             self.contents = contents;
+            self.use_up(false, &found);
             // What others write makes revisions too, and the highest one seen is to be known after a restart. The
             // contents are on disk already, so a disk that is full is no reason to stop here.
             if revision > self.on_disk {

@@ -37,7 +37,12 @@ pub async fn publish(
     loop {
         let mut publisher =
             Publisher { config: &config, claim: &claim, updates: &updates, told: BTreeMap::new(), written: None };
-        match publisher.session(turn, &mut statuses, &token).await {
+        let ended = publisher.session(turn, &mut statuses, &token).await;
+        // A session that wrote something was a good one: the name goes with the lease, and must not wait for long.
+        if publisher.written.is_some() {
+            retry.reset();
+        }
+        match ended {
             Ok(()) => return,
             Err(error) => {
                 tracing::debug!("publishing pauses: {error}");

@@ -94,6 +94,14 @@ pub struct Found<'a> {
     pub snapshot: &'a Snapshot,
 }
 
+impl Acceptance {
+    /// Whether this read answers the question that the person was asked: the same etcd, as far on or further. If it is
+    /// believed, needed or not, what was accepted has had its time, and is no consent to the same thing another day.
+    pub fn is_settled_by(&self, found: &Identity) -> bool {
+        self.identity.as_ref().is_some_and(|a| a.etcd == found.etcd && a.revision <= found.revision)
+    }
+}
+
 impl Standing {
     /// Whether what was read is taken; true if only since a person accepted it. `known` is what was believed last.
     ///
