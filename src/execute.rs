@@ -194,8 +194,9 @@ impl World {
         let address = observed.instances.iter().find(|i| i.id == handle.id).and_then(|i| i.address.clone());
         if let Some(Address::Socket(path)) = &address {
             self.open_socket_dir(app, handle).await?;
-            // A dead socket would keep the app from binding its own; one that is listened on belongs to a paused app.
-            if std::os::unix::net::UnixStream::connect(path).is_err() {
+            // A dead socket would keep the app from binding its own. One that is listened on belongs to a paused app, and
+            // its queue may be full: whoever waits for room there waits for the very start that comes next.
+            if is_dead(Path::new(path)) {
                 files::remove_file(Path::new(path))?;
             }
         }
@@ -329,6 +330,17 @@ impl World {
             prober.ask(app, id, question);
         }
     }
+}
+
+/// Whether nobody listens on a socket that is there. Does not wait.
+fn is_dead(socket: &Path) -> bool {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+    let ask = || {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let asking = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect(&asking, &SocketAddrUnix::new(socket)?)
+    };
+    ask() == Err(rustix::io::Errno::CONNREFUSED)
 }
 
 /// Docker follows symlinks, and an app that may write below a mounted directory can make one there.

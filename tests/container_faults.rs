@@ -3,9 +3,13 @@
 
 mod support;
 
-use std::{fs, net::TcpListener, ops::RangeInclusive, process::Command, time::Duration};
+use std::{
+    fs, net::TcpListener, ops::RangeInclusive, os::unix::fs::PermissionsExt as _, path::PathBuf, process::Command,
+    time::Duration,
+};
 
 use demae::model::status::State;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use support::{
     containers::{Foreign, ids, inspect, is_done, kill_and_wait, only},
     lab::{Lab, Setup, docker, until},
@@ -237,6 +241,66 @@ fn what_hands_did_to_a_container_is_put_right() {
     });
     lab.wait_app("web", "as it should be", |s| s.state == State::Converged && s.healthy == 1);
     assert_eq!(only(&lab, "web"), id);
+}
+
+/// While it is paused nobody takes what waits, and at some time no more can wait: not even the agent.
+#[test]
+fn a_paused_container_with_a_full_queue_is_started_again() {
+    let lab = lab();
+    lab.deploy("web", "apps/web/spec", &quick(&lab, ""));
+    let id = only(&lab, "web");
+    lab.put("apps/web/paused", "a look at its memory");
+    lab.wait_app("web", "left alone", |s| s.state == State::Paused);
+    docker(&["pause", &id]);
+    let socket = SocketAddrUnix::new(instance_dir(&lab).join("app.sock")).expect("a path");
+    let came = (0..100_000).take_while(|_| {
+        let asking = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None);
+        connect(asking.expect("a socket"), &socket).is_ok()
+    });
+    assert!(came.count() < 100_000, "its queue is full");
+    lab.del("apps/web/paused");
+    lab.wait_app("web", "as it should be", |s| s.state == State::Converged && s.healthy == 1);
+    assert_eq!(lab.get("web.test", "/").map(|(code, _)| code), Ok(200));
+    assert_eq!(only(&lab, "web"), id);
+}
+
+/// Where the one instance of `web` has its socket.
+fn instance_dir(lab: &Lab) -> PathBuf {
+    let mut instances = lab.path("state/sockets/web").read_dir().expect("a directory");
+    let only = instances.next().expect("an instance").expect("a directory").path();
+    assert!(instances.next().is_none());
+    only
+}
+
+#[test]
+fn a_way_to_a_socket_that_was_closed_by_hand_is_opened_again() {
+    let lab = lab();
+    lab.deploy("web", "apps/web/spec", &quick(&lab, ""));
+    let dir = instance_dir(&lab);
+    for place in [dir.join("app.sock"), dir, lab.path("state/sockets/web"), lab.path("state/sockets")] {
+        fs::set_permissions(&place, fs::Permissions::from_mode(0o700)).expect("a mode");
+        until(&format!("`{}` is open again", place.display()), || {
+            lab.get("web.test", "/").is_ok_and(|(code, _)| code == 200)
+        });
+    }
+}
+
+/// Its new socket is opened to nginx at once, and not when it is asked next.
+#[test]
+fn who_was_started_anew_by_docker_is_reached_before_it_is_asked_next() {
+    let lab = lab();
+    let spec = quick(&lab, "").replace("interval: 1s", "interval: 10m");
+    assert!(spec.contains("10m"));
+    lab.deploy("web", "apps/web/spec", &spec);
+    looked_at(&lab);
+    let id = only(&lab, "web");
+    let started = inspect(&id, "{{.State.StartedAt}}");
+    let status = Command::new("kill").args(["-9", &inspect(&id, "{{.State.Pid}}")]).status().expect("kill runs");
+    assert!(status.success());
+    until("it runs again, and is reached", || {
+        inspect(&id, "{{.State.StartedAt}}") != started && lab.get("web.test", "/").is_ok_and(|(code, _)| code == 200)
+    });
+    assert_eq!(only(&lab, "web"), id, "by nobody but Docker");
 }
 
 #[test]

@@ -149,7 +149,8 @@ pub fn hand_over(path: &Path, user: Option<u32>, group: Option<u32>, mode: u32) 
 }
 
 /// Lets a group pass to a socket, if it was made while the group was not known: through the directory of the instance and
-/// the two above it, that of the app and that of all. A directory that is open to the group already is left alone.
+/// the two above it, that of the app and that of all; or if hands, or a crash between two calls, closed one of them. A
+/// directory that is open to the group already is left alone.
 ///
 /// # Errors
 /// If this agent may not.
@@ -159,11 +160,13 @@ pub fn open_way_to(socket: &Path, group: u32) -> Result<()> {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             found => found.map_err(failed("look at", dir))?,
         };
-        if !found.is_dir() || found.gid() == group {
+        // That of the instance belongs to the container's user, and hands its group down.
+        let needed = if level == 0 { 0o2050 } else { 0o050 };
+        let is_open = found.gid() == group && found.permissions().mode() & needed == needed;
+        if !found.is_dir() || is_open {
             continue;
         }
-        // That of the instance belongs to the container's user, and hands its group down.
-        let mode = if level == 0 { found.permissions().mode() & 0o777 | 0o2050 } else { 0o750 };
+        let mode = if level == 0 { found.permissions().mode() & 0o777 | needed } else { 0o750 };
         hand_over(dir, None, Some(group), mode)?;
     }
     Ok(())

@@ -2,12 +2,16 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    os::unix::fs::MetadataExt as _,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use tokio::{sync::mpsc::UnboundedSender, task::AbortHandle};
+use tokio::{
+    sync::{Notify, mpsc::UnboundedSender},
+    task::AbortHandle,
+};
 use tokio_util::task::TaskTracker;
 
 use super::{clock::Clock, files, probe};
@@ -23,6 +27,10 @@ use crate::model::{
 const CONFIRM: Duration = Duration::from_millis(5);
 /// How often it is looked whether a socket is there yet: a look costs a microsecond, and asks nobody.
 const LOOK: Duration = Duration::from_millis(2);
+/// How often it is looked whether another one took its place.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// Starts that differ by more than this are two. Docker tells them by the wall clock, which is set a little all the time.
+const ANOTHER: Duration = Duration::from_secs(1);
 /// Longest pause after a failure of an instance in service.
 const SUSPECT: Duration = Duration::from_secs(1);
 
@@ -54,6 +62,8 @@ struct Asked {
     question: Question,
     /// The group that sockets are opened to: nginx may come later, or with other workers.
     group: Arc<Mutex<Option<u32>>>,
+    /// Asks before its time.
+    hurry: Arc<Notify>,
     task: AbortHandle,
 }
 
@@ -73,10 +83,16 @@ impl Prober {
     pub fn ask(&self, app: &AppName, id: &ContainerId, question: Question) -> Health {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         let of_app = asked.entry(app.clone()).or_default();
-        if let Some(known) = of_app.get(id)
+        if let Some(known) = of_app.get_mut(id)
             && known.question.address == question.address
             && known.question.check == question.check
         {
+            // Docker started it anew: its socket is another one, and was not opened to anybody yet.
+            let (before, now) = (known.question.started, question.started);
+            if now.since(before).max(before.since(now)) > ANOTHER {
+                known.question.started = question.started;
+                known.hurry.notify_one();
+            }
             let mut group = known.group.lock().unwrap_or_else(PoisonError::into_inner);
             if question.group.is_some() && *group != question.group {
                 *group = question.group;
@@ -96,6 +112,7 @@ impl Prober {
     fn begin(&self, app: &AppName, question: Question, was_healthy: bool) -> Asked {
         let health = Arc::new(Mutex::new(Health::Unknown));
         let group = Arc::new(Mutex::new(question.group));
+        let hurry = Arc::new(Notify::new());
         let asking = Asking {
             app: app.clone(),
             question: question.clone(),
@@ -104,9 +121,10 @@ impl Prober {
             news: self.news.clone(),
             clock: self.clock.clone(),
             group: group.clone(),
+            hurry: hurry.clone(),
         };
         let task = self.tasks.spawn(asking.run()).abort_handle();
-        Asked { health, question, group, task }
+        Asked { health, question, group, hurry, task }
     }
 
     /// Forgets all answers, and asks everybody again at once: the agent stood still, and whoever was healthy then may hang
@@ -146,6 +164,7 @@ struct Asking {
     news: UnboundedSender<AppName>,
     clock: Arc<Clock>,
     group: Arc<Mutex<Option<u32>>>,
+    hurry: Arc<Notify>,
 }
 
 impl Asking {
@@ -200,15 +219,27 @@ impl Asking {
         }
     }
 
-    /// Pauses; or less, if a socket that was not there appears.
+    /// Pauses; or less, if it was started anew. During a short pause a socket that appears, or takes the place of another
+    /// one, ends it too.
     async fn rest(&self, pause: Duration) {
-        let Address::Socket(path) = &self.question.address else { return tokio::time::sleep(pause).await };
-        let until = tokio::time::Instant::now() + pause;
-        if Path::new(path).exists() || pause > SUSPECT {
-            return tokio::time::sleep_until(until).await;
-        }
-        while !Path::new(path).exists() && tokio::time::Instant::now() < until {
-            tokio::time::sleep(LOOK).await;
+        let end = tokio::time::sleep(pause);
+        tokio::pin!(end);
+        let inode = |path: &String| std::fs::symlink_metadata(path).ok().map(|m| m.ino());
+        let watched = match &self.question.address {
+            Address::Socket(path) if pause <= SUSPECT => Some((path, inode(path))),
+            _ => None,
+        };
+        let look = if matches!(watched, Some((_, None))) { LOOK } else { LOOK_AGAIN };
+        loop {
+            tokio::select! {
+                () = &mut end => return,
+                () = self.hurry.notified() => return,
+                () = tokio::time::sleep(look), if watched.is_some() => {
+                    if let Some((path, before)) = watched && let now @ Some(_) = inode(path) && now != before {
+                        return;
+                    }
+                }
+            }
         }
     }
 
