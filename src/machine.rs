@@ -66,8 +66,8 @@ pub trait Machine: Send + Sync + 'static {
     /// nginx.
     fn observe_proxy(&self) -> impl Future<Output = ObservedProxy> + Send;
 
-    /// How many of nginx's workers still finish requests of an older configuration; 0 if they cannot be counted.
-    fn old_workers(&self) -> impl Future<Output = usize> + Send;
+    /// How many of nginx's workers still finish requests of an older configuration; `None` if they cannot be counted.
+    fn old_workers(&self) -> impl Future<Output = Option<usize>> + Send;
 
     /// Whether nginx runs, as far as was seen last.
     fn has_nginx(&self) -> bool;
@@ -133,8 +133,8 @@ impl Machine for World {
         self.nginx.observe().await
     }
 
-    async fn old_workers(&self) -> usize {
-        self.nginx.old_workers().await.unwrap_or(0)
+    async fn old_workers(&self) -> Option<usize> {
+        self.nginx.old_workers().await.ok()
     }
 
     fn has_nginx(&self) -> bool {

@@ -213,7 +213,7 @@ impl AppState {
             live: proxy.vhost(app),
             serving: proxy.is_serving_live(),
             rejected: proxy.rejected(app),
-            old_workers: proxy.old_workers > 0,
+            old_workers: proxy.old_workers != Some(0),
             changed: proxy.changed(app),
             trouble,
         };

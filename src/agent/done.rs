@@ -40,7 +40,7 @@ pub(super) enum Done {
     /// A look at nginx.
     ProxyObserved(Box<ObservedProxy>),
     /// A count of nginx's old workers.
-    OldWorkers(usize),
+    OldWorkers(Option<usize>),
     /// A step for nginx.
     ProxyStepped(ProxyEnd),
     /// A step for nginx that was not begun, since it was decided too long ago.
@@ -151,13 +151,19 @@ impl<M: Machine> Agent<M> {
         self.listing = false;
         match result {
             Err(e) => {
-                tracing::warn!("cannot look at this host: {e}");
-                self.docker_error = Some(e.to_string());
+                let error = e.to_string();
+                // It is asked each second, maybe for hours.
+                if self.docker_error.as_ref() != Some(&error) {
+                    tracing::warn!("cannot look at this host: {error}");
+                }
+                self.docker_error = Some(error);
                 self.relist_at = Instant::now() + Duration::from_secs(1);
             }
             Ok((listed, on_disk)) => {
                 self.outlets.metrics.listed();
-                self.docker_error = None;
+                if self.docker_error.take().is_some() {
+                    tracing::info!("this host can be looked at again");
+                }
                 let now = self.machine.now();
                 let mut by_app: BTreeMap<AppName, Vec<(String, String)>> = BTreeMap::new();
                 for app in on_disk.keys() {

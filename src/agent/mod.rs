@@ -327,7 +327,7 @@ impl<M: Machine> Agent<M> {
         if state.wake.is_some_and(|at| at <= now) {
             state.wake = None;
             state.dirty = true;
-            if self.proxy.observed.old_workers > 0 && !self.proxy.counting {
+            if self.proxy.observed.old_workers != Some(0) && !self.proxy.counting {
                 self.proxy.counting = true;
                 let machine = self.machine.clone();
                 self.jobs.spawn(async move { Done::OldWorkers(machine.old_workers().await) });

@@ -116,8 +116,8 @@ pub struct ObservedProxy {
     pub drifted: bool,
     /// Stands for the templates and the profile of this agent.
     pub templates: String,
-    /// Workers that serve, or may serve, an older set.
-    pub old_workers: usize,
+    /// Workers that serve, or may serve, an older set; `None` where they cannot be counted, which is not none.
+    pub old_workers: Option<usize>,
     /// Since when there are workers that take new requests.
     pub workers_since: Timestamp,
     /// Whether nginx is being changed since: then this is what was.

@@ -357,6 +357,9 @@ impl Machine for Hands {
     async fn observe_proxy(&self) -> ObservedProxy {
         tokio::time::sleep(self.scene.chance.millis(1, 5)).await;
         let mut observed = self.scene.proxy();
+        if self.scene.chance.one_in(20) {
+            observed.old_workers = None;
+        }
         tokio::time::sleep(self.scene.chance.millis(0, 5)).await;
         observed.published = self.clock.steady(observed.published);
         observed.workers_since = self.clock.steady(observed.workers_since);
@@ -367,9 +370,11 @@ impl Machine for Hands {
         observed
     }
 
-    async fn old_workers(&self) -> usize {
+    async fn old_workers(&self) -> Option<usize> {
         tokio::time::sleep(self.scene.chance.millis(0, 3)).await;
-        self.scene.proxy().old_workers
+        let counted = self.scene.proxy().old_workers;
+        // Whoever wants to count them asks more than one place, and each may not answer.
+        counted.filter(|_| !self.scene.chance.one_in(20))
     }
 
     fn has_nginx(&self) -> bool {

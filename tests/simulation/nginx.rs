@@ -34,7 +34,7 @@ impl Scene {
             unreadable: false,
             drifted: proxy.drifted,
             templates: TEMPLATES.into(),
-            old_workers: proxy.old.len(),
+            old_workers: Some(proxy.old.len()),
             workers_since: proxy.since,
             changing: false,
         }

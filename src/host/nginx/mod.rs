@@ -179,7 +179,7 @@ impl Nginx {
             drifted,
             unreadable: false,
             templates,
-            old_workers: self.old_workers().await.unwrap_or(0),
+            old_workers: self.old_workers().await.ok(),
             workers_since: self.workers_since(),
             changing: false,
         }
