@@ -12,7 +12,7 @@ use std::{
 use demae::model::status::State;
 use support::{
     containers::{ids, inspect, is_done, kill_and_wait, only},
-    lab::{Lab, Setup, docker, until},
+    lab::{Lab, Setup, docker, until, until_within},
     load::{Client, Load, mixed},
     mishaps::wait as wait_longer,
     relay::{Relay, is, looks_at, post},
@@ -91,6 +91,26 @@ fn an_engine_that_hangs_for_good_is_told_of_and_costs_nothing_but_time() {
     assert_eq!(ids(&lab, "web").len(), 1);
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+}
+
+/// As before Docker is installed, or after its socket was removed.
+#[test]
+fn an_engine_whose_socket_is_not_there_is_waited_for() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let socket = dir.path().join("docker.sock");
+    let sections = format!("[docker]\nsocket = \"{}\"", socket.display());
+    let mut lab = Lab::with(&Setup { no_agent: true, sections: &sections, ..Setup::default() });
+    lab.start_agent(&[]);
+    lab.put("apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", "network_mode: none\n"));
+    until("it is told", || {
+        lab.status().is_some_and(|s| s.proxy.is_some_and(|note| note.contains("Docker does not answer")))
+    });
+    let advice = lab.demae(&["doctor"]);
+    let text = String::from_utf8_lossy(&advice.stdout).into_owned();
+    assert!(!advice.status.success() && text.contains("FAIL  docker") && text.contains("start Docker"), "{text}");
+    assert!(text.contains("ok    etcd"), "all else was looked at too: {text}");
+    let _relay = Relay::start(&socket);
+    lab.wait_app("web", "converged", |s| s.state == State::Converged && s.healthy == 1);
 }
 
 /// The deadline of a stop is the grace and 15 seconds more.
@@ -289,6 +309,37 @@ fn an_image_that_goes_between_its_pull_and_its_use_is_pulled_again() {
         until("it was pulled", || pulls() > known);
     });
     lab.wait_app("web", "converged once nobody clears up", is_done(&v1));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+}
+
+/// The only one that waits for the longest silence that a registry is allowed.
+#[test]
+fn a_pull_that_goes_silent_is_cut_and_tried_again() {
+    let (lab, relay) = relayed();
+    let registry = support::registry::Registry::start(support::lab::free_address(), lab.dir.path());
+    for version in ["v1", "v2"] {
+        registry.push(&lab.image(version), version);
+    }
+    let (v1, v2) = (registry.name("v1"), registry.name("v2"));
+    let spec = lab.socket_spec(&v1, "web.test", "network_mode: none\npull_policy: always\n");
+    lab.deploy("web", "apps/web/spec", &spec);
+    deploy(&lab, "other");
+    let (before, load) = (only(&lab, "web"), Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(10))));
+    let pulls = || relay.seen(is("POST", "/images/create"));
+    let known = pulls();
+    relay.mute(is("POST", "/images/create"));
+    lab.put("apps/web/image", &v2);
+    until("it is being pulled", || pulls() > known);
+    lab.deploy("other", "apps/other/restart", "nobody else is held up");
+    assert_eq!(pulls(), known + 1, "it is waited for");
+    until_within(Duration::from_secs(180), "it is told whose silence it was", || {
+        lab.app("web").is_some_and(|a| a.reason.contains("the registry said nothing for 120 s"))
+    });
+    assert_eq!(only(&lab, "web"), before);
+    relay.pass();
+    lab.wait_app("web", "converged", is_done(&v2));
+    assert!(pulls() >= known + 2, "it was pulled anew");
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
 }

@@ -126,20 +126,34 @@ fn a_host_that_was_rebooted_serves_again() {
     lab.deploy("sock", "apps/sock/spec", &lab.socket_spec(&lab.image("v1"), "sock.test", ""));
     lab.deploy("port", "apps/port/spec", &lab.port_spec(&lab.image("v1"), "port.test", ""));
     let before = lab.containers();
-    lab.kill_agent();
-    lab.stop_nginx();
-    for name in lab.containers() {
-        docker(&["stop", "-t", "0", &name]);
+    for has_store in [true, false] {
+        lab.kill_agent();
+        lab.stop_nginx();
+        for name in lab.containers() {
+            docker(&["stop", "-t", "0", &name]);
+        }
+        fs::remove_dir_all(lab.path("run")).expect("memory is lost");
+        if !has_store {
+            lab.stop_etcd();
+        }
+        lab.start_nginx();
+        lab.start_agent(&[]);
+        for (app, host) in [("sock", "sock.test"), ("port", "port.test")] {
+            lab.wait_app(app, "converged", |s| s.state == State::Converged && s.healthy == 1);
+            assert_eq!(lab.get(host, "/").expect("an answer").0, 200, "{app}");
+        }
+        assert_eq!(lab.containers(), before, "the same containers were started, none was made");
+        until("env-files are there again", || lab.traces().iter().filter(|t| t.ends_with("/env")).count() == 2);
     }
-    fs::remove_dir_all(lab.path("run")).expect("memory is lost");
-    lab.start_nginx();
-    lab.start_agent(&[]);
-    for (app, host) in [("sock", "sock.test"), ("port", "port.test")] {
+    // What was made anew must do as well as what was started, from what was kept alone.
+    docker(&["rm", "-f", &before[0]]);
+    until("another one is made", || lab.containers().len() == 2);
+    for app in ["sock", "port"] {
         lab.wait_app(app, "converged", |s| s.state == State::Converged && s.healthy == 1);
-        assert_eq!(lab.get(host, "/").expect("an answer").0, 200, "{app}");
     }
-    assert_eq!(lab.containers(), before, "the same containers were started, none was made");
-    until("env-files are there again", || lab.traces().iter().filter(|t| t.ends_with("/env")).count() == 2);
+    lab.start_etcd();
+    until("the store is read again", || lab.status().is_some_and(|s| s.store.stale_since.is_none()));
+    assert_eq!(lab.containers().len(), 2);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use demae::model::status::State;
+use demae::model::status::{AppStatus, State};
 use rustix::fs::inotify;
 use support::{
     containers::{ids, is_done, only},
@@ -287,6 +287,30 @@ fn after_a_boot_in_which_nginx_came_last_every_app_is_reached() {
     for host in ["web.test", "port.test"] {
         until(&format!("`{host}` is reached"), || lab.get(host, "/").is_ok_and(|(code, _)| code == 200));
     }
+}
+
+/// Someone takes demae's line out of a file of theirs. What nginx serves it serves on; no set is live that it would not load.
+#[test]
+fn without_its_include_nginx_is_told_nothing_new() {
+    let lab = Lab::with(&Setup { top: "resync = \"1s\"", ..Setup::default() });
+    two_apps(&lab);
+    let text = fs::read_to_string(lab.path("nginx.conf")).expect("a file");
+    let include = format!("include {}/*.conf;", lab.path("state/nginx/live").display());
+    assert!(text.contains(&include), "{text}");
+    fs::write(lab.path("nginx.conf"), text.replace(&include, "")).expect("a file");
+    let before = (fs::read_link(lab.path("state/nginx/live")).expect("a live set"), only(&lab, "port"));
+    let load = Load::start(lab.ingress, "port.test", vec![Client::get(false), Client::post(false)]);
+    lab.put("apps/port/image", &lab.image("v2"));
+    let told = |s: &AppStatus| s.reason.contains("does not include demae's files; add");
+    lab.wait_app("port", "told what is missing", told);
+    // Behind a socket nothing needs nginx's files.
+    lab.deploy("web", "apps/web/image", &lab.image("v2"));
+    assert_eq!(fs::read_link(lab.path("state/nginx/live")).expect("a live set"), before.0);
+    assert!(ids(&lab, "port").contains(&before.1), "requests go to it");
+    fs::write(lab.path("nginx.conf"), text).expect("a file");
+    lab.wait_app("port", "converged", is_done(&lab.image("v2")));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
 }
 
 /// A replacement is no new release, and needs no proof. It is no reason to stop what requests still go to.

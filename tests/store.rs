@@ -10,7 +10,9 @@ use std::{
 
 use demae::model::status::State;
 use support::{
-    lab::{Lab, Setup, until},
+    containers::is_done,
+    etcd::Etcd,
+    lab::{Lab, Setup, free_address, until},
     load::{Client, Load},
     wire::{Wire, named},
 };
@@ -93,6 +95,28 @@ fn a_store_with_users_is_read_with_the_rights_that_the_documentation_names() {
     lab.start_agent(&[("ETCDCTL_USER", "agent:word")]);
     lab.wait_app("web", "converged", |s| s.state == State::Converged);
     until("it is published", || as_root(&lab, &["get", "--prefix", "/demae/state/apps/web/"]).contains("converged"));
+}
+
+/// A token lives for 2 s here, and is not asked for while the store is quiet.
+#[test]
+fn a_token_that_ran_out_is_renewed() {
+    let mut lab = Lab::with(&Setup { no_agent: true, top: "resync = \"4s\"", ..Setup::default() });
+    lab.stop_etcd();
+    let peers = [("short", free_address())];
+    let _etcd = Etcd::start(lab.dir.path(), "short", lab.etcd, &peers, &["--auth-token-ttl", "2"]);
+    until("etcd takes connections", || std::net::TcpStream::connect(lab.etcd).is_ok());
+    lab.put("apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    want_users(&lab);
+    lab.start_agent(&[("ETCDCTL_USER", "agent:word")]);
+    lab.wait_app("web", "converged", |s| s.state == State::Converged);
+    let reads = lab.metric("demae_store_reads_total", "");
+    until("it was read again and again", || lab.metric("demae_store_reads_total", "") >= reads + 3.0);
+    let image = lab.image("v2");
+    as_root(&lab, &["put", "/demae/apps/web/image", &image]);
+    lab.wait_app("web", "converged", is_done(&image));
+    let published = || as_root(&lab, &["get", "--prefix", "/demae/state/apps/web/"]);
+    until("it is published", || published().contains(&image));
+    assert!(lab.status().is_some_and(|s| s.store.error.is_none() && s.store.block.is_none()));
 }
 
 #[test]

@@ -29,10 +29,14 @@ impl<M: Machine> Agent<M> {
         self.tell_metrics(views);
         self.tell_store(&store);
         let snapshot = self.snapshot.as_ref();
-        let proxy = self.proxy.trouble.clone().or_else(|| {
-            let error = if self.proxy.seen { self.proxy.observed.error.clone() } else { None };
-            error.or_else(|| self.docker_error.clone())
-        });
+        let proxy = self
+            .proxy
+            .trouble
+            .clone()
+            .or_else(|| if self.proxy.seen { self.proxy.observed.error.clone() } else { None });
+        // Without Docker nothing goes on, whatever else there is to say.
+        let notes: Vec<String> = self.docker_error.iter().cloned().chain(proxy).collect();
+        let proxy = (!notes.is_empty()).then(|| notes.join("; "));
         let status = HostStatus {
             version: VERSION,
             host,
@@ -77,7 +81,7 @@ impl<M: Machine> Agent<M> {
         drop(update);
         let mode = self.snapshot.as_ref().map_or(HostMode::Active, |s| s.mode);
         let unreadable = self.snapshot.as_ref().map_or(0, |s| s.unreadable.len());
-        let draining_workers = self.proxy.observed.old_workers;
+        let draining_workers = self.proxy.observed.old_workers.unwrap_or(0);
         // Replaced as a whole: whoever scrapes keeps what it has, and nobody waits.
         self.outlets.view.send_modify(|view| {
             let (host, prefix) = (view.host.clone(), view.prefix.clone());

@@ -263,10 +263,8 @@ impl Place {
     }
 
     async fn clean_up(&self, dir: &Path, config: &Config) {
-        if let Ok(host) = HostName::try_from(self.host.as_str())
-            && let Ok(docker) = Docker::connect(&config.docker_socket, host)
-        {
-            remove_containers(&docker).await;
+        if let Ok(host) = HostName::try_from(self.host.as_str()) {
+            remove_containers(&Docker::behind(&config.docker_socket, host)).await;
         }
         for (pid_file, signal) in [(config.nginx.pid.clone(), Signal::TERM), (dir.join("etcd.pid"), Signal::TERM)] {
             end(&pid_file, dir, signal).await;

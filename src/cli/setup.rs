@@ -40,7 +40,7 @@ pub(super) fn world(
             layout.state().display()
         )));
     }
-    let docker = Docker::connect(&config.docker_socket, config.host.clone())?.metered(meter);
+    let docker = Docker::behind(&config.docker_socket, config.host.clone()).metered(meter);
     let n = &config.nginx;
     let server: Box<dyn Server> = match &n.container {
         None => Box::new(Local { binary: n.binary.clone() }),

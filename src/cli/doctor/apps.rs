@@ -16,9 +16,14 @@ pub(super) async fn leftovers(patient: &Patient<'_>, snapshot: Option<&Snapshot>
         Ok(apps) => apps,
         Err(e) => return found.warn("leftovers", chain(&e), "run this as the agent's user"),
     };
-    // Docker was asked above, and whether it answers told.
-    here.extend(world.docker.list(None).await.unwrap_or_default().into_iter().map(|c| c.app));
     let Some(snapshot) = snapshot else { return };
+    match world.docker.list(None).await {
+        Ok(listed) => here.extend(listed.into_iter().map(|c| c.app)),
+        Err(e) => {
+            let remedy = "let Docker answer first: what is left of apps in containers is not known";
+            return found.warn("leftovers", chain(&e), remedy);
+        }
+    }
     let wanted = |app: &AppName| snapshot.apps.get(app).is_some_and(|d| !matches!(d, DesiredApp::Absent(_)));
     let left: Vec<&str> = here.iter().filter(|app| !wanted(app)).map(AppName::as_str).collect();
     if left.is_empty() {
@@ -30,15 +35,14 @@ pub(super) async fn leftovers(patient: &Patient<'_>, snapshot: Option<&Snapshot>
 }
 
 /// Whether the user of each container may write to what is mounted from the host.
-pub(super) fn mounts(snapshot: &Snapshot, found: &mut Findings) {
+pub(super) async fn mounts(patient: &Patient<'_>, snapshot: &Snapshot, found: &mut Findings) {
     let before = found.0.len();
-    let mut looked_at = 0;
+    let (mut fit, mut unknown) = (0, Vec::new());
     for (app, desired) in &snapshot.apps {
         let DesiredApp::Run(target) = desired else { continue };
         let container = &target.release.container;
         for volume in &container.volumes {
             let VolumeSource::Host(path) = &volume.source else { continue };
-            looked_at += 1;
             let meta = match fs::metadata(path) {
                 Ok(meta) => meta,
                 Err(e) => {
@@ -47,14 +51,23 @@ pub(super) fn mounts(snapshot: &Snapshot, found: &mut Findings) {
                     continue;
                 }
             };
-            // A name is only known inside the image; without `user` the image decides, and most mean root.
-            let Some((user, group)) = container.user.as_deref().and_then(ids) else { continue };
+            // Without `user` the image decides. A name is only known inside of it.
+            let user = match container.user.clone() {
+                Some(user) => Some(user),
+                None => patient.world.docker.image_user(target.release.image.as_str()).await.ok().flatten(),
+            };
+            let Some((user, group)) = user.as_deref().and_then(ids) else {
+                unknown.push(app.as_str());
+                continue;
+            };
             let mode = meta.mode();
             let may = user == 0
                 || (meta.uid() == user && mode & 0o200 != 0)
                 || (Some(meta.gid()) == group && mode & 0o020 != 0)
                 || mode & 0o002 != 0;
-            if !may && !volume.read_only {
+            if may || volume.read_only {
+                fit += 1;
+            } else {
                 let group = group.map_or(String::new(), |g| format!(":{g}"));
                 found.warn(
                     "mounts",
@@ -64,13 +77,21 @@ pub(super) fn mounts(snapshot: &Snapshot, found: &mut Findings) {
             }
         }
     }
-    if looked_at > 0 && found.0.len() == before {
-        found.ok("mounts", format!("{looked_at} directories of the host fit the users of their apps"));
+    unknown.dedup();
+    if !unknown.is_empty() {
+        let remedy = "give `user` as numbers, or pull the image here: a name says nothing outside of it";
+        found.warn("mounts", format!("whose the directories must be is not known for: {}", unknown.join(", ")), remedy);
+    }
+    if fit > 0 && found.0.len() == before {
+        found.ok("mounts", format!("{fit} directories of the host fit the users of their apps"));
     }
 }
 
-/// `1000` or `1000:1000`; nothing for names.
+/// `1000` or `1000:1000`; nothing for names, but that of root.
 fn ids(user: &str) -> Option<(u32, Option<u32>)> {
+    if matches!(user, "" | "root") {
+        return Some((0, None));
+    }
     let (user, group) = match user.split_once(':') {
         Some((user, group)) => (user, Some(group.parse().ok()?)),
         None => (user, None),

@@ -123,6 +123,16 @@ pub(super) fn directories(patient: &Patient<'_>, found: &mut Findings) {
         }
         space(path, found);
     }
+    for dir in [layout.sockets(), layout.routes()] {
+        // What belongs to nginx's group is open to it by its group; else it must be open to all.
+        if let Ok(meta) = fs::metadata(&dir)
+            && meta.mode() & 0o011 == 0
+        {
+            let text = format!("`{}` has mode {:04o}, and nginx cannot pass", dir.display(), meta.mode() & 0o7777);
+            let remedy = "`chmod 0755` for routes; a running agent opens that of sockets by itself";
+            found.fail("state directory", text, remedy);
+        }
+    }
     if let Ok(meta) = fs::metadata(layout.ledger())
         && meta.mode() & 0o077 != 0
     {

@@ -91,7 +91,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         let snapshot = store::standing(&patient, &mut found).await;
         apps::leftovers(&patient, snapshot.as_ref(), &mut found).await;
         if let Some(snapshot) = &snapshot {
-            apps::mounts(snapshot, &mut found);
+            apps::mounts(&patient, snapshot, &mut found).await;
         }
         found.0
     });

@@ -39,7 +39,8 @@ pub(super) async fn members(patient: &Patient<'_>, found: &mut Findings) {
                 } else {
                     found.ok("etcd", text);
                 }
-                clock(&endpoint, found).await;
+                let secure = etcd.cacert.is_some() || etcd.cert.is_some();
+                clock(&endpoint, secure, found).await;
             }
         }
     }
@@ -56,13 +57,17 @@ fn is_safe(version: &str) -> bool {
 }
 
 /// etcd's HTTP side tells its time, where it speaks plain HTTP.
-async fn clock(endpoint: &str, found: &mut Findings) {
+async fn clock(endpoint: &str, secure: bool, found: &mut Findings) {
     let address = endpoint.strip_prefix("http://").unwrap_or(endpoint);
-    if address.contains("://") {
-        return;
+    if secure || address.contains("://") {
+        // Nothing that a person could mend, so no warning.
+        return found.ok("clock", format!("not compared with {endpoint}, over TLS; `timedatectl` on both tells"));
     }
-    let Ok(answer) = probe::get_tcp(address, "localhost", "/version", Duration::from_secs(2)).await else { return };
-    let Some(theirs) = answer.date.as_deref().and_then(Timestamp::parse_http) else { return };
+    let answer = probe::get_tcp(address, "localhost", "/version", Duration::from_secs(2)).await.ok();
+    let Some(theirs) = answer.and_then(|a| a.date).as_deref().and_then(Timestamp::parse_http) else {
+        let remedy = "compare `timedatectl` on both machines";
+        return found.warn("clock", format!("{endpoint} did not tell its time"), remedy);
+    };
     let ours = Timestamp::now();
     let apart = ours.since(theirs).max(theirs.since(ours));
     if apart > CLOCK {

@@ -48,7 +48,7 @@ impl Docker {
         for attempt in 0..10 {
             let name = if attempt == 0 { base.clone() } else { format!("{base}.{attempt}") };
             let options = CreateContainerOptionsBuilder::default().name(&name).build();
-            match self.call(Operation::Create, self.client.create_container(Some(options), body.clone())).await {
+            match self.call(Operation::Create, |client| client.create_container(Some(options), body.clone())).await {
                 Ok(created) => return id(&created.id),
                 Err(e) if e.is_status(409) => match self.ours(&name, request).await? {
                     Some(found) => return Ok(found),
@@ -66,7 +66,7 @@ impl Docker {
 
     /// A container by this name, if its labels say that it is the one asked for.
     async fn ours(&self, name: &str, request: &CreateRequest<'_>) -> Result<Option<ContainerId>, DockerError> {
-        let found = match self.call(Operation::Inspect, self.client.inspect_container(name, None)).await {
+        let found = match self.call(Operation::Inspect, |client| client.inspect_container(name, None)).await {
             Ok(found) => found,
             Err(e) if e.is_status(404) => return Ok(None),
             Err(e) => return Err(e),

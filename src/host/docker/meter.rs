@@ -5,8 +5,6 @@ use std::{fmt, time::Duration};
 /// A call to the engine: a bounded set, for messages and metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
-    /// Connect to its socket.
-    Connect,
     /// Its version.
     Version,
     /// Containers by label.
@@ -36,7 +34,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// Every operation that is measured: a connection is made by the first call, and events are listened to for days.
+    /// Every operation that is measured; events are listened to for days.
     pub const MEASURED: [Self; 12] = [
         Self::Version,
         Self::List,
@@ -60,7 +58,6 @@ impl Operation {
     /// The word for it, in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::Connect => "connect",
             Self::Version => "version",
             Self::List => "list",
             Self::Inspect => "inspect",
@@ -82,7 +79,6 @@ impl Operation {
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Connect => "connect",
             Self::Version => "tell its version",
             Self::List => "list containers",
             Self::Inspect => "inspect",

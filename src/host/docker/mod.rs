@@ -11,7 +11,7 @@ mod pull;
 use std::{
     collections::HashMap,
     fmt,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -26,7 +26,7 @@ use bollard::{
         RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder, StopContainerOptionsBuilder,
     },
 };
-use futures_util::{Stream, StreamExt as _};
+use futures_util::{Stream, StreamExt as _, stream};
 
 pub use create::{CreateRequest, create_body, facts};
 pub use found::Found;
@@ -134,7 +134,8 @@ type Result<T, E = DockerError> = std::result::Result<T, E>;
 /// The engine of this machine, seen by one host.
 #[derive(Clone)]
 pub struct Docker {
-    client: Client,
+    socket: String,
+    client: OnceLock<Client>,
     host: HostName,
     meter: Arc<dyn Meter>,
 }
@@ -159,14 +160,25 @@ pub struct Listed {
 }
 
 impl Docker {
-    /// Connects to the engine behind a unix socket.
-    ///
-    /// # Errors
-    /// If there is no such socket.
-    pub fn connect(socket: &str, host: HostName) -> Result<Self> {
-        let client = Client::connect_with_unix(socket, CALL.as_secs(), bollard::API_DEFAULT_VERSION)
-            .map_err(DockerError::of(Operation::Connect))?;
-        Ok(Self { client, host, meter: Arc::new(NoMeter) })
+    /// The engine behind a unix socket. It need not run, nor need the socket be there yet.
+    pub fn behind(socket: &str, host: HostName) -> Self {
+        Self { socket: socket.to_owned(), client: OnceLock::new(), host, meter: Arc::new(NoMeter) }
+    }
+
+    /// bollard makes no client without a socket, so it is made when it is first needed and can be.
+    fn client(&self, operation: Operation) -> Result<&Client> {
+        if let Some(client) = self.client.get() {
+            return Ok(client);
+        }
+        match Client::connect_with_unix(&self.socket, CALL.as_secs(), bollard::API_DEFAULT_VERSION) {
+            Ok(client) => Ok(self.client.get_or_init(|| client)),
+            Err(e) => {
+                if Operation::MEASURED.contains(&operation) {
+                    self.meter.called(operation, Duration::ZERO, Some(Failure::Unreachable));
+                }
+                Err(DockerError::of(operation)(e))
+            }
+        }
     }
 
     /// Lets somebody hear how long calls take.
@@ -174,12 +186,11 @@ impl Docker {
         Self { meter, ..self }
     }
 
-    async fn call<T>(
-        &self,
-        operation: Operation,
-        call: impl Future<Output = std::result::Result<T, Error>>,
-    ) -> Result<T> {
-        self.within(CALL, operation, call).await
+    async fn call<'d, T, C>(&'d self, operation: Operation, call: impl FnOnce(&'d Client) -> C) -> Result<T>
+    where
+        C: Future<Output = std::result::Result<T, Error>>,
+    {
+        self.within(CALL, operation, call(self.client(operation)?)).await
     }
 
     async fn within<T>(
@@ -214,7 +225,7 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn version(&self) -> Result<(String, String)> {
-        let version = self.call(Operation::Version, self.client.version()).await?;
+        let version = self.call(Operation::Version, Client::version).await?;
         Ok((version.version.unwrap_or_default(), version.api_version.unwrap_or_default()))
     }
 
@@ -227,7 +238,7 @@ impl Docker {
         labels.extend(app.map(|app| format!("{}={app}", label::APP)));
         let options =
             ListContainersOptionsBuilder::default().all(true).filters(&HashMap::from([("label", labels)])).build();
-        let found = self.call(Operation::List, self.client.list_containers(Some(options))).await?;
+        let found = self.call(Operation::List, |client| client.list_containers(Some(options))).await?;
         let mut listed: Vec<Listed> = found
             .into_iter()
             .filter_map(|c| {
@@ -249,7 +260,7 @@ impl Docker {
     pub async fn instances(&self, app: &AppName, clock: &Clock) -> Result<Vec<Found>> {
         let listed = self.list(Some(app)).await?;
         let inspect = |id: String| async move {
-            let details = self.call(Operation::Inspect, self.client.inspect_container(&id, None)).await;
+            let details = self.call(Operation::Inspect, |client| client.inspect_container(&id, None)).await;
             (id, details)
         };
         let mut instances = Vec::new();
@@ -270,9 +281,21 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn image(&self, reference: &str) -> Result<Option<String>> {
-        match self.call(Operation::InspectImage, self.client.inspect_image(reference)).await {
+        match self.call(Operation::InspectImage, |client| client.inspect_image(reference)).await {
             Ok(image) => Ok(image.id),
             // 400: Docker does not take it for a reference; pulling it tells why.
+            Err(e) if e.is_status(404) || e.is_status(400) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The user that an image names, empty for root; `None` if the image is not here.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn image_user(&self, reference: &str) -> Result<Option<String>> {
+        match self.call(Operation::InspectImage, |client| client.inspect_image(reference)).await {
+            Ok(image) => Ok(Some(image.config.and_then(|c| c.user).unwrap_or_default())),
             Err(e) if e.is_status(404) || e.is_status(400) => Ok(None),
             Err(e) => Err(e),
         }
@@ -283,7 +306,7 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn user_of(&self, id: &ContainerId) -> Result<Option<u32>> {
-        let found = self.call(Operation::Inspect, self.client.inspect_container(id.as_str(), None)).await?;
+        let found = self.call(Operation::Inspect, |client| client.inspect_container(id.as_str(), None)).await?;
         let user = found.config.and_then(|c| c.user).unwrap_or_default();
         Ok(numeric_user(&user))
     }
@@ -293,9 +316,9 @@ impl Docker {
     /// # Errors
     /// If the engine cannot.
     pub async fn start(&self, id: &ContainerId) -> Result<()> {
-        match self.call(Operation::Start, self.client.start_container(id.as_str(), None)).await {
+        match self.call(Operation::Start, |client| client.start_container(id.as_str(), None)).await {
             Err(e) if matches!(&e, DockerError::Refused { message, .. } if message.contains("paused")) => {
-                self.call(Operation::Start, self.client.unpause_container(id.as_str())).await
+                self.call(Operation::Start, |client| client.unpause_container(id.as_str())).await
             }
             other => other,
         }
@@ -306,7 +329,7 @@ impl Docker {
     /// # Errors
     /// If the engine cannot.
     pub async fn mark_leaving(&self, id: &ContainerId) -> Result<()> {
-        let found = match self.call(Operation::Inspect, self.client.inspect_container(id.as_str(), None)).await {
+        let found = match self.call(Operation::Inspect, |client| client.inspect_container(id.as_str(), None)).await {
             Err(e) if e.is_status(404) => return Ok(()),
             found => found?,
         };
@@ -320,7 +343,7 @@ impl Docker {
         let mut last = Ok(());
         for name in names {
             let options = RenameContainerOptionsBuilder::default().name(&name).build();
-            last = self.call(Operation::Update, self.client.rename_container(id.as_str(), options)).await;
+            last = self.call(Operation::Update, |client| client.rename_container(id.as_str(), options)).await;
             if !last.as_ref().is_err_and(|e| e.is_status(409)) {
                 break;
             }
@@ -335,7 +358,7 @@ impl Docker {
     pub async fn stop(&self, id: &ContainerId, grace: Duration) -> Result<()> {
         let seconds = i32::try_from(grace.as_secs()).unwrap_or(i32::MAX);
         let options = StopContainerOptionsBuilder::default().t(seconds).build();
-        let patient = self.client.clone().with_timeout(grace + Duration::from_secs(15));
+        let patient = self.client(Operation::Stop)?.clone().with_timeout(grace + Duration::from_secs(15));
         let stop = patient.stop_container(id.as_str(), Some(options));
         match self.within(grace + Duration::from_secs(15), Operation::Stop, stop).await {
             Err(e) if e.is_status(404) => Ok(()),
@@ -349,7 +372,7 @@ impl Docker {
     /// If the engine cannot, for one because it still runs, or somebody else is about to remove it and may fail.
     pub async fn remove(&self, id: &ContainerId) -> Result<()> {
         let options = RemoveContainerOptionsBuilder::default().v(true).build();
-        match self.call(Operation::Remove, self.client.remove_container(id.as_str(), Some(options))).await {
+        match self.call(Operation::Remove, |client| client.remove_container(id.as_str(), Some(options))).await {
             Err(e) if e.is_status(404) => Ok(()),
             other => other,
         }
@@ -362,14 +385,15 @@ impl Docker {
     pub async fn settle(&self, id: &ContainerId) -> Result<()> {
         let policy = RestartPolicy { name: Some(RestartPolicyNameEnum::UNLESS_STOPPED), maximum_retry_count: None };
         let body = ContainerUpdateBody { restart_policy: Some(policy), ..Default::default() };
-        self.call(Operation::Update, self.client.update_container(id.as_str(), body)).await
+        self.call(Operation::Update, |client| client.update_container(id.as_str(), body)).await
     }
 
     /// The last lines of a container's log, as far as they come quickly; whole, since whoever takes secrets out must
     /// see them whole.
     pub async fn log_tail(&self, id: &ContainerId) -> String {
         let options = LogsOptionsBuilder::default().stdout(true).stderr(true).tail("30").build();
-        let mut lines = self.client.logs(id.as_str(), Some(options));
+        let Ok(client) = self.client(Operation::Inspect) else { return String::new() };
+        let mut lines = client.logs(id.as_str(), Some(options));
         let mut text = String::new();
         let reading = async {
             while let Some(Ok(line)) = lines.next().await {
@@ -388,9 +412,12 @@ impl Docker {
             ("label", vec![format!("{}={}", label::HOST, self.host)]),
             ("type", vec!["container".to_owned()]),
         ]);
-        let client = self.client.clone();
+        let client = match self.client(Operation::Events) {
+            Ok(client) => client.clone(),
+            Err(e) => return stream::once(async { Err(e) }).left_stream(),
+        };
         let options = EventsOptionsBuilder::default().filters(&filters).build();
-        client.events(Some(options)).filter_map(async |event| match event {
+        let apps = client.events(Some(options)).filter_map(async |event| match event {
             Err(e) => Some(Err(DockerError::of(Operation::Events)(e))),
             Ok(event) if event.typ == Some(EventMessageTypeEnum::CONTAINER) => {
                 // Checks run by exec would wake us twice a second and change nothing.
@@ -401,7 +428,8 @@ impl Docker {
                 AppName::try_from(attributes.get(label::APP)?.as_str()).ok().map(Ok)
             }
             Ok(_) => None,
-        })
+        });
+        apps.right_stream()
     }
 
     /// The process of a container that need not be ours, if it runs.
@@ -409,7 +437,7 @@ impl Docker {
     /// # Errors
     /// If there is no such container, or the engine does not answer.
     pub async fn pid_of(&self, container: &str) -> Result<Option<i32>> {
-        let found = self.call(Operation::Inspect, self.client.inspect_container(container, None)).await?;
+        let found = self.call(Operation::Inspect, |client| client.inspect_container(container, None)).await?;
         let pid = found.state.and_then(|s| s.pid).and_then(|p| i32::try_from(p).ok());
         Ok(pid.filter(|p| *p > 0))
     }
@@ -420,7 +448,7 @@ impl Docker {
     /// If the engine cannot.
     pub async fn signal(&self, container: &str, signal: &str) -> Result<()> {
         let options = KillContainerOptionsBuilder::default().signal(signal).build();
-        self.call(Operation::Signal, self.client.kill_container(container, Some(options))).await
+        self.call(Operation::Signal, |client| client.kill_container(container, Some(options))).await
     }
 
     /// Runs a command in a container that need not be ours: its exit code and what it printed.
@@ -434,8 +462,8 @@ impl Docker {
             attach_stderr: Some(true),
             ..Default::default()
         };
-        let exec = self.call(Operation::Exec, self.client.create_exec(container, config)).await?.id;
-        let started = self.call(Operation::Exec, self.client.start_exec(&exec, None)).await?;
+        let exec = self.call(Operation::Exec, |client| client.create_exec(container, config)).await?.id;
+        let started = self.call(Operation::Exec, |client| client.start_exec(&exec, None)).await?;
         let mut text = String::new();
         if let StartExecResults::Attached { mut output, .. } = started {
             let reading = async {
@@ -452,7 +480,7 @@ impl Docker {
                 return Err(DockerError::Unreachable { operation: Operation::Exec, reason: "it does not end".into() });
             }
         }
-        let inspected = self.call(Operation::Exec, self.client.inspect_exec(&exec)).await?;
+        let inspected = self.call(Operation::Exec, |client| client.inspect_exec(&exec)).await?;
         Ok((inspected.exit_code.unwrap_or(-1), text))
     }
 }

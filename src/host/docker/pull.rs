@@ -26,7 +26,7 @@ impl Docker {
     /// If it cannot be had, and whether trying again can help.
     pub async fn pull(&self, image: &ImageRef) -> Result<(), DockerError> {
         let options = CreateImageOptionsBuilder::default().from_image(&image.tagged()).build();
-        let mut progress = self.client.create_image(Some(options), None, credentials(image));
+        let mut progress = self.client(Operation::Pull)?.create_image(Some(options), None, credentials(image));
         let failed = |message: String| {
             let message = one_line(&message);
             DockerError::Image { image: image.to_string(), temporary: is_temporary(&message), message }
