@@ -16,6 +16,8 @@ need curl curl
 need docker-registry docker-registry
 need prometheus prometheus
 need openssl openssl
+# By itself, where no systemd is.
+need systemd-tmpfiles systemd-standalone-tmpfiles
 if [ "${1:-}" = fuzz ]; then
     need c++ g++
 fi
