@@ -216,11 +216,9 @@ impl World {
     /// The directory of a socket, closed, in directories that a group may be let into. What is there already is left as it
     /// is: requests to other instances pass through it, to be closed for a moment is enough to lose one.
     fn make_socket_dir(&self, app: &AppName, dir: &Path) -> Result<(), FileError> {
-        // An agent that is not root can give nothing to nginx's group; the path must be open to it all the same.
-        let above = if rustix::process::geteuid().is_root() { 0o700 } else { 0o755 };
-        for (dir, mode) in [(&*self.layout.sockets(), above), (&*self.layout.app_sockets(app), above), (dir, 0o700)] {
+        for dir in [&*self.layout.sockets(), &*self.layout.app_sockets(app), dir] {
             if !dir.is_dir() {
-                files::make_dir(dir, mode)?;
+                files::make_dir(dir, 0o700)?;
             }
         }
         Ok(())
@@ -239,7 +237,8 @@ impl World {
         }
         match (self.docker.user_of(&handle.id).await?, group) {
             (Some(user), Some(group)) => files::hand_over(&dir, Some(user), Some(group), 0o2750)?,
-            // A user known only by name inside the image, or an agent that is not root: the directories above stay closed.
+            // A user known only by name inside the image, or an nginx that is nobody else than the agent: whoever else is on
+            // this host does not get through the directories above.
             (None, Some(group)) => files::hand_over(&dir, None, Some(group), 0o2777)?,
             (_, None) => files::make_dir(&dir, 0o777)?,
         }
@@ -325,6 +324,7 @@ impl World {
                 address: address.clone(),
                 check: instance.check.clone(),
                 started: self.clock.now(),
+                restarts: instance.restarts,
                 group,
             };
             prober.ask(app, id, question);

@@ -175,8 +175,12 @@ impl World {
         let alive = found.is_alive();
         let asked = match (&address, &self.prober) {
             (Some(address), Some(prober)) if alive => {
-                let (check, started) = (found.check.clone(), found.started);
-                prober.ask(&found.app, &found.id, Question { address: address.clone(), check, started, group })
+                let (check, started, restarts) = (found.check.clone(), found.started, found.restarts);
+                prober.ask(
+                    &found.app,
+                    &found.id,
+                    Question { address: address.clone(), check, started, restarts, group },
+                )
             }
             _ => Health::Unknown,
         };

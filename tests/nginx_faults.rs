@@ -228,6 +228,7 @@ fn without_its_master_nginx_serves_on_and_what_needs_a_reload_waits() {
 /// To be closed for a moment is enough to lose a request, and too short for a test to meet: nothing is touched at all.
 #[test]
 fn what_nginx_passes_through_to_an_instance_is_touched_by_no_other() {
+    assert!(rustix::process::geteuid().is_root(), "this needs a test that is root");
     let lab = Lab::new();
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
     let before = lab.path("state/sockets/web").read_dir().expect("a directory").next().expect("an instance");

@@ -29,7 +29,8 @@ const CONFIRM: Duration = Duration::from_millis(5);
 const LOOK: Duration = Duration::from_millis(2);
 /// How often it is looked whether another one took its place.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
-/// Starts that differ by more than this are two. Docker tells them by the wall clock, which is set a little all the time.
+/// Starts that differ by more than this are two, also if Docker does not count them, as it does not count those by hand.
+/// It tells them by the wall clock, which is set a little all the time.
 const ANOTHER: Duration = Duration::from_secs(1);
 /// Longest pause after a failure of an instance in service.
 const SUSPECT: Duration = Duration::from_secs(1);
@@ -43,6 +44,8 @@ pub struct Question {
     pub check: HealthCheck,
     /// When it last started.
     pub started: Timestamp,
+    /// How often the engine has started it again.
+    pub restarts: u32,
     /// The group that must be able to connect to its socket.
     pub group: Option<u32>,
 }
@@ -89,8 +92,9 @@ impl Prober {
         {
             // Docker started it anew: its socket is another one, and was not opened to anybody yet.
             let (before, now) = (known.question.started, question.started);
-            if now.since(before).max(before.since(now)) > ANOTHER {
-                known.question.started = question.started;
+            let apart = now.since(before).max(before.since(now));
+            if apart > ANOTHER || known.question.restarts != question.restarts {
+                (known.question.started, known.question.restarts) = (question.started, question.restarts);
                 known.hurry.notify_one();
             }
             let mut group = known.group.lock().unwrap_or_else(PoisonError::into_inner);
@@ -224,9 +228,10 @@ impl Asking {
     async fn rest(&self, pause: Duration) {
         let end = tokio::time::sleep(pause);
         tokio::pin!(end);
-        let inode = |path: &String| std::fs::symlink_metadata(path).ok().map(|m| m.ino());
-        let watched = match &self.question.address {
-            Address::Socket(path) if pause <= SUSPECT => Some((path, inode(path))),
+        // The number alone may be that of the one before; opening a socket to a group changes neither.
+        let bound = |path: &String| std::fs::symlink_metadata(path).ok().map(|m| (m.ino(), m.mtime(), m.mtime_nsec()));
+        let mut watched = match &self.question.address {
+            Address::Socket(path) if pause <= SUSPECT => Some((path, bound(path))),
             _ => None,
         };
         let look = if matches!(watched, Some((_, None))) { LOOK } else { LOOK_AGAIN };
@@ -235,8 +240,12 @@ impl Asking {
                 () = &mut end => return,
                 () = self.hurry.notified() => return,
                 () = tokio::time::sleep(look), if watched.is_some() => {
-                    if let Some((path, before)) = watched && let now @ Some(_) = inode(path) && now != before {
-                        return;
+                    if let Some((path, before)) = &mut watched {
+                        let now = bound(path);
+                        if now.is_some() && now != *before {
+                            return;
+                        }
+                        *before = now;
                     }
                 }
             }
