@@ -56,6 +56,16 @@ fn what_is_wrong_is_found_and_nothing_is_changed() {
     assert_eq!(level(&lab, "mounts"), "ok");
     lab.del("apps/data/");
 
+    // Who an image that is not here runs as is not known, nor who a name means; nobody need write to what is only read.
+    lab.put("apps/data/spec", "image: x:y\nvolumes: [\"/var/www/html:/data\"]\n");
+    assert_eq!(level(&lab, "mounts"), "warn");
+    lab.put("apps/data/spec", &format!("image: \"{}\"\nvolumes: [\"/var/www/html:/data\"]\n", lab.image("v1")));
+    assert_eq!(level(&lab, "mounts"), "ok", "this one is root");
+    lab.put("apps/data/spec", "image: x:y\nuser: www-data\nvolumes: [\"/var/www/html:/data:ro\"]\n");
+    assert_eq!(level(&lab, "mounts"), "ok");
+    lab.del("apps/data/");
+    until("it has left", || lab.containers() == before.0 && lab.traces() == before.1);
+
     // A port range that the kernel uses.
     let config = fs::read_to_string(lab.path("agent.toml")).expect("a file");
     let range = config.lines().find(|l| l.starts_with("range = ")).expect("a range").to_owned();

@@ -1,6 +1,6 @@
 //! Apps: what is left of those that are not wanted, and what those that are wanted may trip over.
 
-use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _};
+use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, time::Duration};
 
 use super::{Findings, Patient};
 use crate::model::{
@@ -9,6 +9,9 @@ use crate::model::{
     problem::chain,
     spec::VolumeSource,
 };
+
+/// An engine that does not tell of an image within this is not asked about others.
+const ANSWER: Duration = Duration::from_secs(5);
 
 pub(super) async fn leftovers(patient: &Patient<'_>, snapshot: Option<&Snapshot>, found: &mut Findings) {
     let world = patient.world;
@@ -37,7 +40,7 @@ pub(super) async fn leftovers(patient: &Patient<'_>, snapshot: Option<&Snapshot>
 /// Whether the user of each container may write to what is mounted from the host.
 pub(super) async fn mounts(patient: &Patient<'_>, snapshot: &Snapshot, found: &mut Findings) {
     let before = found.0.len();
-    let (mut fit, mut unknown) = (0, Vec::new());
+    let (mut fit, mut unknown, mut docker_answers) = (0, Vec::new(), true);
     for (app, desired) in &snapshot.apps {
         let DesiredApp::Run(target) = desired else { continue };
         let container = &target.release.container;
@@ -51,21 +54,28 @@ pub(super) async fn mounts(patient: &Patient<'_>, snapshot: &Snapshot, found: &m
                     continue;
                 }
             };
+            let mode = meta.mode();
+            if volume.read_only || mode & 0o002 != 0 {
+                fit += 1;
+                continue;
+            }
             // Without `user` the image decides. A name is only known inside of it.
-            let user = match container.user.clone() {
-                Some(user) => Some(user),
-                None => patient.world.docker.image_user(target.release.image.as_str()).await.ok().flatten(),
-            };
+            let mut user = container.user.clone();
+            if user.is_none() && docker_answers {
+                let asked = patient.world.docker.image_user(target.release.image.as_str());
+                match tokio::time::timeout(ANSWER, asked).await {
+                    Ok(Ok(of_image)) => user = of_image,
+                    _ => docker_answers = false,
+                }
+            }
             let Some((user, group)) = user.as_deref().and_then(ids) else {
                 unknown.push(app.as_str());
                 continue;
             };
-            let mode = meta.mode();
             let may = user == 0
                 || (meta.uid() == user && mode & 0o200 != 0)
-                || (Some(meta.gid()) == group && mode & 0o020 != 0)
-                || mode & 0o002 != 0;
-            if may || volume.read_only {
+                || (Some(meta.gid()) == group && mode & 0o020 != 0);
+            if may {
                 fit += 1;
             } else {
                 let group = group.map_or(String::new(), |g| format!(":{g}"));
@@ -79,7 +89,11 @@ pub(super) async fn mounts(patient: &Patient<'_>, snapshot: &Snapshot, found: &m
     }
     unknown.dedup();
     if !unknown.is_empty() {
-        let remedy = "give `user` as numbers, or pull the image here: a name says nothing outside of it";
+        let remedy = if docker_answers {
+            "give `user` as numbers, or pull the image here: a name says nothing outside of it"
+        } else {
+            "let Docker answer first: it knows the users of images"
+        };
         found.warn("mounts", format!("whose the directories must be is not known for: {}", unknown.join(", ")), remedy);
     }
     if fit > 0 && found.0.len() == before {

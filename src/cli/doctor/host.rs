@@ -85,7 +85,7 @@ pub(super) async fn nginx(patient: &Patient<'_>, found: &mut Findings) {
     }
 }
 
-pub(super) fn directories(patient: &Patient<'_>, found: &mut Findings) {
+pub(super) async fn directories(patient: &Patient<'_>, found: &mut Findings) {
     let layout = &patient.world.layout;
     for (check, path, missing) in [
         ("state directory", layout.state(), "the agent makes it; routes and what nginx serves lie there"),
@@ -123,13 +123,19 @@ pub(super) fn directories(patient: &Patient<'_>, found: &mut Findings) {
         }
         space(path, found);
     }
-    for dir in [layout.sockets(), layout.routes()] {
-        // What belongs to nginx's group is open to it by its group; else it must be open to all.
-        if let Ok(meta) = fs::metadata(&dir)
-            && meta.mode() & 0o011 == 0
-        {
-            let text = format!("`{}` has mode {:04o}, and nginx cannot pass", dir.display(), meta.mode() & 0o7777);
-            let remedy = "`chmod 0755` for routes; a running agent opens that of sockets by itself";
+    let group = patient.world.nginx.group().await;
+    for (dir, remedy) in [
+        (layout.sockets(), "a running agent opens it to nginx by itself, once it serves a socket"),
+        (layout.routes(), "`chmod 0755` it: there are only symlinks in it"),
+    ] {
+        let Ok(meta) = fs::metadata(&dir) else { continue };
+        // Who nginx's workers are is not known while none run.
+        let may = meta.mode() & 0o001 != 0
+            || meta.mode() & 0o010 != 0 && group.is_none_or(|group| group == meta.gid())
+            || group == Some(0);
+        if !may {
+            let (mode, gid) = (meta.mode() & 0o7777, meta.gid());
+            let text = format!("`{}` has mode {mode:04o} and group {gid}, and nginx cannot pass", dir.display());
             found.fail("state directory", text, remedy);
         }
     }

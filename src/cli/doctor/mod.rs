@@ -85,7 +85,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         let mut found = Findings::default();
         host::docker(&patient, &mut found).await;
         host::nginx(&patient, &mut found).await;
-        host::directories(&patient, &mut found);
+        host::directories(&patient, &mut found).await;
         host::ports(&patient, &mut found);
         store::members(&patient, &mut found).await;
         let snapshot = store::standing(&patient, &mut found).await;
