@@ -159,7 +159,7 @@ async fn serve(host: HostName, metrics: Arc<Metrics>, view: View) -> (SocketAddr
         view: watch::channel(Arc::new(view)).1,
         vitals: watch::channel(Vitals::default()).1,
         status: watch::channel(status).1,
-        pulse: watch::channel(Timestamp::now()).1,
+        pulse: watch::channel(tokio::time::Instant::now()).1,
         ready: watch::channel(true).1,
         end: end.clone(),
     };

@@ -17,6 +17,7 @@ use tokio::{
         broadcast::{Receiver, error::RecvError},
         watch,
     },
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -43,7 +44,7 @@ pub struct Shown {
     /// Status of host and apps.
     pub status: watch::Receiver<HostStatus>,
     /// When the loop last went round.
-    pub pulse: watch::Receiver<Timestamp>,
+    pub pulse: watch::Receiver<Instant>,
     /// Whether etcd and Docker have been read.
     pub ready: watch::Receiver<bool>,
     /// Ends streams that would go on for ever.
@@ -89,7 +90,7 @@ async fn metrics(State(shown): State<Shown>) -> impl IntoResponse {
 }
 
 async fn healthz(State(shown): State<Shown>) -> impl IntoResponse {
-    let age = Timestamp::now().since(*shown.pulse.borrow());
+    let age = shown.pulse.borrow().elapsed();
     if age <= ALIVE {
         (StatusCode::OK, "alive\n".to_owned())
     } else {

@@ -72,6 +72,7 @@ impl<M: Machine> Agent<M> {
         let update = self.updates.borrow();
         let store = StoreView {
             synced: update.status.synced,
+            proven: update.proven,
             revision: update.status.revision,
             lag: update.head.saturating_sub(update.read_to).max(0),
             block: update.status.block.as_ref().map(|b| b.kind.clone()),

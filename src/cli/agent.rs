@@ -15,7 +15,6 @@ use crate::{
     model::{
         desired::HostMode,
         status::{HostStatus, StoreStatus, VERSION},
-        time::Timestamp,
     },
     plan::app::plan_app,
     shutdown,
@@ -96,7 +95,7 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let (view, view_in) =
         watch::channel(Arc::new(View::new(config.host.clone(), config.etcd.prefix.as_str().to_owned())));
     let (vitals, vitals_in) = watch::channel(Vitals::default());
-    let (pulse, pulse_in) = watch::channel(Timestamp::now());
+    let (pulse, pulse_in) = watch::channel(tokio::time::Instant::now());
     let (ready, ready_in) = watch::channel(false);
     let (updates, updates_in) = watch::channel(Update::default());
 

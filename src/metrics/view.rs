@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use tokio::time::Instant;
+
 use super::{
     app::{self, AppSeries},
     text::Text,
@@ -38,8 +40,10 @@ pub struct View {
 /// The store, as it was last read.
 #[derive(Debug, Clone, Default)]
 pub struct StoreView {
-    /// When it was last proven to be as it was read.
+    /// When it was last proven to be as it was read, by an earlier agent too.
     pub synced: Option<Timestamp>,
+    /// The same for this agent, by a clock that nobody sets.
+    pub proven: Option<Instant>,
     /// The revision last read.
     pub revision: i64,
     /// Revisions that it has made and that were not proven to be read yet.
@@ -144,7 +148,9 @@ impl View {
     #[expect(clippy::cast_precision_loss, reason = "Prometheus knows no other numbers")]
     fn write_store(&self, now: Timestamp, text: &mut Text) {
         let store = &self.store;
-        let age = store.synced.map_or(f64::INFINITY, |at| now.since(at).as_secs_f64());
+        let proven = store.proven.map(|at| at.elapsed());
+        let age = proven.or_else(|| Some(now.since(store.synced?)));
+        let age = age.map_or(f64::INFINITY, |age| age.as_secs_f64());
         for (name, kind, help, value) in [
             ("demae_store_sync_age_seconds", "gauge", "Time since the store was last proven to be as it was read", age),
             ("demae_store_revision", "gauge", "Revision of the store last read", store.revision as f64),

@@ -33,6 +33,9 @@ pub struct Update {
     pub seen: Option<Instant>,
     /// For status.
     pub status: StoreStatus,
+    /// When the store was last proven to be as it was read; `None` before the first read. People are told by the wall
+    /// clock, which may be set.
+    pub proven: Option<Instant>,
     /// Whether the store is the one that is gone by: nothing is written to one that is not.
     pub believed: bool,
     /// The newest revision that the store has told of.
@@ -337,6 +340,7 @@ impl Belief {
             u.head = u.head.max(head);
             u.read_to = u.read_to.max(read_to);
             u.status.synced = Some(Timestamp::now());
+            u.proven = Some(Instant::now());
             let news = snapshot.is_some();
             if let Some(snapshot) = snapshot {
                 u.snapshot = Some(snapshot);

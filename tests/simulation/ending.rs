@@ -3,7 +3,7 @@
 use std::{sync::atomic::Ordering, time::Duration};
 
 use demae::{
-    model::{name::AppName, observed::Instance},
+    model::{name::AppName, observed::Instance, status::State},
     store::Brake,
 };
 
@@ -131,6 +131,9 @@ impl History {
 
     pub(super) fn not_as_meant(&self) -> Vec<String> {
         let mut wrong = self.not_served();
+        let status = self.running.as_ref().map(|r| r.status.borrow().clone());
+        let told =
+            |name: &AppName| status.iter().flat_map(|s| &s.apps).find(|a| a.app == name.as_str()).map(|a| a.state);
         for app in self.apps.iter().filter(|a| self.rests(&a.name)) {
             let meant = self.meant(&app.name).expect("all are meant");
             let state = self.scene.state();
@@ -145,7 +148,13 @@ impl History {
                 if live {
                     say("it was removed, and nginx serves it".into());
                 }
+                if let Some(state) = told(name) {
+                    say(format!("it was removed, and status says that it is {state:?}"));
+                }
                 continue;
+            }
+            if told(name) != Some(State::Converged) {
+                say(format!("status says that it is {:?}", told(name)));
             }
             let image = format!("app:v{}", meant.version);
             let right = |i: &Instance| {

@@ -18,7 +18,6 @@ use demae::{
         desired::HostMode,
         name::{AppName, HostName},
         status::{AppStatus, HostStatus, State as Shown, StoreStatus, VERSION},
-        time::Timestamp,
     },
     store::{Belief, Brake, Update, Viewer, keys::Prefix},
 };
@@ -227,7 +226,7 @@ impl History {
             vitals: watch::channel(Vitals::default()).0,
             status,
             publish: watch::channel((empty, BTreeMap::new())).0,
-            pulse: watch::channel(Timestamp::default()).0,
+            pulse: watch::channel(tokio::time::Instant::now()).0,
             ready: watch::channel(false).0,
             doubted: self.store.doubted.clone(),
         };
