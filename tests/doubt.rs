@@ -128,6 +128,8 @@ fn a_wiped_store_stops_nothing_and_may_come_back() {
         printed.contains("the store is not believed, and nothing changes: the store has no `cluster` key"),
         "{printed}"
     );
+    let planned = said(&lab.demae(&["plan"]));
+    assert!(planned.contains("an agent does nothing of this now, the store has no `cluster` key"), "{planned}");
     let shown = lab.demae(&["store", "accept"]);
     assert!(!shown.status.success(), "nobody is there to be asked");
     assert!(said(&shown).contains("would leave this host: web"), "{}", said(&shown));

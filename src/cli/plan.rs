@@ -5,7 +5,12 @@ use std::{
     sync::Arc,
 };
 
-use super::{Common, Ended, Exit, Failed, print::Printer, runtime, setup};
+use super::{
+    Common, Ended, Exit, Failed,
+    print::Printer,
+    runtime,
+    setup::{self, Disk},
+};
 use crate::{
     config::Config,
     host::docker::NoMeter,
@@ -39,6 +44,13 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
     let (snapshot, _) = store::read_once(&config.etcd, &config.host, &config.labels)
         .await
         .map_err(|e| Failed::for_now(e.to_string()))?;
+    // What an agent does not believe it does not do. If no member answers, that was told above.
+    let viewer = setup::viewer(config, &world).await?;
+    if let Ok(compared) = store::compare(&config.etcd, &viewer, &Disk(world.layout.clone())).await
+        && let Some(block) = compared.block
+    {
+        printer.error(&format!("note: an agent does nothing of this now, {} ({})", block.message, block.remedy));
+    }
     let proxy = world.nginx.observe().await;
     let mut apps: BTreeSet<AppName> = world.docker.list(None).await?.into_iter().map(|l| l.app).collect();
     apps.extend(world.apps_on_disk()?);

@@ -135,7 +135,7 @@ fn switch(draft: &mut Draft<'_>, ingress: &Ingress, pool: &[&Instance], slots: u
     draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Slots(told)));
     let met = draft.report();
     if met && !settled && there > known {
-        draft.wait(Wait::Proxy("old nginx workers still know a route that is going".to_owned()));
+        draft.wait(Wait::Proxy("old nginx workers may still know a route that is going".to_owned()));
     }
     switched && met && told == slots
 }

@@ -126,7 +126,7 @@ impl fmt::Display for Wait {
                 if answer.is_empty() { Ok(()) } else { write!(f, " (last answer: {answer})") }
             }
             Self::Drain { key, connections: Some(0), until, .. } => {
-                write!(f, "draining {key}: an old nginx worker still runs and may know it, at the latest until {until}")
+                write!(f, "draining {key}: an old nginx worker may still know it, at the latest until {until}")
             }
             Self::Drain { key, connections: Some(n), until, .. } => {
                 write!(f, "draining {key}: {n} connections left, at the latest until {until}")
