@@ -16,7 +16,7 @@ use demae::model::status::{AppStatus, State};
 use rustix::fs::inotify;
 use support::{
     containers::{ids, is_done, only},
-    lab::{Lab, Setup, docker, free_address, until},
+    lab::{Lab, Setup, docker, free_address, run, until},
     load::{self, Client, Load},
 };
 
@@ -287,6 +287,45 @@ fn after_a_boot_in_which_nginx_came_last_every_app_is_reached() {
     lab.start_nginx();
     for host in ["web.test", "port.test"] {
         until(&format!("`{host}` is reached"), || lab.get(host, "/").is_ok_and(|(code, _)| code == 200));
+    }
+}
+
+/// Debian's package does it at each upgrade: a new master takes over from the old one, and both serve for a while.
+#[test]
+fn an_upgrade_of_nginx_in_the_middle_of_a_deploy_loses_nothing() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    // One that its starter looks after takes no other program, nor one that does not know where its own is.
+    lab.stop_nginx();
+    let conf = [lab.path("nginx.conf"), lab.path("nginx-error.log")];
+    run(Command::new("/usr/sbin/nginx").arg("-c").arg(&conf[0]).arg("-e").arg(&conf[1]));
+    until("nginx runs", || fs::read_to_string(lab.path("nginx.pid")).is_ok_and(|text| text.ends_with('\n')));
+    let first = Daemon(master(&lab));
+    lab.start_agent(&[]);
+    lab.deploy("port", "apps/port/spec", &lab.port_spec(&lab.image("v1"), "port.test", ""));
+    let image = lab.image("v2");
+    let load = Load::start(lab.ingress, "port.test", vec![Client::get(false), Client::post(false)]);
+    send("USR2", first.0);
+    until("there is another master", || {
+        let text = fs::read_to_string(lab.path("nginx.pid")).unwrap_or_default();
+        text.ends_with('\n') && text.trim() != first.0.to_string()
+    });
+    let second = Daemon(master(&lab));
+    until("it has workers", || !children(second.0).is_empty());
+    lab.put("apps/port/image", &image);
+    until("it is known who still serves", || lab.metric("demae_nginx_draining_workers", "") >= 2.0);
+    send("QUIT", first.0);
+    lab.wait_app("port", "converged", is_done(&image));
+    until("none of them is left", || lab.metric("demae_nginx_draining_workers", "") < 1.0);
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+}
+
+/// A master that went into the background.
+struct Daemon(u32);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        send("TERM", self.0);
     }
 }
 

@@ -58,13 +58,10 @@ impl Server for Local {
                 .parse()
                 .map_err(|_| io::Error::other(format!("`{}` holds no number", pid_file.display())))?;
             // A stale file may name a process that is somebody else by now.
-            match fs::read_to_string(format!("/proc/{pid}/comm")) {
-                Ok(name) if name.trim() == "nginx" && runs(pid) => Ok(pid),
-                _ => Err(io::Error::other(format!(
-                    "nginx does not run: process {pid} of `{}` is not nginx",
-                    pid_file.display()
-                ))),
+            if is_nginx(pid) && runs(pid) {
+                return Ok(pid);
             }
+            Err(io::Error::other(format!("nginx does not run: process {pid} of `{}` is not nginx", pid_file.display())))
         })
     }
 
@@ -105,8 +102,6 @@ impl Server for Contained {
             let pid = self.docker.pid_of(&self.container).await.map_err(io::Error::other)?;
             let pid = pid.ok_or_else(|| io::Error::other(format!("container `{}` does not run", self.container)))?;
             // With an init process in front, nginx is its child.
-            let is_nginx =
-                |pid: i32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|n| n.trim() == "nginx");
             if is_nginx(pid) {
                 return Ok(pid);
             }
@@ -151,7 +146,20 @@ fn children(pid: i32) -> Vec<i32> {
 /// at once, and an agent that was killed in the middle of one knows of no reload.
 pub fn old_workers(master: i32, published: Duration) -> usize {
     let is_old = |pid: &i32| is_leaving(*pid) || age(*pid).is_some_and(|age| age > published);
-    children(master).iter().filter(|pid| is_old(pid)).count()
+    // After an upgrade of the program (SIGUSR2) the old master lives on as the parent of the new one, with its own workers.
+    let before = parent(master).filter(|pid| is_nginx(*pid));
+    let theirs = before.map_or(0, |before| children(before).iter().filter(|pid| **pid != master).count());
+    theirs + children(master).iter().filter(|pid| is_old(pid)).count()
+}
+
+fn parent(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Field 4, counted from the end of the name, which may hold blanks: proc(5).
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn is_nginx(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "nginx")
 }
 
 /// How long a process has run, by the kernel's clock tick of 10 ms; rounded down, so that a worker is not taken for
