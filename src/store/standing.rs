@@ -97,8 +97,13 @@ pub struct Found<'a> {
 impl Acceptance {
     /// Whether this read answers the question that the person was asked: the same etcd, as far on or further. If it is
     /// believed, needed or not, what was accepted has had its time, and is no consent to the same thing another day.
-    pub fn is_settled_by(&self, found: &Identity) -> bool {
-        self.identity.as_ref().is_some_and(|a| a.etcd == found.etcd && a.revision <= found.revision)
+    ///
+    /// Of a store that went back behind what was `known` a read from before may still be on its way; that answers nothing.
+    pub fn is_settled_by(&self, found: &Identity, known: Option<&Identity>) -> bool {
+        self.identity.as_ref().is_some_and(|a| {
+            let went_back = known.is_some_and(|known| a.revision < known.revision);
+            a.etcd == found.etcd && a.revision <= found.revision && !went_back
+        })
     }
 }
 
@@ -373,6 +378,16 @@ mod tests {
             Some("older_revision"),
             "older all the same"
         );
+    }
+
+    #[test]
+    fn consent_ends_with_the_read_that_it_was_asked_for() {
+        let accepted = Acceptance { identity: Some(identity(Some("a"), 1, 10)), ..Acceptance::default() };
+        let ends = |found: &Identity, known| accepted.is_settled_by(found, Some(&identity(Some("a"), 1, known)));
+        assert!(ends(&identity(Some("a"), 1, 12), 9) && ends(&identity(None, 1, 10), 10));
+        assert!(!ends(&identity(Some("a"), 1, 8), 7), "that read came before the question");
+        assert!(!ends(&identity(Some("a"), 2, 12), 9), "of another etcd");
+        assert!(!ends(&identity(Some("a"), 1, 43), 42), "asked of a backup, and read before there was one");
     }
 
     #[test]
