@@ -201,7 +201,7 @@ impl Belief {
     }
 
     fn use_up(&self, needed: bool, found: &Identity) {
-        if needed || self.accepted().is_settled_by(found, self.standing.identity.as_ref()) {
+        if needed || self.accepted().is_settled_by(found) {
             self.shelf.use_up();
         }
     }

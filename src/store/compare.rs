@@ -40,7 +40,8 @@ pub struct Comparison {
 impl Comparison {
     /// What to write down for an agent, if all of this is accepted.
     pub fn accept(&self) -> Acceptance {
-        Acceptance { identity: Some(self.found.clone()), leaving: self.leaving.clone() }
+        let kind = self.block.as_ref().map(|block| block.kind.clone());
+        Acceptance { identity: Some(self.found.clone()), leaving: self.leaving.clone(), kind }
     }
 }
 

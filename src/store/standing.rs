@@ -67,6 +67,9 @@ pub struct Acceptance {
     pub identity: Option<Identity>,
     /// Apps that may leave.
     pub leaving: BTreeSet<AppName>,
+    /// The kind of the block that was shown, if it is known.
+    #[serde(default)]
+    pub kind: Option<String>,
 }
 
 /// What was believed so far.
@@ -98,12 +101,16 @@ impl Acceptance {
     /// Whether this read answers the question that the person was asked: the same etcd, as far on or further. If it is
     /// believed, needed or not, what was accepted has had its time, and is no consent to the same thing another day.
     ///
-    /// Of a store that went back behind what was `known` a read from before may still be on its way; that answers nothing.
-    pub fn is_settled_by(&self, found: &Identity, known: Option<&Identity>) -> bool {
-        self.identity.as_ref().is_some_and(|a| {
-            let went_back = known.is_some_and(|known| a.revision < known.revision);
-            a.etcd == found.etcd && a.revision <= found.revision && !went_back
-        })
+    /// Only of the brake: of a store that was restored, a read from before may still be on its way, and revisions do not
+    /// tell the two apart.
+    pub fn is_settled_by(&self, found: &Identity) -> bool {
+        let is_later = |a: &Identity| a.etcd == found.etcd && a.revision <= found.revision;
+        self.kind.as_deref() == Some(MASS_REMOVAL) && self.identity.as_ref().is_some_and(is_later)
+    }
+
+    /// Whether it may be meant for a block: who only let apps leave has not taken another store.
+    fn is_for(&self, block: &StoreBlock) -> bool {
+        self.kind.as_deref() != Some(MASS_REMOVAL) || block.kind == MASS_REMOVAL
     }
 }
 
@@ -129,7 +136,7 @@ impl Standing {
         });
         let Some(block) = wrong else { return Ok(false) };
         let shown = accepted.identity.as_ref().is_some_and(|a| a.is_earlier_than(found.identity));
-        if shown && leaving.is_subset(&accepted.leaving) { Ok(true) } else { Err(block) }
+        if shown && accepted.is_for(&block) && leaving.is_subset(&accepted.leaving) { Ok(true) } else { Err(block) }
     }
 
     /// Whether a store is the one that was read before.
@@ -206,7 +213,7 @@ impl Standing {
         let names: Vec<&str> = leaving.iter().take(5).map(AppName::as_str).collect();
         let more = if leaving.len() > names.len() { " …" } else { "" };
         Some(StoreBlock {
-            kind: "mass_removal".to_owned(),
+            kind: MASS_REMOVAL.to_owned(),
             message: format!(
                 "{} of the {} apps of this host would leave at once: {}{more}",
                 leaving.len(),
@@ -251,9 +258,11 @@ impl Standing {
 /// Whether a store that was another one, or an older one, still lacks keys that were read before. A backup that others
 /// write to is past every revision some day, and what it lacks looks as if it had been deleted.
 fn misses(held: &StoreBlock, known: &Contents, found: &Contents) -> bool {
-    held.kind != "mass_removal" && known.entries.keys().any(|key| !found.entries.contains_key(key))
+    held.kind != MASS_REMOVAL && known.entries.keys().any(|key| !found.entries.contains_key(key))
 }
 
+/// The kind of the brake's block.
+const MASS_REMOVAL: &str = "mass_removal";
 /// The kind of a block for a store that is not the one from before.
 const OTHER: &str = "other_store";
 
@@ -315,7 +324,7 @@ mod tests {
     fn what_was_accepted_is_that_one_store_with_what_leaves_it() {
         let here: BTreeSet<AppName> = (0..2).map(app).collect();
         let known = Standing { identity: Some(identity(Some("a"), 1, 10)), here, ..Standing::default() };
-        let accepted = Acceptance { identity: Some(identity(Some("b"), 2, 4)), leaving: [app(0)].into() };
+        let accepted = Acceptance { identity: Some(identity(Some("b"), 2, 4)), leaving: [app(0)].into(), kind: None };
         let kind = |found: &Identity, wanted| judged(&known, found, wanted, &accepted);
         assert_eq!(kind(&identity(Some("b"), 2, 6), 1..2), "accepted");
         assert_eq!(kind(&identity(Some("b"), 2, 6), 0..0), "other_store", "more would leave than was shown");
@@ -333,7 +342,7 @@ mod tests {
         let nothing = Acceptance::default();
         assert_eq!(judged(&known, &found, 0..4, &nothing), "taken", "half may leave");
         assert_eq!(judged(&known, &found, 0..3, &nothing), "mass_removal");
-        let some = Acceptance { identity: Some(identity(None, 1, 2)), leaving: (3..8).map(app).collect() };
+        let some = Acceptance { identity: Some(identity(None, 1, 2)), leaving: (3..8).map(app).collect(), kind: None };
         assert_eq!(judged(&known, &found, 0..3, &some), "accepted");
         assert_eq!(judged(&known, &found, 0..2, &some), "mass_removal", "one more was not accepted");
         // Once held, half of them back is not enough.
@@ -382,12 +391,21 @@ mod tests {
 
     #[test]
     fn consent_ends_with_the_read_that_it_was_asked_for() {
-        let accepted = Acceptance { identity: Some(identity(Some("a"), 1, 10)), ..Acceptance::default() };
-        let ends = |found: &Identity, known| accepted.is_settled_by(found, Some(&identity(Some("a"), 1, known)));
-        assert!(ends(&identity(Some("a"), 1, 12), 9) && ends(&identity(None, 1, 10), 10));
-        assert!(!ends(&identity(Some("a"), 1, 8), 7), "that read came before the question");
-        assert!(!ends(&identity(Some("a"), 2, 12), 9), "of another etcd");
-        assert!(!ends(&identity(Some("a"), 1, 43), 42), "asked of a backup, and read before there was one");
+        let of = |kind: &str| Acceptance {
+            identity: Some(identity(Some("a"), 1, 10)),
+            kind: Some(kind.to_owned()),
+            ..Acceptance::default()
+        };
+        let ends = |found: &Identity| of(MASS_REMOVAL).is_settled_by(found);
+        assert!(ends(&identity(Some("a"), 1, 12)) && ends(&identity(None, 1, 10)));
+        assert!(!ends(&identity(Some("a"), 1, 8)), "that read came before the question");
+        assert!(!ends(&identity(Some("a"), 2, 12)), "of another etcd");
+        assert!(!of("older_revision").is_settled_by(&identity(Some("a"), 1, 43)), "read before it was restored");
+        // It is none to a block of another kind.
+        let known = Standing { identity: Some(identity(Some("a"), 1, 20)), ..Standing::default() };
+        let back = identity(Some("a"), 1, 15);
+        assert_eq!(judged(&known, &back, 0..0, &of(MASS_REMOVAL)), "older_revision");
+        assert_eq!(judged(&known, &back, 0..0, &of("older_revision")), "accepted");
     }
 
     #[test]

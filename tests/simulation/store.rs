@@ -201,7 +201,8 @@ impl Store {
     /// What a person writes who takes this store, and that all of these leave.
     pub fn accept(&self, leaving: impl Iterator<Item = demae::model::name::AppName>) -> Vec<u8> {
         let (_, identity, _) = self.found();
-        serde_json::to_vec(&Acceptance { identity: Some(identity), leaving: leaving.collect() }).expect("JSON")
+        serde_json::to_vec(&Acceptance { identity: Some(identity), leaving: leaving.collect(), kind: None })
+            .expect("JSON")
     }
 }
 
