@@ -89,6 +89,25 @@ fn two_hosts_share_an_engine_and_a_store() {
     assert_eq!((second.containers().len(), second.get("web.test", "/").expect("an answer").0), (2, 200));
 }
 
+/// What `dev` leaves behind if a test ends before it does: it would go on for ever.
+struct Left<'d>(&'d Path);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        let pids = Command::new("pgrep").args(["-f", &self.0.display().to_string()]).output().expect("pgrep runs");
+        for pid in String::from_utf8_lossy(&pids.stdout).lines() {
+            // One may have ended with another.
+            let _ = Command::new("kill").arg(pid).stderr(Stdio::null()).status();
+        }
+        let file = fs::read_to_string(self.0.join("agent.toml")).unwrap_or_default();
+        let Some(host) = file.split('"').nth(1) else { return };
+        let ids = docker(&["ps", "-aq", "--filter", &format!("label=demae.host={host}")]);
+        for id in ids.lines() {
+            docker(&["rm", "-fv", id]);
+        }
+    }
+}
+
 #[test]
 fn dev_starts_resumes_and_cleans_up() {
     let lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
@@ -100,6 +119,7 @@ fn dev_starts_resumes_and_cleans_up() {
         command.spawn().expect("it starts")
     };
     fs::create_dir(&dir).expect("a directory");
+    let _left = Left(&dir);
     fs::write(dir.join("precious"), "").expect("a file");
     assert!(!start().wait().expect("it ends").success(), "a directory with files of others is not taken");
     fs::remove_file(dir.join("precious")).expect("it is still there");

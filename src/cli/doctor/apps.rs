@@ -62,7 +62,8 @@ pub(super) async fn mounts(patient: &Patient<'_>, snapshot: &Snapshot, found: &m
             // Without `user` the image decides. A name is only known inside of it.
             let mut user = container.user.clone();
             if user.is_none() && docker_answers {
-                let asked = patient.world.docker.image_user(target.release.image.as_str());
+                let image = target.release.image.tagged();
+                let asked = patient.world.docker.image_user(&image);
                 match tokio::time::timeout(ANSWER, asked).await {
                     Ok(Ok(of_image)) => user = of_image,
                     _ => docker_answers = false,

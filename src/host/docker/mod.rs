@@ -20,7 +20,9 @@ use bollard::{
     container::LogOutput,
     errors::Error,
     exec::StartExecResults,
-    models::{ContainerUpdateBody, EventMessageTypeEnum, ExecConfig, RestartPolicy, RestartPolicyNameEnum},
+    models::{
+        ContainerUpdateBody, EventMessageTypeEnum, ExecConfig, ImageInspect, RestartPolicy, RestartPolicyNameEnum,
+    },
     query_parameters::{
         EventsOptionsBuilder, KillContainerOptionsBuilder, ListContainersOptionsBuilder, LogsOptionsBuilder,
         RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder, StopContainerOptionsBuilder,
@@ -281,12 +283,7 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn image(&self, reference: &str) -> Result<Option<String>> {
-        match self.call(Operation::InspectImage, |client| client.inspect_image(reference)).await {
-            Ok(image) => Ok(image.id),
-            // 400: Docker does not take it for a reference; pulling it tells why.
-            Err(e) if e.is_status(404) || e.is_status(400) => Ok(None),
-            Err(e) => Err(e),
-        }
+        Ok(self.inspect_image(reference).await?.and_then(|image| image.id))
     }
 
     /// The user that an image names, empty for root; `None` if the image is not here.
@@ -294,10 +291,15 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn image_user(&self, reference: &str) -> Result<Option<String>> {
+        let found = self.inspect_image(reference).await?;
+        Ok(found.map(|image| image.config.and_then(|c| c.user).unwrap_or_default()))
+    }
+
+    async fn inspect_image(&self, reference: &str) -> Result<Option<ImageInspect>> {
         match self.call(Operation::InspectImage, |client| client.inspect_image(reference)).await {
-            Ok(image) => Ok(Some(image.config.and_then(|c| c.user).unwrap_or_default())),
+            // 400: Docker does not take it for a reference; pulling it tells why.
             Err(e) if e.is_status(404) || e.is_status(400) => Ok(None),
-            Err(e) => Err(e),
+            found => found.map(Some),
         }
     }
 

@@ -129,10 +129,14 @@ impl Server for Contained {
 
 /// Whether a process is there, and has not ended: one that nobody has waited for is only a number.
 pub fn runs(pid: i32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // Its state comes after its name, which may hold blanks: proc(5).
-    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
-    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+    stat(pid, 3).is_some_and(|state| !matches!(state.as_str(), "Z" | "X"))
+}
+
+/// A field of what the kernel says of a process, numbered as in proc(5), from the third on: it is counted from the end of
+/// the name, which may hold blanks.
+fn stat(pid: i32, field: usize) -> Option<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    text.rsplit_once(')')?.1.split_whitespace().nth(field - 3).map(str::to_owned)
 }
 
 /// The children of a process.
@@ -147,15 +151,9 @@ fn children(pid: i32) -> Vec<i32> {
 pub fn old_workers(master: i32, published: Duration) -> usize {
     let is_old = |pid: &i32| is_leaving(*pid) || age(*pid).is_some_and(|age| age > published);
     // After an upgrade of the program (SIGUSR2) the old master lives on as the parent of the new one, with its own workers.
-    let before = parent(master).filter(|pid| is_nginx(*pid));
+    let before = stat(master, 4).and_then(|parent| parent.parse().ok()).filter(|pid| is_nginx(*pid));
     let theirs = before.map_or(0, |before| children(before).iter().filter(|pid| **pid != master).count());
     theirs + children(master).iter().filter(|pid| is_old(pid)).count()
-}
-
-fn parent(pid: i32) -> Option<i32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Field 4, counted from the end of the name, which may hold blanks: proc(5).
-    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
 fn is_nginx(pid: i32) -> bool {
@@ -165,9 +163,7 @@ fn is_nginx(pid: i32) -> bool {
 /// How long a process has run, by the kernel's clock tick of 10 ms; rounded down, so that a worker is not taken for
 /// older than it is. Whatever becomes of the wall clock.
 fn age(pid: i32) -> Option<Duration> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Field 22, counted from the end of the name, which may hold blanks: proc(5).
-    let ticks: u64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+    let ticks: u64 = stat(pid, 22)?.parse().ok()?;
     let uptime = fs::read_to_string("/proc/uptime").ok()?;
     let uptime = Duration::try_from_secs_f64(uptime.split_whitespace().next()?.parse().ok()?).ok()?;
     Some(uptime.saturating_sub(Duration::from_millis(ticks * 10 + 20)))
