@@ -5,8 +5,8 @@
 
 mod create;
 mod found;
+mod image;
 mod meter;
-mod pull;
 
 use std::{
     collections::HashMap,
@@ -20,9 +20,7 @@ use bollard::{
     container::LogOutput,
     errors::Error,
     exec::StartExecResults,
-    models::{
-        ContainerUpdateBody, EventMessageTypeEnum, ExecConfig, ImageInspect, RestartPolicy, RestartPolicyNameEnum,
-    },
+    models::{ContainerUpdateBody, EventMessageTypeEnum, ExecConfig, RestartPolicy, RestartPolicyNameEnum},
     query_parameters::{
         EventsOptionsBuilder, KillContainerOptionsBuilder, ListContainersOptionsBuilder, LogsOptionsBuilder,
         RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder, StopContainerOptionsBuilder,
@@ -276,31 +274,6 @@ impl Docker {
         }
         instances.sort_by(|a, b| a.key.cmp(&b.key));
         Ok(instances)
-    }
-
-    /// The local id of an image, if it is here.
-    ///
-    /// # Errors
-    /// If the engine does not answer.
-    pub async fn image(&self, reference: &str) -> Result<Option<String>> {
-        Ok(self.inspect_image(reference).await?.and_then(|image| image.id))
-    }
-
-    /// The user that an image names, empty for root; `None` if the image is not here.
-    ///
-    /// # Errors
-    /// If the engine does not answer.
-    pub async fn image_user(&self, reference: &str) -> Result<Option<String>> {
-        let found = self.inspect_image(reference).await?;
-        Ok(found.map(|image| image.config.and_then(|c| c.user).unwrap_or_default()))
-    }
-
-    async fn inspect_image(&self, reference: &str) -> Result<Option<ImageInspect>> {
-        match self.call(Operation::InspectImage, |client| client.inspect_image(reference)).await {
-            // 400: Docker does not take it for a reference; pulling it tells why.
-            Err(e) if e.is_status(404) || e.is_status(400) => Ok(None),
-            found => found.map(Some),
-        }
     }
 
     /// The numeric user that a container runs as; `None` if it is given by name.

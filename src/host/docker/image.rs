@@ -1,4 +1,4 @@
-//! Bringing an image to this host.
+//! Images: whether one is here, whose it is, and bringing it here.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -7,11 +7,13 @@ use std::{
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use bollard::{auth::DockerCredentials, errors::Error, query_parameters::CreateImageOptionsBuilder};
+use bollard::{
+    auth::DockerCredentials, errors::Error, models::ImageInspect, query_parameters::CreateImageOptionsBuilder,
+};
 use futures_util::StreamExt as _;
 use serde::Deserialize;
 
-use super::{Docker, DockerError, Failure, Operation, one_line};
+use super::{Docker, DockerError, Failure, Operation, Result, one_line};
 use crate::model::name::ImageRef;
 
 /// Longest silence of a pull: a registry that hangs in the middle of a layer says nothing for ever.
@@ -20,11 +22,36 @@ const IDLE: Duration = Duration::from_secs(120);
 const TOTAL: Duration = Duration::from_secs(30 * 60);
 
 impl Docker {
+    /// The local id of an image, if it is here.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn image(&self, reference: &str) -> Result<Option<String>> {
+        Ok(self.inspect_image(reference).await?.and_then(|image| image.id))
+    }
+
+    /// The user that an image names, empty for root; `None` if the image is not here.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn image_user(&self, reference: &str) -> Result<Option<String>> {
+        let found = self.inspect_image(reference).await?;
+        Ok(found.map(|image| image.config.and_then(|c| c.user).unwrap_or_default()))
+    }
+
+    async fn inspect_image(&self, reference: &str) -> Result<Option<ImageInspect>> {
+        match self.call(Operation::InspectImage, |client| client.inspect_image(reference)).await {
+            // 400: Docker does not take it for a reference; pulling it tells why.
+            Err(e) if e.is_status(404) || e.is_status(400) => Ok(None),
+            found => found.map(Some),
+        }
+    }
+
     /// Pulls an image, with the credentials that `docker login` left for this user.
     ///
     /// # Errors
     /// If it cannot be had, and whether trying again can help.
-    pub async fn pull(&self, image: &ImageRef) -> Result<(), DockerError> {
+    pub async fn pull(&self, image: &ImageRef) -> Result<()> {
         let options = CreateImageOptionsBuilder::default().from_image(&image.tagged()).build();
         let mut progress = self.client(Operation::Pull)?.create_image(Some(options), None, credentials(image));
         let failed = |message: String| {
