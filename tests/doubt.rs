@@ -202,6 +202,54 @@ fn a_store_from_a_backup_is_noticed() {
     lab.wait_app("web", "converged", |s| s.state == State::Converged);
 }
 
+/// What was only put after the backup is missing from it, as if somebody had deleted it; and once the restored store has
+/// counted on, its revision says nothing either.
+#[test]
+fn a_backup_that_others_have_written_to_takes_nothing_away() {
+    let mut lab = Lab::new();
+    init(&lab);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    lab.stop_etcd();
+    copy(&lab.path("etcd"), &lab.path("etcd-backup"));
+    lab.start_etcd();
+    let late = lab.socket_spec(&lab.image("v1"), "late.test", "");
+    lab.deploy("late", "apps/late/spec", &late);
+    let before = lab.containers();
+    lab.stop_agent();
+    let seen = lab.revision();
+    lab.stop_etcd();
+    fs::remove_dir_all(lab.path("etcd")).expect("removed");
+    fs::rename(lab.path("etcd-backup"), lab.path("etcd")).expect("moved");
+    lab.start_etcd();
+    while lab.revision() <= seen {
+        lab.put("env/other/COUNT", "1");
+    }
+    lab.start_agent(&[]);
+    let found = wait_block(&lab, "older_revision");
+    assert!(found.message.starts_with("`apps/late/spec` was written at revision "), "{found}");
+    assert_eq!(lab.containers(), before);
+    let accept = lab.demae(&["store", "accept"]);
+    assert!(said(&accept).contains("would leave this host: late"), "{}", said(&accept));
+    // What was lost is put back, and nobody has to accept anything.
+    lab.put("apps/late/spec", &late);
+    until("it is believed again", || block(&lab).is_none());
+    assert_eq!(lab.containers(), before);
+}
+
+/// A store that has compacted what was seen last cannot say whether it knows it.
+#[test]
+fn a_store_that_has_forgotten_what_it_may_forget_is_believed() {
+    let mut lab = Lab::new();
+    init(&lab);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    lab.stop_agent();
+    lab.del("apps/web/");
+    lab.compact();
+    lab.start_agent(&[]);
+    until("what was deleted leaves", || lab.containers().is_empty());
+    assert_eq!(block(&lab), None);
+}
+
 #[test]
 fn most_apps_leave_only_if_a_person_says_so() {
     let lab = Lab::new();

@@ -42,7 +42,7 @@ fn what_was_missed_while_history_went_is_found() {
     for n in 0..5 {
         lab.put("env/web/GREETING", &format!("number {n}"));
     }
-    etcdctl(&lab, &["compact", &lab.revision().to_string()]);
+    lab.compact();
     wire.release();
     until("it is told that history is gone", || lab.agent_log().contains("fell behind: history before revision"));
     until("the last change is there", || {

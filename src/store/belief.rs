@@ -12,8 +12,9 @@ use tokio::{sync::watch::Sender, time::Instant};
 use super::{
     client::StoreError,
     keys::Prefix,
+    landmark::Landmark,
     ledger::{self, Ledger, LedgerError, Shelf},
-    read::{Contents, Entry, Reader, fingerprint},
+    read::{Contents, Entry, Reader, Reading, fingerprint},
     standing::{Acceptance, Brake, Found, Identity, Standing},
 };
 use crate::model::{
@@ -158,6 +159,11 @@ impl Belief {
         self.contents.revision
     }
 
+    /// What the store must know if it is the one from before; `None` while nothing is known of it.
+    pub fn landmark(&self) -> Option<Landmark> {
+        Landmark::newest(&self.contents)
+    }
+
     /// The key that release ids are made with, once one is known.
     pub fn key(&self) -> Option<&ReleaseKey> {
         self.key.as_ref()
@@ -212,11 +218,18 @@ impl Belief {
     }
 
     /// Takes contents, unless they are doubtful: of another store, or without most apps. Then nothing changes.
-    fn believe(&mut self, contents: Contents, key: ReleaseKey, found: Identity) -> Result<Arc<Snapshot>, StoreError> {
+    fn believe(
+        &mut self,
+        contents: Contents,
+        key: ReleaseKey,
+        found: Identity,
+        forgotten: Option<&Landmark>,
+    ) -> Result<Arc<Snapshot>, StoreError> {
         // On a copy, so that what is not believed leaves nothing behind.
         let mut reader = self.reader.clone();
         let snapshot = reader.snapshot(&contents, &key);
-        let needed = self.judge(&contents, &snapshot, &found)?;
+        let judged = Found { identity: &found, contents: &contents, snapshot: &snapshot, forgotten };
+        let needed = self.judge(judged)?;
         self.keep(&contents, &key, &found, None).map_err(StoreError::Ledger)?;
         self.use_up(needed, &found);
         self.on_disk = found.revision;
@@ -225,8 +238,7 @@ impl Belief {
         Ok(Arc::new(snapshot))
     }
 
-    fn judge(&self, contents: &Contents, snapshot: &Snapshot, identity: &Identity) -> Result<bool, StoreError> {
-        let found = Found { identity, contents, snapshot };
+    fn judge(&self, found: Found<'_>) -> Result<bool, StoreError> {
         self.standing.judge(found, &self.contents, self.viewer.brake, &self.accepted()).map_err(StoreError::Doubt)
     }
 
@@ -247,16 +259,19 @@ impl Belief {
     ///
     /// # Errors
     /// Why it is not.
-    pub fn check(&self, contents: &Contents, found: &Identity) -> Result<(), StoreError> {
+    pub fn check(&self, reading: &Reading) -> Result<(), StoreError> {
+        let Reading { contents, identity, forgotten, .. } = reading;
         let trial = self.reader.clone().snapshot(contents, &ReleaseKey::new(""));
-        self.judge(contents, &trial, found).map(|_| ())
+        let found = Found { identity, contents, snapshot: &trial, forgotten: forgotten.as_ref() };
+        self.judge(found).map(|_| ())
     }
 
-    /// Takes a full read.
+    /// Takes a full read, with the key that release ids are made with from now on.
     ///
     /// # Errors
     /// If it is not believed, or cannot be kept on disk. Then nothing changes.
-    pub fn take_read(&mut self, contents: Contents, found: Identity, key: ReleaseKey) -> Result<(), StoreError> {
+    pub fn take_read(&mut self, reading: Reading, key: ReleaseKey) -> Result<(), StoreError> {
+        let Reading { contents, identity: found, forgotten, .. } = reading;
         let revision = contents.revision;
         let unchanged = self.standing.identity.as_ref().is_some_and(|known| known.is_earlier_than(&found))
             && self.standing.held.is_none()
@@ -277,7 +292,7 @@ impl Belief {
             None
         } else {
             let found = Identity { key: Some(fingerprint(&key)), ..found };
-            Some(self.believe(contents, key, found)?)
+            Some(self.believe(contents, key, found, forgotten.as_ref())?)
         };
         self.shown = revision;
         self.tell(snapshot, revision, revision);
@@ -318,7 +333,7 @@ impl Belief {
                 let whole = self.standing.identity.as_ref().map_or(0, |known| known.whole);
                 let (cluster, etcd) = (contents.cluster(), news.etcd);
                 let found = Identity { cluster, etcd, revision: newest, whole, key: key_of };
-                snapshot = Some(self.believe(contents, key, found)?);
+                snapshot = Some(self.believe(contents, key, found, None)?);
             } else {
                 self.contents = contents;
             }

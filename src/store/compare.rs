@@ -7,8 +7,9 @@ use etcd_client::{Compare, CompareOp, Txn, TxnOp};
 use super::{
     belief::{Viewer, recall},
     client::{Connection, EtcdConfig, StoreError},
+    landmark::Landmark,
     ledger::Shelf,
-    read::{Contents, Reader, random_id, read},
+    read::{Contents, Reader, Reading, random_id, read},
     standing::{Acceptance, Found, Identity},
 };
 use crate::model::{
@@ -52,15 +53,16 @@ impl Comparison {
 pub async fn compare(config: &EtcdConfig, viewer: &Viewer, shelf: &dyn Shelf) -> Result<Comparison, StoreError> {
     let mut reader = Reader::new(viewer.host.clone(), viewer.labels.clone());
     let (standing, kept) = recall(shelf, viewer, &config.prefix, &mut reader);
-    let (contents, found, key) =
-        super::each_member(config, async |connection: Connection| read(&connection, &config.prefix).await).await?;
+    let landmark = kept.as_ref().and_then(|(ledger, _)| Landmark::newest(&ledger.contents));
+    let ask = async |connection: Connection| read(&connection, &config.prefix, landmark.clone()).await;
+    let Reading { contents, identity: found, key, forgotten } = super::each_member(config, ask).await?;
     // A store without a key gets the one that is known; without one any will do, since nothing is made by it.
     let known = kept.as_ref().map(|(ledger, _)| ledger.key.clone());
     let key = key.or(known).unwrap_or_else(|| ReleaseKey::new(""));
     let after = reader.snapshot(&contents, &key);
     let nothing = Contents::default();
     let before = kept.as_ref().map_or(&nothing, |(ledger, _)| &ledger.contents);
-    let judged = Found { identity: &found, contents: &contents, snapshot: &after };
+    let judged = Found { identity: &found, contents: &contents, snapshot: &after, forgotten: forgotten.as_ref() };
     let block = standing.judge(judged, before, viewer.brake, &Acceptance::default()).err();
     let before = kept.map(|(_, snapshot)| snapshot).unwrap_or_default();
     let wanted = |snapshot: &Snapshot, app: &AppName| match snapshot.apps.get(app) {

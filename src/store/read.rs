@@ -11,6 +11,7 @@ use sha2::{Digest as _, Sha256};
 use super::{
     client::{Connection, StoreError},
     keys::{BadKey, Key, Prefix},
+    landmark::Landmark,
     standing::Identity,
 };
 use crate::model::{
@@ -78,15 +79,24 @@ impl Contents {
     }
 }
 
-/// Reads everything at one revision, page by page; which store it was; and the key that release ids are made with, if it
-/// has one.
+/// A full read of a store.
+#[derive(Debug, Clone)]
+pub struct Reading {
+    /// What people wrote.
+    pub contents: Contents,
+    /// Which store it was.
+    pub identity: Identity,
+    /// The key that release ids are made with, if it has one.
+    pub key: Option<ReleaseKey>,
+    /// What was read of it before, and is not in its history.
+    pub forgotten: Option<Landmark>,
+}
+
+/// Reads everything at one revision, page by page, and looks for what it must know if it is the store from before.
 ///
 /// # Errors
 /// If a call fails.
-pub async fn read(
-    connection: &Connection,
-    prefix: &Prefix,
-) -> Result<(Contents, Identity, Option<ReleaseKey>), StoreError> {
+pub async fn read(connection: &Connection, prefix: &Prefix, landmark: Option<Landmark>) -> Result<Reading, StoreError> {
     let mut kv = connection.client.kv_client().max_decoding_message_size(LARGEST);
     let failed = connection.failed("reading");
     let (mut from, to) = prefix.intent();
@@ -119,7 +129,12 @@ pub async fn read(
     let fingerprint = key.as_ref().map(fingerprint);
     let (cluster, revision) = (contents.cluster(), contents.revision);
     let identity = Identity { cluster, etcd, revision, whole: revision, key: fingerprint };
-    Ok((contents, identity, key))
+    // Asked last: if the store is exchanged meanwhile, the new one is asked, and not the one that is gone.
+    let forgotten = match landmark.filter(|l| !l.is_in(&contents)) {
+        Some(landmark) => landmark.is_unknown_to(connection, prefix).await?.then_some(landmark),
+        None => None,
+    };
+    Ok(Reading { contents, identity, key, forgotten })
 }
 
 /// Stands for a release key without telling it.
@@ -180,7 +195,7 @@ pub async fn read_once(
     labels: &BTreeMap<String, String>,
 ) -> Result<(Snapshot, Identity), StoreError> {
     super::each_member(config, async |connection: Connection| {
-        let (contents, identity, key) = read(&connection, &config.prefix).await?;
+        let Reading { contents, identity, key, .. } = read(&connection, &config.prefix, None).await?;
         // Without a key any will do: nothing is made by it.
         let key = key.unwrap_or_else(|| ReleaseKey::new(""));
         Ok((Reader::new(host.clone(), labels.clone()).snapshot(&contents, &key), identity))

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    landmark::Landmark,
     ledger::LedgerError,
     read::{Contents, Entry},
 };
@@ -95,6 +96,8 @@ pub struct Found<'a> {
     pub contents: &'a Contents,
     /// What it means for this host.
     pub snapshot: &'a Snapshot,
+    /// What was read of it before, and is not in its history.
+    pub forgotten: Option<&'a Landmark>,
 }
 
 impl Acceptance {
@@ -127,7 +130,10 @@ impl Standing {
         accepted: &Acceptance,
     ) -> Result<bool, StoreBlock> {
         let leaving = self.leaving(found.snapshot);
-        let doubt = self.doubt(found.identity).or_else(|| self.other_history(found.contents, known));
+        let doubt = self
+            .doubt(found.identity)
+            .or_else(|| self.other_history(found.contents, known))
+            .or_else(|| forgets(found, known));
         let mass = self.brake(found.snapshot, &leaving, brake);
         let wrong = doubt.or(mass).or_else(|| {
             // What was wrong is mended in part.
@@ -189,8 +195,11 @@ impl Standing {
     /// tell: a backup that was restored counts on from where it was made, and is past what was seen some day.
     fn other_history(&self, contents: &Contents, known: &Contents) -> Option<StoreBlock> {
         let whole = self.identity.as_ref()?.whole;
-        let is_old = |entry: &Entry| entry.modified() <= whole;
-        let differs = |(key, entry): &(&Vec<u8>, &Entry)| is_old(entry) && known.entries.get(*key) != Some(*entry);
+        let differs = |(key, entry): &(&Vec<u8>, &Entry)| {
+            let known = known.entries.get(*key);
+            let is_old = entry.modified() <= whole || known.is_some_and(|k| entry.modified() <= k.modified());
+            is_old && known != Some(*entry)
+        };
         let (key, entry) = contents.entries.iter().find(differs)?;
         let message = format!(
             "`{}` is said to be as it was written at revision {}, and was read otherwise after that: the store was restored from a backup",
@@ -255,6 +264,23 @@ impl Standing {
     }
 }
 
+/// Whether a store lacks something, or has it as it was before, and knows nothing of what it said last. If it lacks
+/// nothing, somebody has put all of it back.
+fn forgets(found: Found<'_>, known: &Contents) -> Option<StoreBlock> {
+    let landmark = found.forgotten?;
+    let lacks = |(key, entry): (&Vec<u8>, &Entry)| {
+        found.contents.entries.get(key).is_none_or(|now| now.modified() < entry.modified())
+    };
+    known.entries.iter().any(lacks).then(|| {
+        let message = format!(
+            "`{}` was written at revision {}, and the store knows nothing of that: it was restored from a backup",
+            String::from_utf8_lossy(&landmark.key).escape_debug(),
+            landmark.revision
+        );
+        block("older_revision", message)
+    })
+}
+
 /// Whether a store that was another one, or an older one, still lacks keys that were read before. A backup that others
 /// write to is past every revision some day, and what it lacks looks as if it had been deleted.
 fn misses(held: &StoreBlock, known: &Contents, found: &Contents) -> bool {
@@ -290,7 +316,7 @@ mod tests {
 
     fn judged(standing: &Standing, found: &Identity, wanted: std::ops::Range<usize>, accepted: &Acceptance) -> String {
         let (contents, snapshot) = (Contents::default(), snapshot(wanted));
-        let found = Found { identity: found, contents: &contents, snapshot: &snapshot };
+        let found = Found { identity: found, contents: &contents, snapshot: &snapshot, forgotten: None };
         match standing.judge(found, &Contents::default(), Brake::default(), accepted) {
             Ok(false) => "taken".into(),
             Ok(true) => "accepted".into(),
@@ -353,7 +379,7 @@ mod tests {
         known.held = None;
         let drained = Snapshot { mode: HostMode::Drained, ..snapshot(0..0) };
         let contents = Contents::default();
-        let drained = Found { identity: &found, contents: &contents, snapshot: &drained };
+        let drained = Found { identity: &found, contents: &contents, snapshot: &drained, forgotten: None };
         assert_eq!(known.judge(drained, &contents, Brake::default(), &nothing), Ok(false), "a person said so");
         known.here = (0..3).map(app).collect();
         assert_eq!(judged(&known, &found, 0..0, &nothing), "taken", "three are few");
@@ -387,6 +413,26 @@ mod tests {
             Some("older_revision"),
             "older all the same"
         );
+    }
+
+    #[test]
+    fn a_store_without_what_it_said_last_may_only_lack_nothing() {
+        let at = |entries: &[(&str, i64)]| {
+            let entry = |(k, modified): &(&str, i64)| (k.as_bytes().to_vec(), Entry::new(Vec::new(), 1, *modified));
+            Contents { entries: entries.iter().map(entry).collect(), revision: 50 }
+        };
+        let known = at(&[("a", 3), ("b", 9)]);
+        let landmark = Landmark::newest(&known).expect("one");
+        assert_eq!(landmark, Landmark { key: b"b".to_vec(), revision: 9 });
+        assert_eq!(Landmark::newest(&Contents::default()), None);
+        let (identity, snapshot) = (identity(None, 1, 50), snapshot(0..0));
+        let forgets = |now: &Contents| {
+            let found = Found { identity: &identity, contents: now, snapshot: &snapshot, forgotten: Some(&landmark) };
+            super::forgets(found, &known).map(|b| b.kind)
+        };
+        assert_eq!(forgets(&at(&[("a", 3)])).as_deref(), Some("older_revision"), "one is missing");
+        assert_eq!(forgets(&at(&[("a", 3), ("b", 2)])).as_deref(), Some("older_revision"), "one is as it was");
+        assert_eq!(forgets(&at(&[("a", 3), ("b", 20)])), None, "all of it was put again");
     }
 
     #[test]

@@ -122,21 +122,21 @@ impl Watcher {
     }
 
     async fn read_all(&mut self, connection: &Connection) -> Result<(), StoreError> {
-        let (contents, found, key) = read(connection, &self.config.prefix).await?;
+        let reading = read(connection, &self.config.prefix, self.belief.landmark()).await?;
         if self.claim.look(connection, &self.config.prefix).await? == 0 {
             // Nothing is written to a store that is not believed.
-            self.belief.check(&contents, &found)?;
+            self.belief.check(&reading)?;
             self.claim.take(connection, &self.config.prefix).await?;
         }
-        let key = match key {
-            Some(key) => key,
+        let key = match &reading.key {
+            Some(key) => key.clone(),
             None => {
                 // Nothing is written to a store that is not believed.
-                self.belief.check(&contents, &found)?;
+                self.belief.check(&reading)?;
                 make_release_key(connection, &self.config.prefix, self.belief.key()).await?
             }
         };
-        self.belief.take_read(contents, found, key)
+        self.belief.take_read(reading, key)
     }
 
     /// Takes a message of the watch, with all that has come meanwhile: each time something is believed, all of it is kept

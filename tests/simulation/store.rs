@@ -9,7 +9,7 @@ use std::{
 
 use demae::{
     model::release::ReleaseKey,
-    store::{Acceptance, Belief, Change, Contents, Entry, Identity, News, Shelf, StoreError},
+    store::{Acceptance, Belief, Change, Contents, Entry, Identity, Landmark, News, Reading, Shelf, StoreError},
 };
 use tokio::{
     sync::{Notify, mpsc},
@@ -169,22 +169,30 @@ impl Store {
         if !self.etcd().up {
             return Err(StoreError::Connect { endpoint: "etcd".into(), reason: "connection refused".into() });
         }
-        let (contents, identity, key) = self.found();
+        let mut reading = self.found();
         tokio::time::sleep(self.scene.chance.millis(0, 20)).await;
-        let key = match key {
-            Some(key) => key,
+        reading.forgotten = belief.landmark().filter(|l| !l.is_in(&reading.contents) && !self.knows(l));
+        let key = match &reading.key {
+            Some(key) => key.clone(),
             None => {
-                belief.check(&contents, &identity)?;
+                belief.check(&reading)?;
                 let key = belief.key().cloned().unwrap_or_else(|| ReleaseKey::new("the key of this store"));
                 self.etcd().data.key.get_or_insert(key).clone()
             }
         };
-        belief.take_read(contents, identity, key)?;
+        belief.take_read(reading, key)?;
         self.scene.note_belief();
         Ok(())
     }
 
-    fn found(&self) -> (Contents, Identity, Option<ReleaseKey>) {
+    /// Whether this was written in the store that answers now, at that revision.
+    fn knows(&self, landmark: &Landmark) -> bool {
+        let is_it =
+            |c: &Change| c.revision == landmark.revision && c.key.as_ref() == Some(&landmark.key) && c.value.is_some();
+        self.etcd().data.changes.iter().any(is_it)
+    }
+
+    fn found(&self) -> Reading {
         let etcd = self.etcd();
         let data = &etcd.data;
         let cluster = data.entries.get(b"cluster".as_slice()).map(|e| String::from_utf8_lossy(e.value()).into_owned());
@@ -195,12 +203,13 @@ impl Store {
             whole: data.revision,
             key: data.key.as_ref().map(demae::store::fingerprint),
         };
-        (Contents::new(data.entries.clone(), data.revision), identity, data.key.clone())
+        let contents = Contents::new(data.entries.clone(), data.revision);
+        Reading { contents, identity, key: data.key.clone(), forgotten: None }
     }
 
     /// What a person writes who takes this store, and that all of these leave.
     pub fn accept(&self, leaving: impl Iterator<Item = demae::model::name::AppName>) -> Vec<u8> {
-        let (_, identity, _) = self.found();
+        let identity = self.found().identity;
         serde_json::to_vec(&Acceptance { identity: Some(identity), leaving: leaving.collect(), kind: None })
             .expect("JSON")
     }

@@ -218,6 +218,11 @@ impl Lab {
         json["header"]["revision"].as_i64().expect("a revision")
     }
 
+    /// Has etcd forget all that was before now.
+    pub fn compact(&self) {
+        run(self.etcdctl().arg("compact").arg(self.revision().to_string()).stdout(Stdio::null()));
+    }
+
     /// An image of the example app that tells this version. Removed with the lab.
     pub fn image(&self, version: &str) -> String {
         let name = format!("demae-lab-{}:{version}", self.tag);
