@@ -1,7 +1,7 @@
 //! What must hold for any bytes: one function for each reader or writer of what others wrote. It panics where something
 //! does not hold.
 //!
-//! libFuzzer calls them with what it makes up (`fuzz/fuzz_targets/`), `tests/fuzz.rs` with mutations of the corpus. They
+//! libFuzzer calls them with what it makes up (`fuzz/fuzz_targets/`), `tests/fuzz/` with mutations of the corpus. They
 //! do not ask the code that they judge: each rule is written a second time, from its documentation.
 
 mod env_file;

@@ -2,6 +2,7 @@
 //!
 //! A [`Spec`] only comes out of [`Spec::parse`], which reports every problem of a text, not the first.
 
+mod fields;
 mod read;
 mod values;
 pub use values::MOUNTABLE;

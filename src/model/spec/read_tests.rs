@@ -1,4 +1,4 @@
-use super::*;
+use super::{super::fields::KEYS, *};
 
 fn problems(text: &str) -> String {
     match spec(text.as_bytes()) {
