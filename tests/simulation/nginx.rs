@@ -83,6 +83,7 @@ impl Scene {
             new.follow(&old, served.then_some(proxy.since), now);
             let generation = new.generation;
             (proxy.live, proxy.published, proxy.drifted) = (Some(new), now, false);
+            proxy.written = Some(Instant::now());
             state.leaving = leaving;
             (generation, rejected)
         };

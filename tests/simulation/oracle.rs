@@ -12,7 +12,7 @@ use demae::{
 };
 use tokio::time::Instant;
 
-use crate::scene::{Scene, State, Upstreamed, is_routed, leaves, serving, stops_first, upstreamed};
+use crate::scene::{Scene, State, Upstreamed, believed, is_routed, leaves, serving, stops_first, upstreamed};
 
 /// Most containers of an app: three that serve, three that come, and up to as many that nobody wants any more, while one
 /// more is being made. Those that served and have left the routes are not counted: they stay until their requests end.
@@ -160,7 +160,13 @@ impl Before {
         // What changed after the agent looked, it could not know.
         let moved = |id: &ContainerId| state.programs.get(id).is_some_and(|p| p.changed > looked);
         let unseen = |o: &ObservedApp| o.instances.iter().any(|i| find(state, app, &i.id).is_none());
+        // A paused app is left as it is, and its upstreams as they were when the set was written.
+        let is_paused = matches!(believed(state, app), Some(DesiredApp::Paused(_)));
+        let since_written = |at: &Instant| state.proxy.written.is_some_and(|written| *at > written);
+        let broken_since = now.behind.iter().filter_map(|id| state.programs.get(id)).any(|p| since_written(&p.changed))
+            || state.meddled.get(app).is_some_and(since_written);
         let excused = stops_first(state, app)
+            || seen.is_none() && is_paused && broken_since
             || now.behind.iter().any(moved)
             || seen.is_some_and(unseen)
             || state.apps.get(app).is_some_and(|o| o.instances.iter().any(|i| moved(&i.id)))

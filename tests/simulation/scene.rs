@@ -88,6 +88,8 @@ impl Meant {
 pub struct Proxy {
     /// The set on disk.
     pub live: Option<Manifest>,
+    /// When that was written.
+    pub written: Option<Instant>,
     pub published: Timestamp,
     pub runs: bool,
     /// Somebody else's file makes `nginx -t` fail.
