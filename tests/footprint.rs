@@ -69,7 +69,7 @@ fn runs(lab: &Lab) -> String {
 /// A fault, and the end of it.
 type Fault = (&'static str, fn(&mut Site));
 
-const FAULTS: [Fault; 12] = [
+const FAULTS: [Fault; 14] = [
     ("the store is wiped, and put back", |Site { lab, .. }| {
         let keys = ["cluster", "apps/web/spec", "apps/web/restart", "apps/api/spec"];
         let kept = keys.map(|key| (key, lab.get_key(key))).into_iter().filter(|(_, value)| !value.is_empty());
@@ -85,6 +85,17 @@ const FAULTS: [Fault; 12] = [
         lab.stop_etcd();
         until("the agent notices", || lab.status().is_some_and(|s| s.store.error.is_some()));
         lab.start_etcd();
+    }),
+    ("etcd hangs", |Site { lab, .. }| {
+        lab.signal_etcd("-STOP");
+        until("the agent notices", || lab.status().is_some_and(|s| s.store.error.is_some()));
+        lab.signal_etcd("-CONT");
+    }),
+    ("the lease is lost", |Site { lab, .. }| {
+        let key = format!("state/hosts/{}", lab.host);
+        until("the agent says that it is there", || !lab.get_key(&key).is_empty());
+        lab.revoke_leases();
+        until("it says so again", || !lab.get_key(&key).is_empty());
     }),
     ("nginx is away", |Site { lab, .. }| {
         lab.stop_nginx();

@@ -142,6 +142,20 @@ impl Lab {
         }
     }
 
+    /// `-STOP`, `-CONT` and the like, to etcd.
+    pub fn signal_etcd(&self, name: &str) {
+        self.etcd_process.as_ref().expect("etcd runs").signal(name);
+    }
+
+    /// Takes back all that etcd lent, as it does by itself to an agent that says nothing for long.
+    pub fn revoke_leases(&self) {
+        let output = self.etcdctl().args(["lease", "list"]).output().expect("etcdctl runs");
+        // The first line says how many there are.
+        for lease in String::from_utf8_lossy(&output.stdout).lines().skip(1) {
+            run(self.etcdctl().args(["lease", "revoke", lease]).stdout(Stdio::null()));
+        }
+    }
+
     pub fn stop_etcd(&mut self) {
         self.etcd_process = None;
     }
