@@ -82,8 +82,11 @@ impl Scene {
             let served = proxy.runs && proxy.served.as_ref().is_some_and(|m| m.generation == old.generation);
             new.follow(&old, served.then_some(proxy.since), now);
             let generation = new.generation;
+            let live = new.clone();
             (proxy.live, proxy.published, proxy.drifted) = (Some(new), now, false);
-            proxy.written = Some(Instant::now());
+            for app in vhosts.keys().filter(|app| old.vhosts.get(*app) != live.vhosts.get(*app)) {
+                proxy.written.insert(app.clone(), Instant::now());
+            }
             state.leaving = leaving;
             (generation, rejected)
         };

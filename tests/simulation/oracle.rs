@@ -7,6 +7,7 @@ use demae::{
         desired::{DesiredApp, Snapshot},
         name::{AppName, ContainerId},
         observed::{Instance, ObservedApp, Phase},
+        proxy::Upstreams,
     },
     plan::step::Step,
 };
@@ -160,13 +161,8 @@ impl Before {
         // What changed after the agent looked, it could not know.
         let moved = |id: &ContainerId| state.programs.get(id).is_some_and(|p| p.changed > looked);
         let unseen = |o: &ObservedApp| o.instances.iter().any(|i| find(state, app, &i.id).is_none());
-        // A paused app is left as it is, and its upstreams as they were when the set was written.
-        let is_paused = matches!(believed(state, app), Some(DesiredApp::Paused(_)));
-        let since_written = |at: &Instant| state.proxy.written.is_some_and(|written| *at > written);
-        let broken_since = now.behind.iter().filter_map(|id| state.programs.get(id)).any(|p| since_written(&p.changed))
-            || state.meddled.get(app).is_some_and(since_written);
         let excused = stops_first(state, app)
-            || seen.is_none() && is_paused && broken_since
+            || seen.is_none() && now.dead < now.all && is_broken_since(state, app, &now.behind)
             || now.behind.iter().any(moved)
             || seen.is_some_and(unseen)
             || state.apps.get(app).is_some_and(|o| o.instances.iter().any(|i| moved(&i.id)))
@@ -198,6 +194,19 @@ impl Before {
         }
         None
     }
+}
+
+/// Whether an upstream broke after the app's part of nginx's set was written, and rightly stands in it all the same. A
+/// paused app is left as it is. Slots are only counted there, and whom they lead to is not the set's business. If
+/// workers take such a set over late, nginx passes over whoever does not answer.
+fn is_broken_since(state: &State, app: &AppName, behind: &[ContainerId]) -> bool {
+    let by_slots = state.proxy.live.as_ref().and_then(|m| m.vhosts.get(app));
+    let by_slots = by_slots.is_some_and(|v| matches!(v.upstreams, Upstreams::Slots(_)));
+    let is_paused = matches!(believed(state, app), Some(DesiredApp::Paused(_)));
+    let since_written = |at: &Instant| state.proxy.written.get(app).is_some_and(|written| at > written);
+    let mut programs = behind.iter().filter_map(|id| state.programs.get(id));
+    (by_slots || is_paused)
+        && (programs.any(|p| since_written(&p.changed)) || state.meddled.get(app).is_some_and(since_written))
 }
 
 fn find<'a>(state: &'a State, app: &AppName, id: &ContainerId) -> Option<&'a Instance> {

@@ -88,8 +88,8 @@ impl Meant {
 pub struct Proxy {
     /// The set on disk.
     pub live: Option<Manifest>,
-    /// When that was written.
-    pub written: Option<Instant>,
+    /// When an app's part of it last changed.
+    pub written: BTreeMap<AppName, Instant>,
     pub published: Timestamp,
     pub runs: bool,
     /// Somebody else's file makes `nginx -t` fail.
