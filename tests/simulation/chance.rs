@@ -2,6 +2,9 @@
 
 use std::{sync::Mutex, time::Duration};
 
+/// Longest time that the answer to a health check takes, in milliseconds.
+pub const SLOWEST_CHECK: u64 = 60;
+
 /// SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
 pub struct Chance(Mutex<u64>);
 
@@ -34,5 +37,10 @@ impl Chance {
     /// From `least` to `most` milliseconds.
     pub fn millis(&self, least: u64, most: u64) -> Duration {
         Duration::from_millis(least + self.next() % (most - least + 1))
+    }
+
+    /// How long the answer to a health check takes.
+    pub fn check(&self) -> Duration {
+        self.millis(3, SLOWEST_CHECK)
     }
 }

@@ -107,7 +107,7 @@ impl Hands {
         }
         let mut all = self.asked.lock().expect("one thread");
         let asked = all.entry(instance.id.clone()).or_insert_with(|| {
-            let (scene, app, pause) = (self.scene.clone(), app.clone(), self.scene.chance.millis(3, 60));
+            let (scene, app, pause) = (self.scene.clone(), app.clone(), self.scene.chance.check());
             tokio::spawn(async move {
                 tokio::time::sleep(pause).await;
                 scene.health_tells(&app);

@@ -1,6 +1,6 @@
 //! What must hold at each effect of the agent, judged by what the host really is. None of demae's decisions is used here.
 
-use std::sync::atomic::Ordering;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use demae::{
     model::{
@@ -13,7 +13,8 @@ use demae::{
 };
 use tokio::time::Instant;
 
-use crate::scene::{Scene, State, Upstreamed, believed, is_routed, leaves, serving, stops_first, upstreamed};
+use crate::chance::SLOWEST_CHECK;
+use crate::scene::{Program, Scene, State, Upstreamed, believed, is_routed, leaves, serving, stops_first, upstreamed};
 
 /// Most containers of an app: three that serve, three that come, and up to as many that nobody wants any more, while one
 /// more is being made. Those that served and have left the routes are not counted: they stay until their requests end.
@@ -159,10 +160,15 @@ impl Before {
             looked = looked.max(state.woke);
         }
         // What changed after the agent looked, it could not know.
-        let moved = |id: &ContainerId| state.programs.get(id).is_some_and(|p| p.changed > looked);
+        // Nor that an instance is well until a check of it was answered.
+        let known = |p: &Program| if p.answers { p.changed + Duration::from_millis(SLOWEST_CHECK) } else { p.changed };
+        let moved = |id: &ContainerId| state.programs.get(id).is_some_and(|p| known(p) > looked);
         let unseen = |o: &ObservedApp| o.instances.iter().any(|i| find(state, app, &i.id).is_none());
         let excused = stops_first(state, app)
-            || seen.is_none() && now.dead < now.all && is_broken_since(state, app, &now.behind)
+            || seen.is_none()
+                && now.dead < now.all
+                && self.upstreamed.all < now.all
+                && is_broken_since(state, app, &now.behind)
             || now.behind.iter().any(moved)
             || seen.is_some_and(unseen)
             || state.apps.get(app).is_some_and(|o| o.instances.iter().any(|i| moved(&i.id)))

@@ -45,7 +45,8 @@ impl Scene {
                 .get(app)
                 .is_some_and(|o| o.instances.iter().any(|i| i.id == *id && i.phase == Phase::Running));
             match state.programs.get_mut(id).filter(|p| p.life == life && runs) {
-                Some(program) => program.answers = true,
+                // The agent may be at something that was right before that.
+                Some(program) => (program.answers, program.changed) = (true, Instant::now()),
                 None => return,
             }
         }
