@@ -317,6 +317,48 @@ fn consent_that_was_not_needed_is_none_for_another_day() {
     assert_eq!(lab.containers(), before);
 }
 
+/// The same for a store that was wiped: a person accepts it, and then puts everything back.
+#[test]
+fn consent_to_a_wiped_store_that_came_back_is_none_for_another_day() {
+    let mut lab = Lab::new();
+    init(&lab);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let before = lab.containers();
+    let (cluster, spec) = (lab.get_key("cluster"), lab.get_key("apps/web/spec"));
+    lab.del("");
+    wait_block(&lab, "sentinel_missing");
+    lab.stop_agent();
+    let accept = lab.demae(&["store", "accept", "--yes"]);
+    assert!(accept.status.success() && said(&accept).contains("would leave this host: web"), "{}", said(&accept));
+    lab.put("apps/web/spec", &spec);
+    lab.put("cluster", &cluster);
+    lab.start_agent(&[]);
+    lab.wait_app("web", "as before", |s| s.state == State::Converged);
+    until("what was accepted is forgotten", || !lab.path("state/accepted.json").exists());
+    lab.del("");
+    wait_block(&lab, "sentinel_missing");
+    assert_eq!(lab.containers(), before);
+}
+
+/// Nobody ran `demae init`, and few apps are here. The key that releases are named by goes with them.
+#[test]
+fn a_store_without_identity_is_not_wiped_unseen() {
+    let lab = Lab::new();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let (before, spec) = (lab.containers(), lab.get_key("apps/web/spec"));
+    lab.del("");
+    let found = wait_block(&lab, "sentinel_missing");
+    assert!(found.message.contains("no `secret/release-key` any more"), "{found}");
+    assert_eq!(lab.containers(), before);
+    lab.put("apps/web/spec", &spec);
+    until("it is believed again", || block(&lab).is_none());
+    until("the key is put back", || lab.get_key("secret/release-key").len() == 64);
+    assert_eq!(lab.containers(), before);
+    // One that is taken away by itself leaves.
+    lab.del("apps/web/");
+    until("it leaves", || lab.containers().is_empty());
+}
+
 #[test]
 fn a_first_read_that_takes_away_what_runs_here_is_held_back() {
     let mut lab = Lab::new();

@@ -16,7 +16,7 @@ use demae::{
         spec::{ContainerSpec, Endpoint, HealthCheck, Ingress, Order, Probe, PullPolicy},
         time::Timestamp,
     },
-    plan::{AppPlan, Cooled, Cooling, check::violations, simulate::PaperHost, step::StepKind},
+    plan::{AppPlan, Cooled, Cooling, VhostWish, check::violations, simulate::PaperHost, step::StepKind},
 };
 use proptest::prelude::*;
 
@@ -386,4 +386,29 @@ fn a_broken_plan_is_caught() {
     let found = violations(&history.host.input(&history.desired, &history.cooling), &plan);
     assert!(found.iter().any(|v| v.contains("requests go to")), "{found:?}");
     assert!(found.iter().any(|v| v.contains("last healthy")), "{found:?}");
+}
+
+/// An agent that was started anew has asked nobody yet, and of two that serve one is not wanted any more.
+#[test]
+fn nobody_leaves_the_routes_before_it_is_known_that_others_answer() {
+    for endpoint in [Endpoint::Socket("/run/app/app.sock".into()), Endpoint::Port(8080)] {
+        let mut history = History::new([Behaviour::Works; 4], Some(endpoint), Order::StartFirst);
+        history.happen(&Event::Want { version: 0, replicas: 2 });
+        history.happen(&Event::Run(60));
+        assert_eq!(history.serving(), 2);
+        for instance in &mut history.host.observed.instances {
+            instance.health = Health::Unknown;
+        }
+        history.desired = DesiredApp::Run(history.target(0, 1));
+        let unasked = history.host.plan(&history.desired, &history.cooling);
+        assert_eq!((unasked.step, unasked.vhost), (None, VhostWish::Keep));
+        // The one with the lower number does not answer.
+        let answer = || "connection refused".to_owned();
+        for instance in &mut history.host.observed.instances {
+            let ill = Health::Starting(answer());
+            instance.health = if instance.key.number == 1 { ill } else { Health::Healthy };
+        }
+        history.happen(&Event::Run(5));
+        assert_eq!(history.serving(), 1, "{}", history.log.join("\n"));
+    }
 }

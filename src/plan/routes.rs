@@ -37,6 +37,12 @@ pub(super) fn route(draft: &mut Draft<'_>, target: &Target, active: Option<&Rele
         }
         return false;
     };
+    // Whoever answers stays until it is known that others do: a new agent has asked nobody yet. It waits for their health
+    // already.
+    let would_leave = |i: &&Instance| i.is_running() && is_routed(draft.input, i) && !pool.iter().any(|p| p.id == i.id);
+    if pool.iter().any(|i| i.health == Health::Unknown) && draft.observed().instances.iter().any(|i| would_leave(&i)) {
+        return false;
+    }
     match &first.address {
         Some(Address::Port(_)) => {
             let ports = pool.iter().filter_map(|i| match i.address {

@@ -89,6 +89,11 @@ pub struct News {
 }
 
 impl News {
+    /// Whether anything was deleted.
+    pub fn deletes(&self) -> bool {
+        self.changes.iter().any(|change| change.value.is_none())
+    }
+
     /// Adds what came after it.
     pub fn add(&mut self, next: Self) {
         self.changes.extend(next.changes);
@@ -116,6 +121,10 @@ pub struct Belief {
     /// The newest revision seen, for people; `contents` may still miss a part of it.
     shown: i64,
     key: Option<ReleaseKey>,
+    /// When what is on disk was kept by an earlier agent.
+    saved: Option<Timestamp>,
+    /// What people had accepted when the last read was begun.
+    consent: Option<Vec<u8>>,
 }
 
 impl Belief {
@@ -130,6 +139,8 @@ impl Belief {
             contents: Contents::default(),
             shown: 0,
             key: None,
+            saved: None,
+            consent: None,
             prefix,
             viewer,
             shelf,
@@ -143,6 +154,7 @@ impl Belief {
         self.standing = standing;
         let Some((ledger, snapshot)) = ledger else { return };
         self.on_disk = ledger.identity.revision;
+        self.saved = Some(ledger.saved);
         self.contents = ledger.contents;
         self.key = Some(ledger.key);
         self.kept = Some(unproven(snapshot));
@@ -159,9 +171,15 @@ impl Belief {
         self.contents.revision
     }
 
-    /// What the store must know if it is the one from before; `None` while nothing is known of it.
-    pub fn landmark(&self) -> Option<Landmark> {
-        Landmark::newest(&self.contents)
+    /// To be told before the store is read: what it must know if it is the one from before; `None` while nothing is known
+    /// of it.
+    pub fn begin_read(&mut self) -> Option<Landmark> {
+        self.consent = self.shelf.acceptance();
+        let head = self.standing.identity.as_ref()?.revision;
+        let kept_for = || Timestamp::now().since(self.saved.unwrap_or_default());
+        let proven = self.updates.borrow().proven;
+        let age = if self.proven { proven.map(|at| at.elapsed()) } else { None };
+        Landmark::newest(&self.contents, head, age.unwrap_or_else(kept_for))
     }
 
     /// The key that release ids are made with, once one is known.
@@ -206,8 +224,11 @@ impl Belief {
         }
     }
 
+    /// What people accepted has had its time if it was needed; and if it was there before a read that was believed without
+    /// it. Else it would be consent to the same thing another day. A read that was begun before says nothing of it.
     fn use_up(&self, needed: bool, found: &Identity) {
-        if needed || self.accepted().is_settled_by(found) {
+        let was_there = self.consent.is_some() && self.consent == self.shelf.acceptance();
+        if needed || was_there && self.accepted().is_settled_by(found) {
             self.shelf.use_up();
         }
     }

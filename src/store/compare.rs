@@ -7,7 +7,6 @@ use etcd_client::{Compare, CompareOp, Txn, TxnOp};
 use super::{
     belief::{Viewer, recall},
     client::{Connection, EtcdConfig, StoreError},
-    landmark::Landmark,
     ledger::Shelf,
     read::{Contents, Reader, Reading, random_id, read},
     standing::{Acceptance, Found, Identity},
@@ -53,7 +52,7 @@ impl Comparison {
 pub async fn compare(config: &EtcdConfig, viewer: &Viewer, shelf: &dyn Shelf) -> Result<Comparison, StoreError> {
     let mut reader = Reader::new(viewer.host.clone(), viewer.labels.clone());
     let (standing, kept) = recall(shelf, viewer, &config.prefix, &mut reader);
-    let landmark = kept.as_ref().and_then(|(ledger, _)| Landmark::newest(&ledger.contents));
+    let landmark = kept.as_ref().and_then(|(ledger, _)| ledger.landmark());
     let ask = async |connection: Connection| read(&connection, &config.prefix, landmark.clone()).await;
     let Reading { contents, identity: found, key, forgotten } = super::each_member(config, ask).await?;
     // A store without a key gets the one that is known; without one any will do, since nothing is made by it.

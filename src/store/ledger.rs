@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     keys::Prefix,
+    landmark::Landmark,
     read::{Contents, Entry},
     standing::Identity,
 };
@@ -124,6 +125,12 @@ impl Ledger {
     pub fn text(&self, host: &HostName, prefix: &Prefix) -> Vec<u8> {
         let Self { identity, saved, contents, key, held } = self;
         text((host, prefix), identity, *saved, (contents, key), held.as_ref())
+    }
+
+    /// What the store that it is of must know, if nobody has seen it since.
+    pub(super) fn landmark(&self) -> Option<Landmark> {
+        let age = Timestamp::now().since(self.saved);
+        Landmark::newest(&self.contents, self.identity.revision, age)
     }
 
     /// From what was kept. Anything that is not exactly what was written is refused.

@@ -131,7 +131,7 @@ pub async fn read(connection: &Connection, prefix: &Prefix, landmark: Option<Lan
     let identity = Identity { cluster, etcd, revision, whole: revision, key: fingerprint };
     // Asked last: if the store is exchanged meanwhile, the new one is asked, and not the one that is gone.
     let forgotten = match landmark.filter(|l| !l.is_in(&contents)) {
-        Some(landmark) => landmark.is_unknown_to(connection, prefix).await?.then_some(landmark),
+        Some(landmark) => landmark.is_unknown_to(connection, prefix, contents.revision).await?.then_some(landmark),
         None => None,
     };
     Ok(Reading { contents, identity, key, forgotten })
@@ -142,7 +142,7 @@ pub fn fingerprint(key: &ReleaseKey) -> String {
     hex(&Sha256::digest(key.expose())[..8])
 }
 
-async fn release_key(connection: &Connection, prefix: &Prefix) -> Result<Option<ReleaseKey>, StoreError> {
+pub(super) async fn release_key(connection: &Connection, prefix: &Prefix) -> Result<Option<ReleaseKey>, StoreError> {
     let failed = connection.failed("reading the release key");
     let answer = connection.client.kv_client().get(prefix.release_key(), None).await.map_err(failed)?;
     Ok(answer.kvs().first().map(|kv| ReleaseKey::new(kv.value())))

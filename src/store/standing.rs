@@ -101,14 +101,9 @@ pub struct Found<'a> {
 }
 
 impl Acceptance {
-    /// Whether this read answers the question that the person was asked: the same etcd, as far on or further. If it is
-    /// believed, needed or not, what was accepted has had its time, and is no consent to the same thing another day.
-    ///
-    /// Only of the brake: of a store that was restored, a read from before may still be on its way, and revisions do not
-    /// tell the two apart.
+    /// Whether a read answers the question that the person was asked: the same etcd, as far on or further.
     pub fn is_settled_by(&self, found: &Identity) -> bool {
-        let is_later = |a: &Identity| a.etcd == found.etcd && a.revision <= found.revision;
-        self.kind.as_deref() == Some(MASS_REMOVAL) && self.identity.as_ref().is_some_and(is_later)
+        self.identity.as_ref().is_some_and(|a| a.etcd == found.etcd && a.revision <= found.revision)
     }
 
     /// Whether it may be meant for a block: who only let apps leave has not taken another store.
@@ -135,7 +130,7 @@ impl Standing {
             .or_else(|| self.other_history(found.contents, known))
             .or_else(|| forgets(found, known));
         let mass = self.brake(found.snapshot, &leaving, brake);
-        let wrong = doubt.or(mass).or_else(|| {
+        let wrong = doubt.or_else(|| self.lost_key(found.identity, &leaving)).or(mass).or_else(|| {
             // What was wrong is mended in part.
             let held = self.held.as_ref()?;
             (!leaving.is_empty() || misses(held, known, found.contents)).then(|| held.clone())
@@ -179,7 +174,8 @@ impl Standing {
         {
             let message =
                 "the store's `secret/release-key` is another one: every container would be replaced".to_owned();
-            return Some(block(OTHER, message));
+            let remedy = "if a new host made it in a store that had been wiped: stop the agent there and delete the key, and an agent from before puts its own back; else `demae store accept`".to_owned();
+            return Some(StoreBlock { remedy, ..block(OTHER, message) });
         }
         if found.revision < known.revision {
             let message = format!(
@@ -191,6 +187,19 @@ impl Standing {
         None
     }
 
+    /// Whether the key that release ids are made with went, and apps with it. Agents put it back if it is all that is
+    /// missing; nobody deletes it on an ordinary day, so it is a second sentinel for a store that was never given one.
+    fn lost_key(&self, found: &Identity, leaving: &BTreeSet<AppName>) -> Option<StoreBlock> {
+        let known = self.identity.as_ref()?;
+        (known.key.is_some() && found.key.is_none() && !leaving.is_empty()).then(|| {
+            let message = format!(
+                "the store has no `secret/release-key` any more, and {} apps of this host would leave: it was wiped, or is another one",
+                leaving.len()
+            );
+            block("sentinel_missing", message)
+        })
+    }
+
     /// Whether something that was read before reads otherwise now, with the revision of then. Revisions alone do not
     /// tell: a backup that was restored counts on from where it was made, and is past what was seen some day.
     fn other_history(&self, contents: &Contents, known: &Contents) -> Option<StoreBlock> {
@@ -198,7 +207,8 @@ impl Standing {
         let differs = |(key, entry): &(&Vec<u8>, &Entry)| {
             let known = known.entries.get(*key);
             let is_old = entry.modified() <= whole || known.is_some_and(|k| entry.modified() <= k.modified());
-            is_old && known != Some(*entry)
+            // What says the same again was put back.
+            is_old && known.is_none_or(|k| k.value() != entry.value())
         };
         let (key, entry) = contents.entries.iter().find(differs)?;
         let message = format!(
@@ -269,7 +279,8 @@ impl Standing {
 fn forgets(found: Found<'_>, known: &Contents) -> Option<StoreBlock> {
     let landmark = found.forgotten?;
     let lacks = |(key, entry): (&Vec<u8>, &Entry)| {
-        found.contents.entries.get(key).is_none_or(|now| now.modified() < entry.modified())
+        let now = found.contents.entries.get(key);
+        now.is_none_or(|now| now.modified() < entry.modified() && now.value() != entry.value())
     };
     known.entries.iter().any(lacks).then(|| {
         let message = format!(
@@ -299,6 +310,8 @@ fn block(kind: &str, message: String) -> StoreBlock {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn identity(cluster: Option<&str>, etcd: u64, revision: i64) -> Identity {
@@ -418,13 +431,15 @@ mod tests {
     #[test]
     fn a_store_without_what_it_said_last_may_only_lack_nothing() {
         let at = |entries: &[(&str, i64)]| {
-            let entry = |(k, modified): &(&str, i64)| (k.as_bytes().to_vec(), Entry::new(Vec::new(), 1, *modified));
+            let entry = |(k, modified): &(&str, i64)| {
+                (k.as_bytes().to_vec(), Entry::new(modified.to_string().into_bytes(), 1, *modified))
+            };
             Contents { entries: entries.iter().map(entry).collect(), revision: 50 }
         };
         let known = at(&[("a", 3), ("b", 9)]);
-        let landmark = Landmark::newest(&known).expect("one");
-        assert_eq!(landmark, Landmark { key: b"b".to_vec(), revision: 9 });
-        assert_eq!(Landmark::newest(&Contents::default()), None);
+        let landmark = Landmark::newest(&known, 50, Duration::ZERO).expect("one");
+        assert_eq!((landmark.key.as_slice(), landmark.revision), (&b"b"[..], 9));
+        assert_eq!(Landmark::newest(&Contents::default(), 50, Duration::ZERO), None);
         let (identity, snapshot) = (identity(None, 1, 50), snapshot(0..0));
         let forgets = |now: &Contents| {
             let found = Found { identity: &identity, contents: now, snapshot: &snapshot, forgotten: Some(&landmark) };
@@ -446,7 +461,7 @@ mod tests {
         assert!(ends(&identity(Some("a"), 1, 12)) && ends(&identity(None, 1, 10)));
         assert!(!ends(&identity(Some("a"), 1, 8)), "that read came before the question");
         assert!(!ends(&identity(Some("a"), 2, 12)), "of another etcd");
-        assert!(!of("older_revision").is_settled_by(&identity(Some("a"), 1, 43)), "read before it was restored");
+        assert!(of("sentinel_missing").is_settled_by(&identity(Some("a"), 1, 43)), "it was put back");
         // It is none to a block of another kind.
         let known = Standing { identity: Some(identity(Some("a"), 1, 20)), ..Standing::default() };
         let back = identity(Some("a"), 1, 15);

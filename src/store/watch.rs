@@ -12,7 +12,7 @@ use super::{
     claim::Claim,
     client::{Connection, EtcdConfig, StoreError},
     ledger::Shelf,
-    read::{Entry, make_release_key, read},
+    read::{Entry, make_release_key, read, release_key},
 };
 use crate::retry::{Retry, jittered};
 
@@ -100,7 +100,7 @@ impl Watcher {
         loop {
             tokio::select! {
                 message = stream.message() => {
-                    self.take(&connection, message, &mut stream)?;
+                    self.take(&connection, message, &mut stream).await?;
                     asked = false;
                     sign_by = Instant::now() + PROGRESS;
                 }
@@ -122,7 +122,8 @@ impl Watcher {
     }
 
     async fn read_all(&mut self, connection: &Connection) -> Result<(), StoreError> {
-        let reading = read(connection, &self.config.prefix, self.belief.landmark()).await?;
+        let landmark = self.belief.begin_read();
+        let reading = read(connection, &self.config.prefix, landmark).await?;
         if self.claim.look(connection, &self.config.prefix).await? == 0 {
             // Nothing is written to a store that is not believed.
             self.belief.check(&reading)?;
@@ -141,7 +142,12 @@ impl Watcher {
 
     /// Takes a message of the watch, with all that has come meanwhile: each time something is believed, all of it is kept
     /// on disk.
-    fn take(&mut self, connection: &Connection, first: Message, stream: &mut WatchStream) -> Result<(), StoreError> {
+    async fn take(
+        &mut self,
+        connection: &Connection,
+        first: Message,
+        stream: &mut WatchStream,
+    ) -> Result<(), StoreError> {
         let mut news = self.news(connection, first)?;
         let mut ended = Ok(());
         while news.changes.len() < GATHERED
@@ -155,7 +161,12 @@ impl Watcher {
                 }
             }
         }
-        self.belief.take_news(news)?;
+        // The watch does not see the release key. If it went too, this is no ordinary deletion.
+        if news.deletes() && release_key(connection, &self.config.prefix).await?.is_none() {
+            self.read_all(connection).await?;
+        } else {
+            self.belief.take_news(news)?;
+        }
         ended
     }
 

@@ -33,7 +33,7 @@ impl History {
             self.start();
         }
         if self.disaster {
-            self.store.put("cluster", "c1");
+            self.give_identity();
         }
         for app in self.apps.clone() {
             let meant = self.meant(&app.name).expect("all are meant");
@@ -57,7 +57,7 @@ impl History {
         let gone = self.apps.iter().filter(|a| self.meant(&a.name).is_none_or(|m| !m.present)).count();
         // What nobody doubts needs nobody's word.
         if self.disaster || gone > Brake::default().apps {
-            let accept = self.store.accept(self.apps.iter().map(|a| a.name.clone()));
+            let accept = self.store.accept(self.apps.iter().map(|a| a.name.clone()), None);
             *self.disk.accepted.lock().expect("one thread") = Some(accept);
         }
         let mut wrong = Vec::new();

@@ -76,7 +76,11 @@ pub struct History {
     pub(super) disk: Arc<Disk>,
     pub(super) apps: Vec<App>,
     pub(super) mode: &'static str,
+    /// Whether `demae init` was run.
+    pub(super) initialised: bool,
     /// Whether the store is another one than people mean.
+    pub(super) wrecked: bool,
+    /// Whether it ever was.
     pub(super) disaster: bool,
     pub(super) planner: Planner,
     pub(super) running: Option<Running>,
@@ -147,6 +151,7 @@ impl History {
         let store = Arc::new(Store::new(scene.clone()));
         let chance = &scene.chance;
         let shared = chance.one_in(8);
+        let initialised = !chance.one_in(4);
         let apps = (0..1 + chance.below(6))
             .map(|n| App {
                 name: AppName::try_from(format!("app{n}")).expect("a name"),
@@ -160,6 +165,8 @@ impl History {
             disk: Arc::default(),
             apps,
             mode: "active",
+            initialised,
+            wrecked: false,
             disaster: false,
             planner,
             running: None,
@@ -173,8 +180,14 @@ impl History {
         HostName::try_from("host1").expect("a name")
     }
 
+    pub(super) fn give_identity(&self) {
+        if self.initialised {
+            self.store.put("cluster", "c1");
+        }
+    }
+
     async fn begin(&mut self) {
-        self.store.put("cluster", "c1");
+        self.give_identity();
         for app in self.apps.clone() {
             self.place(&app);
         }
@@ -312,6 +325,7 @@ impl History {
                 self.store.set_up(!up);
                 self.scene.happens("etcd", || format!("up: {}", !up));
             }
+            17 if self.wrecked => self.mend_store(),
             17 => self.disaster(),
             18 | 19 => self.engine_trouble(),
             20 | 21 => self.nginx_trouble(),

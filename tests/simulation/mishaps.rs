@@ -15,11 +15,12 @@ use crate::{
 impl History {
     pub(super) fn disaster(&mut self) {
         let chance = &self.scene.chance;
-        if self.disaster || !self.store.etcd().up {
+        if !self.store.etcd().up {
             return;
         }
         let data = self.store.etcd().data.clone();
-        let what = match chance.below(6) {
+        let backup = self.store.etcd().backup.clone().filter(|b| b.revision < data.revision);
+        let what = match chance.below(7) {
             0 | 1 => {
                 self.store.etcd().backup = Some(data.clone());
                 "a backup is made"
@@ -36,15 +37,21 @@ impl History {
                 self.store.delete_all();
                 "all keys are deleted"
             }
-            _ => {
-                let backup = self.store.etcd().backup.clone();
-                let Some(backup) = backup.filter(|b| b.revision < data.revision) else { return };
+            5 => {
+                let Some(backup) = backup else { return };
                 self.store.replace(backup);
                 "a backup is restored"
             }
+            _ => {
+                let Some(mut backup) = backup else { return };
+                backup.revision += 1_000_000_000;
+                backup.compacted = backup.revision;
+                self.store.replace(backup);
+                "a backup is restored, with a bumped revision"
+            }
         };
         if what != "a backup is made" {
-            self.disaster = true;
+            (self.disaster, self.wrecked) = (true, true);
             // What the store said last may still be on its way to an agent that gets no time.
             let absent = |m: &&mut Meant| !m.present || m.drained;
             let mut state = self.scene.state();
@@ -53,6 +60,39 @@ impl History {
             }
         }
         self.scene.happens("disaster", || what.into());
+    }
+
+    /// A person puts everything back, or takes the store as it is; or accepts it first, and puts everything back before
+    /// anybody has looked.
+    pub(super) fn mend_store(&mut self) {
+        if !self.store.etcd().up {
+            return;
+        }
+        self.wrecked = false;
+        let (accepts, puts_back) =
+            *self.scene.chance.pick(&[(true, false), (false, true), (true, true)]).expect("some");
+        if accepts {
+            let block = self.running.as_ref().and_then(|r| r.status.borrow().store.block.clone());
+            let leaving = self.apps.iter().map(|a| a.name.clone()).filter(|app| !self.store.has(app));
+            let accept = self.store.accept(leaving, block.map(|b| b.kind));
+            *self.disk.accepted.lock().expect("one thread") = Some(accept);
+            // It may be an older one.
+            self.scene.state().newest = 0;
+        }
+        for app in self.apps.clone() {
+            if !puts_back && !self.store.has(&app.name) {
+                self.mean(&app.name, |m| m.present = false);
+            }
+            if self.meant(&app.name).is_some_and(|m| m.present) {
+                self.place(&app);
+            } else {
+                self.store.delete(&format!("apps/{}/spec", app.name));
+            }
+        }
+        if puts_back {
+            self.give_identity();
+        }
+        self.scene.happens("mended", || format!("accepted: {accepts}, put back: {puts_back}"));
     }
 
     pub(super) fn engine_trouble(&self) {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use demae::{
-    model::release::ReleaseKey,
+    model::{name::AppName, release::ReleaseKey},
     store::{Acceptance, Belief, Change, Contents, Entry, Identity, Landmark, News, Reading, Shelf, StoreError},
 };
 use tokio::{
@@ -26,6 +26,8 @@ pub struct Data {
     pub entries: BTreeMap<Vec<u8>, Entry>,
     pub key: Option<ReleaseKey>,
     changes: Vec<Change>,
+    /// Before this revision nothing is known.
+    pub compacted: i64,
 }
 
 pub struct Etcd {
@@ -45,7 +47,7 @@ pub struct Store {
 impl Data {
     /// A new cluster.
     pub fn new(etcd: u64) -> Self {
-        Self { etcd, revision: 1, entries: BTreeMap::new(), key: None, changes: Vec::new() }
+        Self { etcd, revision: 1, entries: BTreeMap::new(), key: None, changes: Vec::new(), compacted: 0 }
     }
 
     fn write(&mut self, key: &[u8], value: Option<&[u8]>) {
@@ -83,6 +85,7 @@ impl Store {
         let mut etcd = self.etcd();
         etcd.data.revision += 1;
         let revision = etcd.data.revision;
+        etcd.data.key = None;
         let keys = std::mem::take(&mut etcd.data.entries).into_keys();
         let changes: Vec<Change> = keys.map(|key| Change { key: Some(key), revision, value: None }).collect();
         etcd.data.changes.extend(changes.clone());
@@ -152,7 +155,12 @@ impl Store {
                 message = news.recv() => {
                     tokio::time::sleep(self.scene.chance.millis(1, 30)).await;
                     let ended = || StoreError::Watch { endpoint: "etcd".into(), reason: "was closed".into() };
-                    belief.take_news(message.ok_or_else(ended)?)?;
+                    let news = message.ok_or_else(ended)?;
+                    if news.deletes() && self.etcd().data.key.is_none() {
+                        self.read(belief).await?;
+                    } else {
+                        belief.take_news(news)?;
+                    }
                     self.scene.note_belief();
                 }
                 () = self.doubted.notified() => self.read(belief).await?,
@@ -169,9 +177,11 @@ impl Store {
         if !self.etcd().up {
             return Err(StoreError::Connect { endpoint: "etcd".into(), reason: "connection refused".into() });
         }
+        let landmark = belief.begin_read();
         let mut reading = self.found();
         tokio::time::sleep(self.scene.chance.millis(0, 20)).await;
-        reading.forgotten = belief.landmark().filter(|l| !l.is_in(&reading.contents) && !self.knows(l));
+        reading.forgotten =
+            landmark.filter(|l| !l.is_in(&reading.contents) && !self.knows(l, reading.identity.revision));
         let key = match &reading.key {
             Some(key) => key.clone(),
             None => {
@@ -185,8 +195,11 @@ impl Store {
         Ok(())
     }
 
-    /// Whether this was written in the store that answers now, at that revision.
-    fn knows(&self, landmark: &Landmark) -> bool {
+    /// Whether this was written in the store that answers now, at that revision, as far as it can tell.
+    fn knows(&self, landmark: &Landmark, revision: i64) -> bool {
+        if landmark.revision < self.etcd().data.compacted {
+            return !landmark.is_leapt_over(revision);
+        }
         let is_it =
             |c: &Change| c.revision == landmark.revision && c.key.as_ref() == Some(&landmark.key) && c.value.is_some();
         self.etcd().data.changes.iter().any(is_it)
@@ -207,11 +220,15 @@ impl Store {
         Reading { contents, identity, key: data.key.clone(), forgotten: None }
     }
 
-    /// What a person writes who takes this store, and that all of these leave.
-    pub fn accept(&self, leaving: impl Iterator<Item = demae::model::name::AppName>) -> Vec<u8> {
+    /// What a person writes who takes this store because of a block of this kind, and that all of these leave.
+    pub fn accept(&self, leaving: impl Iterator<Item = AppName>, kind: Option<String>) -> Vec<u8> {
         let identity = self.found().identity;
-        serde_json::to_vec(&Acceptance { identity: Some(identity), leaving: leaving.collect(), kind: None })
-            .expect("JSON")
+        serde_json::to_vec(&Acceptance { identity: Some(identity), leaving: leaving.collect(), kind }).expect("JSON")
+    }
+
+    /// Whether an app has a spec.
+    pub fn has(&self, app: &AppName) -> bool {
+        self.etcd().data.entries.contains_key(format!("apps/{app}/spec").as_bytes())
     }
 }
 
