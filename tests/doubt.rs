@@ -8,6 +8,7 @@ use std::{fs, process::Command, time::Duration};
 
 use demae::model::status::{State, StoreBlock};
 use support::{
+    containers::{ids, only},
     lab::{Lab, docker, until},
     load::{Load, mixed},
 };
@@ -315,6 +316,35 @@ fn consent_that_was_not_needed_is_none_for_another_day() {
     lab.del("apps/");
     wait_block(&lab, "mass_removal");
     assert_eq!(lab.containers(), before);
+}
+
+#[test]
+fn what_made_sense_last_is_known_after_a_restart() {
+    let mut lab = Lab::new();
+    init(&lab);
+    lab.put("env/common/COLOUR", "blue");
+    let spec = lab.socket_spec(&lab.image("v1"), "web.test", "env_from: [common]");
+    lab.deploy("web", "apps/web/spec", &spec);
+    let release = lab.app("web").and_then(|a| a.release);
+    lab.put("apps/web/spec", "image: [");
+    lab.wait_app("web", "invalid", |a| a.state == State::Invalid);
+    lab.put("env/common/COLOUR", "green");
+    // Once with the store, once without.
+    for etcd in [true, false] {
+        lab.kill_agent();
+        if !etcd {
+            lab.stop_etcd();
+        }
+        docker(&["rm", "-f", &only(&lab, "web")]);
+        lab.start_agent(&[]);
+        until("it is made anew", || ids(&lab, "web").len() == 1);
+        lab.wait_app("web", "still invalid, and serving", |a| a.state == State::Invalid && a.healthy == 1);
+        until("it answers", || lab.get("web.test", "/env?COLOUR").is_ok_and(|(_, body)| body == "blue"));
+        assert_eq!(lab.app("web").and_then(|a| a.release), release);
+    }
+    lab.start_etcd();
+    lab.deploy("web", "apps/web/spec", &spec);
+    until("what is good now holds", || lab.get("web.test", "/env?COLOUR").is_ok_and(|(_, body)| body == "green"));
 }
 
 /// The same for a store that was wiped: a person accepts it, and then puts everything back.

@@ -13,6 +13,7 @@ use super::{
     client::StoreError,
     keys::Prefix,
     landmark::Landmark,
+    last_good::LastGood,
     ledger::{self, Ledger, LedgerError, Shelf},
     read::{Contents, Entry, Reader, Reading, fingerprint},
     standing::{Acceptance, Brake, Found, Identity, Standing},
@@ -118,6 +119,7 @@ pub struct Belief {
     reader: Reader,
     updates: Sender<Update>,
     contents: Contents,
+    last_good: LastGood,
     /// The newest revision seen, for people; `contents` may still miss a part of it.
     shown: i64,
     key: Option<ReleaseKey>,
@@ -137,6 +139,7 @@ impl Belief {
             kept: None,
             on_disk: 0,
             contents: Contents::default(),
+            last_good: LastGood::default(),
             shown: 0,
             key: None,
             saved: None,
@@ -155,6 +158,7 @@ impl Belief {
         let Some((ledger, snapshot)) = ledger else { return };
         self.on_disk = ledger.identity.revision;
         self.saved = Some(ledger.saved);
+        self.last_good = LastGood::recalled(ledger.last_good, &snapshot);
         self.contents = ledger.contents;
         self.key = Some(ledger.key);
         self.kept = Some(unproven(snapshot));
@@ -219,7 +223,7 @@ impl Belief {
         }
         self.standing.held = Some(block.clone());
         if let (Some(identity), Some(key)) = (self.standing.identity.clone(), self.key.clone()) {
-            let kept = self.keep(&self.contents, &key, &identity, Some(block));
+            let kept = self.keep((&self.contents, &key), &self.last_good, &identity, Some(block));
             kept.unwrap_or_else(|e| tracing::warn!("{e}"));
         }
     }
@@ -251,11 +255,14 @@ impl Belief {
         let snapshot = reader.snapshot(&contents, &key);
         let judged = Found { identity: &found, contents: &contents, snapshot: &snapshot, forgotten };
         let needed = self.judge(judged)?;
-        self.keep(&contents, &key, &found, None).map_err(StoreError::Ledger)?;
+        let mut last_good = self.last_good.clone();
+        last_good.follow(&self.contents, &snapshot);
+        self.keep((&contents, &key), &last_good, &found, None).map_err(StoreError::Ledger)?;
         self.use_up(needed, &found);
         self.on_disk = found.revision;
         self.standing.believe(found, &snapshot);
-        (self.reader, self.contents, self.key, self.proven) = (reader, contents, Some(key), true);
+        (self.reader, self.contents, self.last_good) = (reader, contents, last_good);
+        (self.key, self.proven) = (Some(key), true);
         Ok(Arc::new(snapshot))
     }
 
@@ -267,13 +274,13 @@ impl Belief {
     /// back behind what an earlier one has done.
     fn keep(
         &self,
-        contents: &Contents,
-        key: &ReleaseKey,
+        (contents, key): (&Contents, &ReleaseKey),
+        last_good: &LastGood,
         identity: &Identity,
         held: Option<&StoreBlock>,
     ) -> Result<(), String> {
         let owner = (&self.viewer.host, &self.prefix);
-        self.shelf.keep(&ledger::text(owner, identity, Timestamp::now(), (contents, key), held))
+        self.shelf.keep(&ledger::text(owner, identity, Timestamp::now(), (contents, key), last_good.kept(), held))
     }
 
     /// Whether a store is believed, before anything is written to it: it may have no release key yet. Which apps are wanted does not depend on the key.
@@ -304,7 +311,7 @@ impl Belief {
             // What others write makes revisions too, and the highest one seen is to be known after a restart. The
             // contents are on disk already, so a disk that is full is no reason to stop here.
             if revision > self.on_disk {
-                match self.keep(&self.contents, &key, &found, None) {
+                match self.keep((&self.contents, &key), &self.last_good, &found, None) {
                     Ok(()) => self.on_disk = revision,
                     Err(e) => tracing::warn!("the store's revision cannot be kept on disk: {e}"),
                 }
@@ -400,6 +407,12 @@ pub(super) fn recall(
     match parsed {
         Ok(None) => (standing, None),
         Ok(Some(ledger)) => {
+            let is_of_host = |(key, _): &(&Vec<u8>, &Entry)| key.starts_with(b"hosts/");
+            let hosts =
+                ledger.contents.entries.iter().filter(is_of_host).map(|(k, e)| (k.clone(), e.clone())).collect();
+            for (app, entries) in &ledger.last_good {
+                reader.remember(app, entries, &hosts, &ledger.key);
+            }
             let snapshot = reader.snapshot(&ledger.contents, &ledger.key);
             standing.believe(ledger.identity.clone(), &snapshot);
             standing.held = ledger.held.clone();

@@ -4,6 +4,8 @@
 //! One line that names the form and its checksum, then JSON. It holds what people wrote, secrets too, so whoever keeps it
 //! keeps it from all others.
 
+use std::collections::BTreeMap;
+
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -11,10 +13,17 @@ use sha2::{Digest as _, Sha256};
 use super::{
     keys::Prefix,
     landmark::Landmark,
+    last_good::Entries,
     read::{Contents, Entry},
     standing::Identity,
 };
-use crate::model::{name::HostName, release::ReleaseKey, status::StoreBlock, text::hex, time::Timestamp};
+use crate::model::{
+    name::{AppName, HostName},
+    release::ReleaseKey,
+    status::StoreBlock,
+    text::hex,
+    time::Timestamp,
+};
 
 /// The version of this form.
 const VERSION: u32 = 1;
@@ -53,6 +62,8 @@ pub struct Ledger {
     pub contents: Contents,
     /// The key that release ids are made with.
     pub key: ReleaseKey,
+    /// Of apps that make no sense in it, or are paused, what they said before.
+    pub last_good: BTreeMap<AppName, BTreeMap<Vec<u8>, Entry>>,
     /// Why what came after it was not believed.
     pub held: Option<StoreBlock>,
 }
@@ -89,9 +100,13 @@ struct Body {
     #[serde(default)]
     held: Option<StoreBlock>,
     key: String,
-    /// Key, value, revisions of creation and of the last change.
-    entries: Vec<(String, String, i64, i64)>,
+    entries: Vec<Line>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    last_good: BTreeMap<AppName, Vec<Line>>,
 }
+
+/// Key, value, revisions of creation and of the last change.
+type Line = (String, String, i64, i64);
 
 /// A ledger as it is kept.
 pub(super) fn text(
@@ -99,11 +114,13 @@ pub(super) fn text(
     identity: &Identity,
     saved: Timestamp,
     (contents, key): (&Contents, &ReleaseKey),
+    last_good: &BTreeMap<AppName, Entries>,
     held: Option<&StoreBlock>,
 ) -> Vec<u8> {
-    let entry = |(key, entry): (&Vec<u8>, &Entry)| {
+    let line = |(key, entry): (&Vec<u8>, &Entry)| {
         (STANDARD.encode(key), STANDARD.encode(entry.value()), entry.created(), entry.modified())
     };
+    let lines = |entries: &Entries| entries.iter().map(line).collect();
     let body = Body {
         host: host.to_string(),
         prefix: prefix.as_str().to_owned(),
@@ -112,7 +129,8 @@ pub(super) fn text(
         revision: contents.revision,
         held: held.cloned(),
         key: STANDARD.encode(key.expose()),
-        entries: contents.entries.iter().map(entry).collect(),
+        entries: lines(&contents.entries),
+        last_good: last_good.iter().map(|(app, entries)| (app.clone(), lines(entries))).collect(),
     };
     let body = serde_json::to_vec(&body).unwrap_or_default();
     let mut text = format!("{MAGIC} {VERSION} {}\n", digest(&body)).into_bytes();
@@ -123,8 +141,8 @@ pub(super) fn text(
 impl Ledger {
     /// As it is kept.
     pub fn text(&self, host: &HostName, prefix: &Prefix) -> Vec<u8> {
-        let Self { identity, saved, contents, key, held } = self;
-        text((host, prefix), identity, *saved, (contents, key), held.as_ref())
+        let Self { identity, saved, contents, key, last_good, held } = self;
+        text((host, prefix), identity, *saved, (contents, key), last_good, held.as_ref())
     }
 
     /// What the store that it is of must know, if nobody has seen it since.
@@ -162,12 +180,17 @@ impl Ledger {
             return Err(LedgerError::Foreign { host: body.host, prefix: body.prefix });
         }
         let bytes = |text: &str| STANDARD.decode(text).map_err(|_| LedgerError::Damaged("a value makes no sense"));
-        let mut contents = Contents { revision: body.revision, ..Contents::default() };
-        for (key, value, created, modified) in &body.entries {
-            contents.entries.insert(bytes(key)?, Entry::new(bytes(value)?, *created, *modified));
-        }
+        let entries = |lines: &[Line]| -> Result<Entries, LedgerError> {
+            let entry = |(key, value, created, modified): &Line| {
+                Ok((bytes(key)?, Entry::new(bytes(value)?, *created, *modified)))
+            };
+            lines.iter().map(entry).collect()
+        };
+        let contents = Contents { entries: entries(&body.entries)?, revision: body.revision };
+        let last_good = body.last_good.into_iter().map(|(app, lines)| Ok((app, entries(&lines)?)));
+        let last_good = last_good.collect::<Result<_, LedgerError>>()?;
         let key = ReleaseKey::new(bytes(&body.key)?);
-        Ok(Self { identity: body.identity, saved: body.saved, contents, key, held: body.held })
+        Ok(Self { identity: body.identity, saved: body.saved, contents, key, last_good, held: body.held })
     }
 }
 
@@ -187,8 +210,9 @@ mod tests {
         let ledger = Ledger {
             identity,
             saved: Timestamp::from_millis(1),
-            contents,
             key: ReleaseKey::new("a secret key"),
+            last_good: [(AppName::try_from("web").expect("a name"), contents.entries.clone())].into(),
+            contents,
             held: None,
         };
         (ledger, HostName::try_from("web1").expect("a name"), Prefix::new("/demae").expect("a prefix"))

@@ -8,6 +8,7 @@ pub mod client;
 mod compare;
 pub mod keys;
 mod landmark;
+mod last_good;
 mod ledger;
 mod members;
 mod publish;

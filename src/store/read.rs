@@ -12,6 +12,7 @@ use super::{
     client::{Connection, StoreError},
     keys::{BadKey, Key, Prefix},
     landmark::Landmark,
+    last_good::Entries,
     standing::Identity,
 };
 use crate::model::{
@@ -230,6 +231,14 @@ impl Reader {
             mode: HostMode::Active,
             host_labels: None,
         }
+    }
+
+    /// Takes that an app was like this when it last made sense, on a host with these keys of its own.
+    pub(super) fn remember(&mut self, app: &AppName, entries: &Entries, hosts: &Entries, key: &ReleaseKey) {
+        let entries = entries.iter().chain(hosts).map(|(k, e)| (k.clone(), e.clone())).collect();
+        let mut then = Self::new(self.host.clone(), self.labels.clone());
+        then.snapshot(&Contents { entries, revision: 0 }, key);
+        self.last_good.extend(then.last_good.remove_entry(app));
     }
 
     /// What the contents mean for this host.

@@ -3,7 +3,12 @@
 use std::collections::BTreeMap;
 
 use demae::{
-    model::{name::HostName, release::ReleaseKey, status::StoreBlock, time::Timestamp},
+    model::{
+        name::{AppName, HostName},
+        release::ReleaseKey,
+        status::StoreBlock,
+        time::Timestamp,
+    },
     store::{Contents, Entry, Identity, Ledger, LedgerError, keys::Prefix},
 };
 use sha2::{Digest as _, Sha256};
@@ -57,8 +62,10 @@ fn ledger(from: &mut Bytes<'_>) -> Ledger {
         let (created, modified) = (i64::from(from.byte()), i64::from(from.byte()));
         entries.insert(name.to_vec(), Entry::new(value, created, modified));
     }
+    let web = AppName::try_from("web").expect("a name");
+    let last_good = if some(8) { [(web, entries.clone())].into() } else { BTreeMap::new() };
     let contents = Contents::new(entries, identity.revision);
-    Ledger { identity, saved: Timestamp::from_millis(saved), contents, key, held }
+    Ledger { identity, saved: Timestamp::from_millis(saved), contents, key, last_good, held }
 }
 
 /// Another host's, and that of other keys, are not taken for ours.
