@@ -73,8 +73,14 @@ impl History {
             *self.scene.chance.pick(&[(true, false), (false, true), (true, true)]).expect("some");
         if accepts {
             let block = self.running.as_ref().and_then(|r| r.status.borrow().store.block.clone());
-            let leaving = self.apps.iter().map(|a| a.name.clone()).filter(|app| !self.store.has(app));
-            let accept = self.store.accept(leaving, block.map(|b| b.kind));
+            let leaving: Vec<AppName> =
+                self.apps.iter().map(|a| a.name.clone()).filter(|app| !self.store.has(app)).collect();
+            // A read that is under way may be taken by it.
+            let revision = self.store.etcd().data.revision;
+            for app in &leaving {
+                self.mean(app, |m| m.absent_until = m.absent_until.max(revision));
+            }
+            let accept = self.store.accept(leaving.into_iter(), block.map(|b| b.kind));
             *self.disk.accepted.lock().expect("one thread") = Some(accept);
             // It may be an older one.
             self.scene.state().newest = 0;
