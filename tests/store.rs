@@ -52,6 +52,36 @@ fn what_was_missed_while_history_went_is_found() {
     assert_eq!(lab.containers().len(), 1);
 }
 
+/// The connection is well, and one message of the watch does not arrive. etcd itself has lost events more than once.
+#[test]
+fn what_the_watch_loses_is_found_by_the_next_full_read() {
+    let mut lab = Lab::with(&Setup { no_agent: true, top: "resync = \"2s\"", ..Setup::default() });
+    let wire = Wire::lead(&lab);
+    lab.start_agent(&[]);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    wire.swallow_one();
+    lab.put("apps/web/image", &lab.image("v2"));
+    until("the message is lost", || wire.swallowed() == 1);
+    until("the change is there", || lab.get("web.test", "/").is_ok_and(|(_, body)| body.contains("v2")));
+    assert!(!lab.agent_log().contains("reading everything again"), "nothing was wrong with the session");
+}
+
+/// The connection answers its keep-alives, other calls are answered too, and the watch says nothing, not even when asked.
+#[test]
+fn a_watch_that_says_nothing_is_found_dead() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    let wire = Wire::lead(&lab);
+    lab.start_agent(&[]);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    wire.swallow_all();
+    lab.put("apps/web/image", &lab.image("v2"));
+    until("it is told", || lab.agent_log().contains("the watch gave no sign of life for 20 s"));
+    assert!(lab.metric("demae_store_errors_total", "watch") >= 1.0);
+    wire.swallow_none();
+    until("the change is there", || lab.get("web.test", "/").is_ok_and(|(_, body)| body.contains("v2")));
+    until("all is well again", || lab.status().is_some_and(|s| s.store.error.is_none()));
+}
+
 /// What an agent may do, as the documentation names it.
 const RIGHTS: [&[&str]; 3] = [
     &["role", "grant-permission", "agent", "read", "/demae/apps/", "/demae/hosts0"],

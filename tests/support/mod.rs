@@ -7,6 +7,7 @@ pub mod dashboards;
 pub mod disk;
 pub mod engine;
 pub mod etcd;
+pub mod frames;
 pub mod images;
 pub mod lab;
 pub mod load;

@@ -12,7 +12,10 @@ use std::{
     thread,
 };
 
-use super::lab::Lab;
+use super::{
+    frames::{Frame, Frames, Watches},
+    lab::Lab,
+};
 
 /// Whether a request fits, by what is read of it at once.
 type Fits = Box<dyn FnMut(&[u8]) -> bool + Send>;
@@ -31,9 +34,20 @@ enum Fate {
     Hold,
 }
 
+/// What of the watch gets lost; all else arrives, signs of life of the connection too.
+#[derive(Clone, Copy, Default, PartialEq)]
+enum Loss {
+    #[default]
+    Nothing,
+    Next,
+    All,
+}
+
 #[derive(Default)]
 struct State {
     rule: Option<Rule>,
+    loss: Loss,
+    swallowed: usize,
     open: Vec<TcpStream>,
     lost: usize,
     holding: bool,
@@ -102,6 +116,26 @@ impl Wire {
         self.shared.lock().lost
     }
 
+    /// The next message of a watch gets lost.
+    pub fn swallow_one(&self) {
+        self.shared.lock().loss = Loss::Next;
+    }
+
+    /// All messages of watches get lost, until told otherwise.
+    pub fn swallow_all(&self) {
+        self.shared.lock().loss = Loss::All;
+    }
+
+    /// They arrive again.
+    pub fn swallow_none(&self) {
+        self.shared.lock().loss = Loss::Nothing;
+    }
+
+    /// How many messages of watches were lost.
+    pub fn swallowed(&self) -> usize {
+        self.shared.lock().swallowed
+    }
+
     /// Ends all connections that are open.
     pub fn cut(&self) {
         for stream in self.shared.lock().open.drain(..) {
@@ -116,10 +150,14 @@ fn carry(shared: &Arc<Shared>, client: TcpStream, server: TcpStream) {
     shared.lock().open.extend(both);
     let mute = Arc::new(AtomicBool::new(false));
     let (forth, back) = ((client.try_clone(), server.try_clone()), (server, client));
+    let watches = Arc::new(Watches::default());
     let (shared, muted) = (shared.clone(), mute.clone());
+    let (shared_back, watches_back) = (shared.clone(), watches.clone());
     thread::spawn(move || {
         let (Ok(mut from), Ok(mut to)) = forth else { return };
+        let mut frames = Frames::of_client();
         pass(&mut from, &mut to, |bytes| {
+            frames.take(bytes).iter().for_each(|frame| watches.follow(frame));
             let mut state = shared.lock();
             match state.rule.take_if(|rule| (rule.fits)(bytes)).map(|rule| rule.fate) {
                 // Before the request is passed on: no answer can come first.
@@ -135,20 +173,36 @@ fn carry(shared: &Arc<Shared>, client: TcpStream, server: TcpStream) {
                 }
                 None => {}
             }
-            true
+            bytes.to_vec()
         });
     });
     thread::spawn(move || {
         let (mut from, mut to) = back;
-        pass(&mut from, &mut to, |_| !muted.load(Ordering::SeqCst));
+        let mut frames = Frames::of_server();
+        pass(&mut from, &mut to, |bytes| {
+            let frames = frames.take(bytes);
+            if muted.load(Ordering::SeqCst) {
+                return Vec::new();
+            }
+            let mut state = shared_back.lock();
+            let mut arrives = |frame: &Frame| {
+                let is_lost = state.loss != Loss::Nothing && watches_back.is_news(frame);
+                if is_lost {
+                    state.swallowed += 1;
+                    state.loss = if state.loss == Loss::Next { Loss::Nothing } else { state.loss };
+                }
+                !is_lost
+            };
+            frames.into_iter().filter(|frame| arrives(frame)).flat_map(|frame| frame.0).collect()
+        });
     });
 }
 
-/// One direction, until an end of it is gone.
-fn pass(from: &mut TcpStream, to: &mut TcpStream, mut may: impl FnMut(&[u8]) -> bool) {
+/// One direction, until an end of it is gone; with what is left of all that is read.
+fn pass(from: &mut TcpStream, to: &mut TcpStream, mut left: impl FnMut(&[u8]) -> Vec<u8>) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer) {
-        if may(&buffer[..read]) && to.write_all(&buffer[..read]).is_err() {
+        if to.write_all(&left(&buffer[..read])).is_err() {
             break;
         }
     }
