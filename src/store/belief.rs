@@ -239,7 +239,8 @@ impl Belief {
 
     fn accepted(&self) -> Acceptance {
         let text = self.shelf.acceptance().unwrap_or_default();
-        serde_json::from_slice(&text).unwrap_or_default()
+        let accepted: Acceptance = serde_json::from_slice(&text).unwrap_or_default();
+        if accepted.holds(Timestamp::now()) { accepted } else { Acceptance::default() }
     }
 
     /// Takes contents, unless they are doubtful: of another store, or without most apps. Then nothing changes.

@@ -16,6 +16,7 @@ use crate::model::{
     name::AppName,
     release::ReleaseKey,
     status::StoreBlock,
+    time::Timestamp,
 };
 
 /// A store, held against what an agent last believed.
@@ -41,7 +42,12 @@ impl Comparison {
     /// What to write down for an agent, if all of this is accepted.
     pub fn accept(&self) -> Acceptance {
         let kind = self.block.as_ref().map(|block| block.kind.clone());
-        Acceptance { identity: Some(self.found.clone()), leaving: self.leaving.clone(), kind }
+        Acceptance {
+            identity: Some(self.found.clone()),
+            leaving: self.leaving.clone(),
+            kind,
+            at: Some(Timestamp::now()),
+        }
     }
 }
 

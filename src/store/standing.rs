@@ -1,7 +1,7 @@
 //! Whether a store is to be believed: whether it is the one that was read before, and whether it takes away more than a
 //! person is likely to have meant.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +14,7 @@ use crate::model::{
     desired::{DesiredApp, HostMode, Snapshot},
     name::AppName,
     status::StoreBlock,
+    time::Timestamp,
 };
 
 /// What tells one store from another, and now from before.
@@ -71,7 +72,13 @@ pub struct Acceptance {
     /// The kind of the block that was shown, if it is known.
     #[serde(default)]
     pub kind: Option<String>,
+    /// When; nothing from a demae that did not say so.
+    #[serde(default)]
+    pub at: Option<Timestamp>,
 }
+
+/// How long what a person accepted is good for. An agent takes it within seconds; one that could not is asked about anew.
+const ACCEPTED_FOR: Duration = Duration::from_secs(3600);
 
 /// What was believed so far.
 #[derive(Debug, Clone, Default)]
@@ -104,6 +111,11 @@ impl Acceptance {
     /// Whether a read answers the question that the person was asked: the same etcd, as far on or further.
     pub fn is_settled_by(&self, found: &Identity) -> bool {
         self.identity.as_ref().is_some_and(|a| a.etcd == found.etcd && a.revision <= found.revision)
+    }
+
+    /// Whether it is as good as when it was given.
+    pub(super) fn holds(&self, now: Timestamp) -> bool {
+        self.at.is_none_or(|at| now.since(at) <= ACCEPTED_FOR)
     }
 
     /// Whether it may be meant for a block: who only let apps leave has not taken another store.
@@ -310,8 +322,6 @@ fn block(kind: &str, message: String) -> StoreBlock {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn identity(cluster: Option<&str>, etcd: u64, revision: i64) -> Identity {
@@ -363,7 +373,8 @@ mod tests {
     fn what_was_accepted_is_that_one_store_with_what_leaves_it() {
         let here: BTreeSet<AppName> = (0..2).map(app).collect();
         let known = Standing { identity: Some(identity(Some("a"), 1, 10)), here, ..Standing::default() };
-        let accepted = Acceptance { identity: Some(identity(Some("b"), 2, 4)), leaving: [app(0)].into(), kind: None };
+        let accepted =
+            Acceptance { identity: Some(identity(Some("b"), 2, 4)), leaving: [app(0)].into(), ..Acceptance::default() };
         let kind = |found: &Identity, wanted| judged(&known, found, wanted, &accepted);
         assert_eq!(kind(&identity(Some("b"), 2, 6), 1..2), "accepted");
         assert_eq!(kind(&identity(Some("b"), 2, 6), 0..0), "other_store", "more would leave than was shown");
@@ -381,7 +392,11 @@ mod tests {
         let nothing = Acceptance::default();
         assert_eq!(judged(&known, &found, 0..4, &nothing), "taken", "half may leave");
         assert_eq!(judged(&known, &found, 0..3, &nothing), "mass_removal");
-        let some = Acceptance { identity: Some(identity(None, 1, 2)), leaving: (3..8).map(app).collect(), kind: None };
+        let some = Acceptance {
+            identity: Some(identity(None, 1, 2)),
+            leaving: (3..8).map(app).collect(),
+            ..Acceptance::default()
+        };
         assert_eq!(judged(&known, &found, 0..3, &some), "accepted");
         assert_eq!(judged(&known, &found, 0..2, &some), "mass_removal", "one more was not accepted");
         // Once held, half of them back is not enough.
@@ -462,6 +477,10 @@ mod tests {
         assert!(!ends(&identity(Some("a"), 1, 8)), "that read came before the question");
         assert!(!ends(&identity(Some("a"), 2, 12)), "of another etcd");
         assert!(of("sentinel_missing").is_settled_by(&identity(Some("a"), 1, 43)), "it was put back");
+        let at = |seconds: i64| Timestamp::from_millis(seconds * 1000);
+        let given = Acceptance { at: Some(at(0)), ..of(MASS_REMOVAL) };
+        assert!(given.holds(at(3600)) && !given.holds(at(3601)) && of(MASS_REMOVAL).holds(at(9999)));
+        assert!(given.holds(at(-60)), "the clock was set back");
         // It is none to a block of another kind.
         let known = Standing { identity: Some(identity(Some("a"), 1, 20)), ..Standing::default() };
         let back = identity(Some("a"), 1, 15);

@@ -19,7 +19,7 @@ use demae::{
         name::{AppName, HostName},
         status::{AppStatus, HostStatus, State as Shown, StoreStatus, VERSION},
     },
-    store::{Belief, Brake, Update, Viewer, keys::Prefix},
+    store::{Belief, Brake, Shelf as _, Update, Viewer, keys::Prefix},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -286,6 +286,9 @@ impl History {
     /// What the agent tells must always say why something is not as it should be.
     pub(super) async fn look(&mut self) {
         self.scene.note_belief();
+        if self.disk.acceptance().is_none() {
+            self.scene.state().consented.clear();
+        }
         let Some(running) = &self.running else { return };
         let ended = running.agent.is_finished();
         let status = running.status.borrow().clone();

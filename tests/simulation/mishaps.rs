@@ -75,11 +75,7 @@ impl History {
             let block = self.running.as_ref().and_then(|r| r.status.borrow().store.block.clone());
             let leaving: Vec<AppName> =
                 self.apps.iter().map(|a| a.name.clone()).filter(|app| !self.store.has(app)).collect();
-            // A read that is under way may be taken by it.
-            let revision = self.store.etcd().data.revision;
-            for app in &leaving {
-                self.mean(app, |m| m.absent_until = m.absent_until.max(revision));
-            }
+            self.scene.state().consented = leaving.iter().cloned().collect();
             let accept = self.store.accept(leaving.into_iter(), block.map(|b| b.kind));
             *self.disk.accepted.lock().expect("one thread") = Some(accept);
             // It may be an older one.

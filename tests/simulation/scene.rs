@@ -149,6 +149,8 @@ pub struct State {
     pub meddled: BTreeMap<AppName, Instant>,
     /// When an instance of an app last died. It may have been removed since.
     pub died: BTreeMap<AppName, Instant>,
+    /// Apps that a person let leave, until an agent has made use of that.
+    pub consented: BTreeSet<AppName>,
     /// The newest revision that was believed, by any agent.
     pub newest: i64,
     /// Containers of others.
@@ -226,6 +228,7 @@ impl Scene {
             meant: BTreeMap::new(),
             meddled: BTreeMap::new(),
             died: BTreeMap::new(),
+            consented: BTreeSet::new(),
             newest: 0,
             foreign: BTreeSet::new(),
             tally: BTreeMap::new(),

@@ -223,7 +223,8 @@ impl Store {
     /// What a person writes who takes this store because of a block of this kind, and that all of these leave.
     pub fn accept(&self, leaving: impl Iterator<Item = AppName>, kind: Option<String>) -> Vec<u8> {
         let identity = self.found().identity;
-        serde_json::to_vec(&Acceptance { identity: Some(identity), leaving: leaving.collect(), kind }).expect("JSON")
+        serde_json::to_vec(&Acceptance { identity: Some(identity), leaving: leaving.collect(), kind, at: None })
+            .expect("JSON")
     }
 
     /// Whether an app has a spec.
