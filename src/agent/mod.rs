@@ -214,8 +214,9 @@ impl<M: Machine> Agent<M> {
                 }
                 changed = updates.changed() => {
                     if changed.is_err() {
+                        tracing::error!("the watch of the store ended badly, and the agent with it");
                         self.finish().await;
-                        return Ended::Told;
+                        return Ended::Broken;
                     }
                     updates.mark_unchanged();
                     self.take_update();

@@ -126,7 +126,18 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let shelf = Arc::new(setup::Disk(world.layout.clone()));
     tasks.spawn(store::watch(config.etcd.clone(), viewer, shelf, claim.clone(), updates, side.clone()));
     let doubted = claim.doubted();
-    tasks.spawn(store::publish(config.etcd.clone(), claim, publish_in, updates_in.clone(), side.clone()));
+    let publisher =
+        tasks.spawn(store::publish(config.etcd.clone(), claim, publish_in, updates_in.clone(), side.clone()));
+    // An agent that tells nobody anything any more is to be started anew.
+    let (mute, told) = (CancellationToken::new(), token.clone());
+    let is_mute = mute.clone();
+    tasks.spawn(async move {
+        if let Err(e) = publisher.await {
+            tracing::error!("the publisher of status ended badly, and the agent with it: {e}");
+            is_mute.cancel();
+            told.cancel();
+        }
+    });
     tasks.close();
     tracing::info!(host = %config.host, listen = %config.listen, endpoints = config.etcd.endpoints.join(","), "demae {} starts", env!("CARGO_PKG_VERSION"));
 
@@ -138,5 +149,5 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
         tracing::debug!("the store was not told of the end; the lease tells it");
     }
     tracing::info!("the agent ends; everything it started keeps serving");
-    Ok(ended)
+    Ok(if mute.is_cancelled() { Ended::Broken } else { ended })
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use super::{
     env::{self, Secret},
     name::{AppName, EnvName, ImageRef, SetName},
-    problem::{Problem, Problems},
+    problem::{Problem, Problems, guarded},
     release::{Release, ReleaseKey},
     spec::{Ingress, Order, PullPolicy, Spec},
 };
@@ -141,7 +141,7 @@ pub fn resolve(
     keys.apps
         .iter()
         .map(|(name, app)| {
-            let desired = match resolve_app(name, app, keys, key, mode, labels) {
+            let desired = match guarded(|| resolve_app(name, app, keys, key, mode, labels)) {
                 Ok(desired) => desired,
                 Err(problems) => DesiredApp::Invalid { problems, last_good: last_good(name) },
             };

@@ -91,6 +91,18 @@ impl fmt::Display for Problem {
 #[serde(transparent)]
 pub struct Problems(Vec<Problem>);
 
+/// Reads something that people wrote. A mistake of demae's that one text brings to light is a problem of that text, and
+/// no reason to leave all others alone: a panic is told as one.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn guarded<T>(read: impl FnOnce() -> Result<T, Problems>) -> Result<T, Problems> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).unwrap_or_else(|_| {
+        let problem = Problem::new("", "reading this ended in a panic; the log of the agent has it");
+        Err(problem.hint("this is a mistake in demae: please report it, with what was written").into())
+    })
+}
+
 impl Problems {
     /// Adds one.
     pub fn push(&mut self, problem: Problem) {
@@ -174,4 +186,17 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_over_one_text_is_a_problem_of_that_text() {
+        assert_eq!(guarded(|| Ok(1)), Ok(1));
+        let problems = guarded(|| -> Result<(), Problems> { panic!("a mistake") }).expect_err("it panicked");
+        let told = problems.to_string();
+        assert!(told.contains("ended in a panic") && told.contains("please report it"), "{told}");
+    }
 }

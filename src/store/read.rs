@@ -18,7 +18,7 @@ use super::{
 use crate::model::{
     desired::{self, DesiredApp, HostMode, Snapshot, Target},
     name::{AppName, HostName},
-    problem::{Problem, Problems},
+    problem::{Problem, Problems, guarded},
     release::ReleaseKey,
     spec::Spec,
     text::hex,
@@ -321,7 +321,7 @@ impl Reader {
         match self.specs.get(app) {
             Some((text, spec)) if *text == entry.value => spec.clone(),
             _ => {
-                let spec = Arc::new(Spec::parse(&entry.value));
+                let spec = Arc::new(guarded(|| Spec::parse(&entry.value)));
                 self.specs.insert(app.clone(), (entry.value.clone(), spec.clone()));
                 spec
             }
