@@ -20,7 +20,7 @@ use crate::{
     model::{
         desired::DesiredApp,
         name::{AppName, ReleaseId},
-        observed::{Address, ObservedApp, Wanted},
+        observed::{Address, Health, ObservedApp, Wanted},
         proxy::ObservedProxy,
         status::{AppStatus, State},
         time::Timestamp,
@@ -36,6 +36,9 @@ use crate::{
 
 /// Failures are forgotten when none has come for this long: the time after which kubelet forgives a crash loop.
 const FORGIVEN: Duration = Duration::from_secs(600);
+/// How long nginx waits for the first word of an instance's health: most answer in milliseconds, and one that takes its
+/// time holds up nobody else.
+const ASKED_WITHIN: Duration = Duration::from_secs(1);
 
 pub(super) struct AppState {
     app: AppName,
@@ -56,6 +59,8 @@ pub(super) struct AppState {
     outdated: bool,
     /// Whether that has not been planned on yet.
     fresh: bool,
+    /// Since when the health of a running instance is not known.
+    unasked: Option<Instant>,
     pub(super) observing: bool,
     pub(super) wake: Option<Timestamp>,
     pub(super) look_after: Timestamp,
@@ -87,6 +92,7 @@ impl AppState {
             stale: false,
             outdated: false,
             fresh: false,
+            unasked: None,
             observing: false,
             wake: None,
             look_after: now,
@@ -209,6 +215,8 @@ impl AppState {
         let app = &self.app;
         let observed = self.observed.as_ref()?;
         self.cooling.retain(|_, c| now < c.until.plus(FORGIVEN));
+        let is_unasked = observed.instances.iter().any(|i| i.is_running() && i.health == Health::Unknown);
+        self.unasked = is_unasked.then(|| self.unasked.unwrap_or_else(Instant::now));
         let view = ProxyView {
             live: proxy.vhost(app),
             serving: proxy.is_serving_live(),
@@ -300,6 +308,11 @@ impl AppState {
     /// Whether nginx is told nothing new of it until it was planned again.
     pub(super) fn is_held_back(&self) -> bool {
         !self.current || self.stale
+    }
+
+    /// Whether what it wishes of nginx may be another thing in a moment, when it is known who is well.
+    pub(super) fn is_unasked(&self) -> bool {
+        self.unasked.is_some_and(|since| since.elapsed() < ASKED_WITHIN)
     }
 
     /// Whether it was looked at, or that was tried.

@@ -1,6 +1,6 @@
 //! What the loop keeps of nginx, and what it does to it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use tokio::time::Instant;
 
@@ -19,6 +19,9 @@ use crate::{
         proxy::{ProxyInput, ProxyStep, plan_proxy},
     },
 };
+
+/// How soon it is seen whether somebody's health is known by now.
+const ASKED_SOON: Duration = Duration::from_millis(100);
 
 /// What is known of nginx, and what is under way.
 #[derive(Default)]
@@ -44,6 +47,10 @@ impl<M: Machine> Agent<M> {
         let unseen = self.apps.values().any(|s| !s.is_planned());
         if !self.proxy.seen || self.proxy.stale || self.proxy.observing || (unseen && self.began.elapsed() < FIRST_LOOK)
         {
+            return;
+        }
+        if self.apps.values().any(AppState::is_unasked) {
+            self.proxy.wake = Some(now.plus(ASKED_SOON));
             return;
         }
         let wishes: BTreeMap<AppName, VhostWish> = self.apps.iter().map(|(a, s)| (a.clone(), s.wish())).collect();

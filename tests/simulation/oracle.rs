@@ -88,12 +88,15 @@ impl Scene {
             // News that was lost is no new belief: the next full read tells.
             let gone = old.proven && matches!(old.apps.get(&app), None | Some(DesiredApp::Absent(_)));
             let is_here = state.apps.get(&app).is_some_and(|o| !o.instances.is_empty());
-            let consented = goes && state.consented.contains(&app);
-            if let Some(meant) = state.meant.get_mut(&app).filter(|_| consented) {
-                meant.absent_until = meant.absent_until.max(new.revision);
+            // Once let go, it is gone until an agent is told to have it again.
+            if goes && state.consented.contains(&app) {
+                state.let_go.insert(app.clone());
+            } else if !goes && new.proven {
+                state.let_go.remove(&app);
             }
             let meant = state.meant.get(&app);
-            let is_meant = meant.is_none_or(|m| !m.present || m.drained || new.revision <= m.absent_until);
+            let is_meant = state.let_go.contains(&app)
+                || meant.is_none_or(|m| !m.present || m.drained || new.revision <= m.absent_until);
             if goes && !gone && is_here && !is_meant {
                 state.violate(format!("{app} is believed to be unwanted, and nobody meant that"));
             }

@@ -151,6 +151,8 @@ pub struct State {
     pub died: BTreeMap<AppName, Instant>,
     /// Apps that a person let leave, until an agent has made use of that.
     pub consented: BTreeSet<AppName>,
+    /// Those that an agent has let go by that.
+    pub let_go: BTreeSet<AppName>,
     /// The newest revision that was believed, by any agent.
     pub newest: i64,
     /// Containers of others.
@@ -229,6 +231,7 @@ impl Scene {
             meddled: BTreeMap::new(),
             died: BTreeMap::new(),
             consented: BTreeSet::new(),
+            let_go: BTreeSet::new(),
             newest: 0,
             foreign: BTreeSet::new(),
             tally: BTreeMap::new(),
