@@ -128,6 +128,11 @@ impl Scene {
         if !ends || instance.phase != Phase::Running || stops_first(&state, app) {
             return;
         }
+        // It was decided for another wish, perhaps one whose order asks for a gap.
+        let looked = state.looked.get(app).copied().unwrap_or(state.woke);
+        if state.believed_changed.get(app).is_some_and(|at| *at > looked) {
+            return;
+        }
         let Some(program) = state.programs.get(&instance.id) else { return };
         let now = Instant::now();
         if let Some(left) = program.left
