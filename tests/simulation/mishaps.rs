@@ -170,8 +170,11 @@ impl History {
             state.apps.iter().flat_map(of_app).collect()
         };
         let Some((app, id)) = chance.pick(&all).cloned() else { return };
-        let settled =
-            self.scene.state().apps.get(&app).is_some_and(|o| o.instances.iter().any(|i| i.id == id && i.settled));
+        // One that stays from an earlier time of its release is a candidate again.
+        let settled = self.scene.state().apps.get(&app).is_some_and(|o| {
+            let is_proven = |i: &&Instance| i.settled && o.proven.as_ref() == Some(&i.key.release);
+            o.instances.iter().filter(is_proven).any(|i| i.id == id)
+        });
         let kind = match chance.below(9) {
             // That a candidate ends or hangs is a verdict on its release, and rightly so.
             1 | 8 if !settled => 0,
