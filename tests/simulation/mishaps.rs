@@ -170,12 +170,16 @@ impl History {
             state.apps.iter().flat_map(of_app).collect()
         };
         let Some((app, id)) = chance.pick(&all).cloned() else { return };
-        // One that stays from an earlier time of its release is a candidate again.
-        let settled = self.scene.state().apps.get(&app).is_some_and(|o| {
-            let is_proven = |i: &&Instance| i.settled && o.proven.as_ref() == Some(&i.key.release);
-            o.instances.iter().filter(is_proven).any(|i| i.id == id)
-        });
+        let find = |state: &State| {
+            let observed = state.apps.get(&app)?;
+            let instance = observed.instances.iter().find(|i| i.id == id)?;
+            Some((instance.settled, observed.proven.as_ref() == Some(&instance.key.release)))
+        };
+        let (settled, proven) = find(&self.scene.state()).unwrap_or_default();
         let kind = match chance.below(9) {
+            // One that stays from an earlier time of its release is a candidate again, and Docker starts it again all the
+            // same. That is a verdict too, whoever ended it.
+            0 | 1 | 8 if settled && !proven => return,
             // That a candidate ends or hangs is a verdict on its release, and rightly so.
             1 | 8 if !settled => 0,
             kind => kind,
