@@ -37,11 +37,22 @@ pub struct CreateRequest<'a> {
     pub drain: std::time::Duration,
 }
 
+/// Who has a name that a container was to get.
+enum Holder {
+    /// The container that was asked for is there already.
+    Us(ContainerId),
+    /// Another container.
+    Other,
+    /// No container that can be seen.
+    Nobody,
+}
+
 impl Docker {
     /// Creates a container beside whatever runs. If one of ours with the same key is there already, that is the one.
     ///
     /// # Errors
-    /// If the engine cannot; a name taken by somebody else gets the container another name.
+    /// If the engine cannot; a name taken by somebody else gets the container another name. One that is taken by nobody yet
+    /// is an error too: an agent that was killed may have asked for it, and it is about to be there.
     pub async fn create(&self, request: &CreateRequest<'_>) -> Result<ContainerId, DockerError> {
         let body = Self::body(&self.host, request);
         let base = format!("demae.{}.{}.{}", self.host, request.app, request.key);
@@ -50,9 +61,10 @@ impl Docker {
             let options = CreateContainerOptionsBuilder::default().name(&name).build();
             match self.call(Operation::Create, |client| client.create_container(Some(options), body.clone())).await {
                 Ok(created) => return id(&created.id),
-                Err(e) if e.is_status(409) => match self.ours(&name, request).await? {
-                    Some(found) => return Ok(found),
-                    None => tracing::warn!("container name `{name}` belongs to somebody else; taking another"),
+                Err(e) if e.is_status(409) => match self.holder(&name, request).await? {
+                    Holder::Us(found) => return Ok(found),
+                    Holder::Nobody => return Err(e),
+                    Holder::Other => tracing::warn!("container name `{name}` belongs to somebody else; taking another"),
                 },
                 Err(e) => return Err(e),
             }
@@ -64,16 +76,20 @@ impl Docker {
         })
     }
 
-    /// A container by this name, if its labels say that it is the one asked for.
-    async fn ours(&self, name: &str, request: &CreateRequest<'_>) -> Result<Option<ContainerId>, DockerError> {
+    /// Whose the container by this name is, by its labels.
+    async fn holder(&self, name: &str, request: &CreateRequest<'_>) -> Result<Holder, DockerError> {
         let found = match self.call(Operation::Inspect, |client| client.inspect_container(name, None)).await {
             Ok(found) => found,
-            Err(e) if e.is_status(404) => return Ok(None),
+            // The name is taken before the container is there, and after it was removed.
+            Err(e) if e.is_status(404) => return Ok(Holder::Nobody),
             Err(e) => return Err(e),
         };
         let labels = found.config.and_then(|c| c.labels).unwrap_or_default();
         let same = Self::labels(&self.host, request).iter().all(|(k, v)| k == label::PORT || labels.get(k) == Some(v));
-        if same { found.id.map(|i| id(&i)).transpose() } else { Ok(None) }
+        match found.id.filter(|_| same) {
+            Some(found) => Ok(Holder::Us(id(&found)?)),
+            None => Ok(Holder::Other),
+        }
     }
 
     fn labels(host: &HostName, r: &CreateRequest<'_>) -> HashMap<String, String> {
