@@ -8,6 +8,11 @@ pub(super) use unchecked::Prediction;
 
 #[cfg(feature = "failpoints")]
 mod checked {
+    use std::{
+        sync::OnceLock,
+        time::{Duration, Instant},
+    };
+
     use crate::{
         model::{name::ContainerId, observed::ObservedApp, time::Timestamp},
         plan::{
@@ -16,6 +21,11 @@ mod checked {
         },
     };
 
+    /// How long after its start an agent may still see what the one before asked Docker for when it was killed.
+    const LATE: Duration = Duration::from_secs(3);
+    /// When this process made its first prediction; that is soon after its start.
+    static BEGAN: OnceLock<Instant> = OnceLock::new();
+
     /// What is about to be seen.
     #[derive(Debug, Default)]
     pub(crate) struct Prediction(Option<(Step, ObservedApp)>);
@@ -23,6 +33,7 @@ mod checked {
     impl Prediction {
         /// A step succeeded, on what was seen before it.
         pub(crate) fn make(&mut self, step: &Step, before: Option<&ObservedApp>, now: Timestamp) {
+            BEGAN.get_or_init(Instant::now);
             let Some(mut after) = before.cloned() else { return };
             let made = match step {
                 Step::Create { key, release, .. } => {
@@ -42,7 +53,9 @@ mod checked {
         /// This was seen.
         pub(crate) fn compare(&mut self, seen: &ObservedApp) {
             let Some((step, predicted)) = self.0.take() else { return };
+            let is_young = BEGAN.get().is_some_and(|began| began.elapsed() < LATE);
             match contradiction(&step, &predicted, seen) {
+                Some(what) if is_young => tracing::info!(step = %step, "model and host may differ for a while: {what}"),
                 Some(what) => tracing::error!(step = %step, "model and host differ: {what}"),
                 None => tracing::debug!(step = %step, "model and host agree"),
             }
