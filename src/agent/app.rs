@@ -36,9 +36,6 @@ use crate::{
 
 /// Failures are forgotten when none has come for this long: the time after which kubelet forgives a crash loop.
 const FORGIVEN: Duration = Duration::from_secs(600);
-/// How long nginx waits for the first word of an instance's health: most answer in milliseconds, and one that takes its
-/// time holds up nobody else.
-const ASKED_WITHIN: Duration = Duration::from_secs(1);
 
 pub(super) struct AppState {
     app: AppName,
@@ -60,7 +57,7 @@ pub(super) struct AppState {
     /// Whether that has not been planned on yet.
     fresh: bool,
     /// Since when the health of a running instance is not known.
-    unasked: Option<Instant>,
+    unasked: Option<Timestamp>,
     pub(super) observing: bool,
     pub(super) wake: Option<Timestamp>,
     pub(super) look_after: Timestamp,
@@ -216,7 +213,7 @@ impl AppState {
         let observed = self.observed.as_ref()?;
         self.cooling.retain(|_, c| now < c.until.plus(FORGIVEN));
         let is_unasked = observed.instances.iter().any(|i| i.is_running() && i.health == Health::Unknown);
-        self.unasked = is_unasked.then(|| self.unasked.unwrap_or_else(Instant::now));
+        self.unasked = is_unasked.then(|| self.unasked.unwrap_or(now));
         let view = ProxyView {
             live: proxy.vhost(app),
             serving: proxy.is_serving_live(),
@@ -255,6 +252,7 @@ impl AppState {
         if let Some(planned) = &step {
             tracing::debug!(app = %app, step = planned.step.kind().as_str(), "{planned}");
             self.busy = Some(planned.step.kind());
+            self.prediction.begin(&planned.step);
         }
         let ears = Ears { metrics, events, release: release(&self.desired) };
         self.account.planned(&plan, observed, &ears, now);
@@ -310,9 +308,9 @@ impl AppState {
         !self.current || self.stale
     }
 
-    /// Whether what it wishes of nginx may be another thing in a moment, when it is known who is well.
-    pub(super) fn is_unasked(&self) -> bool {
-        self.unasked.is_some_and(|since| since.elapsed() < ASKED_WITHIN)
+    /// Since when it has running instances that nobody has asked for their health yet.
+    pub(super) fn unasked(&self) -> Option<Timestamp> {
+        self.unasked
     }
 
     /// Whether it was looked at, or that was tried.

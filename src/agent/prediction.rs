@@ -8,57 +8,82 @@ pub(super) use unchecked::Prediction;
 
 #[cfg(feature = "failpoints")]
 mod checked {
-    use std::{
-        sync::OnceLock,
-        time::{Duration, Instant},
-    };
+    use std::collections::BTreeSet;
 
     use crate::{
-        model::{name::ContainerId, observed::ObservedApp, time::Timestamp},
+        model::{
+            name::ContainerId,
+            observed::{Instance, InstanceKey, ObservedApp},
+            time::Timestamp,
+        },
         plan::{
-            simulate::{Made, address, contradiction, leave_behind},
+            simulate::{self, address, contradiction, leave_behind},
             step::Step,
         },
     };
 
-    /// How long after its start an agent may still see what the one before asked Docker for when it was killed.
-    const LATE: Duration = Duration::from_secs(3);
-    /// When this process made its first prediction; that is soon after its start.
-    static BEGAN: OnceLock<Instant> = OnceLock::new();
+    /// What was seen before a step, and what the model says of after it.
+    #[derive(Debug)]
+    struct Made {
+        step: Step,
+        before: ObservedApp,
+        after: ObservedApp,
+    }
 
     /// What is about to be seen.
     #[derive(Debug, Default)]
-    pub(crate) struct Prediction(Option<(Step, ObservedApp)>);
+    pub(crate) struct Prediction {
+        made: Option<Made>,
+        /// Which instances this process has asked Docker for.
+        asked: BTreeSet<InstanceKey>,
+    }
 
     impl Prediction {
+        /// A step is about to be taken.
+        pub(crate) fn begin(&mut self, step: &Step) {
+            if let Step::Create { key, .. } = step {
+                self.asked.insert(key.clone());
+            }
+        }
+
         /// A step succeeded, on what was seen before it.
         pub(crate) fn make(&mut self, step: &Step, before: Option<&ObservedApp>, now: Timestamp) {
-            BEGAN.get_or_init(Instant::now);
-            let Some(mut after) = before.cloned() else { return };
+            let Some(before) = before.cloned() else { return };
+            let mut after = before.clone();
             let made = match step {
-                Step::Create { key, release, .. } => {
-                    ContainerId::try_from("0".repeat(64)).ok().map(|id| Made { id, address: address(key, release, 0) })
-                }
+                Step::Create { key, release, .. } => ContainerId::try_from("0".repeat(64))
+                    .ok()
+                    .map(|id| simulate::Made { id, address: address(key, release, 0) }),
                 _ => None,
             };
             leave_behind(&mut after, step, made, now);
-            self.0 = Some((step.clone(), after));
+            self.made = Some(Made { step: step.clone(), before, after });
         }
 
         /// Something else may have happened since.
         pub(crate) fn drop(&mut self) {
-            self.0 = None;
+            self.made = None;
         }
 
         /// This was seen.
         pub(crate) fn compare(&mut self, seen: &ObservedApp) {
-            let Some((step, predicted)) = self.0.take() else { return };
-            let is_young = BEGAN.get().is_some_and(|began| began.elapsed() < LATE);
-            match contradiction(&step, &predicted, seen) {
-                Some(what) if is_young => tracing::info!(step = %step, "model and host may differ for a while: {what}"),
+            let Some(Made { step, before, after }) = self.made.take() else { return };
+            match contradiction(&step, &after, &self.without_late(&before, seen)) {
                 Some(what) => tracing::error!(step = %step, "model and host differ: {what}"),
                 None => tracing::debug!(step = %step, "model and host agree"),
             }
+        }
+
+        /// What was seen, without the instances that came up meanwhile and that this process did not ask for: Docker ends a
+        /// call whose caller was killed, at any moment.
+        fn without_late(&self, before: &ObservedApp, seen: &ObservedApp) -> ObservedApp {
+            let is_late =
+                |i: &Instance| !self.asked.contains(&i.key) && before.instances.iter().all(|b| b.key != i.key);
+            let late: BTreeSet<_> = seen.instances.iter().filter(|i| is_late(i)).map(|i| i.key.clone()).collect();
+            let mut seen = seen.clone();
+            seen.instances.retain(|i| !late.contains(&i.key));
+            seen.socket_dirs.retain(|key| !late.contains(key));
+            seen
         }
     }
 }
@@ -75,6 +100,9 @@ mod unchecked {
     pub(crate) struct Prediction(());
 
     impl Prediction {
+        #[expect(clippy::unused_self, reason = "it has nothing to remember")]
+        pub(crate) fn begin(&mut self, _step: &Step) {}
+
         #[expect(clippy::unused_self, reason = "it has nothing to remember")]
         pub(crate) fn make(&mut self, _step: &Step, _before: Option<&ObservedApp>, _now: Timestamp) {}
 

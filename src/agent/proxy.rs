@@ -1,6 +1,6 @@
 //! What the loop keeps of nginx, and what it does to it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use tokio::time::Instant;
 
@@ -19,9 +19,6 @@ use crate::{
         proxy::{ProxyInput, ProxyStep, plan_proxy},
     },
 };
-
-/// How soon it is seen whether somebody's health is known by now.
-const ASKED_SOON: Duration = Duration::from_millis(100);
 
 /// What is known of nginx, and what is under way.
 #[derive(Default)]
@@ -49,15 +46,12 @@ impl<M: Machine> Agent<M> {
         {
             return;
         }
-        if self.apps.values().any(AppState::is_unasked) {
-            self.proxy.wake = Some(now.plus(ASKED_SOON));
-            return;
-        }
         let wishes: BTreeMap<AppName, VhostWish> = self.apps.iter().map(|(a, s)| (a.clone(), s.wish())).collect();
         let input = ProxyInput {
             wishes: &wishes,
             observed: &self.proxy.observed,
             cooling: self.proxy.cooled.as_ref(),
+            unasked: self.apps.values().filter_map(AppState::unasked).max(),
             busy: self.proxy.busy,
             now,
         };

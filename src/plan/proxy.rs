@@ -21,6 +21,10 @@ pub const NOT_LIVE: &str = "nginx does not answer with the live configuration";
 /// How long a vhost that nginx refused is not offered again: what it refers to may have been put there meanwhile.
 pub const OFFER_AGAIN: Duration = Duration::from_secs(60);
 
+/// How long nginx waits for the first word of an instance's health: most answer in milliseconds, and one that takes its
+/// time holds up nobody else.
+pub const ASKED_WITHIN: Duration = Duration::from_secs(1);
+
 /// Everything a decision about nginx is made from.
 #[derive(Debug)]
 pub struct ProxyInput<'a> {
@@ -30,6 +34,9 @@ pub struct ProxyInput<'a> {
     pub observed: &'a ObservedProxy,
     /// The last failure, if there is one.
     pub cooling: Option<&'a Cooled>,
+    /// Since when an app has running instances that nobody has asked for their health yet: the last such app. What it wishes
+    /// may be another thing in a moment, when it is known who is well.
+    pub unasked: Option<Timestamp>,
     /// Whether a step is under way.
     pub busy: bool,
     /// Now.
@@ -99,6 +106,10 @@ pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
             plan.wake = Some(cooled.until);
             return plan;
         }
+    }
+    if let Some(until) = input.unasked.map(|since| since.plus(ASKED_WITHIN)).filter(|until| input.now < *until) {
+        plan.wake = Some(until);
+        return plan;
     }
     let due = observed.published.plus(RELOAD_GAP);
     if input.busy {

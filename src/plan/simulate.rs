@@ -154,12 +154,17 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
             });
             observed.instances.sort_by(|a, b| a.key.cmp(&b.key));
         }
-        Step::Start(handle) => change(handle, &|i| {
-            i.phase = Phase::Running;
-            i.started = now;
-            i.stale_socket = false;
-            i.health = Health::Starting(String::new());
-        }),
+        Step::Start(handle) => {
+            change(handle, &|i| {
+                i.phase = Phase::Running;
+                i.started = now;
+                i.stale_socket = false;
+                i.health = Health::Starting(String::new());
+            });
+            let started = observed.instances.iter().filter(|i| i.id == handle.id);
+            let at_socket = started.filter(|i| matches!(i.address, Some(Address::Socket(_))));
+            observed.socket_dirs.extend(at_socket.map(|i| i.key.clone()));
+        }
         Step::ClearSocket(handle) => change(handle, &|i| i.stale_socket = false),
         Step::Switch(slots) => {
             observed.slots = slots.iter().map(|(slot, key)| (*slot, Some(key.clone()))).collect();
