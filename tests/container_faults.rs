@@ -75,7 +75,8 @@ fn a_container_with_labels_that_make_no_sense_is_told_of_and_left_alone() {
     let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
     let mut foreign = Foreign::default();
     let labels = [format!("demae.host={}", lab.host), "demae.app=web".to_owned()];
-    let id = foreign.create(&["--label", &labels[0], "--label", &labels[1]], &lab.image("v1"));
+    let name = format!("demae.{}.web.of-another-demae", lab.host);
+    let id = foreign.create(&["--name", &name, "--label", &labels[0], "--label", &labels[1]], &lab.image("v1"));
     let status = lab.wait_app("web", "told of it", |s| s.reason.contains("labels that demae does not write"));
     assert!(status.reason.contains(&id[..12]), "{}", status.reason);
     // Whatever it is, the others are none the worse.
@@ -86,6 +87,34 @@ fn a_container_with_labels_that_make_no_sense_is_told_of_and_left_alone() {
     lab.wait_app("web", "converged once it is gone", is_done(&v2));
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+}
+
+/// `docker commit` takes the labels into the image, and `docker create` from there into the container.
+#[test]
+fn a_copy_of_a_container_is_not_taken_for_the_container() {
+    let lab = lab();
+    lab.deploy("web", "apps/web/spec", &quick(&lab, ""));
+    let (serving, v2) = (only(&lab, "web"), lab.image("v2"));
+    let name = format!("{}-copy", lab.host);
+    let image = format!("{name}:of-today");
+    docker(&["commit", "--pause=false", &serving, &image]);
+    lab.removes(image.clone());
+    let mut foreign = Foreign::default();
+    let copy = foreign.create(&["--name", &name], &image);
+    assert_eq!(inspect(&copy, "{{index .Config.Labels \"demae.app\"}}"), "web", "it has the labels");
+    looked_at(&lab);
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    assert!(lab.app("web").is_some_and(|s| is_done(&lab.image("v1"))(&s)), "{:?}", lab.app("web"));
+    assert_eq!(lab.metric("demae_drift_repaired_total", ""), 0.0, "nothing is repaired");
+    let output = String::from_utf8_lossy(&lab.demae(&["doctor"]).stdout).into_owned();
+    assert!(output.contains(&format!("not made by demae: {name}")), "{output}");
+    // Its release leaves, and it stays.
+    lab.deploy("web", "apps/web/image", &v2);
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    lab.del("apps/web/");
+    until("the app has left", || ids(&lab, "web") == [copy.clone()] && lab.app("web").is_none());
+    assert!(foreign.are_untouched());
 }
 
 #[test]

@@ -37,6 +37,18 @@ pub(super) async fn leftovers(patient: &Patient<'_>, snapshot: Option<&Snapshot>
     }
 }
 
+/// Containers that look like demae's, and are somebody else's.
+pub(super) async fn copies(patient: &Patient<'_>, found: &mut Findings) {
+    // If Docker does not answer, that was told of above.
+    let Ok(copies) = patient.world.docker.copies().await else { return };
+    if copies.is_empty() {
+        found.ok("copies", "every container with the labels of this host was made by demae");
+    } else {
+        let text = format!("with the labels of this host, and not made by demae: {}", copies.join(", "));
+        found.warn("copies", text, "demae leaves them alone; `docker rm` them when nobody needs them any more");
+    }
+}
+
 /// Whether the user of each container may write to what is mounted from the host.
 pub(super) async fn mounts(patient: &Patient<'_>, snapshot: &Snapshot, found: &mut Findings) {
     let before = found.0.len();

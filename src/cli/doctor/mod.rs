@@ -90,6 +90,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         store::members(&patient, &mut found).await;
         let snapshot = store::standing(&patient, &mut found).await;
         apps::leftovers(&patient, snapshot.as_ref(), &mut found).await;
+        apps::copies(&patient, &mut found).await;
         if let Some(snapshot) = &snapshot {
             apps::mounts(&patient, snapshot, &mut found).await;
         }

@@ -38,7 +38,7 @@ pub struct CreateRequest<'a> {
 }
 
 /// Who has a name that a container was to get.
-enum Holder {
+enum NameOwner {
     /// The container that was asked for is there already.
     Us(ContainerId),
     /// Another container.
@@ -61,10 +61,12 @@ impl Docker {
             let options = CreateContainerOptionsBuilder::default().name(&name).build();
             match self.call(Operation::Create, |client| client.create_container(Some(options), body.clone())).await {
                 Ok(created) => return id(&created.id),
-                Err(e) if e.is_status(409) => match self.holder(&name, request).await? {
-                    Holder::Us(found) => return Ok(found),
-                    Holder::Nobody => return Err(e),
-                    Holder::Other => tracing::warn!("container name `{name}` belongs to somebody else; taking another"),
+                Err(e) if e.is_status(409) => match self.owner(&name, request).await? {
+                    NameOwner::Us(found) => return Ok(found),
+                    NameOwner::Nobody => return Err(e),
+                    NameOwner::Other => {
+                        tracing::warn!("container name `{name}` belongs to somebody else; taking another");
+                    }
                 },
                 Err(e) => return Err(e),
             }
@@ -77,18 +79,18 @@ impl Docker {
     }
 
     /// Whose the container by this name is, by its labels.
-    async fn holder(&self, name: &str, request: &CreateRequest<'_>) -> Result<Holder, DockerError> {
+    async fn owner(&self, name: &str, request: &CreateRequest<'_>) -> Result<NameOwner, DockerError> {
         let found = match self.call(Operation::Inspect, |client| client.inspect_container(name, None)).await {
             Ok(found) => found,
             // The name is taken before the container is there, and after it was removed.
-            Err(e) if e.is_status(404) => return Ok(Holder::Nobody),
+            Err(e) if e.is_status(404) => return Ok(NameOwner::Nobody),
             Err(e) => return Err(e),
         };
         let labels = found.config.and_then(|c| c.labels).unwrap_or_default();
         let same = Self::labels(&self.host, request).iter().all(|(k, v)| k == label::PORT || labels.get(k) == Some(v));
         match found.id.filter(|_| same) {
-            Some(found) => Ok(Holder::Us(id(&found)?)),
-            None => Ok(Holder::Other),
+            Some(found) => Ok(NameOwner::Us(id(&found)?)),
+            None => Ok(NameOwner::Other),
         }
     }
 

@@ -6,6 +6,7 @@
 mod create;
 mod found;
 mod image;
+mod list;
 mod meter;
 
 use std::{
@@ -22,23 +23,21 @@ use bollard::{
     exec::StartExecResults,
     models::{ContainerUpdateBody, EventMessageTypeEnum, ExecConfig, RestartPolicy, RestartPolicyNameEnum},
     query_parameters::{
-        EventsOptionsBuilder, KillContainerOptionsBuilder, ListContainersOptionsBuilder, LogsOptionsBuilder,
-        RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder, StopContainerOptionsBuilder,
+        EventsOptionsBuilder, KillContainerOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder,
+        RenameContainerOptionsBuilder, StopContainerOptionsBuilder,
     },
 };
 use futures_util::{Stream, StreamExt as _, stream};
 
 pub use create::{CreateRequest, create_body, facts};
 pub use found::Found;
-use found::{LEAVING, read};
+use found::LEAVING;
+pub use list::Listed;
 pub use meter::{Failure, Meter, NoMeter, Operation};
 
-use crate::{
-    host::clock::Clock,
-    model::{
-        name::{AppName, ContainerId, HostName},
-        problem::chain,
-    },
+use crate::model::{
+    name::{AppName, ContainerId, HostName},
+    problem::chain,
 };
 
 /// Longest time for an ordinary call. A loaded engine takes a second or two to start a container.
@@ -146,19 +145,6 @@ impl fmt::Debug for Docker {
     }
 }
 
-/// One line of a list: enough to see whether anything changed.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Listed {
-    /// Which app.
-    pub app: AppName,
-    /// Docker's id.
-    pub id: String,
-    /// Its state in Docker's words.
-    pub state: String,
-    /// Its published port.
-    pub port: Option<u16>,
-}
-
 impl Docker {
     /// The engine behind a unix socket. It need not run, nor need the socket be there yet.
     pub fn behind(socket: &str, host: HostName) -> Self {
@@ -227,53 +213,6 @@ impl Docker {
     pub async fn version(&self) -> Result<(String, String)> {
         let version = self.call(Operation::Version, Client::version).await?;
         Ok((version.version.unwrap_or_default(), version.api_version.unwrap_or_default()))
-    }
-
-    /// All containers of this host, or of one of its apps, without details.
-    ///
-    /// # Errors
-    /// If the engine does not answer.
-    pub async fn list(&self, app: Option<&AppName>) -> Result<Vec<Listed>> {
-        let mut labels = vec![format!("{}={}", label::HOST, self.host)];
-        labels.extend(app.map(|app| format!("{}={app}", label::APP)));
-        let options =
-            ListContainersOptionsBuilder::default().all(true).filters(&HashMap::from([("label", labels)])).build();
-        let found = self.call(Operation::List, |client| client.list_containers(Some(options))).await?;
-        let mut listed: Vec<Listed> = found
-            .into_iter()
-            .filter_map(|c| {
-                let labels = c.labels.as_ref()?;
-                let app = AppName::try_from(labels.get(label::APP)?.as_str()).ok()?;
-                let port = labels.get(label::PORT).and_then(|p| p.parse().ok());
-                let state = c.state.map(|s| s.to_string()).unwrap_or_default();
-                Some(Listed { app, id: c.id?, state, port })
-            })
-            .collect();
-        listed.sort();
-        Ok(listed)
-    }
-
-    /// The containers of an app, with details.
-    ///
-    /// # Errors
-    /// If the engine does not answer, or a container has labels that make no sense.
-    pub async fn instances(&self, app: &AppName, clock: &Clock) -> Result<Vec<Found>> {
-        let listed = self.list(Some(app)).await?;
-        let inspect = |id: String| async move {
-            let details = self.call(Operation::Inspect, |client| client.inspect_container(&id, None)).await;
-            (id, details)
-        };
-        let mut instances = Vec::new();
-        for (id, details) in futures_util::future::join_all(listed.into_iter().map(|l| inspect(l.id))).await {
-            match details {
-                Ok(details) => instances.push(read(app, &id, details, clock)?),
-                // Gone since the list.
-                Err(e) if e.is_status(404) => {}
-                Err(e) => return Err(e),
-            }
-        }
-        instances.sort_by(|a, b| a.key.cmp(&b.key));
-        Ok(instances)
     }
 
     /// The numeric user that a container runs as; `None` if it is given by name.

@@ -1,0 +1,98 @@
+//! Which containers there are.
+
+use std::collections::HashMap;
+
+use bollard::{models::ContainerSummary, query_parameters::ListContainersOptionsBuilder};
+
+use super::{
+    Docker, Operation, Result,
+    found::{Found, read},
+    label,
+};
+use crate::{host::clock::Clock, model::name::AppName};
+
+/// One line of a list: enough to see whether anything changed.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Listed {
+    /// Which app.
+    pub app: AppName,
+    /// Docker's id.
+    pub id: String,
+    /// Its state in Docker's words.
+    pub state: String,
+    /// Its published port.
+    pub port: Option<u16>,
+}
+
+impl Docker {
+    /// All containers of this host, or of one of its apps, without details.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn list(&self, app: Option<&AppName>) -> Result<Vec<Listed>> {
+        let found = self.labelled(app).await?;
+        let mut listed: Vec<Listed> = found.iter().filter(|c| self.is_made_here(c)).filter_map(listed).collect();
+        listed.sort();
+        Ok(listed)
+    }
+
+    /// Names of containers with the labels of this host's that demae did not make.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn copies(&self) -> Result<Vec<String>> {
+        let found = self.labelled(None).await?;
+        Ok(found.iter().filter(|c| !self.is_made_here(c)).map(|c| name(c).to_owned()).collect())
+    }
+
+    /// The containers of an app, with details.
+    ///
+    /// # Errors
+    /// If the engine does not answer, or a container has labels that make no sense.
+    pub async fn instances(&self, app: &AppName, clock: &Clock) -> Result<Vec<Found>> {
+        let listed = self.list(Some(app)).await?;
+        let inspect = |id: String| async move {
+            let details = self.call(Operation::Inspect, |client| client.inspect_container(&id, None)).await;
+            (id, details)
+        };
+        let mut instances = Vec::new();
+        for (id, details) in futures_util::future::join_all(listed.into_iter().map(|l| inspect(l.id))).await {
+            match details {
+                Ok(details) => instances.push(read(app, &id, details, clock)?),
+                // Gone since the list.
+                Err(e) if e.is_status(404) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        instances.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(instances)
+    }
+
+    async fn labelled(&self, app: Option<&AppName>) -> Result<Vec<ContainerSummary>> {
+        let mut labels = vec![format!("{}={}", label::HOST, self.host)];
+        labels.extend(app.map(|app| format!("{}={app}", label::APP)));
+        let options =
+            ListContainersOptionsBuilder::default().all(true).filters(&HashMap::from([("label", labels)])).build();
+        self.call(Operation::List, |client| client.list_containers(Some(options))).await
+    }
+
+    /// Labels alone say little: an image that somebody commits from a container has its labels, and so has whatever is run
+    /// from it. What demae makes is named after its instance, and made from an image's id; a person may have renamed it.
+    fn is_made_here(&self, container: &ContainerSummary) -> bool {
+        name(container).starts_with(&format!("demae.{}.", self.host)) || container.image == container.image_id
+    }
+}
+
+fn name(container: &ContainerSummary) -> &str {
+    // Names that begin with those of other containers are links to it.
+    let names = container.names.iter().flatten().map(|name| name.trim_start_matches('/'));
+    names.min_by_key(|name| name.matches('/').count()).unwrap_or_default()
+}
+
+fn listed(container: &ContainerSummary) -> Option<Listed> {
+    let labels = container.labels.as_ref()?;
+    let app = AppName::try_from(labels.get(label::APP)?.as_str()).ok()?;
+    let port = labels.get(label::PORT).and_then(|p| p.parse().ok());
+    let state = container.state.map(|s| s.to_string()).unwrap_or_default();
+    Some(Listed { app, id: container.id.clone()?, state, port })
+}
