@@ -125,6 +125,17 @@ fn a_store_with_users_is_read_with_the_rights_that_the_documentation_names() {
     lab.start_agent(&[("ETCDCTL_USER", "agent:word")]);
     lab.wait_app("web", "converged", |s| s.state == State::Converged);
     until("it is published", || as_root(&lab, &["get", "--prefix", "/demae/state/apps/web/"]).contains("converged"));
+
+    // Who may read and not write is told of it before an agent is.
+    let doctor = || {
+        let output = lab.demae_with(&[("ETCDCTL_USER", "agent:word")], &["doctor"]);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    assert!(!doctor().contains("permission denied"), "{}", doctor());
+    as_root(&lab, &["role", "revoke-permission", "--prefix=true", "agent", "/demae/state/"]);
+    let told = doctor();
+    assert!(told.contains("asking whether it may be written") && told.contains("permission denied"), "{told}");
+    assert!(told.contains("give this user the rights that docs/keys.md names"), "{told}");
 }
 
 /// A token lives for 2 s here, and is not asked for while the store is quiet.

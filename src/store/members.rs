@@ -1,8 +1,9 @@
 //! Each member of etcd by itself, for whoever wants to know which of them is ill.
 
-use etcd_client::GetOptions;
+use etcd_client::{Compare, CompareOp, GetOptions, Txn, TxnOp};
 
 use super::client::{Connection, EtcdConfig, StoreError};
+use crate::model::name::HostName;
 
 /// A member that answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,8 +14,9 @@ pub struct Member {
     pub keys: i64,
 }
 
-/// Asks every configured member for what an agent would read, and how old it is. Writes nothing.
-pub async fn members(config: &EtcdConfig) -> Vec<(String, Result<Member, StoreError>)> {
+/// Asks every configured member for what an agent of this host would read, how old it is, and whether the user may write what an
+/// agent does. Writes nothing.
+pub async fn members(config: &EtcdConfig, host: &HostName) -> Vec<(String, Result<Member, StoreError>)> {
     let mut found = Vec::new();
     for (turn, endpoint) in config.endpoints.iter().enumerate() {
         let asking = async {
@@ -23,10 +25,23 @@ pub async fn members(config: &EtcdConfig) -> Vec<(String, Result<Member, StoreEr
             let options = GetOptions::new().with_range(to).with_count_only();
             let failed = connection.failed("reading");
             let keys = connection.client.get(from, Some(options)).await.map_err(failed)?.count();
+            may_write(&mut connection, config, host).await?;
             let version = connection.client.status().await.ok().map(|s| s.version().to_owned());
             Ok(Member { version, keys })
         };
         found.push((endpoint.clone(), asking.await));
     }
     found
+}
+
+/// Whether the user may write what an agent writes. etcd looks at the rights for all of a transaction before it compares
+/// anything, and what is compared here never holds.
+async fn may_write(connection: &mut Connection, config: &EtcdConfig, host: &HostName) -> Result<(), StoreError> {
+    let keys = [format!("state/hosts/{host}"), format!("state/apps/a/{host}"), "secret/release-key".to_owned()];
+    let keys = keys.map(|rest| config.prefix.key(&rest));
+    let never = Compare::version(keys[0].as_str(), CompareOp::Less, 0);
+    let puts = keys.iter().map(|key| TxnOp::put(key.as_str(), "", None));
+    let txn = Txn::new().when([never]).and_then(puts.collect::<Vec<_>>());
+    let failed = connection.failed("asking whether it may be written");
+    connection.client.txn(txn).await.map_err(failed).map(|_| ())
 }

@@ -58,8 +58,13 @@ impl Lab {
 
     /// `demae` with the lab's configuration.
     pub fn demae(&self, args: &[&str]) -> Output {
+        self.demae_with(&[], args)
+    }
+
+    /// Runs the program as an operator here would, with variables of the environment.
+    pub fn demae_with(&self, env: &[(&str, &str)], args: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
-        command.args(args).env("DEMAE_CONFIG", self.path("agent.toml"));
+        command.args(args).envs(env.iter().copied()).env("DEMAE_CONFIG", self.path("agent.toml"));
         command.env("DEMAE_METRICS", format!("http://{}/metrics", self.metrics)).env_remove("ETCDCTL_ENDPOINTS");
         command.output().expect("demae runs")
     }

@@ -17,7 +17,7 @@ const CLOCK: Duration = Duration::from_secs(5);
 
 pub(super) async fn members(patient: &Patient<'_>, found: &mut Findings) {
     let etcd = &patient.config.etcd;
-    for (endpoint, asked) in store::members(etcd).await {
+    for (endpoint, asked) in store::members(etcd, &patient.config.host).await {
         match asked {
             Err(e) => {
                 let reason = e.to_string();
