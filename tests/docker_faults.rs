@@ -345,6 +345,19 @@ fn a_pull_that_goes_silent_is_cut_and_tried_again() {
 }
 
 /// Whoever removes it may take long, or fail.
+/// An agent was killed while the engine made a container for it: the name is taken, and there is no container yet.
+#[test]
+fn a_name_that_is_reserved_for_a_container_to_come_is_waited_for() {
+    let (lab, relay) = relayed();
+    relay.refuse_next(is("POST", "/containers/create"), "Conflict. The container name is already in use by container");
+    deploy(&lab, "web");
+    let status = lab.wait_app("web", "converged", |s| s.state == State::Converged && s.healthy == 1);
+    let release = status.release.expect("a release");
+    assert_eq!(lab.containers(), [format!("demae.{}.web.{release}.1", lab.host)], "by its own name, and once");
+    assert_eq!(relay.seen(is("POST", "/containers/create")), 2);
+    assert_eq!(lab.metric("demae_step_failures_total", "kind=\"create\""), 1.0);
+}
+
 #[test]
 fn a_removal_that_is_under_way_is_waited_for() {
     let (lab, relay) = relayed();
