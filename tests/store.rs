@@ -25,12 +25,18 @@ fn etcdctl(lab: &Lab, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-#[test]
-fn what_was_missed_while_history_went_is_found() {
-    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+/// A lab whose agent reaches etcd by a wire, with an app that serves.
+fn wired(top: &str) -> (Lab, Wire) {
+    let mut lab = Lab::with(&Setup { no_agent: true, top, ..Setup::default() });
     let wire = Wire::lead(&lab);
     lab.start_agent(&[]);
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    (lab, wire)
+}
+
+#[test]
+fn what_was_missed_while_history_went_is_found() {
+    let (lab, wire) = wired("");
     // Between its next read of the store and its next watch the store goes on, and forgets how.
     let mut reads = 0;
     wire.hold(move |bytes| {
@@ -55,10 +61,7 @@ fn what_was_missed_while_history_went_is_found() {
 /// The connection is well, and one message of the watch does not arrive. etcd itself has lost events more than once.
 #[test]
 fn what_the_watch_loses_is_found_by_the_next_full_read() {
-    let mut lab = Lab::with(&Setup { no_agent: true, top: "resync = \"2s\"", ..Setup::default() });
-    let wire = Wire::lead(&lab);
-    lab.start_agent(&[]);
-    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let (lab, wire) = wired("resync = \"2s\"");
     wire.swallow_one();
     lab.put("apps/web/image", &lab.image("v2"));
     until("the message is lost", || wire.swallowed() == 1);
@@ -69,10 +72,7 @@ fn what_the_watch_loses_is_found_by_the_next_full_read() {
 /// The connection answers its keep-alives, other calls are answered too, and the watch says nothing, not even when asked.
 #[test]
 fn a_watch_that_says_nothing_is_found_dead() {
-    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
-    let wire = Wire::lead(&lab);
-    lab.start_agent(&[]);
-    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let (lab, wire) = wired("");
     wire.swallow_all();
     lab.put("apps/web/image", &lab.image("v2"));
     until("it is told", || lab.agent_log().contains("the watch gave no sign of life for 20 s"));

@@ -22,7 +22,7 @@ use crate::model::{
     desired::{DesiredApp, Snapshot},
     name::{AppName, HostName},
     release::ReleaseKey,
-    status::{NAME_TAKEN, StoreBlock, StoreStatus},
+    status::{StoreBlock, StoreStatus},
     time::Timestamp,
 };
 
@@ -127,6 +127,10 @@ pub struct Belief {
     saved: Option<Timestamp>,
     /// What people had accepted when the last read was begun.
     consent: Option<Vec<u8>>,
+    /// Whether what was last read is not believed.
+    doubtful: bool,
+    /// Whether anything has changed in the store since it was read and not believed.
+    stirred: bool,
 }
 
 impl Belief {
@@ -144,6 +148,8 @@ impl Belief {
             key: None,
             saved: None,
             consent: None,
+            doubtful: false,
+            stirred: false,
             prefix,
             viewer,
             shelf,
@@ -170,15 +176,11 @@ impl Belief {
         });
     }
 
-    /// The revision up to which everything is known.
-    pub fn revision(&self) -> i64 {
-        self.contents.revision
-    }
-
     /// To be told before the store is read: what it must know if it is the one from before; `None` while nothing is known
     /// of it.
     pub fn begin_read(&mut self) -> Option<Landmark> {
         self.consent = self.shelf.acceptance();
+        self.stirred = false;
         let head = self.standing.identity.as_ref()?.revision;
         let kept_for = || Timestamp::now().since(self.saved.unwrap_or_default());
         let proven = self.updates.borrow().proven;
@@ -191,12 +193,22 @@ impl Belief {
         self.key.as_ref()
     }
 
+    /// Whether what was last read is not believed. Then the watch only tells whether it is to be read again.
+    pub fn is_doubtful(&self) -> bool {
+        self.doubtful
+    }
+
+    /// Whether what is not believed may be another thing by now, or people may have accepted it.
+    pub fn is_to_be_read(&self) -> bool {
+        self.doubtful && (self.stirred || self.consent != self.shelf.acceptance())
+    }
+
     /// Takes that the store could not be read, or is not believed.
     pub fn fail(&mut self, error: &StoreError) {
-        // A name that somebody else has says nothing about what the store holds.
         if let StoreError::Doubt(block) = error
-            && block.kind != NAME_TAKEN
+            && error.is_about_contents()
         {
+            self.doubtful = true;
             self.hold(block);
         }
         self.updates.send_modify(|u| {
@@ -324,6 +336,7 @@ impl Belief {
             Some(self.believe(contents, key, found, forgotten.as_ref())?)
         };
         self.shown = revision;
+        self.doubtful = false;
         self.tell(snapshot, revision, revision);
         self.updates.send_if_modified(|u| {
             // Of another store, or of an older one, both may be less than before.
@@ -334,11 +347,15 @@ impl Belief {
         Ok(())
     }
 
-    /// Takes one message of the watch.
+    /// Takes one message of the watch. While the store is not believed, it is only a reason to read it again.
     ///
     /// # Errors
     /// If what it leads to is not believed, or cannot be kept on disk. Then nothing changes.
     pub fn take_news(&mut self, news: News) -> Result<(), StoreError> {
+        self.stirred |= !news.changes.is_empty();
+        if self.doubtful {
+            return Ok(());
+        }
         let (silent, newest) = (news.changes.is_empty(), news.changes.iter().map(|c| c.revision).max());
         let mut changed = false;
         // What is not believed is thrown away, so it is changed on a copy; most messages change nothing.

@@ -5,7 +5,10 @@ use std::{path::PathBuf, time::Duration};
 use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, TlsOptions};
 
 use super::keys::Prefix;
-use crate::model::{env::Secret, status::StoreBlock};
+use crate::model::{
+    env::Secret,
+    status::{NAME_TAKEN, StoreBlock},
+};
 
 /// How etcd is reached: the names that etcdctl uses.
 #[derive(Debug, Clone)]
@@ -74,6 +77,12 @@ pub enum StoreError {
 impl StoreError {
     /// Every kind.
     pub const KINDS: [&'static str; 6] = ["connect", "call", "watch", "file", "doubt", "ledger"];
+
+    /// Whether the store was read well, and what it holds is not taken. A name that somebody else has says nothing about
+    /// what it holds.
+    pub fn is_about_contents(&self) -> bool {
+        matches!(self, Self::Doubt(block) if block.kind != NAME_TAKEN)
+    }
 
     /// The kind: a bounded set, for metrics.
     pub fn kind(&self) -> &'static str {

@@ -22,7 +22,8 @@ const PROGRESS: Duration = Duration::from_secs(10);
 const GATHERED: usize = 10_000;
 /// The watch must have worked for this long before failures count from one again.
 const STEADY: Duration = Duration::from_secs(60);
-/// How soon a store that is not believed is read again: a person may be about to accept it.
+/// How often it is looked whether a store that is not believed is to be read again: a person may be about to accept it, or
+/// to put it back.
 const DOUBTFUL: Duration = Duration::from_secs(3);
 
 /// Keeps `updates` as the store is, until cancelled. While the store cannot be read, it is as it was last.
@@ -37,10 +38,9 @@ pub async fn watch(
     let resync = viewer.resync;
     let mut belief = Belief::new(config.prefix.clone(), viewer, shelf, updates);
     belief.recall();
-    let mut watcher = Watcher { config, resync, claim, belief };
+    let mut watcher = Watcher { config, resync, claim, belief, read_to: 0, told: String::new() };
     let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(10));
     let mut turn = 0;
-    let mut last = String::new();
     loop {
         let began = Instant::now();
         let ended = tokio::select! {
@@ -48,17 +48,10 @@ pub async fn watch(
             ended = watcher.session(turn) => ended,
         };
         let Err(error) = ended;
-        // The same trouble is news once.
-        let text = error.to_string();
-        if last == text {
-            tracing::debug!(kind = error.kind(), "{text}; reading everything again soon");
-        } else {
-            tracing::warn!(kind = error.kind(), "{text}; reading everything again soon");
-        }
-        last = text;
-        watcher.belief.fail(&error);
+        watcher.fail(&error);
         if began.elapsed() > STEADY {
             retry.reset();
+            watcher.told.clear();
         }
         turn += 1;
         let pause = if matches!(error, StoreError::Doubt(_)) { retry.pause().min(DOUBTFUL) } else { retry.pause() };
@@ -77,6 +70,10 @@ struct Watcher {
     resync: Duration,
     claim: Arc<Claim>,
     belief: Belief,
+    /// The revision of the last read, whether it was believed or not.
+    read_to: i64,
+    /// The last trouble, in words.
+    told: String,
 }
 
 impl Watcher {
@@ -86,8 +83,7 @@ impl Watcher {
         self.read_all(&connection).await?;
         let (from, to) = self.config.prefix.intent();
         let mut client = connection.client.watch_client().max_decoding_message_size(256 << 20);
-        let options =
-            WatchOptions::new().with_range(to).with_start_revision(self.belief.revision() + 1).with_fragment();
+        let options = WatchOptions::new().with_range(to).with_start_revision(self.read_to + 1).with_fragment();
         // Opening waits for the first answer, which a member without a leader may never give.
         let opened = tokio::time::timeout(self.config.command_timeout, client.watch(from, Some(options))).await;
         let mut stream = match opened {
@@ -97,6 +93,7 @@ impl Watcher {
         let mut resync_at = Instant::now() + jittered(self.resync);
         let mut asked = false;
         let mut sign_by = Instant::now() + PROGRESS;
+        let mut look_at = Instant::now() + jittered(DOUBTFUL);
         loop {
             tokio::select! {
                 message = stream.message() => {
@@ -113,6 +110,12 @@ impl Watcher {
                     sign_by = Instant::now() + PROGRESS;
                 }
                 () = self.claim.doubted.notified() => self.read_all(&connection).await?,
+                () = tokio::time::sleep_until(look_at), if self.belief.is_doubtful() => {
+                    if self.belief.is_to_be_read() {
+                        self.read_all(&connection).await?;
+                    }
+                    look_at = Instant::now() + jittered(DOUBTFUL);
+                }
                 () = tokio::time::sleep_until(resync_at) => {
                     self.read_all(&connection).await?;
                     resync_at = Instant::now() + jittered(self.resync);
@@ -122,8 +125,45 @@ impl Watcher {
     }
 
     async fn read_all(&mut self, connection: &Connection) -> Result<(), StoreError> {
+        let was_doubtful = self.belief.is_doubtful();
+        let ended = self.read(connection).await;
+        self.survive(ended)?;
+        if was_doubtful && !self.belief.is_doubtful() {
+            tracing::info!("the store is believed again");
+            self.told.clear();
+        }
+        Ok(())
+    }
+
+    /// What is not believed ends no session: the watch tells whether there is a reason to read it again, and a fleet that
+    /// does not believe its store does not read all of it all the time.
+    fn survive(&mut self, ended: Result<(), StoreError>) -> Result<(), StoreError> {
+        match ended {
+            Err(error) if error.is_about_contents() => {
+                self.fail(&error);
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn fail(&mut self, error: &StoreError) {
+        // The same trouble is news once.
+        let text = error.to_string();
+        let when = if error.is_about_contents() { "once it changes, or a person accepts it" } else { "soon" };
+        if self.told == text {
+            tracing::debug!(kind = error.kind(), "{text}; reading everything again {when}");
+        } else {
+            tracing::warn!(kind = error.kind(), "{text}; reading everything again {when}");
+        }
+        self.told = text;
+        self.belief.fail(error);
+    }
+
+    async fn read(&mut self, connection: &Connection) -> Result<(), StoreError> {
         let landmark = self.belief.begin_read();
         let reading = read(connection, &self.config.prefix, landmark).await?;
+        self.read_to = reading.contents.revision;
         if self.claim.look(connection, &self.config.prefix).await? == 0 {
             // Nothing is written to a store that is not believed.
             self.belief.check(&reading)?;
@@ -165,7 +205,8 @@ impl Watcher {
         if news.deletes() && release_key(connection, &self.config.prefix).await?.is_none() {
             self.read_all(connection).await?;
         } else {
-            self.belief.take_news(news)?;
+            let taken = self.belief.take_news(news);
+            self.survive(taken)?;
         }
         ended
     }

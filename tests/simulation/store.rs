@@ -146,9 +146,11 @@ impl Store {
     }
 
     async fn session(&self, belief: &mut Belief) -> Result<std::convert::Infallible, StoreError> {
-        self.read(belief).await?;
-        let mut news = self.subscribe(belief.revision() + 1);
+        let mut read_to = 0;
+        self.read_all(belief, &mut read_to).await?;
+        let mut news = self.subscribe(read_to + 1);
         let mut resync = Instant::now() + self.scene.chance.millis(48_000, 72_000);
+        let mut look_at = Instant::now() + self.scene.chance.millis(2_000, 4_000);
         loop {
             tokio::select! {
                 biased;
@@ -157,28 +159,53 @@ impl Store {
                     let ended = || StoreError::Watch { endpoint: "etcd".into(), reason: "was closed".into() };
                     let news = message.ok_or_else(ended)?;
                     if news.deletes() && self.etcd().data.key.is_none() {
-                        self.read(belief).await?;
+                        self.read_all(belief, &mut read_to).await?;
                     } else {
-                        belief.take_news(news)?;
+                        let taken = belief.take_news(news);
+                        self.survive(belief, taken)?;
                     }
-                    self.scene.note_belief();
                 }
-                () = self.doubted.notified() => self.read(belief).await?,
+                () = self.doubted.notified() => self.read_all(belief, &mut read_to).await?,
+                () = tokio::time::sleep_until(look_at), if belief.is_doubtful() => {
+                    if belief.is_to_be_read() {
+                        self.read_all(belief, &mut read_to).await?;
+                    }
+                    look_at = Instant::now() + self.scene.chance.millis(2_000, 4_000);
+                }
                 () = tokio::time::sleep_until(resync) => {
-                    self.read(belief).await?;
+                    self.read_all(belief, &mut read_to).await?;
                     resync = Instant::now() + self.scene.chance.millis(48_000, 72_000);
                 }
             }
         }
     }
 
-    async fn read(&self, belief: &mut Belief) -> Result<(), StoreError> {
+    async fn read_all(&self, belief: &mut Belief, read_to: &mut i64) -> Result<(), StoreError> {
+        let ended = self.read(belief, read_to).await;
+        self.survive(belief, ended)
+    }
+
+    /// What is not believed ends no session.
+    fn survive(&self, belief: &mut Belief, ended: Result<(), StoreError>) -> Result<(), StoreError> {
+        let ended = match ended {
+            Err(error) if error.is_about_contents() => {
+                belief.fail(&error);
+                Ok(())
+            }
+            other => other,
+        };
+        self.scene.note_belief();
+        ended
+    }
+
+    async fn read(&self, belief: &mut Belief, read_to: &mut i64) -> Result<(), StoreError> {
         tokio::time::sleep(self.scene.chance.millis(1, 20)).await;
         if !self.etcd().up {
             return Err(StoreError::Connect { endpoint: "etcd".into(), reason: "connection refused".into() });
         }
         let landmark = belief.begin_read();
         let mut reading = self.found();
+        *read_to = reading.identity.revision;
         tokio::time::sleep(self.scene.chance.millis(0, 20)).await;
         reading.forgotten =
             landmark.filter(|l| !l.is_in(&reading.contents) && !self.knows(l, reading.identity.revision));
@@ -190,9 +217,7 @@ impl Store {
                 self.etcd().data.key.get_or_insert(key).clone()
             }
         };
-        belief.take_read(reading, key)?;
-        self.scene.note_belief();
-        Ok(())
+        belief.take_read(reading, key)
     }
 
     /// Whether this was written in the store that answers now, at that revision, as far as it can tell.
