@@ -15,7 +15,7 @@ use std::{
 use demae::model::status::{AppStatus, State};
 use rustix::fs::inotify;
 use support::{
-    containers::{ids, is_done, only},
+    containers::{ids, inspect, is_done, only},
     lab::{Lab, Setup, docker, free_address, run, until},
     load::{self, Client, Load},
 };
@@ -210,6 +210,16 @@ fn without_its_master_nginx_serves_on_and_what_needs_a_reload_waits() {
     assert_eq!(status.state, State::Converging);
     // Its drain is 10 s. Orphans send requests to it for as long as they live.
     until("it was tried for longer than a drain takes", || lab.metric("demae_nginx_reloads_total", "failed") >= 5.0);
+    assert!(ids(&lab, "port").contains(&before), "it is not stopped while requests go to it");
+    // No set of nginx ever led to a candidate that was never well, so it goes when it is not wanted any more.
+    let known = ids(&lab, "port");
+    lab.put("env/port/MOOD", "sick");
+    let sick =
+        || ids(&lab, "port").into_iter().find(|id| !known.contains(id) && inspect(id, "{{.State.Running}}") == "true");
+    until("there is another candidate", || sick().is_some());
+    let sick = sick().expect("a candidate");
+    lab.del("env/port/MOOD");
+    until("it has gone", || !ids(&lab, "port").contains(&sick));
     assert!(ids(&lab, "port").contains(&before), "it is not stopped while requests go to it");
     for load in loads {
         let tally = load.stop();

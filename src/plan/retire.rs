@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use super::{
-    VhostWish,
+    AppInput, VhostWish,
     draft::Draft,
     group::{Group, handle, is_established, is_routed},
     step::{Leftovers, Step, TIME_IS_OVER},
@@ -122,9 +122,17 @@ fn is_drained(draft: &Draft<'_>, instance: &Instance) -> bool {
         Some(Address::Socket(_)) => instance.connections == Some(0),
         // An older worker may still send a request to the port it knows.
         Some(Address::Port(_)) => {
-            instance.connections == Some(0) && draft.input.proxy.serving && !draft.input.proxy.old_workers
+            let proxy = &draft.input.proxy;
+            let forgotten = proxy.serving && !proxy.old_workers;
+            instance.connections == Some(0) && (forgotten || was_never_routed(draft.input, instance))
         }
     }
+}
+
+/// Whether no set of nginx has ever led to an instance: it was started after the app's part of the live one was made, and is
+/// not in it. While nginx is away nothing else tells that a candidate may go, and one deploy after the other would add more.
+fn was_never_routed(input: &AppInput<'_>, instance: &Instance) -> bool {
+    !instance.settled && instance.started > input.proxy.changed && !is_routed(input, instance)
 }
 
 /// Removes files that nothing needs, once nothing else is to be done.
