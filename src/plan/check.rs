@@ -94,8 +94,10 @@ fn check_ending(input: &AppInput<'_>, instance: &Instance, step: &Step, found: &
     if matches!(step, Step::Remove(_)) && matches!(instance.phase, Phase::Running | Phase::Paused | Phase::Restarting) {
         found.push(format!("`{step}` removes a container that runs"));
     }
-    let stop_first = matches!(input.desired, DesiredApp::Run(t) | DesiredApp::Invalid { last_good: Some(t), .. } if t.order == Order::StopFirst);
-    if stop_first {
+    // A gap is what a change by this order asks for, until the new release is proven.
+    let changes_over = matches!(input.desired, DesiredApp::Run(t) | DesiredApp::Invalid { last_good: Some(t), .. }
+        if t.order == Order::StopFirst && input.observed.proven.as_ref() != Some(&t.release.id));
+    if changes_over {
         return;
     }
     if routed(input, instance) && instance.phase == Phase::Running {

@@ -14,7 +14,7 @@ use demae::{
 use tokio::time::Instant;
 
 use crate::chance::SLOWEST_CHECK;
-use crate::scene::{Program, Scene, State, Upstreamed, believed, is_routed, leaves, serving, stops_first, upstreamed};
+use crate::scene::{Program, Scene, State, Upstreamed, believed, changes_over, is_routed, leaves, serving, upstreamed};
 
 /// Most containers of an app: three that serve, three that come, and up to as many that nobody wants any more, while one
 /// more is being made. Those that served and have left the routes are not counted: they stay until their requests end.
@@ -125,7 +125,7 @@ impl Scene {
         }
         let Some(instance) = find(&state, app, &handle.id) else { return };
         let ends = matches!(step, Step::Stop { .. } | Step::Discard { .. });
-        if !ends || instance.phase != Phase::Running || stops_first(&state, app) {
+        if !ends || instance.phase != Phase::Running || changes_over(&state, app) {
             return;
         }
         // It was decided for another wish, perhaps one whose order asks for a gap.
@@ -176,7 +176,7 @@ impl Before {
         let known = |p: &Program| if p.answers { p.changed + Duration::from_millis(SLOWEST_CHECK) } else { p.changed };
         let moved = |id: &ContainerId| state.programs.get(id).is_some_and(|p| known(p) > looked);
         let unseen = |o: &ObservedApp| o.instances.iter().any(|i| find(state, app, &i.id).is_none());
-        let excused = stops_first(state, app)
+        let excused = changes_over(state, app)
             || seen.is_none()
                 && now.dead < now.all
                 && self.upstreamed.all < now.all

@@ -440,7 +440,9 @@ pub fn leaves(state: &State, app: &AppName) -> bool {
     })
 }
 
-/// Whether a gap is what the app's order asks for.
-pub fn stops_first(state: &State, app: &AppName) -> bool {
-    believed(state, app).and_then(DesiredApp::target).is_some_and(|t| t.order == Order::StopFirst)
+/// Whether a gap is what the app's order asks for: until a new release is proven.
+pub fn changes_over(state: &State, app: &AppName) -> bool {
+    let proven = state.apps.get(app).and_then(|o| o.proven.as_ref());
+    let target = believed(state, app).and_then(DesiredApp::target);
+    target.is_some_and(|t| t.order == Order::StopFirst && proven != Some(&t.release.id))
 }
