@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::{fs, path::PathBuf, time::Instant};
+use std::{fs, time::Instant};
 
 use demae::model::status::State;
 use support::{
@@ -32,28 +32,14 @@ struct Footprint {
 }
 
 fn footprint(lab: &Lab) -> Footprint {
+    let on_disk = lab.files();
+    let sizes = on_disk.iter().filter_map(|p| fs::symlink_metadata(p).ok()).map(|m| m.len().div_ceil(4096) * 4);
     Footprint {
         files: lab.metric("process_open_fds", ""),
         tasks: lab.metric("demae_tasks", ""),
-        disk: all(lab).len(),
-        kilobytes: all(lab).iter().filter_map(|p| p.symlink_metadata().ok()).map(|m| m.len().div_ceil(4096) * 4).sum(),
+        disk: on_disk.len(),
+        kilobytes: sizes.sum(),
     }
-}
-
-/// Everything below the agent's directories.
-fn all(lab: &Lab) -> Vec<PathBuf> {
-    let (mut found, mut todo) = (Vec::new(), vec![lab.path("state"), lab.path("run")]);
-    while let Some(dir) = todo.pop() {
-        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-            let path = entry.path();
-            if path.is_dir() && !path.is_symlink() {
-                todo.push(path.clone());
-            }
-            found.push(path);
-        }
-    }
-    found.sort();
-    found
 }
 
 /// How often each fault comes: what each leaves behind adds up.
@@ -206,7 +192,7 @@ fn what_the_agent_holds_is_as_before_after_each_fault() {
             assert!(
                 began.elapsed() < PATIENCE,
                 "after `{what}` it holds {now:?}, and {before:?} before: {:#?}",
-                all(lab)
+                lab.files()
             );
             pause();
             now = footprint(lab);

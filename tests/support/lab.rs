@@ -361,6 +361,16 @@ impl Lab {
         found
     }
 
+    /// Everything below the agent's two directories.
+    pub fn files(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for dir in ["state", "run"] {
+            walk(&self.path(dir), &mut found);
+        }
+        found.sort();
+        found
+    }
+
     /// One request of its own through nginx.
     pub fn get(&self, host: &str, path: &str) -> Result<(u16, String), String> {
         load::get(self.ingress, host, path)
