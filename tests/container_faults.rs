@@ -96,8 +96,8 @@ fn a_copy_of_a_container_is_not_taken_for_the_container() {
     lab.deploy("web", "apps/web/spec", &quick(&lab, ""));
     let (serving, v2) = (only(&lab, "web"), lab.image("v2"));
     let name = format!("{}-copy", lab.host);
-    let image = format!("{name}:of-today");
-    docker(&["commit", "--pause=false", &serving, &image]);
+    // By its id, as demae makes its own, and for want of a tag.
+    let image = docker(&["commit", "--pause=false", &serving]);
     lab.removes(image.clone());
     let mut foreign = Foreign::default();
     let copy = foreign.create(&["--name", &name], &image);

@@ -30,8 +30,12 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn list(&self, app: Option<&AppName>) -> Result<Vec<Listed>> {
-        let found = self.labelled(app).await?;
-        let mut listed: Vec<Listed> = found.iter().filter(|c| self.is_made_here(c)).filter_map(listed).collect();
+        let mut listed = Vec::new();
+        for container in self.labelled(app).await? {
+            if self.is_made_here(&container).await? {
+                listed.extend(listing(&container));
+            }
+        }
         listed.sort();
         Ok(listed)
     }
@@ -41,8 +45,13 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn copies(&self) -> Result<Vec<String>> {
-        let found = self.labelled(None).await?;
-        Ok(found.iter().filter(|c| !self.is_made_here(c)).map(|c| name(c).to_owned()).collect())
+        let mut copies = Vec::new();
+        for container in self.labelled(None).await? {
+            if !self.is_made_here(&container).await? {
+                copies.push(name(&container).to_owned());
+            }
+        }
+        Ok(copies)
     }
 
     /// The containers of an app, with details.
@@ -77,9 +86,14 @@ impl Docker {
     }
 
     /// Labels alone say little: an image that somebody commits from a container has its labels, and so has whatever is run
-    /// from it. What demae makes is named after its instance, and made from an image's id; a person may have renamed it.
-    fn is_made_here(&self, container: &ContainerSummary) -> bool {
-        name(container).starts_with(&format!("demae.{}.", self.host)) || container.image == container.image_id
+    /// from it. What demae makes is named after its instance; a person may have renamed it, and then its image tells whose
+    /// the labels are.
+    async fn is_made_here(&self, container: &ContainerSummary) -> Result<bool> {
+        if name(container).starts_with(&format!("demae.{}.", self.host)) {
+            return Ok(true);
+        }
+        let image = container.image_id.as_deref().unwrap_or_default();
+        Ok(!self.image_labels(image).await?.contains_key(label::HOST))
     }
 }
 
@@ -89,7 +103,7 @@ fn name(container: &ContainerSummary) -> &str {
     names.min_by_key(|name| name.matches('/').count()).unwrap_or_default()
 }
 
-fn listed(container: &ContainerSummary) -> Option<Listed> {
+fn listing(container: &ContainerSummary) -> Option<Listed> {
     let labels = container.labels.as_ref()?;
     let app = AppName::try_from(labels.get(label::APP)?.as_str()).ok()?;
     let port = labels.get(label::PORT).and_then(|p| p.parse().ok());
