@@ -36,6 +36,8 @@ pub(super) struct ProxyState {
     pub(super) cooled: Option<Cooled>,
     pub(super) trouble: Option<String>,
     pub(super) wake: Option<Timestamp>,
+    /// Since when a step is held back, since it is not known who is well.
+    pub(super) held: Option<Timestamp>,
 }
 
 impl<M: Machine> Agent<M> {
@@ -51,12 +53,13 @@ impl<M: Machine> Agent<M> {
             wishes: &wishes,
             observed: &self.proxy.observed,
             cooling: self.proxy.cooled.as_ref(),
+            held: self.proxy.held,
             unasked: self.apps.values().filter_map(AppState::unasked).max(),
             busy: self.proxy.busy,
             now,
         };
         let plan = plan_proxy(&input);
-        self.proxy.wake = plan.wake;
+        (self.proxy.wake, self.proxy.held) = (plan.wake, plan.held);
         if self.proxy.trouble != plan.trouble {
             self.proxy.trouble = plan.trouble;
             self.replan_all();

@@ -37,6 +37,8 @@ pub struct ProxyInput<'a> {
     /// Since when an app has running instances that nobody has asked for their health yet: the last such app. What it wishes
     /// may be another thing in a moment, when it is known who is well.
     pub unasked: Option<Timestamp>,
+    /// Since when a step has been held back for that.
+    pub held: Option<Timestamp>,
     /// Whether a step is under way.
     pub busy: bool,
     /// Now.
@@ -68,6 +70,8 @@ pub struct ProxyPlan {
     pub step: Option<(ProxyStep, &'static str)>,
     /// When to look again.
     pub wake: Option<Timestamp>,
+    /// Since when a step is held back, since it is not known who is well.
+    pub held: Option<Timestamp>,
     /// What is in the way, for the status of every app that waits for nginx.
     pub trouble: Option<String>,
 }
@@ -107,9 +111,14 @@ pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
             return plan;
         }
     }
-    if let Some(until) = input.unasked.map(|since| since.plus(ASKED_WITHIN)).filter(|until| input.now < *until) {
-        plan.wake = Some(until);
-        return plan;
+    if let Some(unasked) = input.unasked {
+        // Others may begin to run all the time.
+        let held = input.held.unwrap_or(input.now);
+        let until = unasked.min(held).plus(ASKED_WITHIN);
+        if input.now < until {
+            (plan.held, plan.wake) = (Some(held), Some(until));
+            return plan;
+        }
     }
     let due = observed.published.plus(RELOAD_GAP);
     if input.busy {
