@@ -142,11 +142,10 @@ impl Standing {
             .or_else(|| self.other_history(found.contents, known))
             .or_else(|| forgets(found, known));
         let mass = self.brake(found.snapshot, &leaving, brake);
-        let wrong = doubt.or_else(|| self.lost_key(found.identity, &leaving)).or(mass).or_else(|| {
-            // What was wrong is mended in part.
-            let held = self.held.as_ref()?;
-            (!leaving.is_empty() || misses(held, known, found.contents)).then(|| held.clone())
-        });
+        // What was wrong is mended in part. That many apps leave says nothing new of a store that is not the one from before.
+        let held = self.held.clone().filter(|held| !leaving.is_empty() || misses(held, known, found.contents));
+        let (graver, same) = (held.clone().filter(|held| held.kind != MASS_REMOVAL), held);
+        let wrong = doubt.or_else(|| self.lost_key(found.identity, &leaving)).or(graver).or(mass).or(same);
         let Some(block) = wrong else { return Ok(false) };
         let shown = accepted.identity.as_ref().is_some_and(|a| a.is_earlier_than(found.identity));
         if shown && accepted.is_for(&block) && leaving.is_subset(&accepted.leaving) { Ok(true) } else { Err(block) }
@@ -404,6 +403,9 @@ mod tests {
         known.held = Some(held);
         assert_eq!(judged(&known, &found, 0..7, &nothing), "mass_removal");
         assert_eq!(judged(&known, &found, 0..8, &nothing), "taken");
+        // A store that was wiped is no less so for what leaves with it.
+        known.held = Some(block("sentinel_missing", String::new()));
+        assert_eq!(judged(&known, &found, 0..3, &nothing), "sentinel_missing");
         known.held = None;
         let drained = Snapshot { mode: HostMode::Drained, ..snapshot(0..0) };
         let contents = Contents::default();
