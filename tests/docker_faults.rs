@@ -344,7 +344,6 @@ fn a_pull_that_goes_silent_is_cut_and_tried_again() {
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
 }
 
-/// Whoever removes it may take long, or fail.
 /// An agent was killed while the engine made a container for it: the name is taken, and there is no container yet.
 #[test]
 fn a_name_that_is_reserved_for_a_container_to_come_is_waited_for() {
@@ -358,6 +357,7 @@ fn a_name_that_is_reserved_for_a_container_to_come_is_waited_for() {
     assert_eq!(lab.metric("demae_step_failures_total", "kind=\"create\""), 1.0);
 }
 
+/// Whoever removes it may take long, or fail.
 #[test]
 fn a_removal_that_is_under_way_is_waited_for() {
     let (lab, relay) = relayed();

@@ -9,7 +9,8 @@ use std::{fs, process::Command, time::Duration};
 use demae::model::status::{State, StoreBlock};
 use support::{
     containers::{ids, only},
-    lab::{Lab, docker, until},
+    etcd::Etcd,
+    lab::{Lab, Setup, docker, free_address, until},
     load::{self, Load, mixed},
 };
 
@@ -401,31 +402,62 @@ fn a_store_without_identity_is_not_wiped_unseen() {
     until("it leaves", || lab.containers().is_empty());
 }
 
-/// A fleet that does not believe its store does not weigh it down. How often etcd was asked is what etcd counts.
+/// A fleet that does not believe its store does not weigh it down. What etcd counts tells that time has passed.
 #[test]
 fn a_store_that_is_not_believed_is_read_again_only_for_a_reason() {
     let lab = Lab::new();
     init(&lab);
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
-    let asked = |method: &str| {
+    let asked = || -> f64 {
         let (_, text) = load::get(lab.etcd, "localhost", "/metrics").expect("metrics of etcd");
-        let name = format!("grpc_server_msg_received_total{{grpc_method=\"{method}\"");
-        let count = text.lines().find(|l| l.starts_with(&name)).and_then(|l| l.rsplit(' ').next()?.parse().ok());
-        count.unwrap_or_else(|| panic!("etcd counts {method}: {text}"))
+        let name = "grpc_server_msg_received_total{grpc_method=\"Watch\"";
+        let count = text.lines().find(|l| l.starts_with(name)).and_then(|l| l.rsplit(' ').next()?.parse().ok());
+        count.unwrap_or_else(|| panic!("etcd counts {name}: {text}"))
     };
+    let doubts = || lab.metric("demae_store_errors_total", "doubt");
     let cluster = lab.get_key("cluster");
     lab.del("cluster");
     wait_block(&lab, "sentinel_missing");
     // What the watch told of was read once.
-    until("it was read", || lab.metric("demae_store_errors_total", "doubt") == 2.0);
-    let (reads, signs): (f64, f64) = (asked("Range"), asked("Watch"));
-    until("the watch was asked for a sign of life", || asked("Watch") > signs);
-    assert_eq!(asked("Range"), reads, "nothing was read meanwhile");
+    until("it was read", || doubts() == 2.0);
+    let signs = asked();
+    until("the watch was asked for a sign of life", || asked() > signs);
+    assert_eq!(doubts(), 2.0, "nothing was read meanwhile");
     lab.put("env/web/GREETING", "again");
-    until("a change is read", || lab.metric("demae_store_errors_total", "doubt") == 3.0);
+    until("a change is read", || doubts() == 3.0);
+    // So is one that the watch does not see.
+    let key = lab.get_key("secret/release-key");
+    lab.del("secret/release-key");
+    until("the key is missed", || doubts() == 4.0);
+    lab.put("secret/release-key", &key);
     lab.put("cluster", &cluster);
     until("it is believed again", || block(&lab).is_none());
     until("the change is there", || lab.get("web.test", "/env?GREETING").is_ok_and(|(_, body)| body == "again"));
+}
+
+/// One of two endpoints leads to an etcd of somebody else's.
+#[test]
+fn a_member_that_is_not_believed_keeps_nobody_from_the_others() {
+    let mut lab = Lab::with(&Setup { no_agent: true, top: "resync = \"2s\"", ..Setup::default() });
+    let stranger = free_address();
+    let _etcd = Etcd::start(lab.dir.path(), "stranger", stranger, &[("stranger", free_address())], &[]);
+    until("it takes connections", || std::net::TcpStream::connect(stranger).is_ok());
+    let config = fs::read_to_string(lab.path("agent.toml")).expect("a file");
+    let both = format!("endpoints = [\"{}\", \"{stranger}\"]", lab.etcd);
+    fs::write(lab.path("agent.toml"), config.replace(&format!("endpoints = [\"{}\"]", lab.etcd), &both))
+        .expect("a file");
+    lab.start_agent(&[]);
+    init(&lab);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let before = lab.containers();
+    lab.stop_etcd();
+    wait_block(&lab, "sentinel_missing");
+    assert_eq!(lab.containers(), before);
+    lab.start_etcd();
+    until("the right one is asked again", || {
+        lab.status().is_some_and(|s| s.store.block.is_none() && s.store.error.is_none())
+    });
+    lab.deploy("web", "apps/web/image", &lab.image("v2"));
 }
 
 #[test]

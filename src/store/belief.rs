@@ -129,6 +129,8 @@ pub struct Belief {
     consent: Option<Vec<u8>>,
     /// Whether what was last read is not believed.
     doubtful: bool,
+    /// Whether why it is not is on disk.
+    hold_kept: bool,
     /// Whether anything has changed in the store since it was read and not believed.
     stirred: bool,
 }
@@ -149,6 +151,7 @@ impl Belief {
             saved: None,
             consent: None,
             doubtful: false,
+            hold_kept: false,
             stirred: false,
             prefix,
             viewer,
@@ -230,12 +233,15 @@ impl Belief {
     /// Remembers that something was wrong, over a restart too: else a store that is put back key by key would be taken
     /// half-way.
     fn hold(&mut self, block: &StoreBlock) {
-        if self.standing.held.as_ref() == Some(block) {
+        if self.standing.held.as_ref() == Some(block) && self.hold_kept {
             return;
         }
         self.standing.held = Some(block.clone());
         if let (Some(identity), Some(key)) = (self.standing.identity.clone(), self.key.clone()) {
-            let kept = self.keep((&self.contents, &key), &self.last_good, &identity, Some(block));
+            // Nothing was proven by it.
+            let proven = self.updates.borrow().status.synced.unwrap_or_else(Timestamp::now);
+            let kept = self.keep((&self.contents, &key), &self.last_good, &identity, (proven, Some(block)));
+            self.hold_kept = kept.is_ok();
             kept.unwrap_or_else(|e| tracing::warn!("{e}"));
         }
     }
@@ -270,7 +276,7 @@ impl Belief {
         let needed = self.judge(judged)?;
         let mut last_good = self.last_good.clone();
         last_good.follow(&self.contents, &snapshot);
-        self.keep((&contents, &key), &last_good, &found, None).map_err(StoreError::Ledger)?;
+        self.keep((&contents, &key), &last_good, &found, (Timestamp::now(), None)).map_err(StoreError::Ledger)?;
         self.use_up(needed, &found);
         self.on_disk = found.revision;
         self.standing.believe(found, &snapshot);
@@ -290,10 +296,10 @@ impl Belief {
         (contents, key): (&Contents, &ReleaseKey),
         last_good: &LastGood,
         identity: &Identity,
-        held: Option<&StoreBlock>,
+        (proven, held): (Timestamp, Option<&StoreBlock>),
     ) -> Result<(), String> {
         let owner = (&self.viewer.host, &self.prefix);
-        self.shelf.keep(&ledger::text(owner, identity, Timestamp::now(), (contents, key), last_good.kept(), held))
+        self.shelf.keep(&ledger::text(owner, identity, proven, (contents, key), last_good.kept(), held))
     }
 
     /// Whether a store is believed, before anything is written to it: it may have no release key yet. Which apps are wanted does not depend on the key.
@@ -324,7 +330,7 @@ impl Belief {
             // What others write makes revisions too, and the highest one seen is to be known after a restart. The
             // contents are on disk already, so a disk that is full is no reason to stop here.
             if revision > self.on_disk {
-                match self.keep((&self.contents, &key), &self.last_good, &found, None) {
+                match self.keep((&self.contents, &key), &self.last_good, &found, (Timestamp::now(), None)) {
                     Ok(()) => self.on_disk = revision,
                     Err(e) => tracing::warn!("the store's revision cannot be kept on disk: {e}"),
                 }

@@ -14,7 +14,10 @@ use super::{
     ledger::Shelf,
     read::{Entry, make_release_key, read, release_key},
 };
-use crate::retry::{Retry, jittered};
+use crate::{
+    model::release::ReleaseKey,
+    retry::{Retry, jittered},
+};
 
 /// How often the watch is asked for a sign of life, and how long it may take to give one.
 const PROGRESS: Duration = Duration::from_secs(10);
@@ -38,7 +41,8 @@ pub async fn watch(
     let resync = viewer.resync;
     let mut belief = Belief::new(config.prefix.clone(), viewer, shelf, updates);
     belief.recall();
-    let mut watcher = Watcher { config, resync, claim, belief, read_to: 0, told: String::new() };
+    let mut watcher =
+        Watcher { config, resync, claim, belief, read_to: 0, read_key: None, doubted: 0, told: String::new() };
     let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(10));
     let mut turn = 0;
     loop {
@@ -47,13 +51,13 @@ pub async fn watch(
             () = token.cancelled() => return,
             ended = watcher.session(turn) => ended,
         };
-        let Err(error) = ended;
+        turn += 1;
+        let Err(error) = ended else { continue };
         watcher.fail(&error);
         if began.elapsed() > STEADY {
             retry.reset();
             watcher.told.clear();
         }
-        turn += 1;
         let pause = if matches!(error, StoreError::Doubt(_)) { retry.pause().min(DOUBTFUL) } else { retry.pause() };
         tokio::select! {
             () = token.cancelled() => return,
@@ -70,15 +74,19 @@ struct Watcher {
     resync: Duration,
     claim: Arc<Claim>,
     belief: Belief,
-    /// The revision of the last read, whether it was believed or not.
+    /// The revision of the last read, whether it was believed or not, and the release key there.
     read_to: i64,
+    read_key: Option<ReleaseKey>,
+    /// How many members in a row were not believed.
+    doubted: usize,
     /// The last trouble, in words.
     told: String,
 }
 
 impl Watcher {
-    /// One connection, from its first read to whatever ends it.
-    async fn session(&mut self, turn: usize) -> Result<std::convert::Infallible, StoreError> {
+    /// One connection, from its first read to whatever ends it. It ends well if nothing is wrong with it, and another one may
+    /// lead to a store that is believed.
+    async fn session(&mut self, turn: usize) -> Result<(), StoreError> {
         let connection = Connection::open(&self.config, turn).await?;
         self.read_all(&connection).await?;
         let (from, to) = self.config.prefix.intent();
@@ -111,11 +119,15 @@ impl Watcher {
                 }
                 () = self.claim.doubted.notified() => self.read_all(&connection).await?,
                 () = tokio::time::sleep_until(look_at), if self.belief.is_doubtful() => {
-                    if self.belief.is_to_be_read() {
+                    // The watch does not see the release key.
+                    let key = release_key(&connection, &self.config.prefix).await?;
+                    if self.belief.is_to_be_read() || key != self.read_key {
                         self.read_all(&connection).await?;
                     }
                     look_at = Instant::now() + jittered(DOUBTFUL);
                 }
+                // A name may lead elsewhere by now, and another member may be the right one.
+                () = tokio::time::sleep_until(resync_at), if self.belief.is_doubtful() => return Ok(()),
                 () = tokio::time::sleep_until(resync_at) => {
                     self.read_all(&connection).await?;
                     resync_at = Instant::now() + jittered(self.resync);
@@ -128,18 +140,25 @@ impl Watcher {
         let was_doubtful = self.belief.is_doubtful();
         let ended = self.read(connection).await;
         self.survive(ended)?;
-        if was_doubtful && !self.belief.is_doubtful() {
-            tracing::info!("the store is believed again");
-            self.told.clear();
+        if !self.belief.is_doubtful() {
+            self.doubted = 0;
+            if was_doubtful {
+                tracing::info!("the store is believed again");
+                self.told.clear();
+            }
         }
         Ok(())
     }
 
-    /// What is not believed ends no session: the watch tells whether there is a reason to read it again, and a fleet that
-    /// does not believe its store does not read all of it all the time.
+    /// Once every member was asked, what is not believed ends no session: the watch tells whether there is a reason to read
+    /// it again, and a fleet that does not believe its store does not read all of it all the time.
     fn survive(&mut self, ended: Result<(), StoreError>) -> Result<(), StoreError> {
         match ended {
             Err(error) if error.is_about_contents() => {
+                self.doubted += 1;
+                if self.doubted < self.config.endpoints.len() {
+                    return Err(error);
+                }
                 self.fail(&error);
                 Ok(())
             }
@@ -164,6 +183,7 @@ impl Watcher {
         let landmark = self.belief.begin_read();
         let reading = read(connection, &self.config.prefix, landmark).await?;
         self.read_to = reading.contents.revision;
+        self.read_key.clone_from(&reading.key);
         if self.claim.look(connection, &self.config.prefix).await? == 0 {
             // Nothing is written to a store that is not believed.
             self.belief.check(&reading)?;

@@ -137,7 +137,7 @@ impl Store {
     pub async fn watch(self: Arc<Self>, mut belief: Belief) {
         belief.recall();
         loop {
-            let Err(error) = self.session(&mut belief).await;
+            let Err(error) = self.session(&mut belief).await else { continue };
             belief.fail(&error);
             self.scene.note_belief();
             let longest = if matches!(error, StoreError::Doubt(_)) { 3_000 } else { 10_000 };
@@ -145,7 +145,7 @@ impl Store {
         }
     }
 
-    async fn session(&self, belief: &mut Belief) -> Result<std::convert::Infallible, StoreError> {
+    async fn session(&self, belief: &mut Belief) -> Result<(), StoreError> {
         let mut read_to = 0;
         self.read_all(belief, &mut read_to).await?;
         let mut news = self.subscribe(read_to + 1);
@@ -172,6 +172,7 @@ impl Store {
                     }
                     look_at = Instant::now() + self.scene.chance.millis(2_000, 4_000);
                 }
+                () = tokio::time::sleep_until(resync), if belief.is_doubtful() => return Ok(()),
                 () = tokio::time::sleep_until(resync) => {
                     self.read_all(belief, &mut read_to).await?;
                     resync = Instant::now() + self.scene.chance.millis(48_000, 72_000);
