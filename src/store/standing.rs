@@ -145,7 +145,7 @@ impl Standing {
         // What was wrong is mended in part. That many apps leave says nothing new of a store that is not the one from before.
         let held = self.held.clone().filter(|held| !leaving.is_empty() || misses(held, known, found.contents));
         let (graver, same) = (held.clone().filter(|held| held.kind != MASS_REMOVAL), held);
-        let wrong = doubt.or_else(|| self.lost_key(found.identity, &leaving)).or(graver).or(mass).or(same);
+        let wrong = doubt.or_else(|| self.lost_key(found, known, &leaving)).or(graver).or(mass).or(same);
         let Some(block) = wrong else { return Ok(false) };
         let shown = accepted.identity.as_ref().is_some_and(|a| a.is_earlier_than(found.identity));
         if shown && accepted.is_for(&block) && leaving.is_subset(&accepted.leaving) { Ok(true) } else { Err(block) }
@@ -198,13 +198,16 @@ impl Standing {
         None
     }
 
-    /// Whether the key that release ids are made with went, and apps with it. Agents put it back if it is all that is
-    /// missing; nobody deletes it on an ordinary day, so it is a second sentinel for a store that was never given one.
-    fn lost_key(&self, found: &Identity, leaving: &BTreeSet<AppName>) -> Option<StoreBlock> {
-        let known = self.identity.as_ref()?;
-        (known.key.is_some() && found.key.is_none() && !leaving.is_empty()).then(|| {
+    /// Whether the key that release ids are made with went, and apps with it, be they wanted here or not. Agents put it back
+    /// if it is all that is missing; nobody deletes it on an ordinary day, so it is a second sentinel for a store that was
+    /// never given one.
+    fn lost_key(&self, found: Found<'_>, known: &Contents, leaving: &BTreeSet<AppName>) -> Option<StoreBlock> {
+        let had_key = self.identity.as_ref()?.key.is_some();
+        let went = |key: &Vec<u8>| key.starts_with(b"apps/") && !found.contents.entries.contains_key(key);
+        let apps_went = !leaving.is_empty() || known.entries.keys().any(went);
+        (had_key && found.identity.key.is_none() && apps_went).then(|| {
             let message = format!(
-                "the store has no `secret/release-key` any more, and {} apps of this host would leave: it was wiped, or is another one",
+                "the store has no `secret/release-key` any more, and apps went with it, {} of them from this host: it was wiped, or is another one",
                 leaving.len()
             );
             block("sentinel_missing", message)
@@ -381,6 +384,17 @@ mod tests {
         assert_eq!(kind(&identity(Some("b"), 3, 6), 1..2), "other_store");
         assert_eq!(kind(&identity(None, 2, 6), 1..2), "sentinel_missing");
         assert_eq!(kind(&identity(Some("a"), 1, 11), 0..2), "taken", "it was not needed");
+    }
+
+    #[test]
+    fn a_wipe_is_known_though_nothing_of_it_was_wanted_here() {
+        let known = Standing { identity: Some(identity(None, 1, 10)), ..Standing::default() };
+        let wiped = Identity { key: None, ..identity(None, 1, 11) };
+        let entries = [(b"apps/web/spec".to_vec(), Entry::new(b"image: a".to_vec(), 5, 5))].into();
+        let (before, after) = (Contents { entries, revision: 10 }, Contents::default());
+        let found = Found { identity: &wiped, contents: &after, snapshot: &snapshot(0..0), forgotten: None };
+        let judged = known.judge(found, &before, Brake::default(), &Acceptance::default());
+        assert_eq!(judged.map_err(|block| block.kind), Err("sentinel_missing".into()));
     }
 
     #[test]
