@@ -6,12 +6,14 @@ use super::client::{Connection, EtcdConfig, StoreError};
 use crate::model::name::HostName;
 
 /// A member that answers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Member {
     /// Its version; nothing if this user may not ask for it.
     pub version: Option<String>,
     /// How many keys of people it has.
     pub keys: i64,
+    /// Whether it may be written, and takes what is written.
+    pub writable: Result<(), StoreError>,
 }
 
 /// Asks every configured member for what an agent of this host would read, how old it is, and whether the user may write what an
@@ -25,9 +27,9 @@ pub async fn members(config: &EtcdConfig, host: &HostName) -> Vec<(String, Resul
             let options = GetOptions::new().with_range(to).with_count_only();
             let failed = connection.failed("reading");
             let keys = connection.client.get(from, Some(options)).await.map_err(failed)?.count();
-            may_write(&mut connection, config, host).await?;
+            let writable = may_write(&mut connection, config, host).await;
             let version = connection.client.status().await.ok().map(|s| s.version().to_owned());
-            Ok(Member { version, keys })
+            Ok(Member { version, keys, writable })
         };
         found.push((endpoint.clone(), asking.await));
     }

@@ -21,8 +21,8 @@ pub(super) async fn members(patient: &Patient<'_>, found: &mut Findings) {
         match asked {
             Err(e) => {
                 let reason = e.to_string();
-                let remedy = if reason.contains("permission denied") || reason.contains("authenticat") {
-                    "give this user the rights that docs/keys.md names, and see that name and password are right"
+                let remedy = if is_of_rights(&reason) {
+                    RIGHTS
                 } else if endpoint.starts_with("https://") || etcd.cacert.is_some() {
                     "see that it runs there, that the certificates are good, and that no firewall is between"
                 } else {
@@ -39,11 +39,27 @@ pub(super) async fn members(patient: &Patient<'_>, found: &mut Findings) {
                 } else {
                     found.ok("etcd", text);
                 }
+                if let Err(e) = member.writable {
+                    let reason = e.to_string();
+                    let remedy = if is_of_rights(&reason) {
+                        RIGHTS
+                    } else {
+                        "an agent can read it, and tell it nothing: if it is out of space, compact it, defragment it, and `etcdctl alarm disarm`"
+                    };
+                    found.fail("etcd", reason, remedy);
+                }
                 let secure = etcd.cacert.is_some() || etcd.cert.is_some();
                 clock(&endpoint, secure, found).await;
             }
         }
     }
+}
+
+/// What to do about missing rights.
+const RIGHTS: &str = "give this user the rights that docs/keys.md names, and see that name and password are right";
+
+fn is_of_rights(reason: &str) -> bool {
+    reason.contains("permission denied") || reason.contains("authenticat")
 }
 
 fn is_safe(version: &str) -> bool {
