@@ -435,6 +435,23 @@ fn a_store_that_is_not_believed_is_read_again_only_for_a_reason() {
     until("the change is there", || lab.get("web.test", "/env?GREETING").is_ok_and(|(_, body)| body == "again"));
 }
 
+#[test]
+fn a_mode_that_cannot_be_read_starts_nothing_after_a_restart() {
+    let mut lab = Lab::new();
+    let mode = format!("hosts/{}/mode", lab.host);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    lab.put(&mode, "drained");
+    until("it leaves", || lab.containers().is_empty());
+    lab.put(&mode, "draned");
+    until("it is told", || said(&lab.demae(&["status"])).contains("this is not a mode"));
+    lab.kill_agent();
+    lab.start_agent(&[]);
+    lab.wait_app("web", "blocked", |s| s.state == State::Blocked && s.reason.contains("cordoned"));
+    assert!(lab.containers().is_empty());
+    lab.put(&mode, "active");
+    lab.wait_app("web", "converged", |s| s.state == State::Converged && s.healthy == 1);
+}
+
 /// One of two endpoints leads to an etcd of somebody else's.
 #[test]
 fn a_member_that_is_not_believed_keeps_nobody_from_the_others() {

@@ -215,7 +215,8 @@ pub struct Reader {
     /// By app, with the text that it was read from.
     specs: HashMap<AppName, (Vec<u8>, ReadSpec)>,
     last_good: BTreeMap<AppName, Target>,
-    mode: HostMode,
+    /// The mode that the store last had for this host; `None` while it has never been seen to have a good one.
+    mode: Option<HostMode>,
     /// The labels that the store last had for this host; `None` while it has never been seen to have good ones.
     host_labels: Option<BTreeMap<String, String>>,
 }
@@ -223,14 +224,7 @@ pub struct Reader {
 impl Reader {
     /// For a host with these labels of its own.
     pub fn new(host: HostName, labels: BTreeMap<String, String>) -> Self {
-        Self {
-            host,
-            labels,
-            specs: HashMap::new(),
-            last_good: BTreeMap::new(),
-            mode: HostMode::Active,
-            host_labels: None,
-        }
+        Self { host, labels, specs: HashMap::new(), last_good: BTreeMap::new(), mode: None, host_labels: None }
     }
 
     /// Takes that an app was like this when it last made sense, on a host with these keys of its own.
@@ -244,9 +238,9 @@ impl Reader {
     /// What the contents mean for this host.
     pub fn snapshot(&mut self, contents: &Contents, key: &ReleaseKey) -> Snapshot {
         let mut unreadable = Vec::new();
-        let (keys, labels) = self.sort_out(contents, &mut unreadable);
+        let (keys, mode, labels) = self.sort_out(contents, &mut unreadable);
         let last_good = &self.last_good;
-        let apps = desired::resolve(&keys, key, self.mode, &labels, |app| last_good.get(app).cloned());
+        let apps = desired::resolve(&keys, key, mode, &labels, |app| last_good.get(app).cloned());
         for (app, desired) in &apps {
             match desired {
                 DesiredApp::Run(target) => {
@@ -260,16 +254,16 @@ impl Reader {
             }
         }
         self.last_good.retain(|app, _| apps.contains_key(app));
-        Snapshot { revision: contents.revision, proven: true, mode: self.mode, labels, apps, unreadable }
+        Snapshot { revision: contents.revision, proven: true, mode, labels, apps, unreadable }
     }
 
     fn sort_out(
         &mut self,
         contents: &Contents,
         unreadable: &mut Vec<Problem>,
-    ) -> (desired::Keys, BTreeMap<String, String>) {
+    ) -> (desired::Keys, HostMode, BTreeMap<String, String>) {
         let mut keys = desired::Keys::default();
-        let mut mode = HostMode::Active;
+        let mut mode = Some(HostMode::Active);
         let mut given_labels = Some(BTreeMap::new());
         for (rest, entry) in &contents.entries {
             let value = || Some(entry.value.clone());
@@ -294,7 +288,7 @@ impl Reader {
                     }
                 },
                 Ok(Key::HostMode(host)) if host == self.host => match host_mode(&entry.value) {
-                    Some(found) => mode = found,
+                    Some(found) => mode = Some(found),
                     None => {
                         // An unreadable mode is not a new mode.
                         mode = self.mode;
@@ -313,8 +307,10 @@ impl Reader {
         labels.extend(given_labels.iter().flatten().map(|(k, v)| (k.clone(), v.clone())));
         self.host_labels = given_labels;
         self.mode = mode;
+        // A host that was drained starts nothing for that, and one that was active stops nothing.
+        let mode = mode.unwrap_or(HostMode::Cordoned);
         self.specs.retain(|app, _| keys.apps.contains_key(app));
-        (keys, labels)
+        (keys, mode, labels)
     }
 
     fn spec(&mut self, app: &AppName, entry: &Entry) -> Arc<Result<Spec, Problems>> {
