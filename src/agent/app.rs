@@ -252,7 +252,6 @@ impl AppState {
         if let Some(planned) = &step {
             tracing::debug!(app = %app, step = planned.step.kind().as_str(), "{planned}");
             self.busy = Some(planned.step.kind());
-            self.prediction.begin(&planned.step);
         }
         let ears = Ears { metrics, events, release: release(&self.desired) };
         self.account.planned(&plan, observed, &ears, now);

@@ -34,20 +34,17 @@ mod checked {
     #[derive(Debug, Default)]
     pub(crate) struct Prediction {
         made: Option<Made>,
-        /// Which instances this process has asked Docker for.
+        /// Which instances Docker has made for this process.
         asked: BTreeSet<InstanceKey>,
     }
 
     impl Prediction {
-        /// A step is about to be taken.
-        pub(crate) fn begin(&mut self, step: &Step) {
+        /// A step succeeded, on what was seen before it.
+        pub(crate) fn make(&mut self, step: &Step, before: Option<&ObservedApp>, now: Timestamp) {
+            // One that was refused is still the call of the agent before, which had the name.
             if let Step::Create { key, .. } = step {
                 self.asked.insert(key.clone());
             }
-        }
-
-        /// A step succeeded, on what was seen before it.
-        pub(crate) fn make(&mut self, step: &Step, before: Option<&ObservedApp>, now: Timestamp) {
             let Some(before) = before.cloned() else { return };
             let mut after = before.clone();
             let made = match step {
@@ -100,9 +97,6 @@ mod unchecked {
     pub(crate) struct Prediction(());
 
     impl Prediction {
-        #[expect(clippy::unused_self, reason = "it has nothing to remember")]
-        pub(crate) fn begin(&mut self, _step: &Step) {}
-
         #[expect(clippy::unused_self, reason = "it has nothing to remember")]
         pub(crate) fn make(&mut self, _step: &Step, _before: Option<&ObservedApp>, _now: Timestamp) {}
 
