@@ -220,6 +220,7 @@ impl AppState {
             rejected: proxy.rejected(app),
             old_workers: proxy.old_workers != Some(0),
             changed: proxy.changed(app),
+            left: proxy.left(app),
             trouble,
         };
         let input = AppInput {

@@ -27,6 +27,16 @@ pub struct Vhost {
     pub read_timeout: u64,
 }
 
+impl Vhost {
+    /// The loopback ports that requests go to; none where they go by routes.
+    pub fn ports(&self) -> &[u16] {
+        match &self.upstreams {
+            Upstreams::Ports(ports) => ports,
+            Upstreams::Slots(_) => &[],
+        }
+    }
+}
+
 /// Where the requests of an app go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -54,9 +64,21 @@ pub struct Manifest {
     /// Apps that changed since a worker last served a set of demae's: until one serves this, requests go where they went.
     #[serde(default)]
     pub fresh: BTreeSet<AppName>,
+    /// Ports that requests of an app went to in earlier sets.
+    #[serde(default)]
+    pub left: BTreeMap<AppName, Vec<LeftPort>>,
 }
 
-/// How long it is remembered when the vhost of an app went: longer than anything drains.
+/// A port that requests went to, and do not any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftPort {
+    /// Which.
+    pub port: u16,
+    /// Since when.
+    pub at: Timestamp,
+}
+
+/// How long it is remembered when the vhost of an app, or a port of it, went: longer than anything drains.
 const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 
 impl Manifest {
@@ -83,6 +105,17 @@ impl Manifest {
             }
             None => self.fresh.extend(old.fresh.iter().cloned()),
         }
+        self.left.clone_from(&old.left);
+        for app in &changes {
+            let ports = |set: &Self| set.vhosts.get(app).map(Vhost::ports).unwrap_or_default().to_vec();
+            let new = ports(self);
+            let gone = ports(old).into_iter().filter(|port| !new.contains(port));
+            let left = self.left.entry(app.clone()).or_default();
+            left.retain(|l| !ports(old).contains(&l.port));
+            left.extend(gone.map(|port| LeftPort { port, at: now }));
+        }
+        self.left.values_mut().for_each(|left| left.retain(|l| now.since(l.at) < REMEMBERED));
+        self.left.retain(|_, left| !left.is_empty());
         self.changed.extend(changes.into_iter().map(|app| (app, now)));
     }
 }
@@ -148,6 +181,16 @@ impl ObservedProxy {
         if fresh { made.max(self.workers_since) } else { made }
     }
 
+    /// Ports that requests of an app went to in earlier sets. `None` where that is not known: a set that is being made may
+    /// lead anywhere.
+    pub fn left(&self, app: &AppName) -> Option<&[LeftPort]> {
+        match &self.live {
+            _ if self.changing || self.unreadable => None,
+            Some(live) => Some(live.left.get(app).map(Vec::as_slice).unwrap_or_default()),
+            None => self.serving.is_none().then_some(&[]),
+        }
+    }
+
     /// Why the last vhost of an app was refused.
     pub fn rejected(&self, app: &AppName) -> Option<&Rejected> {
         self.live.as_ref()?.rejected.get(app)
@@ -177,6 +220,7 @@ mod tests {
         // The clock was set back by 5 s, and a worker serves it only now.
         third.follow(&second, Some(at(6_000)), at(7_000));
         assert_eq!((third.changed[&app], third.fresh.contains(&app)), (at(6_000), false));
+        assert_eq!(third.left[&app], [LeftPort { port: 1, at: at(9_000) }], "nothing has left since");
         let mut unserved = set(2);
         unserved.follow(&second, None, at(7_000));
         assert_eq!((unserved.changed[&app], unserved.fresh.contains(&app)), (at(9_000), true));

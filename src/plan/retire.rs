@@ -13,6 +13,7 @@ use crate::model::{
     desired::Target,
     name::ReleaseId,
     observed::{Address, Instance, Phase},
+    proxy::LeftPort,
 };
 
 /// How soon the connections of a draining instance are counted again, at first and at last.
@@ -121,18 +122,19 @@ fn is_drained(draft: &Draft<'_>, instance: &Instance) -> bool {
         _ if !instance.is_running() => true,
         Some(Address::Socket(_)) => instance.connections == Some(0),
         // An older worker may still send a request to the port it knows.
-        Some(Address::Port(_)) => {
+        Some(Address::Port(port)) => {
             let proxy = &draft.input.proxy;
             let forgotten = proxy.serving && !proxy.old_workers;
-            instance.connections == Some(0) && (forgotten || was_never_routed(draft.input, instance))
+            instance.connections == Some(0) && (forgotten || was_never_routed(draft.input, instance, *port))
         }
     }
 }
 
-/// Whether no set of nginx has ever led to an instance: it was started after the app's part of the live one was made, and is
-/// not in it. While nginx is away nothing else tells that a candidate may go, and one deploy after the other would add more.
-fn was_never_routed(input: &AppInput<'_>, instance: &Instance) -> bool {
-    !instance.settled && instance.started > input.proxy.changed && !is_routed(input, instance)
+/// Whether no set of nginx leads to an instance, or did lately. While nginx is away nothing else tells that a candidate may
+/// go, and one deploy after the other would add more. A port that was another's before counts as one that was routed.
+fn was_never_routed(input: &AppInput<'_>, instance: &Instance, port: u16) -> bool {
+    let is_new = |left: &[LeftPort]| !left.iter().any(|l| l.port == port);
+    !instance.settled && !is_routed(input, instance) && input.proxy.left.is_some_and(is_new)
 }
 
 /// Removes files that nothing needs, once nothing else is to be done.

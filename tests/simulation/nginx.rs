@@ -34,8 +34,9 @@ impl Scene {
             unreadable: false,
             drifted: proxy.drifted,
             templates: TEMPLATES.into(),
-            old_workers: Some(proxy.old.len()),
-            workers_since: proxy.since,
+            // Without a master nobody knows whose worker a process is, nor since when it is one.
+            old_workers: proxy.runs.then_some(proxy.old.len()),
+            workers_since: if proxy.runs { proxy.since } else { self.now() },
             changing: false,
         }
     }

@@ -189,7 +189,8 @@ impl Nginx {
     fn timed(&self, mut manifest: Manifest) -> Manifest {
         let changed = manifest.changed.values_mut();
         let refused = manifest.rejected.values_mut().map(|r| &mut r.at);
-        changed.chain(refused).for_each(|at| *at = self.clock.steady(*at));
+        let left = manifest.left.values_mut().flatten().map(|l| &mut l.at);
+        changed.chain(left).chain(refused).for_each(|at| *at = self.clock.steady(*at));
         manifest
     }
 
