@@ -1,4 +1,4 @@
-//! The one seam: all that the loop sees of its host, and does to it. In service that is [`World`]; histories that no
+//! The seam to the host: all that the loop sees of its host, and does to it. In service that is [`World`]; histories that no
 //! real host would live through in an afternoon are played on a model of one.
 
 use std::{

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use backoff::{ExponentialBackoff, ExponentialBackoffBuilder, backoff::Backoff};
 
-/// Growing pauses with jitter, without an end: a controller never gives up.
+/// Growing pauses, without an end: a controller never gives up.
 #[derive(Debug)]
 pub struct Retry {
     policy: ExponentialBackoff,
@@ -12,21 +12,19 @@ pub struct Retry {
 }
 
 impl Retry {
-    /// Pauses from `first` to `longest`, each twice the one before, give or take a fifth.
+    /// Pauses from `first` to `longest`, each twice the one before.
     pub fn new(first: Duration, longest: Duration) -> Self {
-        let policy = ExponentialBackoffBuilder::new()
-            .with_initial_interval(first)
-            .with_multiplier(2.0)
-            .with_randomization_factor(0.2)
-            .with_max_interval(longest)
-            .with_max_elapsed_time(None)
-            .build();
-        Self { policy, longest }
+        Self { policy: policy(first, longest, 0.0), longest }
     }
 
-    /// The next pause. The crate adds its jitter after its limit, so the limit is held here.
+    /// The next pause, give or take a fifth. The crate adds its jitter after its limit, so the limit is held here.
     pub fn pause(&mut self) -> Duration {
-        self.policy.next_backoff().unwrap_or(self.longest).min(self.longest)
+        jittered(self.step()).min(self.longest)
+    }
+
+    /// The next pause as it is, for whoever has a chance of its own.
+    pub fn step(&mut self) -> Duration {
+        self.policy.next_backoff().unwrap_or(self.longest)
     }
 
     /// Begins again with the first pause.
@@ -43,5 +41,15 @@ pub fn pause_after(attempts: u32) -> Duration {
 
 /// A duration, give or take a fifth, so that many agents do not act at once.
 pub fn jittered(duration: Duration) -> Duration {
-    Retry::new(duration, duration * 2).pause()
+    policy(duration, duration * 2, 0.2).next_backoff().unwrap_or(duration)
+}
+
+fn policy(first: Duration, longest: Duration, jitter: f64) -> ExponentialBackoff {
+    ExponentialBackoffBuilder::new()
+        .with_initial_interval(first)
+        .with_multiplier(2.0)
+        .with_randomization_factor(jitter)
+        .with_max_interval(longest)
+        .with_max_elapsed_time(None)
+        .build()
 }

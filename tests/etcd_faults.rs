@@ -14,7 +14,7 @@ use std::{
 
 use demae::{
     model::{name::HostName, status::State},
-    store::{self, Brake, Claim, Shelf, Update, Viewer, client::EtcdConfig, keys::Prefix},
+    store::{self, Belief, Brake, Claim, EtcdCluster, Shelf, Update, Viewer, client::EtcdConfig, keys::Prefix},
 };
 use support::{
     etcd::Etcd,
@@ -323,7 +323,9 @@ fn many_readers_come_back_to_a_store_that_was_started_anew_and_make_one_key() {
                 traces: BTreeSet::new(),
             };
             let claim = Claim::new(viewer.host.clone(), format!("agent-{n}")).expect("a claim");
-            let reading = store::watch(config.clone(), viewer, Arc::new(NoShelf), Arc::new(claim), out, token.clone());
+            let etcd = EtcdCluster::new(config.clone(), Arc::new(claim));
+            let belief = Belief::new(config.prefix.clone(), viewer, Arc::new(NoShelf), out);
+            let reading = store::watch(etcd, belief, token.clone());
             tasks.spawn_on(reading, runtime.handle());
             updates
         })

@@ -18,7 +18,7 @@ use crate::{
     },
     plan::app::plan_app,
     shutdown,
-    store::{self, Update},
+    store::{self, Belief, EtcdCluster, Update},
     telemetry, vitals,
     webhook::Webhook,
 };
@@ -124,7 +124,8 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     });
     let viewer = setup::viewer(config, &world).await?;
     let shelf = Arc::new(setup::Disk(world.layout.clone()));
-    tasks.spawn(store::watch(config.etcd.clone(), viewer, shelf, claim.clone(), updates, side.clone()));
+    let belief = Belief::new(config.etcd.prefix.clone(), viewer, shelf, updates);
+    tasks.spawn(store::watch(EtcdCluster::new(config.etcd.clone(), claim.clone()), belief, side.clone()));
     let doubted = claim.doubted();
     let publisher =
         tasks.spawn(store::publish(config.etcd.clone(), claim, publish_in, updates_in.clone(), side.clone()));

@@ -129,6 +129,8 @@ pub struct Belief {
     consent: Option<Vec<u8>>,
     /// Whether what was last read is not believed.
     doubtful: bool,
+    /// Whether that came from another etcd than the one that is gone by.
+    elsewhere: bool,
     /// Whether why it is not is on disk.
     hold_kept: bool,
     /// Whether anything has changed in the store since it was read and not believed.
@@ -151,6 +153,7 @@ impl Belief {
             saved: None,
             consent: None,
             doubtful: false,
+            elsewhere: false,
             hold_kept: false,
             stirred: false,
             prefix,
@@ -191,6 +194,11 @@ impl Belief {
         Landmark::newest(&self.contents, head, age.unwrap_or_else(kept_for))
     }
 
+    /// Between two full reads while the watch works.
+    pub fn resync(&self) -> Duration {
+        self.viewer.resync
+    }
+
     /// The key that release ids are made with, once one is known.
     pub fn key(&self) -> Option<&ReleaseKey> {
         self.key.as_ref()
@@ -212,7 +220,10 @@ impl Belief {
             && error.is_about_contents()
         {
             self.doubtful = true;
-            self.hold(block);
+            // Another etcd is known by its id for as long as it answers. It says nothing of what the right one holds.
+            if !self.elsewhere {
+                self.hold(block);
+            }
         }
         self.updates.send_modify(|u| {
             // Whoever answers next may be another one: nothing is written to it before it was read.
@@ -285,7 +296,8 @@ impl Belief {
         Ok(Arc::new(snapshot))
     }
 
-    fn judge(&self, found: Found<'_>) -> Result<bool, StoreError> {
+    fn judge(&mut self, found: Found<'_>) -> Result<bool, StoreError> {
+        self.elsewhere = self.standing.identity.as_ref().is_some_and(|known| known.etcd != found.identity.etcd);
         self.standing.judge(found, &self.contents, self.viewer.brake, &self.accepted()).map_err(StoreError::Doubt)
     }
 
@@ -306,7 +318,7 @@ impl Belief {
     ///
     /// # Errors
     /// Why it is not.
-    pub fn check(&self, reading: &Reading) -> Result<(), StoreError> {
+    pub fn check(&mut self, reading: &Reading) -> Result<(), StoreError> {
         let Reading { contents, identity, forgotten, .. } = reading;
         let trial = self.reader.clone().snapshot(contents, &ReleaseKey::new(""));
         let found = Found { identity, contents, snapshot: &trial, forgotten: forgotten.as_ref() };

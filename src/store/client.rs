@@ -78,6 +78,12 @@ impl StoreError {
     /// Every kind.
     pub const KINDS: [&'static str; 6] = ["connect", "call", "watch", "file", "doubt", "ledger"];
 
+    /// The error of a watch that gave no sign of life for this long.
+    pub(super) fn silent(endpoint: &str, after: Duration) -> Self {
+        let reason = format!("gave no sign of life for {} s", after.as_secs());
+        Self::Watch { endpoint: endpoint.to_owned(), reason }
+    }
+
     /// Whether the store was read well, and what it holds is not taken. A name that somebody else has says nothing about
     /// what it holds.
     pub fn is_about_contents(&self) -> bool {

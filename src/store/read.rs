@@ -29,7 +29,7 @@ use crate::model::{
 /// any store of ordinary size.
 const PAGE: i64 = 500;
 /// Largest answer that is decoded: the client's own limit of 4 MiB is reached by a thousand specs.
-const LARGEST: usize = 256 << 20;
+pub(super) const LARGEST: usize = 256 << 20;
 
 /// A value, and when it was written.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,23 +1,17 @@
 //! List, then watch from the next revision. After any gap: list again.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
-use etcd_client::{Event, EventType, WatchOptions, WatchResponse, WatchStream};
 use futures_util::FutureExt as _;
-use tokio::{sync::watch::Sender, time::Instant};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    belief::{Belief, Change, News, Update, Viewer},
-    claim::Claim,
-    client::{Connection, EtcdConfig, StoreError},
-    ledger::Shelf,
-    read::{Entry, make_release_key, read, release_key},
+    belief::{Belief, News},
+    client::StoreError,
+    source::{Session, Source, Watch},
 };
-use crate::{
-    model::release::ReleaseKey,
-    retry::{Retry, jittered},
-};
+use crate::{model::release::ReleaseKey, retry::Retry};
 
 /// How often the watch is asked for a sign of life, and how long it may take to give one.
 const PROGRESS: Duration = Duration::from_secs(10);
@@ -29,119 +23,105 @@ const STEADY: Duration = Duration::from_secs(60);
 /// to put it back.
 const DOUBTFUL: Duration = Duration::from_secs(3);
 
-/// Keeps `updates` as the store is, until cancelled. While the store cannot be read, it is as it was last.
-pub async fn watch(
-    config: EtcdConfig,
-    viewer: Viewer,
-    shelf: Arc<dyn Shelf>,
-    claim: Arc<Claim>,
-    updates: Sender<Update>,
-    token: CancellationToken,
-) {
-    let resync = viewer.resync;
-    let mut belief = Belief::new(config.prefix.clone(), viewer, shelf, updates);
+/// Keeps what is believed as the store is, until cancelled. While the store cannot be read, it is as it was last.
+pub async fn watch<S: Source>(source: S, mut belief: Belief, token: CancellationToken) {
     belief.recall();
     let mut watcher =
-        Watcher { config, resync, claim, belief, read_to: 0, read_key: None, doubted: 0, told: String::new() };
+        Watcher { source, belief, turn: 0, read_to: 0, read_key: None, asked: BTreeSet::new(), told: String::new() };
     let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(10));
-    let mut turn = 0;
     loop {
         let began = Instant::now();
         let ended = tokio::select! {
+            biased;
             () = token.cancelled() => return,
-            ended = watcher.session(turn) => ended,
+            ended = watcher.session() => ended,
         };
-        turn += 1;
-        let Err(error) = ended else { continue };
-        watcher.fail(&error);
-        if began.elapsed() > STEADY {
-            retry.reset();
-            watcher.told.clear();
+        if let Err(error) = ended {
+            watcher.fail(&error);
+            if began.elapsed() > STEADY {
+                retry.reset();
+                watcher.told.clear();
+            }
+            let pause = watcher.source.jittered(retry.step());
+            let pause = if matches!(error, StoreError::Doubt(_)) { pause.min(DOUBTFUL) } else { pause };
+            tokio::select! {
+                biased;
+                () = token.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
         }
-        let pause = if matches!(error, StoreError::Doubt(_)) { retry.pause().min(DOUBTFUL) } else { retry.pause() };
-        tokio::select! {
-            () = token.cancelled() => return,
-            () = tokio::time::sleep(pause) => {}
-        }
+        watcher.turn += 1;
     }
 }
 
-/// What the watch gives.
-type Message = Result<Option<WatchResponse>, etcd_client::Error>;
-
-struct Watcher {
-    config: EtcdConfig,
-    resync: Duration,
-    claim: Arc<Claim>,
+struct Watcher<S> {
+    source: S,
     belief: Belief,
+    /// Whose turn it is among the members.
+    turn: usize,
     /// The revision of the last read, whether it was believed or not, and the release key there.
     read_to: i64,
     read_key: Option<ReleaseKey>,
-    /// How many members in a row were not believed.
-    doubted: usize,
+    /// Which members were asked since what was read is not believed, whether they answered or not.
+    asked: BTreeSet<usize>,
     /// The last trouble, in words.
     told: String,
 }
 
-impl Watcher {
+impl<S: Source> Watcher<S> {
     /// One connection, from its first read to whatever ends it. It ends well if nothing is wrong with it, and another one may
     /// lead to a store that is believed.
-    async fn session(&mut self, turn: usize) -> Result<(), StoreError> {
-        let connection = Connection::open(&self.config, turn).await?;
-        self.read_all(&connection).await?;
-        let (from, to) = self.config.prefix.intent();
-        let mut client = connection.client.watch_client().max_decoding_message_size(256 << 20);
-        let options = WatchOptions::new().with_range(to).with_start_revision(self.read_to + 1).with_fragment();
-        // Opening waits for the first answer, which a member without a leader may never give.
-        let opened = tokio::time::timeout(self.config.command_timeout, client.watch(from, Some(options))).await;
-        let mut stream = match opened {
-            Ok(opened) => opened.map_err(connection.failed("opening the watch"))?,
-            Err(_) => return Err(silent(&connection, self.config.command_timeout)),
-        };
-        let mut resync_at = Instant::now() + jittered(self.resync);
+    async fn session(&mut self) -> Result<(), StoreError> {
+        let (resync, doubted) = (self.belief.resync(), self.source.doubted());
+        let session = self.source.open(self.turn).await?;
+        self.read_all(&session).await?;
+        let mut watch = session.watch(self.read_to + 1).await?;
+        let mut resync_at = Instant::now() + self.source.jittered(resync);
         let mut asked = false;
         let mut sign_by = Instant::now() + PROGRESS;
-        let mut look_at = Instant::now() + jittered(DOUBTFUL);
+        let mut look_at = Instant::now() + self.source.jittered(DOUBTFUL);
         loop {
+            // In this order: a history that is played goes the same way twice, no flood of news puts off what is rare, and
+            // what has come is a sign of life, however late it is taken.
             tokio::select! {
-                message = stream.message() => {
-                    self.take(&connection, message, &mut stream).await?;
+                biased;
+                () = doubted.notified() => self.read_all(&session).await?,
+                () = tokio::time::sleep_until(look_at), if self.belief.is_doubtful() => {
+                    let key = session.release_key().await?;
+                    if self.belief.is_to_be_read() || key != self.read_key {
+                        self.read_all(&session).await?;
+                    }
+                    look_at = Instant::now() + self.source.jittered(DOUBTFUL);
+                }
+                // A name may lead elsewhere by now, and another member may be the right one.
+                () = tokio::time::sleep_until(resync_at), if self.belief.is_doubtful() => return Ok(()),
+                () = tokio::time::sleep_until(resync_at) => {
+                    self.read_all(&session).await?;
+                    resync_at = Instant::now() + self.source.jittered(resync);
+                }
+                news = watch.next() => {
+                    self.take(&session, news?, &mut watch).await?;
                     asked = false;
                     sign_by = Instant::now() + PROGRESS;
                 }
                 () = tokio::time::sleep_until(sign_by) => {
                     if asked {
-                        return Err(silent(&connection, PROGRESS * 2));
+                        return Err(StoreError::silent(watch.endpoint(), PROGRESS * 2));
                     }
-                    ask(&connection, &mut stream).await?;
+                    watch.ask().await?;
                     asked = true;
                     sign_by = Instant::now() + PROGRESS;
-                }
-                () = self.claim.doubted.notified() => self.read_all(&connection).await?,
-                () = tokio::time::sleep_until(look_at), if self.belief.is_doubtful() => {
-                    // The watch does not see the release key.
-                    let key = release_key(&connection, &self.config.prefix).await?;
-                    if self.belief.is_to_be_read() || key != self.read_key {
-                        self.read_all(&connection).await?;
-                    }
-                    look_at = Instant::now() + jittered(DOUBTFUL);
-                }
-                // A name may lead elsewhere by now, and another member may be the right one.
-                () = tokio::time::sleep_until(resync_at), if self.belief.is_doubtful() => return Ok(()),
-                () = tokio::time::sleep_until(resync_at) => {
-                    self.read_all(&connection).await?;
-                    resync_at = Instant::now() + jittered(self.resync);
                 }
             }
         }
     }
 
-    async fn read_all(&mut self, connection: &Connection) -> Result<(), StoreError> {
+    async fn read_all(&mut self, session: &S::Session) -> Result<(), StoreError> {
         let was_doubtful = self.belief.is_doubtful();
-        let ended = self.read(connection).await;
+        let ended = self.read(session).await;
         self.survive(ended)?;
         if !self.belief.is_doubtful() {
-            self.doubted = 0;
+            self.asked.clear();
             if was_doubtful {
                 tracing::info!("the store is believed again");
                 self.told.clear();
@@ -155,8 +135,8 @@ impl Watcher {
     fn survive(&mut self, ended: Result<(), StoreError>) -> Result<(), StoreError> {
         match ended {
             Err(error) if error.is_about_contents() => {
-                self.doubted += 1;
-                if self.doubted < self.config.endpoints.len() {
+                self.note_asked();
+                if !self.has_asked_all() {
                     return Err(error);
                 }
                 self.fail(&error);
@@ -166,35 +146,51 @@ impl Watcher {
         }
     }
 
+    fn note_asked(&mut self) {
+        self.asked.insert(self.turn % self.source.members());
+    }
+
+    fn has_asked_all(&self) -> bool {
+        self.asked.len() >= self.source.members()
+    }
+
     fn fail(&mut self, error: &StoreError) {
+        // One that does not answer cannot tell better.
+        if self.belief.is_doubtful() || error.is_about_contents() {
+            self.note_asked();
+        }
         // The same trouble is news once.
         let text = error.to_string();
-        let when = if error.is_about_contents() { "once it changes, or a person accepts it" } else { "soon" };
+        let next = match error.is_about_contents() {
+            true if self.has_asked_all() => "reading everything again once it changes, or a person accepts it",
+            true => "asking the next member",
+            false => "reading everything again soon",
+        };
         if self.told == text {
-            tracing::debug!(kind = error.kind(), "{text}; reading everything again {when}");
+            tracing::debug!(kind = error.kind(), "{text}; {next}");
         } else {
-            tracing::warn!(kind = error.kind(), "{text}; reading everything again {when}");
+            tracing::warn!(kind = error.kind(), "{text}; {next}");
         }
         self.told = text;
         self.belief.fail(error);
     }
 
-    async fn read(&mut self, connection: &Connection) -> Result<(), StoreError> {
+    async fn read(&mut self, session: &S::Session) -> Result<(), StoreError> {
         let landmark = self.belief.begin_read();
-        let reading = read(connection, &self.config.prefix, landmark).await?;
+        let reading = session.read(landmark).await?;
         self.read_to = reading.contents.revision;
         self.read_key.clone_from(&reading.key);
-        if self.claim.look(connection, &self.config.prefix).await? == 0 {
+        if !session.has_name().await? {
             // Nothing is written to a store that is not believed.
             self.belief.check(&reading)?;
-            self.claim.take(connection, &self.config.prefix).await?;
+            session.take_name().await?;
         }
         let key = match &reading.key {
             Some(key) => key.clone(),
             None => {
                 // Nothing is written to a store that is not believed.
                 self.belief.check(&reading)?;
-                make_release_key(connection, &self.config.prefix, self.belief.key()).await?
+                session.make_release_key(self.belief.key()).await?
             }
         };
         self.belief.take_read(reading, key)
@@ -204,16 +200,15 @@ impl Watcher {
     /// on disk.
     async fn take(
         &mut self,
-        connection: &Connection,
-        first: Message,
-        stream: &mut WatchStream,
+        session: &S::Session,
+        mut news: News,
+        watch: &mut <S::Session as Session>::Watch,
     ) -> Result<(), StoreError> {
-        let mut news = self.news(connection, first)?;
         let mut ended = Ok(());
         while news.changes.len() < GATHERED
-            && let Some(next) = stream.message().now_or_never()
+            && let Some(next) = watch.next().now_or_never()
         {
-            match self.news(connection, next) {
+            match next {
                 Ok(next) => news.add(next),
                 Err(e) => {
                     ended = Err(e);
@@ -222,47 +217,12 @@ impl Watcher {
             }
         }
         // The watch does not see the release key. If it went too, this is no ordinary deletion.
-        if news.deletes() && release_key(connection, &self.config.prefix).await?.is_none() {
-            self.read_all(connection).await?;
+        if news.deletes() && session.release_key().await?.is_none() {
+            self.read_all(session).await?;
         } else {
             let taken = self.belief.take_news(news);
             self.survive(taken)?;
         }
         ended
     }
-
-    /// What a message of the watch says. Any that is neither news nor a sign of life ends the session: a cancelled watch
-    /// stays open and says nothing for ever.
-    fn news(&self, connection: &Connection, message: Message) -> Result<News, StoreError> {
-        let ended = |reason: String| StoreError::Watch { endpoint: connection.endpoint.clone(), reason };
-        let message = message.map_err(connection.failed("watching"))?.ok_or_else(|| ended("was closed".into()))?;
-        if message.canceled() {
-            return Err(ended(match message.compact_revision() {
-                0 => format!("was cancelled: {}", message.cancel_reason()),
-                n => format!("fell behind: history before revision {n} is gone"),
-            }));
-        }
-        let change = |event: &Event| {
-            let kv = event.kv()?;
-            let entry = || Entry::new(kv.value().to_vec(), kv.create_revision(), kv.mod_revision());
-            let value = (event.event_type() == EventType::Put).then(entry);
-            let key = self.config.prefix.strip(kv.key()).map(<[u8]>::to_vec);
-            Some(Change { key, revision: kv.mod_revision(), value })
-        };
-        Ok(News {
-            changes: message.events().iter().filter_map(change).collect(),
-            head: message.header().map_or(0, etcd_client::ResponseHeader::revision),
-            etcd: message.header().map_or(0, etcd_client::ResponseHeader::cluster_id),
-            opened: message.created(),
-        })
-    }
-}
-
-async fn ask(connection: &Connection, stream: &mut WatchStream) -> Result<(), StoreError> {
-    stream.request_progress().await.map_err(connection.failed("asking the watch for progress"))
-}
-
-fn silent(connection: &Connection, after: Duration) -> StoreError {
-    let reason = format!("gave no sign of life for {} s", after.as_secs());
-    StoreError::Watch { endpoint: connection.endpoint.clone(), reason }
 }

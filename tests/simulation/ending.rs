@@ -29,6 +29,7 @@ impl History {
             self.scene.serve_live(false);
         }
         self.store.set_up(true);
+        self.store.set_stray(None);
         if self.running.as_ref().is_none_or(|r| r.agent.is_finished()) {
             self.start();
         }

@@ -19,7 +19,7 @@ use demae::{
         name::{AppName, HostName},
         status::{AppStatus, HostStatus, State as Shown, StoreStatus, VERSION},
     },
-    store::{Belief, Brake, Shelf as _, Update, Viewer, keys::Prefix},
+    store::{self, Belief, Brake, Shelf as _, Update, Viewer, keys::Prefix},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -32,7 +32,7 @@ use crate::{
     ending::has_traces,
     machine::Hands,
     scene::Scene,
-    store::{Disk, RESYNC, Store},
+    store::{Disk, Members, RESYNC, Store},
 };
 
 /// What came of a history.
@@ -140,7 +140,9 @@ async fn given_time<T>(scene: Arc<Scene>, part: impl Future<Output = T>) -> T {
             let nap = nap.insert(Box::pin(tokio::time::sleep_until(until)));
             ready!(nap.as_mut().poll(context));
         }
-        part.as_mut().poll(context)
+        let polled = part.as_mut().poll(context);
+        scene.note_belief();
+        polled
     })
     .await
 }
@@ -219,7 +221,9 @@ impl History {
             Viewer { host: host.clone(), labels: BTreeMap::new(), resync: RESYNC, brake: Brake::default(), traces };
         let prefix = Prefix::new("/demae").expect("a prefix");
         let belief = Belief::new(prefix.clone(), viewer, self.disk.clone(), updates);
-        let watcher = tokio::spawn(given_time(self.scene.clone(), self.store.clone().watch(belief)));
+        let token = CancellationToken::new();
+        let watcher = store::watch(Members(self.store.clone()), belief, token.clone());
+        let watcher = tokio::spawn(given_time(self.scene.clone(), watcher));
         let metrics = Arc::new(Metrics::new().expect("metrics"));
         let empty = HostStatus {
             version: VERSION,
@@ -245,7 +249,6 @@ impl History {
         };
         let hands = Arc::new(Hands::new(host, self.scene.clone()));
         let options = Options { resync: RESYNC, parallel: 8, once: false, planner: self.planner };
-        let token = CancellationToken::new();
         let agent = Agent::new(hands, options, outlets, updates_in);
         let running = agent.run(news, token.clone());
         let agent = tokio::spawn(given_time(self.scene.clone(), async move {

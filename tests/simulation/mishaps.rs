@@ -20,7 +20,22 @@ impl History {
         }
         let data = self.store.etcd().data.clone();
         let backup = self.store.etcd().backup.clone().filter(|b| b.revision < data.revision);
-        let what = match chance.below(7) {
+        let what = match chance.below(8) {
+            7 => {
+                let copy = backup.filter(|_| chance.one_in(2));
+                let (stray, what) = match (self.store.etcd().stray.is_some(), copy) {
+                    (true, _) => (None, "leads where it should"),
+                    // It cannot be told from a store that was restored, so a person has to say which is the right one.
+                    (false, Some(copy)) => {
+                        self.disaster = true;
+                        (Some(copy), "leads to a copy from an earlier day")
+                    }
+                    (false, None) => (Some(Data::new(data.etcd + 100)), "leads to another etcd"),
+                };
+                self.store.set_stray(stray);
+                self.scene.happens("member", || what.into());
+                return;
+            }
             0 | 1 => {
                 self.store.etcd().backup = Some(data.clone());
                 "a backup is made"

@@ -9,7 +9,10 @@ use std::{
 
 use demae::{
     model::{name::AppName, release::ReleaseKey},
-    store::{Acceptance, Belief, Change, Contents, Entry, Identity, Landmark, News, Reading, Shelf, StoreError},
+    store::{
+        Acceptance, Change, Contents, Entry, Identity, Landmark, News, Reading, Session, Shelf, Source, StoreError,
+        Watch,
+    },
 };
 use tokio::{
     sync::{Notify, mpsc},
@@ -34,7 +37,18 @@ pub struct Etcd {
     pub up: bool,
     pub data: Data,
     pub backup: Option<Data>,
-    subscribers: Vec<mpsc::UnboundedSender<News>>,
+    /// What one of the addresses leads to by mistake.
+    pub stray: Option<Data>,
+    subscribers: Vec<Subscriber>,
+}
+
+/// Somebody who watches, as etcd knows of it.
+struct Subscriber {
+    news: mpsc::UnboundedSender<News>,
+    /// Whether nothing gets through any more, and nobody has noticed.
+    deaf: bool,
+    /// Whether it watches what it came to by mistake, which nobody changes.
+    stray: bool,
 }
 
 pub struct Store {
@@ -42,6 +56,24 @@ pub struct Store {
     etcd: Mutex<Etcd>,
     /// Told by the agent that it is to be read in full.
     pub doubted: Arc<Notify>,
+}
+
+/// The store as an agent is given it.
+pub struct Members(pub Arc<Store>);
+
+/// A connection to one member.
+pub struct Connected {
+    store: Arc<Store>,
+    stray: bool,
+}
+
+/// A watch through it.
+pub struct Watching {
+    store: Arc<Store>,
+    own: mpsc::WeakUnboundedSender<News>,
+    news: mpsc::UnboundedReceiver<News>,
+    /// What is on its way, and when it arrives.
+    coming: Option<(Instant, News)>,
 }
 
 impl Data {
@@ -60,11 +92,34 @@ impl Data {
         };
         self.changes.push(Change { key: Some(key.to_vec()), revision: self.revision, value });
     }
+
+    /// Whether this was written in the store that answers now, at that revision, as far as it can tell.
+    fn knows(&self, landmark: &Landmark, revision: i64) -> bool {
+        if landmark.revision < self.compacted {
+            return !landmark.is_leapt_over(revision);
+        }
+        let is_it =
+            |c: &Change| c.revision == landmark.revision && c.key.as_ref() == Some(&landmark.key) && c.value.is_some();
+        self.changes.iter().any(is_it)
+    }
+
+    fn found(&self) -> Reading {
+        let cluster = self.entries.get(b"cluster".as_slice()).map(|e| String::from_utf8_lossy(e.value()).into_owned());
+        let identity = Identity {
+            cluster,
+            etcd: self.etcd,
+            revision: self.revision,
+            whole: self.revision,
+            key: self.key.as_ref().map(demae::store::fingerprint),
+        };
+        let contents = Contents::new(self.entries.clone(), self.revision);
+        Reading { contents, identity, key: self.key.clone(), forgotten: None }
+    }
 }
 
 impl Store {
     pub fn new(scene: Arc<Scene>) -> Self {
-        let etcd = Etcd { up: true, data: Data::new(1), backup: None, subscribers: Vec::new() };
+        let etcd = Etcd { up: true, data: Data::new(1), backup: None, stray: None, subscribers: Vec::new() };
         Self { scene, etcd: Mutex::new(etcd), doubted: Arc::default() }
     }
 
@@ -101,8 +156,12 @@ impl Store {
 
     fn tell(&self, etcd: &mut Etcd, changes: Vec<Change>) {
         let news = News { changes, head: etcd.data.revision, etcd: etcd.data.etcd, opened: false };
+        let chance = &self.scene.chance;
+        for subscriber in etcd.subscribers.iter_mut().filter(|s| !s.stray) {
+            subscriber.deaf |= chance.one_in(100);
+        }
         // etcd's watches have lost events more than once.
-        etcd.subscribers.retain(|s| self.scene.chance.one_in(25) || s.send(news.clone()).is_ok());
+        etcd.subscribers.retain(|s| s.stray || s.deaf || chance.one_in(25) || s.news.send(news.clone()).is_ok());
     }
 
     /// Another state of things, at the same address.
@@ -110,6 +169,13 @@ impl Store {
         let mut etcd = self.etcd();
         etcd.data = data;
         etcd.subscribers.clear();
+    }
+
+    /// Where one of the addresses leads.
+    pub fn set_stray(&self, data: Option<Data>) {
+        let mut etcd = self.etcd();
+        etcd.stray = data;
+        etcd.subscribers.retain(|s| !s.stray);
     }
 
     pub fn set_up(&self, up: bool) {
@@ -120,135 +186,21 @@ impl Store {
         }
     }
 
-    fn subscribe(&self, from: i64) -> mpsc::UnboundedReceiver<News> {
-        let (out, news) = mpsc::unbounded_channel();
-        let mut etcd = self.etcd();
-        let changes: Vec<Change> = etcd.data.changes.iter().filter(|c| c.revision >= from).cloned().collect();
-        let (head, id) = (etcd.data.revision, etcd.data.etcd);
-        let _ = out.send(News { changes: Vec::new(), head, etcd: id, opened: true });
-        if !changes.is_empty() {
-            let _ = out.send(News { changes, head, etcd: id, opened: false });
+    fn reach(&self) -> Result<(), StoreError> {
+        if self.etcd().up {
+            return Ok(());
         }
-        etcd.subscribers.push(out);
-        news
+        Err(StoreError::Connect { endpoint: ADDRESS.into(), reason: "connection refused".into() })
     }
 
-    /// Keeps an agent's belief as the store is: the same list-then-watch as the real one, without a network.
-    pub async fn watch(self: Arc<Self>, mut belief: Belief) {
-        belief.recall();
-        loop {
-            let Err(error) = self.session(&mut belief).await else { continue };
-            belief.fail(&error);
-            self.scene.note_belief();
-            let longest = if matches!(error, StoreError::Doubt(_)) { 3_000 } else { 10_000 };
-            tokio::time::sleep(self.scene.chance.millis(100, longest)).await;
-        }
-    }
-
-    async fn session(&self, belief: &mut Belief) -> Result<(), StoreError> {
-        let mut read_to = 0;
-        self.read_all(belief, &mut read_to).await?;
-        let mut news = self.subscribe(read_to + 1);
-        let mut resync = Instant::now() + self.scene.chance.millis(48_000, 72_000);
-        let mut look_at = Instant::now() + self.scene.chance.millis(2_000, 4_000);
-        loop {
-            tokio::select! {
-                biased;
-                message = news.recv() => {
-                    tokio::time::sleep(self.scene.chance.millis(1, 30)).await;
-                    let ended = || StoreError::Watch { endpoint: "etcd".into(), reason: "was closed".into() };
-                    let news = message.ok_or_else(ended)?;
-                    if news.deletes() && self.etcd().data.key.is_none() {
-                        self.read_all(belief, &mut read_to).await?;
-                    } else {
-                        let taken = belief.take_news(news);
-                        self.survive(belief, taken)?;
-                    }
-                }
-                () = self.doubted.notified() => self.read_all(belief, &mut read_to).await?,
-                () = tokio::time::sleep_until(look_at), if belief.is_doubtful() => {
-                    if belief.is_to_be_read() {
-                        self.read_all(belief, &mut read_to).await?;
-                    }
-                    look_at = Instant::now() + self.scene.chance.millis(2_000, 4_000);
-                }
-                () = tokio::time::sleep_until(resync), if belief.is_doubtful() => return Ok(()),
-                () = tokio::time::sleep_until(resync) => {
-                    self.read_all(belief, &mut read_to).await?;
-                    resync = Instant::now() + self.scene.chance.millis(48_000, 72_000);
-                }
-            }
-        }
-    }
-
-    async fn read_all(&self, belief: &mut Belief, read_to: &mut i64) -> Result<(), StoreError> {
-        let ended = self.read(belief, read_to).await;
-        self.survive(belief, ended)
-    }
-
-    /// What is not believed ends no session.
-    fn survive(&self, belief: &mut Belief, ended: Result<(), StoreError>) -> Result<(), StoreError> {
-        let ended = match ended {
-            Err(error) if error.is_about_contents() => {
-                belief.fail(&error);
-                Ok(())
-            }
-            other => other,
-        };
-        self.scene.note_belief();
-        ended
-    }
-
-    async fn read(&self, belief: &mut Belief, read_to: &mut i64) -> Result<(), StoreError> {
-        tokio::time::sleep(self.scene.chance.millis(1, 20)).await;
-        if !self.etcd().up {
-            return Err(StoreError::Connect { endpoint: "etcd".into(), reason: "connection refused".into() });
-        }
-        let landmark = belief.begin_read();
-        let mut reading = self.found();
-        *read_to = reading.identity.revision;
-        tokio::time::sleep(self.scene.chance.millis(0, 20)).await;
-        reading.forgotten =
-            landmark.filter(|l| !l.is_in(&reading.contents) && !self.knows(l, reading.identity.revision));
-        let key = match &reading.key {
-            Some(key) => key.clone(),
-            None => {
-                belief.check(&reading)?;
-                let key = belief.key().cloned().unwrap_or_else(|| ReleaseKey::new("the key of this store"));
-                self.etcd().data.key.get_or_insert(key).clone()
-            }
-        };
-        belief.take_read(reading, key)
-    }
-
-    /// Whether this was written in the store that answers now, at that revision, as far as it can tell.
-    fn knows(&self, landmark: &Landmark, revision: i64) -> bool {
-        if landmark.revision < self.etcd().data.compacted {
-            return !landmark.is_leapt_over(revision);
-        }
-        let is_it =
-            |c: &Change| c.revision == landmark.revision && c.key.as_ref() == Some(&landmark.key) && c.value.is_some();
-        self.etcd().data.changes.iter().any(is_it)
-    }
-
-    fn found(&self) -> Reading {
-        let etcd = self.etcd();
-        let data = &etcd.data;
-        let cluster = data.entries.get(b"cluster".as_slice()).map(|e| String::from_utf8_lossy(e.value()).into_owned());
-        let identity = Identity {
-            cluster,
-            etcd: data.etcd,
-            revision: data.revision,
-            whole: data.revision,
-            key: data.key.as_ref().map(demae::store::fingerprint),
-        };
-        let contents = Contents::new(data.entries.clone(), data.revision);
-        Reading { contents, identity, key: data.key.clone(), forgotten: None }
+    async fn answer(&self) -> Result<(), StoreError> {
+        tokio::time::sleep(self.scene.chance.millis(1, 10)).await;
+        self.reach()
     }
 
     /// What a person writes who takes this store because of a block of this kind, and that all of these leave.
     pub fn accept(&self, leaving: impl Iterator<Item = AppName>, kind: Option<String>) -> Vec<u8> {
-        let identity = self.found().identity;
+        let identity = self.etcd().data.found().identity;
         serde_json::to_vec(&Acceptance { identity: Some(identity), leaving: leaving.collect(), kind, at: None })
             .expect("JSON")
     }
@@ -256,6 +208,114 @@ impl Store {
     /// Whether an app has a spec.
     pub fn has(&self, app: &AppName) -> bool {
         self.etcd().data.entries.contains_key(format!("apps/{app}/spec").as_bytes())
+    }
+}
+
+impl Etcd {
+    /// What a member answers with.
+    fn at(&mut self, stray: bool) -> &mut Data {
+        match &mut self.stray {
+            Some(other) if stray => other,
+            _ => &mut self.data,
+        }
+    }
+}
+
+impl Source for Members {
+    type Session = Connected;
+
+    fn members(&self) -> usize {
+        2
+    }
+
+    fn doubted(&self) -> Arc<Notify> {
+        self.0.doubted.clone()
+    }
+
+    async fn open(&self, turn: usize) -> Result<Connected, StoreError> {
+        tokio::time::sleep(self.0.scene.chance.millis(1, 20)).await;
+        self.0.reach()?;
+        Ok(Connected { store: self.0.clone(), stray: turn % 2 == 1 && self.0.etcd().stray.is_some() })
+    }
+
+    fn jittered(&self, duration: Duration) -> Duration {
+        let millis = u64::try_from(duration.as_millis()).expect("small");
+        self.0.scene.chance.millis(millis * 4 / 5, millis * 6 / 5)
+    }
+}
+
+impl Session for Connected {
+    type Watch = Watching;
+
+    async fn read(&self, landmark: Option<Landmark>) -> Result<Reading, StoreError> {
+        self.store.answer().await?;
+        let mut reading = self.store.etcd().at(self.stray).found();
+        self.store.answer().await?;
+        let knows = |l: &Landmark| self.store.etcd().at(self.stray).knows(l, reading.identity.revision);
+        reading.forgotten = landmark.filter(|l| !l.is_in(&reading.contents) && !knows(l));
+        Ok(reading)
+    }
+
+    async fn release_key(&self) -> Result<Option<ReleaseKey>, StoreError> {
+        self.store.answer().await?;
+        Ok(self.store.etcd().at(self.stray).key.clone())
+    }
+
+    async fn make_release_key(&self, known: Option<&ReleaseKey>) -> Result<ReleaseKey, StoreError> {
+        self.store.answer().await?;
+        let key = known.cloned().unwrap_or_else(|| ReleaseKey::new("the key of this store"));
+        Ok(self.store.etcd().at(self.stray).key.get_or_insert(key).clone())
+    }
+
+    async fn has_name(&self) -> Result<bool, StoreError> {
+        Ok(true)
+    }
+
+    async fn take_name(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    async fn watch(&self, from: i64) -> Result<Watching, StoreError> {
+        self.store.answer().await?;
+        let (out, news) = mpsc::unbounded_channel();
+        let own = out.downgrade();
+        let mut etcd = self.store.etcd();
+        let data = etcd.at(self.stray);
+        let changes: Vec<Change> = data.changes.iter().filter(|c| c.revision >= from).cloned().collect();
+        let (head, id) = (data.revision, data.etcd);
+        let _ = out.send(News { changes: Vec::new(), head, etcd: id, opened: true });
+        if !changes.is_empty() {
+            let _ = out.send(News { changes, head, etcd: id, opened: false });
+        }
+        etcd.subscribers.push(Subscriber { news: out, deaf: false, stray: self.stray });
+        Ok(Watching { store: self.store.clone(), own, news, coming: None })
+    }
+}
+
+impl Watch for Watching {
+    async fn next(&mut self) -> Result<News, StoreError> {
+        if self.coming.is_none() {
+            let closed = || StoreError::Watch { endpoint: ADDRESS.into(), reason: "was closed".into() };
+            let news = self.news.recv().await.ok_or_else(closed)?;
+            self.coming = Some((Instant::now() + self.store.scene.chance.millis(1, 30), news));
+        }
+        let (at, _) = self.coming.as_ref().expect("it was just put there");
+        tokio::time::sleep_until(*at).await;
+        Ok(self.coming.take().expect("it is still there").1)
+    }
+
+    async fn ask(&mut self) -> Result<(), StoreError> {
+        let Some(own) = self.own.upgrade() else { return Ok(()) };
+        let mut etcd = self.store.etcd();
+        let asks = |s: &&Subscriber| s.news.same_channel(&own) && !s.deaf;
+        let Some(stray) = etcd.subscribers.iter().find(asks).map(|s| s.stray) else { return Ok(()) };
+        let data = etcd.at(stray);
+        let _ = own.send(News { changes: Vec::new(), head: data.revision, etcd: data.etcd, opened: false });
+        Ok(())
+    }
+
+    fn endpoint(&self) -> &str {
+        ADDRESS
     }
 }
 
@@ -289,4 +349,5 @@ impl Shelf for Disk {
     }
 }
 
+const ADDRESS: &str = "etcd";
 pub const RESYNC: Duration = Duration::from_secs(60);

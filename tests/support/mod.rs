@@ -5,6 +5,7 @@ pub mod agent;
 pub mod containers;
 pub mod dashboards;
 pub mod disk;
+pub mod doubts;
 pub mod engine;
 pub mod etcd;
 pub mod frames;
