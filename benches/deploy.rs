@@ -32,8 +32,9 @@ use bollard::{
 };
 use demae::model::status::State;
 use support::{
-    lab::{Lab, until},
+    lab::Lab,
     load::{Client, Load},
+    wait::until,
 };
 
 fn number(name: &str, default: u64) -> u64 {

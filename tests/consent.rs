@@ -8,8 +8,9 @@ use std::{fs, time::Duration};
 use demae::model::status::State;
 use support::{
     doubts::{all_run, block, init, said, wait_block, workers},
-    lab::{Lab, until},
+    lab::Lab,
     load::{Load, mixed},
+    wait::until,
 };
 
 #[test]

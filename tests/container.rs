@@ -6,8 +6,11 @@ mod support;
 use std::{fs, path::Path, process::Command, time::Duration};
 
 use support::{
-    lab::{Lab, Setup, docker, free_address, until},
+    lab::{Lab, Setup},
     load::{Load, mixed},
+    names::free_address,
+    process::docker,
+    wait::until,
 };
 
 /// An image FROM scratch with this machine's nginx and the libraries it loads.
@@ -53,7 +56,7 @@ fn an_nginx_in_a_container_switches_and_reloads_without_loss() {
     let is_root = fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0);
     assert!(is_root, "an nginx in a container needs an agent that is root, and so does its test");
     let address = free_address();
-    let tag = support::lab::random();
+    let tag = support::names::random();
     let name = format!("demae-nginx-{tag}");
     // Of two settings of one key the file's reader takes neither, so the lab's own address stays and is not used.
     let mut lab = Lab::with(&Setup { no_agent: true, nginx: &format!("container = \"{name}\""), ..Setup::default() });

@@ -12,9 +12,11 @@ use demae::model::status::State;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use support::{
     containers::{Foreign, ids, inspect, is_done, kill_and_wait, only},
-    lab::{Lab, Setup, docker, until},
+    lab::{Lab, Setup},
     load::{Client, Load, mixed},
+    process::docker,
     relay::{Relay, is},
+    wait::until,
 };
 
 fn lab() -> Lab {

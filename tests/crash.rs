@@ -6,8 +6,9 @@ mod support;
 use std::{path::Path, time::Duration};
 
 use support::{
-    lab::{Lab, Setup, pause, until},
+    lab::{Lab, Setup},
     load::{Client, Load},
+    wait::{pause, until},
 };
 
 use demae::model::status::State;

@@ -15,12 +15,14 @@ use std::{
 
 use support::{
     dashboards::{self, now, questions},
-    lab::{Lab, Setup, free_address, until, user_line},
+    lab::{Lab, Setup, user_line},
     load::{Load, get, mixed},
     mishaps::{self, Site},
+    names::free_address,
     prometheus::{INSTANCE, Running},
     receiver::Receiver,
     registry::Registry,
+    wait::until,
 };
 
 fn root(path: &str) -> std::path::PathBuf {

@@ -15,9 +15,10 @@ use demae::model::status::State;
 use support::{
     containers::{ids, is_done, kill_and_wait, only},
     disk::Disk,
-    lab::{Lab, Setup, until},
+    lab::{Lab, Setup},
     load::{Client, Load, mixed},
     relay::{Relay, is},
+    wait::until,
 };
 
 /// A host whose state, and what it has in memory, lie on small disks, and whose Docker is reached by a relay. Disks go

@@ -12,10 +12,12 @@ use std::{
 use demae::model::status::State;
 use support::{
     containers::{ids, inspect, is_done, kill_and_wait, only},
-    lab::{Lab, Setup, docker, until, until_within},
+    lab::{Lab, Setup},
     load::{Client, Load, mixed},
     mishaps::wait as wait_longer,
+    process::docker,
     relay::{Relay, is, looks_at, post},
+    wait::{until, until_within},
 };
 
 /// A host whose agent reaches Docker by a relay. It looks at everything once a second.
@@ -272,7 +274,7 @@ impl Drop for Named<'_> {
 #[test]
 fn an_image_that_goes_between_its_pull_and_its_use_is_pulled_again() {
     let (lab, relay) = relayed();
-    let registry = support::registry::Registry::start(support::lab::free_address(), lab.dir.path());
+    let registry = support::registry::Registry::start(support::names::free_address(), lab.dir.path());
     let _named = Named(&lab);
     for version in ["v1", "v2"] {
         registry.push(&lab.image(version), version);
@@ -317,7 +319,7 @@ fn an_image_that_goes_between_its_pull_and_its_use_is_pulled_again() {
 #[test]
 fn a_pull_that_goes_silent_is_cut_and_tried_again() {
     let (lab, relay) = relayed();
-    let registry = support::registry::Registry::start(support::lab::free_address(), lab.dir.path());
+    let registry = support::registry::Registry::start(support::names::free_address(), lab.dir.path());
     for version in ["v1", "v2"] {
         registry.push(&lab.image(version), version);
     }

@@ -6,7 +6,7 @@ mod support;
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use demae::model::status::State;
-use support::lab::{Lab, until};
+use support::{lab::Lab, wait::until};
 
 /// Level, message and remedy of each finding of a check.
 fn findings(lab: &Lab, check: &str) -> Vec<(String, String, String)> {

@@ -11,8 +11,11 @@ use support::{
     containers::{ids, only},
     doubts::{all_run, block, init, said, wait_block, workers},
     etcd::Etcd,
-    lab::{Lab, Setup, docker, free_address, until},
+    lab::{Lab, Setup},
     load::{self, Load, mixed},
+    names::free_address,
+    process::docker,
+    wait::until,
 };
 
 /// Copies a directory, as a backup of a disk would.

@@ -9,8 +9,9 @@ use std::time::Duration;
 use support::{
     containers::is_done,
     engine::Engine,
-    lab::{Lab, Setup, until},
+    lab::{Lab, Setup},
     load::{Client, Load, mixed},
+    wait::until,
 };
 
 /// How an engine ends.

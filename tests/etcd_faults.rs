@@ -18,8 +18,10 @@ use demae::{
 };
 use support::{
     etcd::Etcd,
-    lab::{Lab, Setup, free_address, until},
+    lab::{Lab, Setup},
     load::{Client, Load},
+    names::free_address,
+    wait::until,
     wire::{Wire, named},
 };
 use tokio::sync::watch;
@@ -165,7 +167,7 @@ fn a_store_that_is_full_is_still_read_and_repaired_from() {
     let killed = lab.containers();
     lab.start_agent(&[]);
     lab.wait_app("web", "seen", |a| a.state == State::Converged);
-    support::lab::docker(&["rm", "-f", &killed[0]]);
+    support::process::docker(&["rm", "-f", &killed[0]]);
     let lost = load.so_far().failed;
     until("it is made anew", || lab.containers().len() == 1 && lab.containers() != killed);
     lab.wait_app("web", "converged", |a| a.state == State::Converged);

@@ -14,8 +14,10 @@ use std::{
 use demae::model::status::State;
 use support::{
     etcd::Etcd,
-    lab::{Lab, Setup, free_address, until},
+    lab::{Lab, Setup},
     load::{Client, Load},
+    names::free_address,
+    wait::until,
 };
 
 /// An etcd that talks to nobody without a certificate.

@@ -16,9 +16,10 @@ use demae::model::{
 };
 use hmac::Mac as _;
 use support::{
-    lab::{Lab, Setup, until},
+    lab::{Lab, Setup},
     load::{Client, Load, mixed},
     receiver::Receiver,
+    wait::until,
 };
 
 fn events(lab: &Lab, args: &[&str]) -> Vec<Event> {

@@ -10,8 +10,10 @@ use std::{fs, os::unix::fs::PermissionsExt as _, process::Command, time::Duratio
 
 use demae::model::status::State;
 use support::{
-    lab::{Lab, Setup, docker, pause, run, until},
+    lab::{Lab, Setup},
     load::{Client, Load, mixed},
+    process::{docker, run},
+    wait::{pause, until},
 };
 
 #[test]

@@ -9,8 +9,10 @@ use demae::model::status::State;
 use support::{
     containers::{ids, inspect, kill_and_wait, only},
     disk::Disk,
-    lab::{Lab, PATIENCE, Setup, docker, pause, signal, until},
+    lab::{Lab, Setup},
+    process::{docker, signal},
     relay::{Relay, is},
+    wait::{PATIENCE, pause, until},
 };
 
 /// A host whose Docker is reached by a relay, and whose state lies on a small disk, which goes before the lab does.

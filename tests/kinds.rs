@@ -5,9 +5,12 @@ use std::time::Duration;
 
 use demae::model::status::State;
 use support::{
-    lab::{Lab, docker, free_address, until},
+    lab::Lab,
     load::{Client, Load, mixed},
+    names::free_address,
+    process::docker,
     registry::Registry,
+    wait::until,
 };
 
 #[test]

@@ -8,7 +8,11 @@ mod support;
 
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
-use support::lab::{Lab, Setup, docker, until};
+use support::{
+    lab::{Lab, Setup},
+    process::docker,
+    wait::until,
+};
 
 #[test]
 fn fifty_apps_at_once_then_silence_then_none() {

@@ -7,8 +7,10 @@ use std::{fs, time::Duration};
 
 use demae::model::status::State;
 use support::{
-    lab::{Lab, Setup, docker, until},
+    lab::{Lab, Setup},
     load::{Load, mixed},
+    process::docker,
+    wait::until,
 };
 
 /// Another machine with the store and the name of the first.

@@ -16,8 +16,11 @@ use demae::model::status::{AppStatus, State};
 use rustix::fs::inotify;
 use support::{
     containers::{ids, inspect, is_done, only},
-    lab::{Lab, Setup, docker, free_address, run, until},
+    lab::{Lab, Setup},
     load::{self, Client, Load},
+    names::free_address,
+    process::{docker, run},
+    wait::until,
 };
 
 /// An nginx whose supervisor holds the socket that it listens on, as systemd would: while nginx is away, connections wait

@@ -9,7 +9,10 @@ use std::{
     thread,
 };
 
-use support::lab::{Lab, Setup, until};
+use support::{
+    lab::{Lab, Setup},
+    wait::until,
+};
 
 /// An empty SETTINGS frame of HTTP/2, and an acknowledgement of the other side's: RFC 9113, 6.5.
 const SETTINGS: [u8; 18] = [0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 4, 1, 0, 0, 0, 0];

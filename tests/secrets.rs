@@ -6,8 +6,10 @@ use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use demae::model::status::State;
 use support::{
-    lab::{Lab, Setup, docker, until},
+    lab::{Lab, Setup},
+    process::docker,
     receiver::Receiver,
+    wait::until,
 };
 
 const CANARY: &str = "canary-5f1e0c";

@@ -11,9 +11,11 @@ use std::{
 use demae::model::status::State;
 use support::{
     containers::{ids, inspect, only},
-    lab::{Lab, Setup, docker, signal, until},
+    lab::{Lab, Setup},
     load::{Client, Load},
+    process::{docker, signal},
     relay::{Relay, is},
+    wait::until,
 };
 
 /// Longer than any decision keeps.

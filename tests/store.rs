@@ -12,8 +12,10 @@ use demae::model::status::State;
 use support::{
     containers::is_done,
     etcd::Etcd,
-    lab::{Lab, Setup, free_address, until},
+    lab::{Lab, Setup},
     load::{Client, Load},
+    names::free_address,
+    wait::until,
     wire::{Wire, named},
 };
 

@@ -11,8 +11,10 @@ use std::{
 
 use demae::model::status::State;
 use support::{
-    lab::{Lab, Setup, docker, pause, until},
+    lab::{Lab, Setup},
     load::{Client, Load, Tally, mixed},
+    process::docker,
+    wait::{pause, until},
 };
 
 /// How many switches; the long form asks for more.

@@ -12,8 +12,10 @@ use std::{
 
 use demae::model::status::State;
 use support::{
-    lab::{Lab, Setup, docker, until},
+    lab::{Lab, Setup},
     load::{self, Client, Load},
+    process::docker,
+    wait::until,
 };
 
 #[test]

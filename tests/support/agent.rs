@@ -7,7 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::lab::{Lab, kill, quiet, signal, until};
+use super::{
+    lab::Lab,
+    process::{kill, quiet, signal},
+    wait::until,
+};
 
 impl Lab {
     /// Starts the agent, without waiting for anything.

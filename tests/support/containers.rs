@@ -2,7 +2,7 @@
 
 use demae::model::status::{AppStatus, State};
 
-use super::lab::{Lab, docker, until};
+use super::{lab::Lab, process::docker, wait::until};
 
 /// Whether an app is as it should be with this image. Asked of one status: of two, each could be right and both together
 /// wrong.

@@ -4,7 +4,7 @@ use std::process::Output;
 
 use demae::model::status::{State, StoreBlock};
 
-use super::lab::{Lab, until};
+use super::{lab::Lab, wait::until};
 
 /// Why what the store says is not believed, if it is not.
 pub fn block(lab: &Lab) -> Option<StoreBlock> {

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::lab::pause;
+use super::wait::pause;
 
 /// Longest wait for an engine to come up, or to end.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -7,7 +7,7 @@ use std::{
     process::{Child, Command},
 };
 
-use super::lab::{quiet, signal};
+use super::process::{quiet, signal};
 
 /// It ends with the test, as by `kill -9`.
 pub struct Etcd(Child);

@@ -7,7 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use super::lab::run;
+use super::process::run;
 
 /// The example app, built static, once for all tests.
 pub fn example_app() -> PathBuf {

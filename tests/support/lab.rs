@@ -9,26 +9,22 @@
 
 use std::{
     fs,
-    net::{SocketAddr, TcpListener},
-    os::{
-        linux::net::SocketAddrExt as _,
-        unix::{
-            fs::PermissionsExt as _,
-            net::{self as unix, UnixListener},
-        },
-    },
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use demae::model::status::{AppStatus, HostStatus, State};
 
-use super::{etcd::Etcd, images, load};
-
-/// Longest wait for anything that should take a second: a loaded machine takes longer, and a wrong one takes for ever.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+use super::{
+    etcd::Etcd,
+    images, load,
+    names::{free_address, random},
+    process::{docker, kill, quiet, run, signal},
+    wait::{PATIENCE, pause, until},
+};
 
 pub struct Lab {
     pub dir: tempfile::TempDir,
@@ -416,78 +412,6 @@ fn walk(dir: &Path, found: &mut Vec<String>) {
         found.push(path.display().to_string());
         if path.is_dir() && !path.is_symlink() {
             walk(&path, found);
-        }
-    }
-}
-
-/// Between two looks at something that is waited for. Not a guess of how long it takes: the condition decides.
-pub fn pause() {
-    std::thread::sleep(Duration::from_millis(5));
-}
-
-/// Waits until something holds.
-pub fn until(what: &str, holds: impl FnMut() -> bool) {
-    until_within(PATIENCE, what, holds);
-}
-
-/// Waits until something holds that takes its time by design.
-pub fn until_within(patience: Duration, what: &str, mut holds: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < patience, "not within {patience:?}: {what}");
-        pause();
-    }
-}
-
-pub fn docker(args: &[&str]) -> String {
-    let output = Command::new("docker").args(args).env("DOCKER_CLI_HINTS", "false").output().expect("docker runs");
-    String::from_utf8_lossy(&output.stdout).trim().to_owned()
-}
-
-/// Runs a program that must do well.
-pub fn run(command: &mut Command) {
-    let status = command.status().expect("it runs");
-    assert!(status.success(), "{command:?}: {status}");
-}
-
-/// Starts a program that writes to a log.
-pub fn quiet(command: &mut Command, log: &Path) -> Child {
-    let log = fs::File::options().create(true).append(true).open(log).expect("a log");
-    command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("it starts")
-}
-
-/// `-STOP`, `-CONT` and the like.
-pub fn signal(pid: u32, name: &str) {
-    run(Command::new("kill").args([name, &pid.to_string()]));
-}
-
-pub(super) fn kill(child: &mut Option<Child>) {
-    if let Some(mut child) = child.take() {
-        // It may have ended by itself.
-        let _ = child.kill();
-        child.wait().expect("it ends");
-    }
-}
-
-pub fn random() -> String {
-    let mut bytes = [0u8; 4];
-    std::io::Read::read_exact(&mut fs::File::open("/dev/urandom").expect("random"), &mut bytes).expect("random");
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// Ports that this process has been given.
-static TAKEN: Mutex<Vec<UnixListener>> = Mutex::new(Vec::new());
-
-/// A port below the ephemeral ones, so that no outgoing connection takes it between here and its use. No other test is given
-/// it either: a name that the kernel frees with this process stands for it.
-pub fn free_address() -> SocketAddr {
-    loop {
-        let port = 10_000 + u16::from_str_radix(&random()[..4], 16).expect("a number") % 9_000;
-        let name = unix::SocketAddr::from_abstract_name(format!("demae-test-port-{port}")).expect("a name");
-        let Ok(claim) = UnixListener::bind_addr(&name) else { continue };
-        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
-            TAKEN.lock().unwrap_or_else(PoisonError::into_inner).push(claim);
-            return listener.local_addr().expect("an address");
         }
     }
 }

@@ -7,11 +7,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use super::{
-    dashboards::Prometheus,
-    lab::{Lab, free_address, until},
-    load,
-};
+use super::{dashboards::Prometheus, lab::Lab, load, names::free_address, wait::until};
 
 pub struct Running {
     pub asked: Prometheus,

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use bollard::{models::ContainerSummary, query_parameters::ListContainersOptionsBuilder};
+use futures_util::future::join_all;
 
 use super::{
     Docker, Operation, Result,
@@ -30,12 +31,7 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn list(&self, app: Option<&AppName>) -> Result<Vec<Listed>> {
-        let mut listed = Vec::new();
-        for container in self.labelled(app).await? {
-            if self.is_made_here(&container).await? {
-                listed.extend(listing(&container));
-            }
-        }
+        let mut listed: Vec<Listed> = self.told_apart(app).await?.0.iter().filter_map(listing).collect();
         listed.sort();
         Ok(listed)
     }
@@ -45,13 +41,7 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn copies(&self) -> Result<Vec<String>> {
-        let mut copies = Vec::new();
-        for container in self.labelled(None).await? {
-            if !self.is_made_here(&container).await? {
-                copies.push(name(&container).to_owned());
-            }
-        }
-        Ok(copies)
+        Ok(self.told_apart(None).await?.1.iter().map(|container| name(container).to_owned()).collect())
     }
 
     /// The containers of an app, with details.
@@ -65,7 +55,7 @@ impl Docker {
             (id, details)
         };
         let mut instances = Vec::new();
-        for (id, details) in futures_util::future::join_all(listed.into_iter().map(|l| inspect(l.id))).await {
+        for (id, details) in join_all(listed.into_iter().map(|l| inspect(l.id))).await {
             match details {
                 Ok(details) => instances.push(read(app, &id, details, clock)?),
                 // Gone since the list.
@@ -77,12 +67,19 @@ impl Docker {
         Ok(instances)
     }
 
-    async fn labelled(&self, app: Option<&AppName>) -> Result<Vec<ContainerSummary>> {
+    /// Containers with the labels of this host's, or of one of its apps: those that demae made, and all others.
+    async fn told_apart(&self, app: Option<&AppName>) -> Result<(Vec<ContainerSummary>, Vec<ContainerSummary>)> {
         let mut labels = vec![format!("{}={}", label::HOST, self.host)];
         labels.extend(app.map(|app| format!("{}={app}", label::APP)));
         let options =
             ListContainersOptionsBuilder::default().all(true).filters(&HashMap::from([("label", labels)])).build();
-        self.call(Operation::List, |client| client.list_containers(Some(options))).await
+        let labelled = self.call(Operation::List, |client| client.list_containers(Some(options))).await?;
+        let told = labelled.into_iter().map(|container| async { (self.is_made_here(&container).await, container) });
+        let (mut made, mut others) = (Vec::new(), Vec::new());
+        for (is_made_here, container) in join_all(told).await {
+            if is_made_here? { &mut made } else { &mut others }.push(container);
+        }
+        Ok((made, others))
     }
 
     /// Labels alone say little: an image that somebody commits from a container has its labels, and so has whatever is run
