@@ -272,14 +272,15 @@ impl Belief {
         if accepted.holds(Timestamp::now()) { accepted } else { Acceptance::default() }
     }
 
-    /// Takes contents, unless they are doubtful: of another store, or without most apps. Then nothing changes.
+    /// Takes contents, unless they are doubtful: of another store, or without most apps. Then nothing changes. Tells also
+    /// whether it took a person's word.
     fn believe(
         &mut self,
         contents: Contents,
         key: ReleaseKey,
         found: Identity,
         forgotten: Option<&Landmark>,
-    ) -> Result<Arc<Snapshot>, StoreError> {
+    ) -> Result<(Arc<Snapshot>, bool), StoreError> {
         // On a copy, so that what is not believed leaves nothing behind.
         let mut reader = self.reader.clone();
         let snapshot = reader.snapshot(&contents, &key);
@@ -293,7 +294,7 @@ impl Belief {
         self.standing.believe(found, &snapshot);
         (self.reader, self.contents, self.last_good) = (reader, contents, last_good);
         (self.key, self.proven) = (Some(key), true);
-        Ok(Arc::new(snapshot))
+        Ok((Arc::new(snapshot), needed))
     }
 
     fn judge(&mut self, found: Found<'_>) -> Result<bool, StoreError> {
@@ -325,18 +326,19 @@ impl Belief {
         self.judge(found).map(|_| ())
     }
 
-    /// Takes a full read, with the key that release ids are made with from now on.
+    /// Takes a full read, with the key that release ids are made with from now on. True if only since a person accepted it:
+    /// it may be another store, of which a watch from before says nothing.
     ///
     /// # Errors
     /// If it is not believed, or cannot be kept on disk. Then nothing changes.
-    pub fn take_read(&mut self, reading: Reading, key: ReleaseKey) -> Result<(), StoreError> {
+    pub fn take_read(&mut self, reading: Reading, key: ReleaseKey) -> Result<bool, StoreError> {
         let Reading { contents, identity: found, forgotten, .. } = reading;
         let revision = contents.revision;
         let unchanged = self.standing.identity.as_ref().is_some_and(|known| known.is_earlier_than(&found))
             && self.standing.held.is_none()
             && self.key.as_ref() == Some(&key)
             && self.contents.entries == contents.entries;
-        let snapshot = if self.proven && unchanged {
+        let (snapshot, accepted) = if self.proven && unchanged {
             self.contents = contents;
             self.use_up(false, &found);
             // What others write makes revisions too, and the highest one seen is to be known after a restart. The
@@ -348,10 +350,11 @@ impl Belief {
                 }
             }
             self.standing.identity = Some(found);
-            None
+            (None, false)
         } else {
             let found = Identity { key: Some(fingerprint(&key)), ..found };
-            Some(self.believe(contents, key, found, forgotten.as_ref())?)
+            let (snapshot, accepted) = self.believe(contents, key, found, forgotten.as_ref())?;
+            (Some(snapshot), accepted)
         };
         self.shown = revision;
         self.doubtful = false;
@@ -362,7 +365,7 @@ impl Belief {
             u.reads += 1;
             false
         });
-        Ok(())
+        Ok(accepted)
     }
 
     /// Takes one message of the watch. While the store is not believed, it is only a reason to read it again.
@@ -397,7 +400,7 @@ impl Belief {
                 let whole = self.standing.identity.as_ref().map_or(0, |known| known.whole);
                 let (cluster, etcd) = (contents.cluster(), news.etcd);
                 let found = Identity { cluster, etcd, revision: newest, whole, key: key_of };
-                snapshot = Some(self.believe(contents, key, found, None)?);
+                snapshot = Some(self.believe(contents, key, found, None)?.0);
             } else {
                 self.contents = contents;
             }

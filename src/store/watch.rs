@@ -26,8 +26,16 @@ const DOUBTFUL: Duration = Duration::from_secs(3);
 /// Keeps what is believed as the store is, until cancelled. While the store cannot be read, it is as it was last.
 pub async fn watch<S: Source>(source: S, mut belief: Belief, token: CancellationToken) {
     belief.recall();
-    let mut watcher =
-        Watcher { source, belief, turn: 0, read_to: 0, read_key: None, asked: BTreeSet::new(), told: String::new() };
+    let mut watcher = Watcher {
+        source,
+        belief,
+        turn: 0,
+        read_to: 0,
+        read_key: None,
+        exchanged: false,
+        asked: BTreeSet::new(),
+        told: String::new(),
+    };
     let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(10));
     loop {
         let began = Instant::now();
@@ -62,6 +70,8 @@ struct Watcher<S> {
     /// The revision of the last read, whether it was believed or not, and the release key there.
     read_to: i64,
     read_key: Option<ReleaseKey>,
+    /// Whether a read was believed only since a person accepted it.
+    exchanged: bool,
     /// Which members were asked since what was read is not believed, whether they answered or not.
     asked: BTreeSet<usize>,
     /// The last trouble, in words.
@@ -75,12 +85,16 @@ impl<S: Source> Watcher<S> {
         let (resync, doubted) = (self.belief.resync(), self.source.doubted());
         let session = self.source.open(self.turn).await?;
         self.read_all(&session).await?;
-        let mut watch = session.watch(self.read_to + 1).await?;
+        let from = self.read_to + 1;
+        let mut watch = session.watch(from).await?;
         let mut resync_at = Instant::now() + self.source.jittered(resync);
         let mut asked = false;
         let mut sign_by = Instant::now() + PROGRESS;
         let mut look_at = Instant::now() + self.source.jittered(DOUBTFUL);
-        loop {
+        self.exchanged = false;
+        // What was read since may be of another store, or of an earlier day. Then this watch would tell nothing of what comes
+        // next there, and may still tell of what was.
+        while !self.exchanged && self.read_to + 1 >= from {
             // In this order: a history that is played goes the same way twice, no flood of news puts off what is rare, and
             // what has come is a sign of life, however late it is taken.
             tokio::select! {
@@ -114,6 +128,7 @@ impl<S: Source> Watcher<S> {
                 }
             }
         }
+        Ok(())
     }
 
     async fn read_all(&mut self, session: &S::Session) -> Result<(), StoreError> {
@@ -193,7 +208,8 @@ impl<S: Source> Watcher<S> {
                 session.make_release_key(self.belief.key()).await?
             }
         };
-        self.belief.take_read(reading, key)
+        self.exchanged |= self.belief.take_read(reading, key)?;
+        Ok(())
     }
 
     /// Takes a message of the watch, with all that has come meanwhile: each time something is believed, all of it is kept
