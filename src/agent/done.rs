@@ -196,6 +196,8 @@ impl<M: Machine> Agent<M> {
         let took_ms = millis(end.took);
         self.proxy.busy = false;
         self.proxy.dirty = true;
+        // A look that was begun before may have seen the set from before, and the workers of this one.
+        self.proxy.outdated = self.proxy.observing;
         match end.result {
             Ok(published) => {
                 let failed_before = self.proxy.cooled.take().is_some();

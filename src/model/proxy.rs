@@ -64,21 +64,15 @@ pub struct Manifest {
     /// Apps that changed since a worker last served a set of demae's: until one serves this, requests go where they went.
     #[serde(default)]
     pub fresh: BTreeSet<AppName>,
-    /// Ports that requests of an app went to in earlier sets.
+    /// Ports that requests of an app went to in earlier sets, the last one last.
     #[serde(default)]
-    pub left: BTreeMap<AppName, Vec<LeftPort>>,
+    pub left: BTreeMap<AppName, Vec<u16>>,
 }
 
-/// A port that requests went to, and do not any more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LeftPort {
-    /// Which.
-    pub port: u16,
-    /// Since when.
-    pub at: Timestamp,
-}
+/// How many ports of earlier sets are remembered of an app: more than it leaves while nginx is away.
+const LEFT: usize = 256;
 
-/// How long it is remembered when the vhost of an app, or a port of it, went: longer than anything drains.
+/// How long it is remembered when the vhost of an app went: longer than anything drains.
 const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 
 impl Manifest {
@@ -108,15 +102,14 @@ impl Manifest {
         self.left.clone_from(&old.left);
         for app in &changes {
             let ports = |set: &Self| set.vhosts.get(app).map(Vhost::ports).unwrap_or_default().to_vec();
-            let new = ports(self);
-            let gone = ports(old).into_iter().filter(|port| !new.contains(port));
+            let (old, new) = (ports(old), ports(self));
             let left = self.left.entry(app.clone()).or_default();
-            left.retain(|l| !ports(old).contains(&l.port));
-            left.extend(gone.map(|port| LeftPort { port, at: now }));
+            left.retain(|port| !old.contains(port));
+            left.extend(old.into_iter().filter(|port| !new.contains(port)));
+            left.drain(..left.len().saturating_sub(LEFT));
         }
-        self.left.values_mut().for_each(|left| left.retain(|l| now.since(l.at) < REMEMBERED));
-        self.left.retain(|_, left| !left.is_empty());
         self.changed.extend(changes.into_iter().map(|app| (app, now)));
+        self.left.retain(|app, left| !left.is_empty() && self.changed.contains_key(app));
     }
 }
 
@@ -183,12 +176,9 @@ impl ObservedProxy {
 
     /// Ports that requests of an app went to in earlier sets. `None` where that is not known: a set that is being made may
     /// lead anywhere.
-    pub fn left(&self, app: &AppName) -> Option<&[LeftPort]> {
-        match &self.live {
-            _ if self.changing || self.unreadable => None,
-            Some(live) => Some(live.left.get(app).map(Vec::as_slice).unwrap_or_default()),
-            None => self.serving.is_none().then_some(&[]),
-        }
+    pub fn left(&self, app: &AppName) -> Option<&[u16]> {
+        let live = self.live.as_ref().filter(|_| !self.changing)?;
+        Some(live.left.get(app).map(Vec::as_slice).unwrap_or_default())
     }
 
     /// Why the last vhost of an app was refused.
@@ -220,7 +210,7 @@ mod tests {
         // The clock was set back by 5 s, and a worker serves it only now.
         third.follow(&second, Some(at(6_000)), at(7_000));
         assert_eq!((third.changed[&app], third.fresh.contains(&app)), (at(6_000), false));
-        assert_eq!(third.left[&app], [LeftPort { port: 1, at: at(9_000) }], "nothing has left since");
+        assert_eq!(third.left[&app], [1], "nothing has left since");
         let mut unserved = set(2);
         unserved.follow(&second, None, at(7_000));
         assert_eq!((unserved.changed[&app], unserved.fresh.contains(&app)), (at(9_000), true));

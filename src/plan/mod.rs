@@ -20,7 +20,7 @@ use crate::model::{
     desired::DesiredApp,
     name::{AppName, ReleaseId},
     observed::ObservedApp,
-    proxy::{LeftPort, Rejected, Vhost},
+    proxy::{Rejected, Vhost},
     time::Timestamp,
 };
 use step::{Planned, StepKind};
@@ -60,8 +60,8 @@ pub struct ProxyView<'a> {
     pub old_workers: bool,
     /// When its part of the live set last changed, or went.
     pub changed: Timestamp,
-    /// Ports that requests went to in earlier sets of the last day; `None` where that is not known.
-    pub left: Option<&'a [LeftPort]>,
+    /// Ports that requests went to in earlier sets; `None` where that is not known.
+    pub left: Option<&'a [u16]>,
     /// Why nginx as a whole cannot be changed now.
     pub trouble: Option<&'a str>,
 }

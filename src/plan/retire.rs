@@ -13,7 +13,6 @@ use crate::model::{
     desired::Target,
     name::ReleaseId,
     observed::{Address, Instance, Phase},
-    proxy::LeftPort,
 };
 
 /// How soon the connections of a draining instance are counted again, at first and at last.
@@ -133,7 +132,7 @@ fn is_drained(draft: &Draft<'_>, instance: &Instance) -> bool {
 /// Whether no set of nginx leads to an instance, or did lately. While nginx is away nothing else tells that a candidate may
 /// go, and one deploy after the other would add more. A port that was another's before counts as one that was routed.
 fn was_never_routed(input: &AppInput<'_>, instance: &Instance, port: u16) -> bool {
-    let is_new = |left: &[LeftPort]| !left.iter().any(|l| l.port == port);
+    let is_new = |left: &[u16]| !left.contains(&port);
     !instance.settled && !is_routed(input, instance) && input.proxy.left.is_some_and(is_new)
 }
 

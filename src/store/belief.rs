@@ -40,6 +40,8 @@ pub struct Update {
     pub proven: Option<Instant>,
     /// Whether the store is the one that is gone by: nothing is written to one that is not.
     pub believed: bool,
+    /// Its etcd's own id of its cluster.
+    pub etcd: u64,
     /// The newest revision that the store has told of.
     pub head: i64,
     /// All that happened up to this revision is known.
@@ -165,9 +167,13 @@ impl Belief {
 
     /// What an earlier agent kept: what the store is held against, and gone by until it is read.
     pub fn recall(&mut self) {
-        let (standing, ledger) = recall(self.shelf.as_ref(), &self.viewer, &self.prefix, &mut self.reader);
+        let (standing, kept) = recall(self.shelf.as_ref(), &self.viewer, &self.prefix, &mut self.reader);
         self.standing = standing;
-        let Some((ledger, snapshot)) = ledger else { return };
+        let (ledger, snapshot) = match kept {
+            Ok(Some(kept)) => kept,
+            Ok(None) => return,
+            Err(e) => return tracing::warn!("{e}; nothing is changed until the store is read"),
+        };
         self.on_disk = ledger.identity.revision;
         self.saved = Some(ledger.saved);
         self.last_good = LastGood::recalled(ledger.last_good, &snapshot);
@@ -333,6 +339,8 @@ impl Belief {
     /// If it is not believed, or cannot be kept on disk. Then nothing changes.
     pub fn take_read(&mut self, reading: Reading, key: ReleaseKey) -> Result<bool, StoreError> {
         let Reading { contents, identity: found, forgotten, .. } = reading;
+        // It may have been made since.
+        let found = Identity { key: Some(fingerprint(&key)), ..found };
         let revision = contents.revision;
         let unchanged = self.standing.identity.as_ref().is_some_and(|known| known.is_earlier_than(&found))
             && self.standing.held.is_none()
@@ -352,7 +360,6 @@ impl Belief {
             self.standing.identity = Some(found);
             (None, false)
         } else {
-            let found = Identity { key: Some(fingerprint(&key)), ..found };
             let (snapshot, accepted) = self.believe(contents, key, found, forgotten.as_ref())?;
             (Some(snapshot), accepted)
         };
@@ -414,7 +421,9 @@ impl Belief {
     /// Tells the agent. Without a new snapshot only the time of the last proof changes, which wakes nobody.
     fn tell(&self, snapshot: Option<Arc<Snapshot>>, head: i64, read_to: i64) {
         let revision = self.shown;
+        let etcd = self.standing.identity.as_ref().map_or(0, |known| known.etcd);
         self.updates.send_if_modified(|u| {
+            u.etcd = etcd;
             let recovered = u.status.error.take().is_some() | u.status.block.take().is_some();
             u.status.stale_since = None;
             u.believed = true;
@@ -433,18 +442,18 @@ impl Belief {
     }
 }
 
-/// What an earlier agent believed, and the ledger that tells it.
+/// What an earlier agent believed, and the ledger that tells it, or why it does not.
 pub(super) fn recall(
     shelf: &dyn Shelf,
     viewer: &Viewer,
     prefix: &Prefix,
     reader: &mut Reader,
-) -> (Standing, Option<(Ledger, Snapshot)>) {
+) -> (Standing, Result<Option<(Ledger, Snapshot)>, LedgerError>) {
     let mut standing = Standing { here: viewer.traces.clone(), ..Standing::default() };
     let read = shelf.ledger().map_err(LedgerError::Read);
     let parsed = read.and_then(|text| text.map(|text| Ledger::parse(&text, &viewer.host, prefix)).transpose());
     match parsed {
-        Ok(None) => (standing, None),
+        Ok(None) => (standing, Ok(None)),
         Ok(Some(ledger)) => {
             let is_of_host = |(key, _): &(&Vec<u8>, &Entry)| key.starts_with(b"hosts/");
             let hosts =
@@ -455,12 +464,11 @@ pub(super) fn recall(
             let snapshot = reader.snapshot(&ledger.contents, &ledger.key);
             standing.believe(ledger.identity.clone(), &snapshot);
             standing.held = ledger.held.clone();
-            (standing, Some((ledger, snapshot)))
+            (standing, Ok(Some((ledger, snapshot))))
         }
         Err(e) => {
-            tracing::warn!("{e}; nothing is changed until the store is read");
             standing.distrust(&e);
-            (standing, None)
+            (standing, Err(e))
         }
     }
 }

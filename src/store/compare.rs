@@ -7,7 +7,7 @@ use etcd_client::{Compare, CompareOp, Txn, TxnOp};
 use super::{
     belief::{Viewer, recall},
     client::{Connection, EtcdConfig, StoreError},
-    ledger::Shelf,
+    ledger::{LedgerError, Shelf},
     read::{Contents, Reader, Reading, random_id, read},
     standing::{Acceptance, Found, Identity},
 };
@@ -26,6 +26,8 @@ pub struct Comparison {
     pub found: Identity,
     /// What the agent last believed, if it kept anything.
     pub known: Option<Identity>,
+    /// Why what it kept cannot be used, if it cannot.
+    pub lost: Option<LedgerError>,
     /// Why the agent does not take it, if it does not.
     pub block: Option<StoreBlock>,
     /// Apps that would leave this host.
@@ -58,6 +60,10 @@ impl Comparison {
 pub async fn compare(config: &EtcdConfig, viewer: &Viewer, shelf: &dyn Shelf) -> Result<Comparison, StoreError> {
     let mut reader = Reader::new(viewer.host.clone(), viewer.labels.clone());
     let (standing, kept) = recall(shelf, viewer, &config.prefix, &mut reader);
+    let (kept, lost) = match kept {
+        Ok(kept) => (kept, None),
+        Err(e) => (None, Some(e)),
+    };
     let landmark = kept.as_ref().and_then(|(ledger, _)| ledger.landmark());
     let ask = async |connection: Connection| read(&connection, &config.prefix, landmark.clone()).await;
     let Reading { contents, identity: found, key, forgotten } = super::each_member(config, ask).await?;
@@ -85,6 +91,7 @@ pub async fn compare(config: &EtcdConfig, viewer: &Viewer, shelf: &dyn Shelf) ->
             _ => false,
         }),
         known: standing.identity,
+        lost,
         found,
         block,
         snapshot: after,

@@ -10,6 +10,7 @@ use super::{
     belief::Update,
     claim::{Claim, HostInfo, TTL, seconds},
     client::{Connection, EtcdConfig, StoreError},
+    read::LARGEST,
 };
 use crate::{
     model::status::{AppStatus, HostStatus, VERSION},
@@ -77,8 +78,9 @@ impl Publisher<'_> {
         token: &CancellationToken,
     ) -> Result<(), StoreError> {
         let mut connection = Connection::open(self.config, turn).await?;
-        let lease =
-            connection.client.lease_grant(seconds(TTL), None).await.map_err(connection.failed("taking a lease"))?.id();
+        let granted =
+            connection.client.lease_grant(seconds(TTL), None).await.map_err(connection.failed("taking a lease"))?;
+        let (lease, etcd) = (granted.id(), granted.header().map_or(0, etcd_client::ResponseHeader::cluster_id));
         let (mut keeper, mut answers) =
             connection.client.lease_keep_alive(lease).await.map_err(connection.failed("keeping the lease"))?;
         let mut renew_at = Instant::now() + TTL / 3;
@@ -103,9 +105,15 @@ impl Publisher<'_> {
                     write_at = Some(Instant::now() + GATHER);
                 }
                 () = tokio::time::sleep_until(write_at.unwrap_or(renew_at)), if write_at.is_some() => {
-                    if !self.updates.borrow().believed {
+                    let (believed, known) = { let update = self.updates.borrow(); (update.believed, update.etcd) };
+                    if !believed {
                         write_at = Some(Instant::now() + GATHER);
                         continue;
+                    }
+                    // Whoever reads the store may have come to another member than this.
+                    if known != etcd {
+                        let reason = "this is another etcd than the one that is believed".to_owned();
+                        return Err(StoreError::Call { endpoint: connection.endpoint.clone(), operation: "publishing", reason });
                     }
                     let wanted = self.keys(&statuses.borrow_and_update());
                     self.write(&mut connection, lease, wanted).await?;
@@ -193,10 +201,11 @@ impl Publisher<'_> {
 /// # Errors
 /// If no member answers; the last error.
 pub async fn published(config: &EtcdConfig) -> Result<Vec<AppStatus>, StoreError> {
-    super::each_member(config, async |mut connection: Connection| {
+    super::each_member(config, async |connection: Connection| {
         let failed = connection.failed("reading what agents published");
         let options = GetOptions::new().with_prefix();
-        let answer = connection.client.get(config.prefix.app_states(), Some(options)).await.map_err(failed)?;
+        let mut kv = connection.client.kv_client().max_decoding_message_size(LARGEST);
+        let answer = kv.get(config.prefix.app_states(), Some(options)).await.map_err(failed)?;
         Ok(answer.kvs().iter().filter_map(|kv| serde_json::from_slice(kv.value()).ok()).collect())
     })
     .await

@@ -1,6 +1,6 @@
 //! List, then watch from the next revision. After any gap: list again.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use futures_util::FutureExt as _;
 use tokio::time::Instant;
@@ -22,6 +22,8 @@ const STEADY: Duration = Duration::from_secs(60);
 /// How often it is looked whether a store that is not believed is to be read again: a person may be about to accept it, or
 /// to put it back.
 const DOUBTFUL: Duration = Duration::from_secs(3);
+/// How soon members are asked again that did not answer, while others are not believed.
+const SILENT: Duration = Duration::from_secs(10);
 
 /// Keeps what is believed as the store is, until cancelled. While the store cannot be read, it is as it was last.
 pub async fn watch<S: Source>(source: S, mut belief: Belief, token: CancellationToken) {
@@ -33,7 +35,7 @@ pub async fn watch<S: Source>(source: S, mut belief: Belief, token: Cancellation
         read_to: 0,
         read_key: None,
         exchanged: false,
-        asked: BTreeSet::new(),
+        asked: BTreeMap::new(),
         told: String::new(),
     };
     let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(10));
@@ -72,8 +74,8 @@ struct Watcher<S> {
     read_key: Option<ReleaseKey>,
     /// Whether a read was believed only since a person accepted it.
     exchanged: bool,
-    /// Which members were asked since what was read is not believed, whether they answered or not.
-    asked: BTreeSet<usize>,
+    /// Which members were asked since what was read is not believed, and whether they answered.
+    asked: BTreeMap<usize, bool>,
     /// The last trouble, in words.
     told: String,
 }
@@ -88,6 +90,7 @@ impl<S: Source> Watcher<S> {
         let from = self.read_to + 1;
         let mut watch = session.watch(from).await?;
         let mut resync_at = Instant::now() + self.source.jittered(resync);
+        let others_at = Instant::now() + self.source.jittered(SILENT);
         let mut asked = false;
         let mut sign_by = Instant::now() + PROGRESS;
         let mut look_at = Instant::now() + self.source.jittered(DOUBTFUL);
@@ -109,6 +112,9 @@ impl<S: Source> Watcher<S> {
                 }
                 // A name may lead elsewhere by now, and another member may be the right one.
                 () = tokio::time::sleep_until(resync_at), if self.belief.is_doubtful() => return Ok(()),
+                () = tokio::time::sleep_until(others_at), if self.belief.is_doubtful() && self.is_one_silent() => {
+                    return Ok(());
+                }
                 () = tokio::time::sleep_until(resync_at) => {
                     self.read_all(&session).await?;
                     resync_at = Instant::now() + self.source.jittered(resync);
@@ -150,7 +156,7 @@ impl<S: Source> Watcher<S> {
     fn survive(&mut self, ended: Result<(), StoreError>) -> Result<(), StoreError> {
         match ended {
             Err(error) if error.is_about_contents() => {
-                self.note_asked();
+                self.note_asked(true);
                 if !self.has_asked_all() {
                     return Err(error);
                 }
@@ -161,8 +167,12 @@ impl<S: Source> Watcher<S> {
         }
     }
 
-    fn note_asked(&mut self) {
-        self.asked.insert(self.turn % self.source.members());
+    fn note_asked(&mut self, answered: bool) {
+        self.asked.insert(self.turn % self.source.members(), answered);
+    }
+
+    fn is_one_silent(&self) -> bool {
+        self.asked.values().any(|answered| !answered)
     }
 
     fn has_asked_all(&self) -> bool {
@@ -172,7 +182,7 @@ impl<S: Source> Watcher<S> {
     fn fail(&mut self, error: &StoreError) {
         // One that does not answer cannot tell better.
         if self.belief.is_doubtful() || error.is_about_contents() {
-            self.note_asked();
+            self.note_asked(error.is_about_contents());
         }
         // The same trouble is news once.
         let text = error.to_string();
@@ -191,11 +201,13 @@ impl<S: Source> Watcher<S> {
     }
 
     async fn read(&mut self, session: &S::Session) -> Result<(), StoreError> {
+        // Asked first: if it is somebody else's, there is no need to read anything.
+        let has_name = session.has_name().await?;
         let landmark = self.belief.begin_read();
         let reading = session.read(landmark).await?;
         self.read_to = reading.contents.revision;
         self.read_key.clone_from(&reading.key);
-        if !session.has_name().await? {
+        if !has_name {
             // Nothing is written to a store that is not believed.
             self.belief.check(&reading)?;
             session.take_name().await?;

@@ -356,7 +356,7 @@ impl Machine for Hands {
 
     async fn observe_proxy(&self) -> ObservedProxy {
         tokio::time::sleep(self.scene.chance.millis(1, 5)).await;
-        let mut observed = self.scene.proxy();
+        let mut observed = self.scene.proxy().await;
         if self.scene.chance.one_in(20) {
             observed.old_workers = None;
         }
@@ -372,7 +372,7 @@ impl Machine for Hands {
 
     async fn old_workers(&self) -> Option<usize> {
         tokio::time::sleep(self.scene.chance.millis(0, 3)).await;
-        let counted = self.scene.proxy().old_workers;
+        let counted = self.scene.old_workers();
         // Whoever wants to count them asks more than one place, and each may not answer.
         counted.filter(|_| !self.scene.chance.one_in(20))
     }

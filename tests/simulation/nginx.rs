@@ -19,32 +19,53 @@ use crate::{
 const TEMPLATES: &str = "templates of this host";
 
 impl Scene {
-    pub fn proxy(&self) -> ObservedProxy {
-        let mut state = self.state();
-        let now = Instant::now();
-        state.looked_at_proxy = now;
-        let proxy = &mut state.proxy;
-        proxy.old.retain(|(_, until)| *until > now);
+    /// What is on disk first; then what needs the templates, which whoever publishes has to itself; the workers last.
+    pub async fn proxy(&self) -> ObservedProxy {
+        let (live, published, drifted) = {
+            let mut state = self.state();
+            state.looked_at_proxy = Instant::now();
+            (state.proxy.live.clone(), state.proxy.published, state.proxy.drifted)
+        };
+        drop(self.templates.lock().await);
+        let old_workers = self.old_workers();
+        let proxy = &self.state().proxy;
         let serving = proxy.served.as_ref().filter(|_| proxy.runs).map(|m| m.generation);
         ObservedProxy {
-            live: proxy.live.clone(),
-            published: proxy.published,
+            live,
+            published,
             serving,
             error: serving.is_none().then(|| "connection refused".into()),
             unreadable: false,
-            drifted: proxy.drifted,
+            drifted,
             templates: TEMPLATES.into(),
-            // Without a master nobody knows whose worker a process is, nor since when it is one.
-            old_workers: proxy.runs.then_some(proxy.old.len()),
+            old_workers,
             workers_since: if proxy.runs { proxy.since } else { self.now() },
             changing: false,
         }
     }
 
+    /// Nothing of the agent goes on while it gets no time.
+    async fn given_time(&self) {
+        let still = || self.state().still_until.filter(|until| *until > Instant::now());
+        while let Some(until) = still() {
+            tokio::time::sleep_until(until).await;
+        }
+    }
+
+    /// Without a master nobody knows whose worker a process is.
+    pub fn old_workers(&self) -> Option<usize> {
+        let now = Instant::now();
+        let proxy = &mut self.state().proxy;
+        proxy.old.retain(|(_, until)| *until > now);
+        proxy.runs.then_some(proxy.old.len())
+    }
+
     pub async fn publish(&self, vhosts: &BTreeMap<AppName, Vhost>) -> Result<Published, NginxError> {
         self.note_belief();
         self.state().changing_since = Instant::now();
+        let _templates = self.templates.lock().await;
         tokio::time::sleep(self.chance.millis(5, 60)).await;
+        self.given_time().await;
         let now = self.now();
         let (generation, rejected) = {
             let mut state = self.state();
@@ -94,12 +115,14 @@ impl Scene {
         self.happens("nginx set", || format!("generation {generation}: {:?}", vhosts.keys().collect::<Vec<_>>()));
         // The agent may end here: the new set lies on disk, and the old one is served.
         tokio::time::sleep(self.chance.millis(0, 5)).await;
+        self.given_time().await;
         self.load().await?;
         Ok(Published { generation, reloaded: true, rejected })
     }
 
     pub async fn reload(&self) -> Result<(), NginxError> {
         tokio::time::sleep(self.chance.millis(1, 10)).await;
+        self.given_time().await;
         if self.state().proxy.broken {
             return Err(NginxError::Broken("[emerg] unknown directive".into()));
         }

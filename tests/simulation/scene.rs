@@ -183,6 +183,8 @@ pub struct Scene {
     skew: AtomicI64,
     /// Whether a person took the store as it is.
     pub accepted: AtomicBool,
+    /// Held by whoever publishes to nginx.
+    pub templates: tokio::sync::Mutex<()>,
     state: Mutex<State>,
 }
 
@@ -247,6 +249,7 @@ impl Scene {
             began: now,
             skew: AtomicI64::new(0),
             accepted: AtomicBool::new(false),
+            templates: tokio::sync::Mutex::default(),
             state: Mutex::new(state),
         })
     }

@@ -98,19 +98,12 @@ async fn clock(endpoint: &str, secure: bool, found: &mut Findings) {
 pub(super) async fn standing(patient: &Patient<'_>, found: &mut Findings) -> Option<Snapshot> {
     let config = patient.config;
     let viewer = setup::viewer(config, patient.world).await.ok()?;
-    let compared = match store::compare(&config.etcd, &viewer, &Disk(patient.world.layout.clone())).await {
-        Ok(compared) => compared,
-        Err(store::StoreError::Ledger(reason)) => {
-            let remedy = format!(
-                "an agent that reads the store writes it anew; or remove `{}`",
-                patient.world.layout.ledger().display()
-            );
-            found.warn("store", reason, remedy);
-            return None;
-        }
-        // Every member was told of above.
-        Err(_) => return None,
-    };
+    // If no member answers, that was told of above.
+    let compared = store::compare(&config.etcd, &viewer, &Disk(patient.world.layout.clone())).await.ok()?;
+    if let Some(lost) = &compared.lost {
+        let remedy = "run this as the agent's user, or root. An agent that cannot read it either writes it anew once it has read the store, and until then changes nothing";
+        found.warn("ledger", lost.to_string(), remedy);
+    }
     match (&compared.block, &compared.found.cluster) {
         (Some(block), _) => {
             found.fail("store", format!("an agent does not believe it: {}", block.message), block.remedy.clone());
@@ -121,7 +114,11 @@ pub(super) async fn standing(patient: &Patient<'_>, found: &mut Findings) -> Opt
             "run `demae init`, once",
         ),
         (None, Some(cluster)) => {
-            let known = if compared.known.is_some() { "the one from before" } else { "new to this host" };
+            let known = match (&compared.known, &compared.lost) {
+                (Some(_), _) => "the one from before",
+                (None, Some(_)) => "and whether it is the one from before is not known",
+                (None, None) => "new to this host",
+            };
             found.ok("store", format!("`{cluster}`, {known}, at revision {}", compared.found.revision));
         }
     }

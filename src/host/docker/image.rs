@@ -39,10 +39,10 @@ impl Docker {
         Ok(found.map(|image| image.config.and_then(|c| c.user).unwrap_or_default()))
     }
 
-    /// The labels that an image gives to its containers; none if it is not here.
-    pub(super) async fn image_labels(&self, reference: &str) -> Result<HashMap<String, String>> {
+    /// The labels that an image gives to its containers; `None` if it is not here.
+    pub(super) async fn image_labels(&self, reference: &str) -> Result<Option<HashMap<String, String>>> {
         let found = self.inspect_image(reference).await?;
-        Ok(found.and_then(|image| image.config?.labels).unwrap_or_default())
+        Ok(found.map(|image| image.config.and_then(|c| c.labels).unwrap_or_default()))
     }
 
     async fn inspect_image(&self, reference: &str) -> Result<Option<ImageInspect>> {

@@ -6,7 +6,7 @@ use bollard::{models::ContainerSummary, query_parameters::ListContainersOptionsB
 use futures_util::future::join_all;
 
 use super::{
-    Docker, Operation, Result,
+    Docker, DockerError, Operation, Result,
     found::{Found, read},
     label,
 };
@@ -84,13 +84,17 @@ impl Docker {
 
     /// Labels alone say little: an image that somebody commits from a container has its labels, and so has whatever is run
     /// from it. What demae makes is named after its instance; a person may have renamed it, and then its image tells whose
-    /// the labels are.
+    /// the labels are. One whose image cannot tell is left alone.
     async fn is_made_here(&self, container: &ContainerSummary) -> Result<bool> {
         if name(container).starts_with(&format!("demae.{}.", self.host)) {
             return Ok(true);
         }
-        let image = container.image_id.as_deref().unwrap_or_default();
-        Ok(!self.image_labels(image).await?.contains_key(label::HOST))
+        match self.image_labels(container.image_id.as_deref().unwrap_or_default()).await {
+            Ok(labels) => Ok(labels.is_some_and(|labels| !labels.contains_key(label::HOST))),
+            // This image alone: whoever has a broken one holds up nobody else.
+            Err(DockerError::Refused { .. }) => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 }
 

@@ -189,8 +189,7 @@ impl Nginx {
     fn timed(&self, mut manifest: Manifest) -> Manifest {
         let changed = manifest.changed.values_mut();
         let refused = manifest.rejected.values_mut().map(|r| &mut r.at);
-        let left = manifest.left.values_mut().flatten().map(|l| &mut l.at);
-        changed.chain(left).chain(refused).for_each(|at| *at = self.clock.steady(*at));
+        changed.chain(refused).for_each(|at| *at = self.clock.steady(*at));
         manifest
     }
 
@@ -215,6 +214,15 @@ impl Nginx {
         let master = self.server.master(tree.pid.as_deref().unwrap_or(&self.config.pid)).await?;
         self.master.store(master, Ordering::Relaxed);
         Ok(master)
+    }
+
+    /// Whether nginx's files lead to demae's. One that runs may have been started before that.
+    ///
+    /// # Errors
+    /// If they do not, or cannot be read.
+    pub async fn check_include(&self) -> Result<(), NginxError> {
+        let root = self.server.root().await?;
+        Ok(stage::check_include(&root, &self.config.conf, &self.layout.nginx_live())?)
     }
 
     /// Since when there are workers that take new requests; now if there are none.

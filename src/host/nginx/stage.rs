@@ -60,7 +60,7 @@ pub fn stage(root: &Path, conf: &Path, live: &Path, set: &Path, test: &Path) -> 
     let main = stager.copy(conf, true, 0)?;
     match main {
         Some(path) => Ok((path, stager.tree)),
-        None => Err(StageError::NotIncluded { conf: conf.to_owned(), live: live.display().to_string() }),
+        None => Err(not_included(conf, live)),
     }
 }
 
@@ -70,6 +70,15 @@ pub fn survey(root: &Path, conf: &Path, live: &Path) -> Result<(bool, Tree), Sta
     let mut stager = Stager { root, prefix, live, set: live, test: live, copies: 0, tree: Tree::default() };
     let included = stager.leads_to_us(conf, 0)?;
     Ok((included, stager.tree))
+}
+
+/// Whether the tree of `conf` leads to ours.
+pub fn check_include(root: &Path, conf: &Path, live: &Path) -> Result<(), StageError> {
+    if survey(root, conf, live)?.0 { Ok(()) } else { Err(not_included(conf, live)) }
+}
+
+fn not_included(conf: &Path, live: &Path) -> StageError {
+    StageError::NotIncluded { conf: conf.to_owned(), live: live.display().to_string() }
 }
 
 /// nginx takes relative paths from the directory of its main file, so the copy gets links to everything beside it.
