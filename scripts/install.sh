@@ -13,6 +13,7 @@ need etcd etcd-server
 need etcdctl etcd-client
 need nginx nginx
 need curl curl
+need ip iproute2
 need docker-registry docker-registry
 need prometheus prometheus
 need openssl openssl

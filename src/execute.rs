@@ -82,6 +82,7 @@ impl StepError {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Docker(DockerError::Unreachable { .. }) => "docker_unreachable",
+            Self::Docker(e) if e.is_full() => "disk_full",
             Self::Docker(DockerError::Image { .. }) => "image",
             Self::Docker(_) => "docker",
             Self::File(e) if e.is_full() => "disk_full",

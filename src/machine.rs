@@ -44,8 +44,8 @@ pub trait Machine: Send + Sync + 'static {
         retry::jittered(duration)
     }
 
-    /// Forgets what instances last answered: the agent stood still, and nobody asked them.
-    fn stood_still(&self);
+    /// Forgets what instances last answered, and asks them again at once: nobody could ask them for a while.
+    fn forget_health(&self);
 
     /// Everything, in little detail.
     ///
@@ -115,7 +115,7 @@ impl Machine for World {
         self.clock.wall(at)
     }
 
-    fn stood_still(&self) {
+    fn forget_health(&self) {
         if let Some(prober) = &self.prober {
             prober.forget();
         }

@@ -15,6 +15,7 @@ use demae::model::status::State;
 use support::{
     containers::{ids, is_done, kill_and_wait, only},
     disk::Disk,
+    engine::Engine,
     lab::{Lab, Setup},
     load::{Client, Load, mixed},
     relay::{Relay, is},
@@ -195,4 +196,36 @@ fn a_disk_without_inodes_is_told_with_the_directory_that_it_cannot_make() {
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
     is_whole(&mut lab, &relay);
+}
+
+/// Where images and containers lie is Docker's, and most of what fills a host's disks.
+#[test]
+fn where_docker_finds_no_space_for_a_new_one_the_old_one_serves() {
+    let (engine, disk) = Engine::on_a_small_disk();
+    let mut lab = Lab::with(&Setup { no_agent: true, top: "resync = \"1s\"", ..Setup::default() });
+    let image = lab.image("v2");
+    for version in ["v1", "v2"] {
+        engine.load(&lab.image(version));
+    }
+    let docker = engine.host();
+    lab.start_agent(&[("DOCKER_HOST", &docker)]);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", "network_mode: none\n"));
+    let before = engine.containers(&lab.host);
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    until("requests flow", || load.requests() > 50);
+    disk.fill();
+    let near_end = |text: &str| text.lines().any(|l| l.starts_with("warn  disk") && l.contains("/data"));
+    let doctor = lab.demae_with(&[("DOCKER_HOST", &docker)], &["doctor"]);
+    assert!(near_end(&String::from_utf8_lossy(&doctor.stdout)), "{doctor:?}");
+    until("it is measured", || lab.metric("demae_disk_free_bytes", "dir=\"docker\"") < 1.0);
+    lab.put("apps/web/image", &image);
+    let status = lab.wait_app("web", "told what is full", |s| s.reason.to_lowercase().contains("no space left"));
+    assert!(status.verdict.is_none() && status.state == State::Converging, "it says nothing of a release: {status:?}");
+    until("it was tried twice", || lab.metric("demae_step_failures_total", "error=\"disk_full\"") >= 2.0);
+    assert!(before.iter().all(|id| engine.containers(&lab.host).contains(id)));
+    disk.clear();
+    lab.wait_app("web", "converged", is_done(&image));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    lab.kill_agent();
 }

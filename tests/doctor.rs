@@ -6,7 +6,7 @@ mod support;
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use demae::model::status::State;
-use support::{lab::Lab, wait::until};
+use support::{lab::Lab, relay::Relay, wait::until};
 
 /// Level, message and remedy of each finding of a check.
 fn findings(lab: &Lab, check: &str) -> Vec<(String, String, String)> {
@@ -90,6 +90,21 @@ fn what_is_wrong_is_found_and_nothing_is_changed() {
     assert_eq!((lab.containers(), lab.traces()), (before.0, before.1), "nothing was changed");
     assert_eq!(lab.get("web.test", "/").map(|(code, _)| code), Ok(200));
 
+    // An agent could not read what it kept.
+    let ledger = fs::read(lab.path("state/ledger")).expect("a file");
+    fs::write(lab.path("state/ledger"), &ledger[..ledger.len() / 2]).expect("a file");
+    assert_eq!(level(&lab, "ledger"), "warn");
+    fs::write(lab.path("state/ledger"), &ledger).expect("a file");
+
+    // nginx goes on with what it has loaded, until it is to load it again.
+    let conf = fs::read_to_string(lab.path("nginx.conf")).expect("a file");
+    let without: String = conf.lines().filter(|l| !l.contains("/live/")).map(|l| format!("{l}\n")).collect();
+    assert_ne!(conf, without);
+    fs::write(lab.path("nginx.conf"), without).expect("a file");
+    let found = findings(&lab, "nginx");
+    assert!(found.iter().any(|f| f.0 == "fail" && f.1.contains("does not include demae's files")), "{found:?}");
+    fs::write(lab.path("nginx.conf"), conf).expect("a file");
+
     // Everything is away.
     lab.stop_nginx();
     lab.stop_etcd();
@@ -101,4 +116,18 @@ fn what_is_wrong_is_found_and_nothing_is_changed() {
     until("the app leaves", || lab.containers().is_empty());
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v2"), "web.test", ""));
     lab.wait_app("web", "converged", |s| s.state == State::Converged);
+}
+
+#[test]
+fn an_engine_that_hangs_is_asked_once() {
+    let mut lab = Lab::new();
+    let relay = Relay::start(&lab.path("docker.sock"));
+    lab.stop_agent();
+    relay.hold(|_| true);
+    let output = lab.demae_with(&[("DOCKER_HOST", &relay.host())], &["doctor"]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("Docker does not answer (tell its version): no answer within 10 s"), "{text}");
+    assert!(text.lines().any(|l| l.starts_with("ok    etcd")), "all else is looked at: {text}");
+    assert!(relay.held() <= 2, "one question, and the list of containers that a store is held against");
+    relay.pass();
 }

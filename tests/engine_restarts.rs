@@ -135,3 +135,30 @@ fn without_live_restore_all_comes_back_after_the_engine_was_stopped() {
     restart_in_service(&mut engine, &lab, End::Told);
     restart_in_deploys(&mut engine, &lab, End::Told);
 }
+
+/// Docker itself carries what comes to a port, and stops with the engine. The app goes on, and nobody replaces it for that.
+#[test]
+fn behind_a_port_an_app_is_cut_off_while_its_engine_is_away_and_is_not_replaced() {
+    let mut engine = Engine::with_ports();
+    let mut lab = Lab::with(&Setup { no_agent: true, top: "resync = \"1s\"", ..Setup::default() });
+    engine.load(&lab.image("v1"));
+    lab.start_agent(&[("DOCKER_HOST", &engine.host())]);
+    let spec = lab.port_spec(&lab.image("v1"), "web.test", "").replace("interval: 1s", "interval: 3s, retries: 1");
+    lab.deploy("web", "apps/web/spec", &spec);
+    let before = running(&engine, &lab);
+    for how in [End::Killed, End::Told] {
+        end(&mut engine, how);
+        noticed(&lab);
+        until("it is cut off", || lab.get("web.test", "/").is_ok_and(|(code, _)| code == 502));
+        // Docker is asked each second. Unhealthy after 3 s, an instance is watched for 5 s before it is replaced; what was
+        // answered last says nothing any more once the engine is back.
+        let asked = || lab.metric("demae_docker_errors_total", "kind=\"unreachable\",operation=\"list\"");
+        let known = asked();
+        until("it is unhealthy for longer than that", || asked() >= known + 12.0);
+        engine.start();
+        settled(&lab, &lab.image("v1"));
+        assert_eq!(running(&engine, &lab), before, "{how:?}: the same process, and no other");
+    }
+    assert_eq!(lab.agent_log().matches("\"step\":\"create\"").count(), 1, "no other was begun");
+    lab.kill_agent();
+}

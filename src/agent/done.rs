@@ -68,7 +68,7 @@ impl<M: Machine> Agent<M> {
                 match result {
                     Ok(observed) => {
                         state.take_observed(observed);
-                        self.docker_error = None;
+                        self.docker_answers();
                     }
                     Err(e) => {
                         tracing::warn!(app = %app, "cannot look at the app: {e}");
@@ -147,6 +147,15 @@ impl<M: Machine> Agent<M> {
         }
     }
 
+    /// What is behind a port is reached through Docker, and was not while that was away. Nobody is to be replaced for it.
+    fn docker_answers(&mut self) {
+        if self.docker_error.take().is_some() {
+            tracing::info!("this host can be looked at again");
+            self.machine.forget_health();
+            self.apps.values_mut().for_each(AppState::look_anew);
+        }
+    }
+
     fn take_list(&mut self, result: Result<Inventory, ObserveError>) {
         self.listing = false;
         match result {
@@ -161,9 +170,7 @@ impl<M: Machine> Agent<M> {
             }
             Ok((listed, on_disk)) => {
                 self.outlets.metrics.listed();
-                if self.docker_error.take().is_some() {
-                    tracing::info!("this host can be looked at again");
-                }
+                self.docker_answers();
                 let now = self.machine.now();
                 let mut by_app: BTreeMap<AppName, Vec<(String, String)>> = BTreeMap::new();
                 for app in on_disk.keys() {

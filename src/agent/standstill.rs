@@ -40,7 +40,7 @@ impl<M: Machine> Agent<M> {
 
     /// Nothing is done before store, containers, instances and nginx were asked again.
     pub(super) fn look_anew(&mut self) {
-        self.machine.stood_still();
+        self.machine.forget_health();
         self.apps.values_mut().for_each(AppState::look_anew);
         self.proxy.stale = true;
         self.proxy.outdated = self.proxy.observing;

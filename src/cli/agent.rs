@@ -115,14 +115,15 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     if let Some(webhook) = &config.webhook {
         tasks.spawn(Webhook::new(webhook.clone(), &events, metrics.clone())?.run(side.clone()));
     }
-    tasks.spawn(vitals::watch(setup::places(config), vitals.clone(), side.clone()));
     let serving = http::serve(listener, shown);
     tasks.spawn(async move {
         if let Err(e) = serving.await {
             tracing::error!("metrics, health and status are not served any more: {e}");
         }
     });
-    let viewer = setup::viewer(config, &world).await?;
+    let (viewer, places) = tokio::join!(setup::viewer(config, &world), setup::places(config, &world));
+    let viewer = viewer?;
+    tasks.spawn(vitals::watch(places, vitals.clone(), side.clone()));
     let shelf = Arc::new(setup::Disk(world.layout.clone()));
     let belief = Belief::new(config.etcd.prefix.clone(), viewer, shelf, updates);
     tasks.spawn(store::watch(EtcdCluster::new(config.etcd.clone(), claim.clone()), belief, side.clone()));

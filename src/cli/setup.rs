@@ -25,6 +25,9 @@ use crate::{
     world::World,
 };
 
+/// Longest wait of a command for an answer of Docker's.
+const ANSWER: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// The world of a host; with `news` it asks instances how they are.
 pub(super) fn world(
     config: &Config,
@@ -41,6 +44,8 @@ pub(super) fn world(
         )));
     }
     let docker = Docker::behind(&config.docker_socket, config.host.clone()).metered(meter);
+    // Who asks nobody how they are is a command that looks once.
+    let docker = if news.is_none() { docker.impatient(ANSWER) } else { docker };
     let n = &config.nginx;
     let server: Box<dyn Server> = match &n.container {
         None => Box::new(Local { binary: n.binary.clone() }),
@@ -68,15 +73,24 @@ pub(super) fn world(
 }
 
 /// What comes to its end by itself on this host.
-pub(super) fn places(config: &Config) -> Places {
+pub(super) async fn places(config: &Config, world: &World) -> Places {
     let layout = Layout::new(&config.state_dir, &config.run_dir);
     let mut certificates = config.nginx.certificates.clone();
     certificates.extend(config.etcd.cacert.clone());
     certificates.extend(config.etcd.cert.as_ref().map(|(cert, _)| cert.clone()));
-    let dirs = vec![("state", layout.state().to_owned()), ("run", layout.run().to_owned())];
+    let mut dirs = vec![("state", layout.state().to_owned()), ("run", layout.run().to_owned())];
+    // Where Docker's own is can be asked only while it answers.
+    let asked = tokio::time::timeout(FIRST_LIST, world.docker.root_dir()).await;
+    let images = match asked {
+        Ok(Ok(dir)) => dir,
+        _ => Some(DOCKER_ROOT.into()),
+    };
+    dirs.extend(images.map(|dir| ("docker", dir)));
     Places { dirs, certificates, nginx: layout.nginx_live() }
 }
 
+/// Where Docker keeps images and containers unless it is told otherwise.
+const DOCKER_ROOT: &str = "/var/lib/docker";
 /// Longest wait for the first list of containers: an engine that hangs must not keep an agent from its store.
 const FIRST_LIST: std::time::Duration = std::time::Duration::from_secs(5);
 

@@ -132,7 +132,7 @@ impl Prober {
     }
 
     /// Forgets all answers, and asks everybody again at once: the agent stood still, and whoever was healthy then may hang
-    /// now. Who was not healthy yet is given all of its time again: it may have stood still as well.
+    /// now; or Docker was away, and nobody could be reached. Who was not healthy yet is given all of its time again: it may have stood still as well.
     pub fn forget(&self) {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         for (app, of_app) in asked.iter_mut() {

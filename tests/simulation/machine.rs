@@ -307,7 +307,7 @@ impl Machine for Hands {
         self.scene.chance.millis(millis * 4 / 5, millis * 6 / 5)
     }
 
-    fn stood_still(&self) {
+    fn forget_health(&self) {
         let mut all = self.asked.lock().expect("one thread");
         all.values_mut().for_each(|asked| asked.answered = false);
         let apps: Vec<AppName> = self.scene.state().apps.keys().cloned().collect();

@@ -9,11 +9,16 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Mounts it there.
+    /// Mounts one of 4 MiB and 2,000 files there.
     pub fn mount(at: PathBuf) -> Self {
+        Self::of(at, "4m,nr_inodes=2000")
+    }
+
+    /// Mounts one of this size there.
+    pub fn of(at: PathBuf, size: &str) -> Self {
         fs::create_dir_all(&at).expect("a directory");
         let mut command = Command::new("mount");
-        command.args(["-t", "tmpfs", "-o", "size=4m,nr_inodes=2000,mode=755", "demae-lab"]).arg(&at);
+        command.args(["-t", "tmpfs", "-o", &format!("size={size},mode=755"), "demae-lab"]).arg(&at);
         assert!(command.status().is_ok_and(|s| s.success()), "a disk of its own needs a test that is root");
         Self { at }
     }

@@ -1,7 +1,8 @@
 //! An engine of the test's own: one that may be killed, stopped and started anew.
 //!
 //! It lives in a network namespace of its own, since an engine without a bridge removes the `docker0` that it finds, and
-//! that one belongs to the engine of this machine. Its containers have no network, and are reached by their sockets. Its
+//! that one belongs to the engine of this machine. Its containers have no network, and are reached by their sockets; or it
+//! has a bridge of its own, and they are reached by ports. Its
 //! containerd is its own too: a second engine would take containers of the first one for lost ones of its own. Images lie
 //! in plain directories, which any file system can hold.
 #![allow(clippy::disallowed_methods, reason = "a test starts programs and writes files of its own")]
@@ -13,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::wait::pause;
+use super::{disk::Disk, names::random, process::run, wait::pause};
 
 /// Longest wait for an engine to come up, or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -22,6 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Engine {
     dir: tempfile::TempDir,
     live_restore: bool,
+    /// The bridge of its containers, if they have a network.
+    bridge: Option<String>,
     containerd: Child,
     dockerd: Option<Child>,
 }
@@ -29,6 +32,37 @@ pub struct Engine {
 impl Engine {
     /// Starts one. With `live_restore` its containers outlive it.
     pub fn new(live_restore: bool) -> Self {
+        let mut engine = Self::prepare(live_restore);
+        engine.start();
+        engine
+    }
+
+    /// Starts one whose containers have ports, and outlive it.
+    pub fn with_ports() -> Self {
+        let mut engine = Self::prepare(true);
+        let number = random();
+        let (a, b) = (&number[..2], &number[2..4]);
+        let byte = |hex: &str| u8::from_str_radix(hex, 16).expect("a byte");
+        let bridge = format!("demae{number}");
+        engine.bridge = Some(bridge.clone());
+        run(Command::new("ip").args(["link", "add", &bridge, "type", "bridge"]));
+        // 198.18.0.0/15 is for tests (RFC 2544).
+        let address = format!("198.{}.{}.1/24", 18 + byte(a) % 2, byte(b));
+        run(Command::new("ip").args(["addr", "add", &address, "dev", &bridge]));
+        run(Command::new("ip").args(["link", "set", &bridge, "up"]));
+        engine.start();
+        engine
+    }
+
+    /// Starts one whose images and containers lie on a small disk.
+    pub fn on_a_small_disk() -> (Self, Disk) {
+        let mut engine = Self::prepare(false);
+        let disk = Disk::of(engine.path("data"), "128m");
+        engine.start();
+        (engine, disk)
+    }
+
+    fn prepare(live_restore: bool) -> Self {
         let is_root = fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0);
         assert!(is_root, "an engine of its own needs a test that is root");
         let dir = tempfile::Builder::new().prefix("demae-engine-").tempdir().expect("a directory");
@@ -45,10 +79,9 @@ impl Engine {
         let mut command = Command::new("containerd");
         command.args(["--log-level", "warn", "--config", &at("containerd.toml")]);
         let containerd = quiet(&mut command, &dir.path().join("containerd.log"));
-        let mut engine = Self { dir, live_restore, containerd, dockerd: None };
+        let engine = Self { dir, live_restore, bridge: None, containerd, dockerd: None };
         let socket = engine.path("containerd.sock");
         assert!(within(PATIENCE, || socket.exists()), "containerd does not start: {}", engine.log("containerd.log"));
-        engine.start();
         engine
     }
 
@@ -112,12 +145,23 @@ impl Engine {
         // One that was killed leaves it, and its number may be somebody else's by now.
         let _ = fs::remove_file(self.path("dockerd.pid"));
         let at = |name: &str| self.path(name).display().to_string();
-        let mut command = Command::new("unshare");
-        // `unshare` becomes the engine, so that a signal reaches it.
-        command.args(["--net", "--", "dockerd", "--host", &self.host(), "--containerd", &at("containerd.sock")]);
+        let mut command = match &self.bridge {
+            Some(bridge) => {
+                let mut command = Command::new("dockerd");
+                command.arg(format!("--bridge={bridge}"));
+                command
+            }
+            None => {
+                // `unshare` becomes the engine, so that a signal reaches it.
+                let mut command = Command::new("unshare");
+                command.args(["--net", "--", "dockerd", "--bridge=none"]);
+                command
+            }
+        };
+        command.args(["--host", &self.host(), "--containerd", &at("containerd.sock")]);
         command.args(["--config-file", &at("daemon.json"), "--pidfile", &at("dockerd.pid")]);
         command.args(["--data-root", &at("data"), "--exec-root", &at("exec"), "--storage-driver", "vfs"]);
-        command.args(["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false"]);
+        command.args(["--iptables=false", "--ip6tables=false", "--ip-forward=false"]);
         if self.live_restore {
             command.arg("--live-restore");
         }
@@ -175,6 +219,9 @@ impl Drop for Engine {
         self.end_leftovers();
         let _ = self.containerd.kill();
         let _ = self.containerd.wait();
+        if let Some(bridge) = &self.bridge {
+            let _ = Command::new("ip").args(["link", "del", bridge]).status();
+        }
         // It mounts its own directory on itself, and leaves that behind.
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let below =

@@ -1,6 +1,6 @@
 //! Apps: what is left of those that are not wanted, and what those that are wanted may trip over.
 
-use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, time::Duration};
+use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _};
 
 use super::{Findings, Patient};
 use crate::model::{
@@ -9,9 +9,6 @@ use crate::model::{
     problem::chain,
     spec::VolumeSource,
 };
-
-/// An engine that does not tell of an image within this is not asked about others.
-const ANSWER: Duration = Duration::from_secs(5);
 
 pub(super) async fn leftovers(patient: &Patient<'_>, snapshot: Option<&Snapshot>, found: &mut Findings) {
     let world = patient.world;
@@ -52,7 +49,7 @@ pub(super) async fn copies(patient: &Patient<'_>, found: &mut Findings) {
 /// Whether the user of each container may write to what is mounted from the host.
 pub(super) async fn mounts(patient: &Patient<'_>, snapshot: &Snapshot, found: &mut Findings) {
     let before = found.0.len();
-    let (mut fit, mut unknown, mut docker_answers) = (0, Vec::new(), true);
+    let (mut fit, mut unknown, mut docker_answers) = (0, Vec::new(), patient.docker_answers);
     for (app, desired) in &snapshot.apps {
         let DesiredApp::Run(target) = desired else { continue };
         let container = &target.release.container;
@@ -75,10 +72,10 @@ pub(super) async fn mounts(patient: &Patient<'_>, snapshot: &Snapshot, found: &m
             let mut user = container.user.clone();
             if user.is_none() && docker_answers {
                 let image = target.release.image.tagged();
-                let asked = patient.world.docker.image_user(&image);
-                match tokio::time::timeout(ANSWER, asked).await {
-                    Ok(Ok(of_image)) => user = of_image,
-                    _ => docker_answers = false,
+                match patient.world.docker.image_user(&image).await {
+                    Ok(of_image) => user = of_image,
+                    // Who does not tell of one image is not asked about others.
+                    Err(_) => docker_answers = false,
                 }
             }
             let Some((user, group)) = user.as_deref().and_then(ids) else {

@@ -12,14 +12,17 @@ const KEEPS_CONNECTIONS: (u32, u32, u32) = (1, 27, 4);
 /// Less than this is near its end, in bytes and in percent.
 const LITTLE_SPACE: (u64, u64) = (1 << 30, 5);
 
-pub(super) async fn docker(patient: &Patient<'_>, found: &mut Findings) {
+/// Whether Docker answers.
+pub(super) async fn docker(patient: &Patient<'_>, found: &mut Findings) -> bool {
     let socket = &patient.config.docker_socket;
     match patient.world.docker.version().await {
-        Err(e) => found.fail(
-            "docker",
-            chain(&e),
-            format!("start Docker, and let this user use `{socket}`: as root, or in the group docker"),
-        ),
+        Err(e) => {
+            let remedy = format!(
+                "start Docker, and let this user use `{socket}`: as root, or in the group docker; what needs Docker is not looked at until it answers"
+            );
+            found.fail("docker", chain(&e), remedy);
+            false
+        }
         Ok((version, api)) => {
             let mut parts = api.split('.').map(|p| p.parse().unwrap_or(0));
             let number = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
@@ -30,6 +33,7 @@ pub(super) async fn docker(patient: &Patient<'_>, found: &mut Findings) {
             } else {
                 found.ok("docker", format!("Docker {version}, API {api}"));
             }
+            true
         }
     }
 }
@@ -44,6 +48,10 @@ pub(super) async fn nginx(patient: &Patient<'_>, found: &mut Findings) {
             return found.fail("nginx", chain(&e), remedy);
         }
     };
+    if let Err(e) = world.nginx.check_include().await {
+        let remedy = "agents change nothing in nginx until then; docs/install.md has the line, and where it goes";
+        found.fail("nginx", chain(&e), remedy);
+    }
     match world.nginx.version().await {
         Ok((a, b, c)) if (a, b, c) < KEEPS_CONNECTIONS && setup.settings.profile.is_default() => found.warn(
             "nginx",
@@ -53,7 +61,7 @@ pub(super) async fn nginx(patient: &Patient<'_>, found: &mut Findings) {
             "use socket mode, which reloads seldom, or `nginx.profile = \"strict\"`, or nginx 1.27.4 or later",
         ),
         Ok((a, b, c)) => {
-            found.ok("nginx", format!("nginx {a}.{b}.{c} runs as process {master}, and includes demae's files"));
+            found.ok("nginx", format!("nginx {a}.{b}.{c} runs as process {master}"));
         }
         Err(e) => found.fail("nginx", chain(&e), "see that `nginx.binary` is nginx"),
     }
@@ -95,6 +103,9 @@ pub(super) async fn directories(patient: &Patient<'_>, found: &mut Findings) {
             Ok(meta) => meta,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 found.ok(check, format!("`{}` is not there yet: {missing}", path.display()));
+                if let Some(place) = path.ancestors().find(|p| p.is_dir()) {
+                    space(place, found);
+                }
                 continue;
             }
             Err(e) => {
@@ -123,7 +134,17 @@ pub(super) async fn directories(patient: &Patient<'_>, found: &mut Findings) {
         }
         space(path, found);
     }
-    let group = patient.world.nginx.group().await;
+    // Most of what fills a host's disks are images and logs.
+    if patient.docker_answers
+        && let Ok(Some(images)) = patient.world.docker.root_dir().await
+    {
+        space(&images, found);
+    }
+    let group = if patient.docker_answers || patient.config.nginx.container.is_none() {
+        patient.world.nginx.group().await
+    } else {
+        None
+    };
     for (dir, remedy) in [
         (layout.sockets(), "a running agent opens it to nginx by itself, once it serves a socket"),
         (layout.routes(), "`chmod 0755` it: there are only symlinks in it"),

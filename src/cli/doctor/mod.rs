@@ -75,22 +75,28 @@ impl Findings {
 struct Patient<'a> {
     config: &'a Config,
     world: &'a World,
+    /// Whether Docker answers. If it does not, nobody is to wait for it again.
+    docker_answers: bool,
 }
 
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     let config = Config::load(&args.common)?;
     let world = setup::world(&config, None, std::sync::Arc::new(NoMeter))?;
-    let patient = Patient { config: &config, world: &world };
+    let mut patient = Patient { config: &config, world: &world, docker_answers: false };
     let found = runtime(1)?.block_on(async {
         let mut found = Findings::default();
-        host::docker(&patient, &mut found).await;
-        host::nginx(&patient, &mut found).await;
+        patient.docker_answers = host::docker(&patient, &mut found).await;
+        if patient.docker_answers || config.nginx.container.is_none() {
+            host::nginx(&patient, &mut found).await;
+        }
         host::directories(&patient, &mut found).await;
         host::ports(&patient, &mut found);
         store::members(&patient, &mut found).await;
         let snapshot = store::standing(&patient, &mut found).await;
-        apps::leftovers(&patient, snapshot.as_ref(), &mut found).await;
-        apps::copies(&patient, &mut found).await;
+        if patient.docker_answers {
+            apps::leftovers(&patient, snapshot.as_ref(), &mut found).await;
+            apps::copies(&patient, &mut found).await;
+        }
         if let Some(snapshot) = &snapshot {
             apps::mounts(&patient, snapshot, &mut found).await;
         }

@@ -7,6 +7,8 @@ use std::{fmt, time::Duration};
 pub enum Operation {
     /// Its version.
     Version,
+    /// Where it keeps things.
+    Info,
     /// Containers by label.
     List,
     /// One container.
@@ -35,8 +37,9 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation that is measured; events are listened to for days.
-    pub const MEASURED: [Self; 12] = [
+    pub const MEASURED: [Self; 13] = [
         Self::Version,
+        Self::Info,
         Self::List,
         Self::Inspect,
         Self::InspectImage,
@@ -59,6 +62,7 @@ impl Operation {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Version => "version",
+            Self::Info => "info",
             Self::List => "list",
             Self::Inspect => "inspect",
             Self::InspectImage => "inspect_image",
@@ -80,6 +84,7 @@ impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Version => "tell its version",
+            Self::Info => "tell about itself",
             Self::List => "list containers",
             Self::Inspect => "inspect",
             Self::InspectImage => "inspect the image",

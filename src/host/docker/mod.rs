@@ -12,6 +12,7 @@ mod meter;
 use std::{
     collections::HashMap,
     fmt,
+    path::PathBuf,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
@@ -122,6 +123,12 @@ impl DockerError {
             if message.contains("port is already allocated") || message.contains("address already in use"))
     }
 
+    /// Whether the engine found no space where it keeps images and containers. It tells in words only.
+    pub fn is_full(&self) -> bool {
+        matches!(self, DockerError::Refused { message, .. } | DockerError::Image { message, .. }
+            if message.to_lowercase().contains("no space left on device"))
+    }
+
     /// Whether trying again can help without a person.
     pub fn is_temporary(&self) -> bool {
         !matches!(self, DockerError::Image { temporary: false, .. })
@@ -137,6 +144,8 @@ pub struct Docker {
     client: OnceLock<Client>,
     host: HostName,
     meter: Arc<dyn Meter>,
+    /// Longest time for an ordinary call.
+    longest: Duration,
 }
 
 impl fmt::Debug for Docker {
@@ -148,7 +157,7 @@ impl fmt::Debug for Docker {
 impl Docker {
     /// The engine behind a unix socket. It need not run, nor need the socket be there yet.
     pub fn behind(socket: &str, host: HostName) -> Self {
-        Self { socket: socket.to_owned(), client: OnceLock::new(), host, meter: Arc::new(NoMeter) }
+        Self { socket: socket.to_owned(), client: OnceLock::new(), host, meter: Arc::new(NoMeter), longest: CALL }
     }
 
     /// bollard makes no client without a socket, so it is made when it is first needed and can be.
@@ -172,11 +181,16 @@ impl Docker {
         Self { meter, ..self }
     }
 
+    /// Waits no longer than this for the answer to an ordinary call: a person is waiting too.
+    pub fn impatient(self, longest: Duration) -> Self {
+        Self { longest, ..self }
+    }
+
     async fn call<'d, T, C>(&'d self, operation: Operation, call: impl FnOnce(&'d Client) -> C) -> Result<T>
     where
         C: Future<Output = std::result::Result<T, Error>>,
     {
-        self.within(CALL, operation, call(self.client(operation)?)).await
+        self.within(self.longest, operation, call(self.client(operation)?)).await
     }
 
     async fn within<T>(
@@ -213,6 +227,15 @@ impl Docker {
     pub async fn version(&self) -> Result<(String, String)> {
         let version = self.call(Operation::Version, Client::version).await?;
         Ok((version.version.unwrap_or_default(), version.api_version.unwrap_or_default()))
+    }
+
+    /// Where the engine keeps images and containers; nothing if it is on no disk of this machine.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn root_dir(&self) -> Result<Option<PathBuf>> {
+        let info = self.call(Operation::Info, Client::info).await?;
+        Ok(info.docker_root_dir.map(PathBuf::from).filter(|dir| dir.is_absolute()))
     }
 
     /// The numeric user that a container runs as; `None` if it is given by name.
