@@ -20,7 +20,7 @@ lint: install ## Format and clippy, warnings denied
 	cargo fmt --check
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
 
-test: lint ## Everything: format, clippy, unit, property and integration tests
+test: lint ## Everything: format, clippy, unit, property and integration tests; as root
 	@scripts/test.sh
 
 stack: install ## The whole stack by docker-compose.yml: deploys under load, dashboards, alerts, etcd away; 10 min

@@ -5,12 +5,15 @@ set -euo pipefail
 
 features=(--all-features)
 if [ "${1:-}" = "--soak" ]; then
-    export NEXTEST_PROFILE=soak
-    exec cargo nextest run "${features[@]}" --test switches --test crash --test doubt --test properties --no-capture --no-fail-fast
+    long=(--test switches --test crash --test doubt --test properties)
+    if cargo nextest --version >/dev/null 2>&1; then
+        exec env NEXTEST_PROFILE=soak cargo nextest run "${features[@]}" "${long[@]}" --no-capture --no-fail-fast
+    fi
+    exec cargo test "${features[@]}" "${long[@]}" --no-fail-fast -- --nocapture --test-threads 1
 fi
 if [ "${DEMAE_DOCKER:-}" = "absent" ]; then
     echo "DEMAE_DOCKER=absent: the tests on real etcd, nginx and Docker are left out, as you decided"
-    exec cargo test --quiet "${features[@]}" --lib --test properties --test fuzz --test layering --test cli
+    exec cargo test --quiet "${features[@]}" --lib --test properties --test simulation --test fuzz --test layering --test documented --test cli
 fi
 if cargo nextest --version >/dev/null 2>&1; then
     exec cargo nextest run "${features[@]}"

@@ -169,3 +169,12 @@ fn queries_and_rules_use_no_metric_that_is_not_documented() {
     }
     assert!(unknown.is_empty(), "{unknown:#?}");
 }
+
+#[test]
+fn every_metric_is_drawn_or_alerted_on() {
+    let mut used: String = questions(&root("dashboards")).into_iter().map(|q| q.text + "\n").collect();
+    used += &fs::read_to_string(root("dashboards/rules/demae.yml")).expect("rules");
+    let unused: Vec<String> =
+        documented().into_keys().filter(|name| name.starts_with("demae_") && !used.contains(name.as_str())).collect();
+    assert!(unused.is_empty(), "{unused:#?}");
+}

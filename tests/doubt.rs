@@ -336,6 +336,12 @@ fn a_member_that_is_not_believed_keeps_nobody_from_the_others() {
     lab.start_agent(&[]);
     until("it has left", || lab.containers().len() == 1);
     assert!(block(&lab).is_none());
+    // Nor is the stranger told anything.
+    until("the right one is told", || !lab.get_key(&format!("state/hosts/{}", lab.host)).is_empty());
+    let mut asked = Command::new("etcdctl");
+    asked.env("ETCDCTL_API", "3").args(["--endpoints", &stranger.to_string(), "get", "--prefix", "/", "--keys-only"]);
+    let told = asked.output().expect("etcdctl runs");
+    assert!(told.status.success() && told.stdout.is_empty(), "{told:?}");
 }
 
 #[test]

@@ -13,6 +13,7 @@ use std::{
 
 use demae::model::status::State;
 use support::{
+    doubts::said,
     etcd::Etcd,
     lab::{Lab, Setup},
     load::{Client, Load},
@@ -39,12 +40,17 @@ fn authority(dir: &Path) {
 
 /// A certificate by that authority.
 fn certificate(dir: &Path, name: &str) {
+    certificate_for(dir, name, 2);
+}
+
+/// One that is good for so many days; for none, it has expired when it is used.
+fn certificate_for(dir: &Path, name: &str, days: u32) {
     fs::write(dir.join("names"), "subjectAltName=IP:127.0.0.1\n").expect("a file");
     openssl(dir, &format!("req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key.new -out {name}.csr"));
     openssl(
         dir,
         &format!(
-            "x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile names -out {name}.crt.new"
+            "x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days {days} -extfile names -out {name}.crt.new"
         ),
     );
     for kind in ["key", "crt"] {
@@ -59,6 +65,13 @@ fn put(lab: &Lab, key: &str, value: &str) -> bool {
     command.args(["--endpoints", &format!("https://{}", lab.etcd), "--cacert", "ca.crt"]);
     command.args(["--cert", "client.crt", "--key", "client.key", "put", &format!("/demae/{key}"), value]);
     command.status().expect("etcdctl runs").success()
+}
+
+/// Waits until the agent has tried etcd twice: the first try may have been under way.
+fn tried(lab: &Lab) {
+    let failures = || lab.metric("demae_store_errors_total", "");
+    let known = failures();
+    until("the agent tries it", || failures() >= known + 2.0);
 }
 
 #[test]
@@ -86,6 +99,10 @@ fn certificates_may_be_renewed_and_bad_ones_stop_nothing() {
     lab.wait_app("web", "converged", |a| a.state == State::Converged);
     let load = Load::start(lab.ingress, "web.test", vec![Client::get(true).pausing(Duration::from_millis(5))]);
 
+    // doctor asks it the time, too.
+    let doctor = said(&lab.demae(&["doctor"]));
+    assert!(doctor.lines().any(|l| l.starts_with("ok    clock") && l.contains("as that of")), "{doctor}");
+
     // All are renewed, by another authority even. The agent reads them at its next connection.
     drop(etcd);
     until("the agent misses it", || lab.status().is_some_and(|s| s.store.error.is_some()));
@@ -108,13 +125,28 @@ fn certificates_may_be_renewed_and_bad_ones_stop_nothing() {
         fs::rename(dir.join(format!("client.{kind}")), dir.join(format!("good.{kind}"))).expect("it is there");
         fs::copy(strange.join(format!("client.{kind}")), dir.join(format!("client.{kind}"))).expect("it is there");
     }
-    let _etcd = secured(&dir, lab.etcd, peer);
+    let etcd = secured(&dir, lab.etcd, peer);
     until("etcd answers others", || std::net::TcpStream::connect(lab.etcd).is_ok());
     assert!(!put(&lab, "apps/web/image", &lab.image("v1")), "a strange certificate is refused");
-    assert!(lab.status().is_some_and(|s| s.store.error.is_some()), "and is told as an error, not as an empty store");
+    tried(&lab);
+    let store = lab.status().expect("a status").store;
+    let error = store.error.unwrap_or_default();
+    assert!(!error.is_empty() && !error.contains("refused") && store.block.is_none(), "no empty store: {error}");
     for kind in ["key", "crt"] {
         fs::rename(dir.join(format!("good.{kind}")), dir.join(format!("client.{kind}"))).expect("it is there");
     }
+    until("the store is read again", || lab.status().is_some_and(|s| s.store.error.is_none()));
+
+    // That of the server has expired.
+    drop(etcd);
+    certificate_for(&dir, "server", 0);
+    let etcd = secured(&dir, lab.etcd, peer);
+    until("it is told as what it is", || {
+        lab.status().is_some_and(|s| s.store.error.is_some_and(|e| e.to_lowercase().contains("expired")))
+    });
+    drop(etcd);
+    certificate(&dir, "server");
+    let _etcd = secured(&dir, lab.etcd, peer);
     until("the store is read again", || lab.status().is_some_and(|s| s.store.error.is_none()));
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "of {}: {:#?}", tally.requests, tally.reasons);

@@ -57,7 +57,7 @@ fn runs(lab: &Lab) -> String {
 /// A fault, and the end of it.
 type Fault = (&'static str, fn(&mut Site));
 
-const FAULTS: [Fault; 14] = [
+const FAULTS: [Fault; 17] = [
     ("the store is wiped, and put back", |Site { lab, .. }| {
         let keys = ["cluster", "apps/web/spec", "apps/web/restart", "apps/api/spec"];
         let kept = keys.map(|key| (key, lab.get_key(key))).into_iter().filter(|(_, value)| !value.is_empty());
@@ -141,6 +141,28 @@ const FAULTS: [Fault; 14] = [
         });
         disk.clear();
         lab.wait_app("web", "anew", |a| a.state == State::Converged && a.release != release);
+    }),
+    ("an image cannot be had", |Site { lab, .. }| {
+        lab.put("apps/web/image", "127.0.0.1:1/none:v1");
+        lab.wait_app("web", "told that", |a| a.reason.contains("cannot be pulled"));
+        lab.del("apps/web/image");
+    }),
+    ("nginx's own files are broken", |Site { lab, .. }| {
+        let (conf, spec) = (lab.path("nginx.conf"), lab.get_key("apps/api/spec"));
+        let good = fs::read_to_string(&conf).expect("a file");
+        fs::write(&conf, format!("{good}\nbroken;\n")).expect("a file");
+        lab.put("apps/api/spec", &spec.replace("api.test", "other.test"));
+        until("it is told", || lab.status().is_some_and(|s| s.proxy.is_some_and(|note| note.contains("nginx -t"))));
+        fs::write(&conf, good).expect("a file");
+        lab.put("apps/api/spec", &spec);
+    }),
+    ("another agent takes the name", |Site { lab, .. }| {
+        let key = format!("state/hosts/{}", lab.host);
+        let other = format!("{{\"host\": \"{}\", \"owner\": {{\"id\": \"other\", \"run\": \"1\"}}}}", lab.host);
+        lab.put(&key, &other);
+        until("it is told", || lab.status().is_some_and(|s| s.store.block.is_some_and(|b| b.kind == "name_taken")));
+        lab.del(&key);
+        until("it is over", || lab.status().is_some_and(|s| s.store.block.is_none()));
     }),
     ("the agent stands still", |Site { lab, .. }| {
         let pid = lab.agent_pid().expect("it runs");

@@ -116,7 +116,7 @@ fn libraries_have_one_home() {
         ("saphyr_parser", &["model/yaml.rs"]),
         ("prometheus::", &["metrics/", "http.rs"]),
         ("x509_cert", &["host/certificate.rs"]),
-        ("rustls::", &["webhook.rs"]),
+        ("rustls::", &["webhook.rs", "host/tls.rs"]),
         ("opentelemetry", &["telemetry.rs"]),
         ("println!", &[]),
     ] {

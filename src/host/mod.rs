@@ -11,3 +11,4 @@ pub mod layout;
 pub mod nginx;
 pub mod ports;
 pub mod probe;
+pub mod tls;

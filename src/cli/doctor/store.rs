@@ -5,9 +5,9 @@ use std::time::Duration;
 use super::{Findings, Patient};
 use crate::{
     cli::setup::{self, Disk},
-    host::probe,
+    host::{probe, tls},
     model::{desired::Snapshot, time::Timestamp},
-    store,
+    store::{self, client::EtcdConfig},
 };
 
 /// The first versions of each line in which users have only the rights that they were given (CVE-2026-33343).
@@ -48,8 +48,7 @@ pub(super) async fn members(patient: &Patient<'_>, found: &mut Findings) {
                     };
                     found.fail("etcd", reason, remedy);
                 }
-                let secure = etcd.cacert.is_some() || etcd.cert.is_some();
-                clock(&endpoint, secure, found).await;
+                clock(&endpoint, etcd, found).await;
             }
         }
     }
@@ -72,17 +71,27 @@ fn is_safe(version: &str) -> bool {
     }
 }
 
-/// etcd's HTTP side tells its time, where it speaks plain HTTP.
-async fn clock(endpoint: &str, secure: bool, found: &mut Findings) {
-    let address = endpoint.strip_prefix("http://").unwrap_or(endpoint);
-    if secure || address.contains("://") {
-        // Nothing that a person could mend, so no warning.
-        return found.ok("clock", format!("not compared with {endpoint}, over TLS; `timedatectl` on both tells"));
-    }
-    let answer = probe::get_tcp(address, "localhost", "/version", Duration::from_secs(2)).await.ok();
-    let Some(theirs) = answer.and_then(|a| a.date).as_deref().and_then(Timestamp::parse_http) else {
-        let remedy = "compare `timedatectl` on both machines";
-        return found.warn("clock", format!("{endpoint} did not tell its time"), remedy);
+/// Longest wait for a member to tell its time.
+const TIME: Duration = Duration::from_secs(2);
+
+/// etcd's HTTP side tells its time.
+async fn clock(endpoint: &str, etcd: &EtcdConfig, found: &mut Findings) {
+    let (scheme, address) = endpoint.split_once("://").unwrap_or(("", endpoint));
+    let date = if scheme == "https" || scheme.is_empty() && etcd.cacert.is_some() {
+        let own = etcd.cert.as_ref().map(|(cert, key)| (cert.as_path(), key.as_path()));
+        let trust = tls::Trust { cacert: etcd.cacert.as_deref(), own };
+        match format!("https://{address}/version").parse() {
+            Ok(uri) => tls::date(uri, trust, TIME).await,
+            Err(_) => Ok(None),
+        }
+    } else {
+        probe::get_tcp(address, "localhost", "/version", TIME).await.map(|answer| answer.date)
+    };
+    let remedy = "compare `timedatectl` on both machines";
+    let theirs = match date.map(|date| date.as_deref().and_then(Timestamp::parse_http)) {
+        Ok(Some(theirs)) => theirs,
+        Ok(None) => return found.warn("clock", format!("{endpoint} did not tell its time"), remedy),
+        Err(e) => return found.warn("clock", format!("{endpoint} did not tell its time: {e}"), remedy),
     };
     let ours = Timestamp::now();
     let apart = ours.since(theirs).max(theirs.since(ours));
