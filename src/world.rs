@@ -54,6 +54,13 @@ pub enum ObserveError {
     File(#[from] FileError),
 }
 
+impl ObserveError {
+    /// Whether Docker is not there, or did not answer in time.
+    pub fn is_docker_away(&self) -> bool {
+        matches!(self, Self::Docker(DockerError::Unreachable { .. }))
+    }
+}
+
 impl World {
     /// Everything of one app. The image is looked for only where no instance tells it.
     ///

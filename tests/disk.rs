@@ -213,11 +213,13 @@ fn where_docker_finds_no_space_for_a_new_one_the_old_one_serves() {
     let before = engine.containers(&lab.host);
     let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
     until("requests flow", || load.requests() > 50);
+    let free = |lab: &Lab| lab.metric("demae_disk_free_bytes", "dir=\"docker\"");
+    until("it is measured", || free(&lab) > 0.0);
     disk.fill();
     let near_end = |text: &str| text.lines().any(|l| l.starts_with("warn  disk") && l.contains("/data"));
     let doctor = lab.demae_with(&[("DOCKER_HOST", &docker)], &["doctor"]);
     assert!(near_end(&String::from_utf8_lossy(&doctor.stdout)), "{doctor:?}");
-    until("it is measured", || lab.metric("demae_disk_free_bytes", "dir=\"docker\"") < 1.0);
+    until("that is measured too", || free(&lab) < 1.0);
     lab.put("apps/web/image", &image);
     let status = lab.wait_app("web", "told what is full", |s| s.reason.to_lowercase().contains("no space left"));
     assert!(status.verdict.is_none() && status.state == State::Converging, "it says nothing of a release: {status:?}");

@@ -68,9 +68,11 @@ impl<M: Machine> Agent<M> {
                 match result {
                     Ok(observed) => {
                         state.take_observed(observed);
+                        self.docker_error = None;
                         self.docker_answers();
                     }
                     Err(e) => {
+                        self.docker_away |= e.is_docker_away();
                         tracing::warn!(app = %app, "cannot look at the app: {e}");
                         state.fail_look(&e.to_string(), now);
                     }
@@ -149,8 +151,7 @@ impl<M: Machine> Agent<M> {
 
     /// What is behind a port is reached through Docker, and was not while that was away. Nobody is to be replaced for it.
     fn docker_answers(&mut self) {
-        if self.docker_error.take().is_some() {
-            tracing::info!("this host can be looked at again");
+        if std::mem::take(&mut self.docker_away) {
             self.machine.forget_health();
             self.apps.values_mut().for_each(AppState::look_anew);
         }
@@ -160,6 +161,7 @@ impl<M: Machine> Agent<M> {
         self.listing = false;
         match result {
             Err(e) => {
+                self.docker_away |= e.is_docker_away();
                 let error = e.to_string();
                 // It is asked each second, maybe for hours.
                 if self.docker_error.as_ref() != Some(&error) {
@@ -170,6 +172,9 @@ impl<M: Machine> Agent<M> {
             }
             Ok((listed, on_disk)) => {
                 self.outlets.metrics.listed();
+                if self.docker_error.take().is_some() {
+                    tracing::info!("this host can be looked at again");
+                }
                 self.docker_answers();
                 let now = self.machine.now();
                 let mut by_app: BTreeMap<AppName, Vec<(String, String)>> = BTreeMap::new();

@@ -121,6 +121,8 @@ pub struct Agent<M> {
     apps: BTreeMap<AppName, AppState>,
     proxy: ProxyState,
     docker_error: Option<String>,
+    /// Whether Docker was not there, or did not answer, when it was asked last.
+    docker_away: bool,
     listed: bool,
     listing: bool,
     relist: bool,
@@ -159,6 +161,7 @@ impl<M: Machine> Agent<M> {
             apps: BTreeMap::new(),
             proxy: ProxyState { dirty: true, ..ProxyState::default() },
             docker_error: None,
+            docker_away: false,
             listed: false,
             listing: false,
             relist: true,

@@ -215,6 +215,12 @@ impl Belief {
         self.doubtful
     }
 
+    /// Whether what is not believed came from another etcd than the one that is gone by: members that did not answer may
+    /// lead to the right one.
+    pub fn is_elsewhere(&self) -> bool {
+        self.doubtful && self.elsewhere
+    }
+
     /// Whether what is not believed may be another thing by now, or people may have accepted it.
     pub fn is_to_be_read(&self) -> bool {
         self.doubtful && (self.stirred || self.consent != self.shelf.acceptance())

@@ -60,7 +60,10 @@ pub async fn watch<S: Source>(source: S, mut belief: Belief, token: Cancellation
                 () = tokio::time::sleep(pause) => {}
             }
         }
-        watcher.turn += 1;
+        // What a person accepted is at this member.
+        if !std::mem::take(&mut watcher.exchanged) {
+            watcher.turn += 1;
+        }
     }
 }
 
@@ -112,7 +115,7 @@ impl<S: Source> Watcher<S> {
                 }
                 // A name may lead elsewhere by now, and another member may be the right one.
                 () = tokio::time::sleep_until(resync_at), if self.belief.is_doubtful() => return Ok(()),
-                () = tokio::time::sleep_until(others_at), if self.belief.is_doubtful() && self.is_one_silent() => {
+                () = tokio::time::sleep_until(others_at), if self.belief.is_elsewhere() && self.is_one_silent() => {
                     return Ok(());
                 }
                 () = tokio::time::sleep_until(resync_at) => {
