@@ -17,7 +17,7 @@ impl Retry {
         Self { policy: policy(first, longest, 0.0), longest }
     }
 
-    /// The next pause, give or take a fifth. The crate adds its jitter after its limit, so the limit is held here.
+    /// The next pause, give or take a fifth. Jitter is added after the limit, so the limit is held here.
     pub fn pause(&mut self) -> Duration {
         jittered(self.step()).min(self.longest)
     }

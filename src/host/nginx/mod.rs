@@ -283,14 +283,7 @@ impl Nginx {
         let old_served_since = (served == Some(old.generation)).then(|| self.clock.wall(self.workers_since()));
         let set = Set { nginx: self, renderer, generation, old: &old, old_served_since };
         let root = self.server.root().await?;
-        let chosen = match set.choose(wanted, &root).await {
-            Ok(chosen) => chosen,
-            Err(e) => {
-                // Else each attempt would leave a set, for as long as somebody else's file is broken.
-                files::remove_dir(&self.layout.nginx_generation(generation))?;
-                return Err(e);
-            }
-        };
+        let chosen = set.make(wanted, &root).await?;
         let rejected = chosen.rejected.iter().map(|(app, r)| (app.clone(), r.error.clone())).collect();
         if chosen.vhosts == old.vhosts && chosen.templates == old.templates && self.is_unchanged()? {
             // Only refusals are new: nothing for nginx to load.

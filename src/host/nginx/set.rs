@@ -39,8 +39,18 @@ pub(super) struct Set<'a> {
 }
 
 impl Set<'_> {
-    /// Writes what nginx takes of the wanted vhosts: all at once if it takes all, else one after the other.
-    pub(super) async fn choose(&self, wanted: &BTreeMap<AppName, Vhost>, root: &Path) -> Result<Manifest, NginxError> {
+    /// Writes what nginx takes of the wanted vhosts, or leaves nothing: each attempt would leave a set, for as long as somebody
+    /// else's file is broken.
+    pub(super) async fn make(&self, wanted: &BTreeMap<AppName, Vhost>, root: &Path) -> Result<Manifest, NginxError> {
+        let chosen = self.choose(wanted, root).await;
+        if chosen.is_err() {
+            files::remove_dir(&self.nginx.layout.nginx_generation(self.generation))?;
+        }
+        chosen
+    }
+
+    /// All at once if nginx takes all, else one after the other.
+    async fn choose(&self, wanted: &BTreeMap<AppName, Vhost>, root: &Path) -> Result<Manifest, NginxError> {
         let mut rejected = BTreeMap::new();
         let mut texts = BTreeMap::new();
         let mut rendered = BTreeMap::new();
