@@ -109,7 +109,8 @@ pub(super) async fn standing(patient: &Patient<'_>, found: &mut Findings) -> Opt
     let viewer = setup::viewer(config, patient.world).await.ok()?;
     // If no member answers, that was told of above.
     let compared = store::compare(&config.etcd, &viewer, &Disk(patient.world.layout.clone())).await.ok()?;
-    if let Some(lost) = &compared.lost {
+    // One of another host, or of another version, is a reason not to believe the store, which is told of below.
+    if let Some(lost @ (store::LedgerError::Read(_) | store::LedgerError::Damaged(_))) = &compared.lost {
         let remedy = "run this as the agent's user, or root. An agent that cannot read it either writes it anew once it has read the store, and until then changes nothing";
         found.warn("ledger", lost.to_string(), remedy);
     }

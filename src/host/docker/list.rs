@@ -77,24 +77,26 @@ impl Docker {
         let told = labelled.into_iter().map(|container| async { (self.is_made_here(&container).await, container) });
         let (mut made, mut others) = (Vec::new(), Vec::new());
         for (is_made_here, container) in join_all(told).await {
-            if is_made_here? { &mut made } else { &mut others }.push(container);
+            match is_made_here {
+                Ok(true) => made.push(container),
+                Ok(false) => others.push(container),
+                // Whose it is shows when its app is looked at, which waits for that. All others are not held up.
+                Err(DockerError::Refused { .. }) if app.is_none() => {}
+                Err(e) => return Err(e),
+            }
         }
         Ok((made, others))
     }
 
     /// Labels alone say little: an image that somebody commits from a container has its labels, and so has whatever is run
     /// from it. What demae makes is named after its instance; a person may have renamed it, and then its image tells whose
-    /// the labels are. One whose image cannot tell is left alone.
+    /// the labels are. One whose image is gone is left alone.
     async fn is_made_here(&self, container: &ContainerSummary) -> Result<bool> {
         if name(container).starts_with(&format!("demae.{}.", self.host)) {
             return Ok(true);
         }
-        match self.image_labels(container.image_id.as_deref().unwrap_or_default()).await {
-            Ok(labels) => Ok(labels.is_some_and(|labels| !labels.contains_key(label::HOST))),
-            // This image alone: whoever has a broken one holds up nobody else.
-            Err(DockerError::Refused { .. }) => Ok(false),
-            Err(e) => Err(e),
-        }
+        let labels = self.image_labels(container.image_id.as_deref().unwrap_or_default()).await?;
+        Ok(labels.is_some_and(|labels| !labels.contains_key(label::HOST)))
     }
 }
 
