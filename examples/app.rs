@@ -2,12 +2,14 @@
 //!
 //! With the argument `check` it only asks whether another one listens on `SOCKET`.
 //!
-//! Environment: `SOCKET` (a path) or `PORT` (8080 unless given) to listen on, `VERSION` to tell, `GREETING` to tell,
+//! Environment: `ONLY_HOST` (any other one is answered with 400), `SICK_AFTER_MS` (`/healthz` answers 503 from then on), `SOCKET` (a path) or `PORT` (8080 unless given) to listen on, `VERSION` to tell, `GREETING` to tell,
 //! `START_MS` to be slow at the start, `MOOD` to be `sick` (`/healthz` answers 503), `exit` (ends at once, code 3),
-//! `deaf` (never listens) or `greedy` (takes 256 MB before it listens).
+//! `deaf` (never listens), `late` (ends at once, code 1, until `/ready/now` is there) or `greedy` (takes 256 MB before it listens).
 //!
 //! Paths: `/` tells version and release, `/healthz`, `/slow?MS`, `/stream?N` (N lines, one every 100 ms),
 //! `/env?NAME` (a variable, to see that it arrived), `/echo` (a connection that is upgraded and echoes bytes),
+//! `/seen` (what it got: the request line, the headers, and how long the body was), `/cookies?N` (answers with N bytes of
+//! `Set-Cookie`), `/location` (a redirect), `/long?N` (a body of N bytes), `/early` (answers before the body has come),
 //! `/sicken` (from now on `/healthz` answers 503), `/eat?MB` (takes so much memory and keeps it), `/die` (ends, code 4).
 #![expect(
     clippy::print_stdout,
@@ -40,6 +42,16 @@ fn main() {
         eprintln!("cannot work like this");
         std::process::exit(3);
     }
+    if mood == "late" && !std::path::Path::new("/ready/now").exists() {
+        eprintln!("connection refused: no database yet");
+        std::process::exit(1);
+    }
+    if let Some(ms) = env::var("SICK_AFTER_MS").ok().and_then(|ms| ms.parse().ok()) {
+        thread::spawn(move || {
+            thread::sleep(Duration::from_millis(ms));
+            SICK.store(true, Ordering::Relaxed);
+        });
+    }
     if mood == "greedy" {
         eat(256);
     }
@@ -51,7 +63,9 @@ fn main() {
             thread::park();
         }
     }
-    SICK.store(mood == "sick", Ordering::Relaxed);
+    if mood == "sick" {
+        SICK.store(true, Ordering::Relaxed);
+    }
     match env::var("SOCKET") {
         Ok(path) => {
             let listener = UnixListener::bind(&path).unwrap_or_else(|e| panic!("cannot bind {path}: {e}"));
@@ -88,23 +102,40 @@ fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
             return Ok(());
         }
         let path = line.split(' ').nth(1).unwrap_or("/").to_owned();
-        let (mut length, mut close) = (0, false);
+        let (mut length, mut close, mut chunked, mut host) = (0, false, false, String::new());
+        let mut seen = line.clone();
         loop {
             let mut header = String::new();
             if input.read_line(&mut header)? == 0 {
                 return Ok(());
             }
+            seen.push_str(&header);
             let header = header.trim().to_ascii_lowercase();
             if header.is_empty() {
                 break;
+            }
+            chunked |= header.starts_with("transfer-encoding:") && header.contains("chunked");
+            if let Some(name) = header.strip_prefix("host:") {
+                name.trim().clone_into(&mut host);
             }
             if let Some(n) = header.strip_prefix("content-length:") {
                 length = n.trim().parse().unwrap_or(0);
             }
             close |= header == "connection: close";
         }
-        let mut body = vec![0; length];
-        input.read_exact(&mut body)?;
+        if path.starts_with("/early") {
+            return answer(&mut output, "200 OK", "before the body\n");
+        }
+        if chunked {
+            length = skip_chunks(&mut input)?;
+        } else {
+            // Of any length: it is not kept.
+            std::io::copy(&mut (&mut input).take(length as u64), &mut std::io::sink())?;
+        }
+        if env::var("ONLY_HOST").is_ok_and(|only| only != host) {
+            answer(&mut output, "400 Bad Request", "not for this host\n")?;
+            continue;
+        }
         let (path, query) = path.split_once('?').unwrap_or((&path, ""));
         match path {
             "/healthz" if SICK.load(Ordering::Relaxed) => answer(&mut output, "503 Service Unavailable", "sick\n")?,
@@ -112,6 +143,13 @@ fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
                 SICK.store(true, Ordering::Relaxed);
                 answer(&mut output, "200 OK", "sick from now on\n")?;
             }
+            "/seen" => answer(&mut output, "200 OK", &format!("{}body={length}\n", seen.trim_end().to_owned() + "\n"))?,
+            "/cookies" => cookies(&mut output, query.parse().unwrap_or(0))?,
+            "/location" => {
+                output.write_all(b"HTTP/1.1 302 Found\r\nLocation: /elsewhere?a=1\r\nContent-Length: 0\r\n\r\n")?;
+                output.flush()?;
+            }
+            "/long" => answer(&mut output, "200 OK", &"x".repeat(query.parse().unwrap_or(0)))?,
             "/eat" => {
                 eat(query.parse().unwrap_or(1));
                 answer(&mut output, "200 OK", "it was good\n")?;
@@ -142,6 +180,34 @@ fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
             return Ok(());
         }
     }
+}
+
+/// Reads a body in chunks to its end; its length.
+fn skip_chunks(input: &mut impl BufRead) -> std::io::Result<usize> {
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        input.read_line(&mut line)?;
+        let size = usize::from_str_radix(line.trim(), 16).map_err(std::io::Error::other)?;
+        std::io::copy(&mut (&mut *input).take(size as u64 + 2), &mut std::io::sink())?;
+        length += size;
+        if size == 0 {
+            return Ok(length);
+        }
+    }
+}
+
+/// An answer with so many bytes of headers, in cookies of at most 4 KiB.
+fn cookies(output: &mut impl Write, bytes: usize) -> std::io::Result<()> {
+    let mut head = String::from("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n");
+    let mut left = bytes;
+    while left > 0 {
+        let length = left.min(4000);
+        head.push_str(&format!("Set-Cookie: c{left}={}\r\n", "x".repeat(length)));
+        left -= length;
+    }
+    output.write_all(format!("{head}\r\nok").as_bytes())?;
+    output.flush()
 }
 
 /// Takes so many megabytes, and never gives them back. They are written to, so that the kernel must hand them out.

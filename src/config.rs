@@ -91,6 +91,7 @@ struct NginxFile {
     templates: Option<PathBuf>,
     group: Option<u32>,
     certificates: Vec<PathBuf>,
+    trusted_proxies: Vec<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -304,6 +305,7 @@ impl Config {
                     default_server: n.default_server.unwrap_or(true),
                     profile: n.profile.unwrap_or_default(),
                     templates: Some(n.templates.unwrap_or_else(|| "/etc/demae/templates".into())),
+                    trusted: networks("nginx.trusted_proxies", n.trusted_proxies)?,
                 },
             },
             webhook: file.webhook.map(webhook).transpose()?,
@@ -459,6 +461,19 @@ fn absolute(name: &'static str, given: Option<PathBuf>, default: &str) -> Result
 
 fn duration(name: &'static str, text: Option<&str>) -> Result<Option<Duration>, ConfigError> {
     text.map(|t| text::duration(t).map_err(bad(name))).transpose()
+}
+
+/// Addresses and networks, as nginx's `set_real_ip_from` and `geo` take them.
+fn networks(name: &'static str, given: Vec<String>) -> Result<Vec<String>, ConfigError> {
+    for text in &given {
+        let (address, bits) = text.split_once('/').map_or((text.as_str(), None), |(a, b)| (a, Some(b)));
+        let most = address.parse::<std::net::IpAddr>().map(|a| if a.is_ipv4() { 32 } else { 128 });
+        let fine = most.is_ok_and(|most| bits.is_none_or(|bits| bits.parse::<u8>().is_ok_and(|bits| bits <= most)));
+        if !fine {
+            return Err(bad(name)(format!("`{text}` is not an address or a network such as `10.0.0.0/8`")));
+        }
+    }
+    Ok(given)
 }
 
 fn port_range(text: &str) -> Result<RangeInclusive<u16>, ConfigError> {

@@ -7,7 +7,8 @@ use crate::{
     host::{
         docker::{CreateRequest, DockerError, facts},
         files::{self, FileError},
-        nginx::NginxError,
+        health::{Question, Reach},
+        nginx::{NginxError, Proof},
         ports::NoPort,
     },
     model::{
@@ -15,15 +16,15 @@ use crate::{
         name::{AppName, ContainerId},
         observed::{Address, InstanceKey, ObservedApp, Verdict},
         release::Release,
-        spec::{ContainerSpec, Endpoint, MOUNTABLE, Probe, VolumeSource},
+        spec::{ContainerSpec, Endpoint, MOUNTABLE, VolumeSource},
         time::Timestamp,
     },
     plan::step::{Handle, Leftovers, Step},
     world::World,
 };
 
-/// Longest wait for an app's first answer through nginx.
-const PROOF: Duration = Duration::from_secs(5);
+/// How long an instance may take to end of which nothing more is known.
+const GRACE: Duration = Duration::from_secs(5);
 /// Most of a log that is kept as evidence.
 const LOG_TAIL: usize = 2_000;
 /// Shortest value of a variable that is searched for in evidence: shorter ones are found in any text.
@@ -103,15 +104,15 @@ impl World {
         match step {
             Step::Pull(image) => Ok(self.docker.pull(image).await?),
             Step::WriteEnvFile(release) => self.write_env_file(app, release),
-            Step::Create { key, release, image, drain } => self.create(app, key, release, image, *drain).await,
+            Step::Create { key, release, image, drain, host } => {
+                self.create(app, key, release, image, (*drain, host.as_deref())).await
+            }
             Step::Start(handle) => self.start(app, handle, observed).await,
             Step::ClearSocket(handle) => Ok(files::remove_file(Path::new(&socket(observed, &handle.key)?))?),
             Step::Switch(slots) => self.switch(app, slots, observed),
-            Step::Prove { release, ingress, path } => {
-                if let Some(host) = ingress.as_ref().and_then(|i| i.hosts.first()) {
-                    let instance = observed.instances.iter().find(|i| i.key.release == *release);
-                    let strict = instance.is_some_and(|i| matches!(i.check.probe, Probe::Http(_)));
-                    self.nginx.ask_app(&host.example(), path, strict, PROOF).await?;
+            Step::Prove { release, ingress, check } => {
+                if let Some(proof) = ingress.as_ref().and_then(|ingress| Proof::of(ingress, check)) {
+                    self.nginx.ask_app(&proof).await?;
                 }
                 self.private_dir(&self.layout.state().join("proven"))?;
                 Ok(files::write(&self.layout.proven(app), release.as_str().as_bytes(), 0o644)?)
@@ -120,18 +121,20 @@ impl World {
             Step::Stop { handle, grace } => self.stop(handle, *grace, observed).await,
             Step::Remove(handle) => self.remove(app, handle, observed).await,
             Step::Discard { handle, .. } => {
-                let grace = observed.instances.iter().find(|i| i.id == handle.id).map_or(PROOF, |i| i.grace);
+                let grace = observed.instances.iter().find(|i| i.id == handle.id).map_or(GRACE, |i| i.grace);
                 self.stop(handle, grace, observed).await?;
                 failpoint::boundary("stopped");
                 self.remove(app, handle, observed).await
             }
-            Step::RecordVerdict { handle, release, cause, exit_code } => {
+            Step::RecordVerdict { handle, release, cause, exit_code, attempts, conditions } => {
                 let verdict = Verdict {
                     release: handle.key.release.clone(),
                     cause: cause.clone(),
                     exit_code: *exit_code,
                     log_tail: tail(&redact(self.docker.log_tail(&handle.id).await, release)).to_owned(),
                     at: Timestamp::now(),
+                    attempts: *attempts,
+                    conditions: conditions.clone(),
                 };
                 self.private_dir(&self.layout.verdicts(app))?;
                 let text = serde_json::to_vec_pretty(&verdict).unwrap_or_default();
@@ -168,7 +171,7 @@ impl World {
         key: &InstanceKey,
         release: &Release,
         image: &str,
-        drain: Duration,
+        (drain, check_host): (Duration, Option<&str>),
     ) -> Result<(), StepError> {
         let (mut socket_dir, mut port) = (None, None);
         match &release.endpoint {
@@ -185,15 +188,16 @@ impl World {
         }
         check_mounts(&release.container)?;
         failpoint::boundary("prepared");
-        let request = CreateRequest { app, key, release, image, socket_dir: socket_dir.as_deref(), port, drain };
+        let socket_dir = socket_dir.as_deref();
+        let request = CreateRequest { app, key, release, image, socket_dir, port, drain, check_host };
         self.docker.create(&request).await?;
         Ok(())
     }
 
     async fn start(&self, app: &AppName, handle: &Handle, observed: &ObservedApp) -> Result<(), StepError> {
-        self.expect(app, &handle.id, observed).await;
         let address = observed.instances.iter().find(|i| i.id == handle.id).and_then(|i| i.address.clone());
         if let Some(Address::Socket(path)) = &address {
+            self.expect(app, &handle.id, observed).await;
             self.open_socket_dir(app, handle).await?;
             // A dead socket would keep the app from binding its own. One that is listened on belongs to a paused app, and
             // its queue may be full: whoever waits for room there waits for the very start that comes next.
@@ -203,11 +207,10 @@ impl World {
         }
         match self.docker.start(&handle.id).await {
             Err(e) if e.is_port_taken() => {
-                // The port is in its body, so the container must be made anew, with another one.
+                // The port is in its body, so the container must be made anew, with another one. The next plan removes it.
                 if let Some(Address::Port(port)) = address {
                     self.ports.rest(port);
                 }
-                self.docker.remove(&handle.id).await?;
                 Err(e.into())
             }
             other => Ok(other?),
@@ -316,17 +319,19 @@ impl World {
         Ok(())
     }
 
-    /// Begins to ask an instance that is about to start: a socket can be asked before Docker's call returns.
+    /// Begins to ask an instance that is about to start: a socket can be asked before Docker's call returns. A port cannot:
+    /// it has no address of its own before, and a connection that is begun too early costs a second.
     async fn expect(&self, app: &AppName, id: &ContainerId, observed: &ObservedApp) {
         let Some(instance) = observed.instances.iter().find(|i| i.id == *id) else { return };
         if let (Some(prober), Some(address)) = (&self.prober, &instance.address) {
             let group = if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None };
-            let question = crate::host::health::Question {
+            let question = Question {
                 address: address.clone(),
                 check: instance.check.clone(),
                 started: self.clock.now(),
                 restarts: instance.restarts,
-                group,
+                reach: Reach { group, own: None },
+                host: String::new(),
             };
             prober.ask(app, id, question);
         }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     path::Path,
     sync::Arc,
 };
@@ -12,16 +13,15 @@ use crate::{
         docker::{Docker, DockerError, Found},
         drain,
         files::{self, FileError},
-        health::{Prober, Question},
+        health::{Prober, Question, Reach},
         layout::Layout,
         nginx::Nginx,
-        ports::Ports,
+        ports::{self, Ports},
     },
     model::{
         name::{AppName, HostName, ReleaseId},
         observed::{Address, Health, Instance, ObservedApp, Phase, Verdict, Wanted},
         spec::Endpoint,
-        time::Timestamp,
     },
 };
 
@@ -120,26 +120,34 @@ impl World {
         let routes = layout.app_routes(app);
         for name in files::list(&routes)? {
             let Some(slot) = name.strip_suffix(".sock").and_then(|n| n.parse().ok()) else { continue };
-            let target = std::fs::read_link(routes.join(&name)).ok();
+            let target = files::read_link(&routes.join(&name))?;
             observed.slots.insert(slot, target.as_deref().and_then(Layout::instance_of));
         }
-        observed.slots_changed = self.clock.steady(modified(&routes));
-        let releases =
-            |names: Vec<String>| names.into_iter().filter_map(|n| ReleaseId::try_from(n).ok()).collect::<BTreeSet<_>>();
-        observed.env_files = releases(files::list(&layout.app_env(app))?)
-            .into_iter()
-            .filter(|r| layout.env_file(app, r).exists())
-            .collect();
+        // Without a directory no route has ever changed.
+        observed.slots_changed = self.clock.steady(files::modified(&routes)?.unwrap_or_default());
+        for release in files::list(&layout.app_env(app))?.into_iter().filter_map(|n| ReleaseId::try_from(n).ok()) {
+            if files::modified(&layout.env_file(app, &release))?.is_some() {
+                observed.env_files.insert(release);
+            }
+        }
         observed.socket_dirs =
             files::list(&layout.app_sockets(app))?.iter().filter_map(|n| Layout::parse_key(n)).collect();
-        let proven = files::read(&layout.proven(app))?;
-        observed.proven_at = proven.as_ref().map(|_| modified(&layout.proven(app)));
-        observed.proven = proven.and_then(|text| ReleaseId::try_from(String::from_utf8_lossy(&text).trim()).ok());
+        let path = layout.proven(app);
+        if let Some(text) = files::read(&path)? {
+            let release = ReleaseId::try_from(String::from_utf8_lossy(&text).trim());
+            let why = "; without it the release is proven anew";
+            observed.proven = Some(release.map_err(|e| FileError::unreadable(&path, &e.to_string(), why))?);
+            observed.proven_at = files::modified(&path)?;
+        }
         for name in files::list(&layout.verdicts(app))? {
-            let text = files::read(&layout.verdicts(app).join(&name))?.unwrap_or_default();
-            if let Ok(verdict) = serde_json::from_slice::<Verdict>(&text) {
-                observed.verdicts.insert(verdict.release.clone(), verdict);
-            }
+            let path = layout.verdicts(app).join(&name);
+            // It may have gone since the list.
+            let Some(text) = files::read(&path)? else { continue };
+            let verdict = serde_json::from_slice::<Verdict>(&text);
+            let why = "; without it the release is tried again";
+            let verdict = verdict.map_err(|e| FileError::unreadable(&path, &e.to_string(), why))?;
+            let verdict = Verdict { at: self.clock.steady(verdict.at), ..verdict };
+            observed.verdicts.insert(verdict.release.clone(), verdict);
         }
         Ok(observed)
     }
@@ -183,11 +191,14 @@ impl World {
         let asked = match (&address, &self.prober) {
             (Some(address), Some(prober)) if alive => {
                 let (check, started, restarts) = (found.check.clone(), found.started, found.restarts);
-                prober.ask(
-                    &found.app,
-                    &found.id,
-                    Question { address: address.clone(), check, started, restarts, group },
-                )
+                let own = match (&found.endpoint, found.ip) {
+                    (Some(Endpoint::Port(port)), Some(ip)) => Some(SocketAddr::new(ip, *port)),
+                    _ => None,
+                };
+                let host = check.host.clone().or_else(|| found.check_host.clone());
+                let host = host.unwrap_or_else(|| "localhost".to_owned());
+                let (address, reach) = (address.clone(), Reach { group, own });
+                prober.ask(&found.app, &found.id, Question { address, check, started, restarts, reach, host })
             }
             _ => Health::Unknown,
         };
@@ -195,6 +206,10 @@ impl World {
         let connections = match &address {
             Some(address) if running && count => self.connections(&found, address),
             _ => None,
+        };
+        let port_taken = match address {
+            Some(Address::Port(port)) => !alive && ports::is_taken(port),
+            _ => false,
         };
         let stale_socket = match &address {
             Some(Address::Socket(path)) => !running && Path::new(path).symlink_metadata().is_ok(),
@@ -218,6 +233,7 @@ impl World {
             drain: found.drain,
             grace: found.grace,
             stale_socket,
+            port_taken,
         }
     }
 
@@ -233,8 +249,4 @@ impl World {
             _ => None,
         }
     }
-}
-
-fn modified(path: &Path) -> Timestamp {
-    std::fs::metadata(path).and_then(|m| m.modified()).map(Timestamp::from_system).unwrap_or_default()
 }

@@ -84,6 +84,10 @@ fn target(version: u8, replicas: u16, endpoint: Option<Endpoint>, order: Order) 
         template: None,
         max_body_size: 0,
         read_timeout: Duration::from_secs(60),
+        response_header_size: 32 * 1024,
+        request_buffering: true,
+        path: None,
+        strip_path: false,
     });
     let key = ReleaseKey::new("key");
     let release = Release::new(&key, image, ContainerSpec::default(), env, health, endpoint, None);
@@ -282,7 +286,9 @@ impl History {
             let plan = self.pass();
             let halted = plan.blocks.iter().any(|b| matches!(b.kind(), "halted" | "paused" | "invalid"));
             let kept = !plan.waits.is_empty() && plan.waits.iter().all(|w| w.kind() == "store");
-            if plan.is_converged() || (plan.step.is_none() && (kept || halted && plan.waits.is_empty())) {
+            if plan.is_converged()
+                || (plan.step.is_none() && (kept || halted && plan.waits.iter().all(|w| w.kind() == "retry")))
+            {
                 return self.holds(&plan);
             }
         }

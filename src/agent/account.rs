@@ -17,7 +17,7 @@ use crate::{
         desired::{DesiredApp, Target},
         event::What,
         name::{AppName, ContainerId, ReleaseId},
-        observed::{Instance, ObservedApp},
+        observed::{Instance, ObservedApp, Phase},
         status::Moment,
         time::Timestamp,
     },
@@ -131,27 +131,37 @@ impl Account {
         }
     }
 
-    /// A look was taken.
-    pub(super) fn observed(&mut self, before: Option<&ObservedApp>, after: &ObservedApp, target: Option<&Target>) {
-        let Some(before) = before else { return };
+    /// A look was taken. Answers how many instances in service had ended or become unhealthy by themselves.
+    pub(super) fn observed(
+        &mut self,
+        before: Option<&ObservedApp>,
+        after: &ObservedApp,
+        target: Option<&Target>,
+    ) -> u64 {
+        let Some(before) = before else { return 0 };
+        let mut incidents = 0;
         for instance in after.instances.iter().filter(|i| i.settled) {
             let Some(known) = before.instances.iter().find(|i| i.id == instance.id && i.settled) else { continue };
             let restarts = u64::from(instance.restarts.saturating_sub(known.restarts));
             // A start by hand, or by this agent, does not count as the engine's own, and begins that count anew.
-            let started = u64::from(instance.started != known.started && instance.is_alive());
+            let is_counted = known.phase == Phase::Restarting;
+            let started = u64::from(instance.started != known.started && instance.is_alive() && !is_counted);
             self.series.restarted(restarts.max(started));
+            incidents += restarts.max(started);
             if known.health.is_healthy() && instance.health.is_unhealthy() {
+                incidents += 1;
                 self.series.flapped();
             }
         }
         // The first look at which all instances of the wanted release are healthy.
-        let (Some(target), Some(pending)) = (target, &mut self.change) else { return };
+        let (Some(target), Some(pending)) = (target, &mut self.change) else { return incidents };
         let is_healthy = |i: &&Instance| i.key.release == target.release.id && i.is_running() && i.health.is_healthy();
         let healthy = after.instances.iter().filter(is_healthy).count() >= usize::from(target.replicas);
         if healthy && !std::mem::replace(&mut pending.healthy, healthy) {
             self.moment("healthy");
             self.end_wait("health", "all instances are healthy");
         }
+        incidents
     }
 
     /// The app could not be looked at.

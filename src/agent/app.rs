@@ -11,6 +11,7 @@ use tracing::Span;
 use super::{
     Planner,
     account::{Account, Ears},
+    incidents::Incidents,
     prediction::Prediction,
 };
 use crate::{
@@ -19,14 +20,18 @@ use crate::{
     metrics::{AppView, Metrics, ReleaseView},
     model::{
         desired::DesiredApp,
+        mounts::NestedMount,
         name::{AppName, ReleaseId},
-        observed::{Address, Health, ObservedApp, Wanted},
+        observed::{Address, Health, ObservedApp, Verdict, Wanted},
+        problem::bounded,
         proxy::ObservedProxy,
         status::{AppStatus, State},
         time::Timestamp,
     },
     plan::{
-        AppInput, AppPlan, Cooled, Cooling, ProxyView, VhostWish, check,
+        AppInput, AppPlan, Cooled, Cooling, ProxyView, Stopping, VhostWish,
+        app::REPLACES_UNHEALTHY,
+        check,
         proxy::Conflict,
         step::{Step, StepKind},
         wait::{Block, Wait},
@@ -34,6 +39,17 @@ use crate::{
     retry::pause_after,
 };
 
+/// What a decision about an app is made from beside the app.
+pub(super) struct Around<'a> {
+    pub(super) proxy: &'a ObservedProxy,
+    /// Why nginx as a whole cannot be changed.
+    pub(super) trouble: Option<&'a str>,
+    pub(super) conflict: Option<Conflict>,
+    pub(super) nested: Option<&'a NestedMount>,
+}
+
+/// Most bytes of a reason: it is published, with all others of its host.
+const MOST_REASON: usize = 4096;
 /// Failures are forgotten when none has come for this long: the time after which kubelet forgives a crash loop.
 const FORGIVEN: Duration = Duration::from_secs(600);
 
@@ -45,6 +61,12 @@ pub(super) struct AppState {
     /// Whether the last plan was made for what is wanted now.
     current: bool,
     pub(super) busy: Option<StepKind>,
+    /// Instances that were asked to end, and when they are killed; other steps go on meanwhile.
+    stopping: Stopping,
+    /// Whether anything else was done since the last of them was asked: then the model of that step says nothing.
+    mixed: bool,
+    /// Whether the step under way replaces an instance that is not well.
+    replacing: bool,
     pub(super) dirty: bool,
     pub(super) replan: bool,
     /// Whether it was seen since the last step ended. What was seen before that says nothing any more, least of all if
@@ -68,6 +90,8 @@ pub(super) struct AppState {
     pulled: Option<ReleaseId>,
     image_lost: bool,
     account: Account,
+    /// When its instances ended or fell ill by themselves.
+    incidents: Incidents,
     prediction: Prediction,
     since: Timestamp,
     told: Option<(State, Option<String>)>,
@@ -83,6 +107,9 @@ impl AppState {
             planned: None,
             current: false,
             busy: None,
+            stopping: Stopping::new(),
+            mixed: false,
+            replacing: false,
             dirty: true,
             replan: false,
             seen: false,
@@ -98,6 +125,7 @@ impl AppState {
             look_error: None,
             pulled: None,
             image_lost: false,
+            incidents: Incidents::default(),
             prediction: Prediction::default(),
             since: now,
             told: None,
@@ -132,9 +160,10 @@ impl AppState {
         Some(Wanted { release: release.id.clone(), image: release.image.clone(), image_lost: self.image_lost })
     }
 
-    pub(super) fn take_observed(&mut self, observed: ObservedApp) {
+    pub(super) fn take_observed(&mut self, observed: ObservedApp, now: Timestamp) {
         self.prediction.compare(&observed);
-        self.account.observed(self.observed.as_ref(), &observed, self.desired.target());
+        let found = self.account.observed(self.observed.as_ref(), &observed, self.desired.target());
+        (0..found).for_each(|_| self.incidents.push(now));
         let pulled = self.pulled.is_some() && self.pulled.as_ref() == release(&self.desired);
         self.observed = Some(ObservedApp { pulled, image_lost: self.image_lost, ..observed });
         self.look_error = None;
@@ -171,10 +200,21 @@ impl AppState {
         self.dirty = true;
     }
 
+    /// A step ended, well or not. What was seen before says nothing any more.
+    pub(super) fn end_step(&mut self, step: &Step) {
+        match step.handle().filter(|_| step.is_ending()) {
+            Some(handle) => drop(self.stopping.remove(&handle.id)),
+            None => self.busy = None,
+        }
+        self.dirty = true;
+        self.seen = false;
+        self.outdated = self.observing;
+    }
+
     /// The step that was decided on was not begun.
-    pub(super) fn drop_step(&mut self, turn: Option<OwnedSemaphorePermit>) {
-        self.busy = None;
-        self.turn = turn;
+    pub(super) fn drop_step(&mut self, step: &Step, turn: OwnedSemaphorePermit) {
+        self.end_step(step);
+        self.turn = Some(turn);
         self.account.dropped();
         self.look_anew();
     }
@@ -201,9 +241,7 @@ impl AppState {
     pub(super) fn plan(
         &mut self,
         planner: Planner,
-        proxy: &ObservedProxy,
-        trouble: Option<&str>,
-        conflict: Option<Conflict>,
+        Around { proxy, trouble, conflict, nested }: Around<'_>,
         now: Timestamp,
         (metrics, events): (&Metrics, &Events),
     ) -> Option<Step> {
@@ -212,6 +250,7 @@ impl AppState {
         let app = &self.app;
         let observed = self.observed.as_ref()?;
         self.cooling.retain(|_, c| now < c.until.plus(FORGIVEN));
+        self.incidents.age(now);
         let is_unasked = observed.instances.iter().any(|i| i.is_running() && i.health == Health::Unknown);
         self.unasked = is_unasked.then(|| self.unasked.unwrap_or(now));
         let view = ProxyView {
@@ -230,7 +269,9 @@ impl AppState {
             proxy: view,
             conflict,
             cooling: &self.cooling,
+            nested,
             busy: self.busy,
+            stopping: &self.stopping,
             now,
         };
         // A mistake of demae's that one app brings to light is no reason to leave all others alone.
@@ -244,7 +285,9 @@ impl AppState {
         });
         if let Some(violation) = found.into_iter().next() {
             tracing::error!(app = %app, "the plan was refused: {violation}");
+            // Nothing of it is done, in nginx neither.
             plan.step = None;
+            plan.vhost = VhostWish::Keep;
             plan.blocks.push(Block::Refused(violation));
         }
         // A step that is waited for says nothing new about when to look again.
@@ -252,7 +295,22 @@ impl AppState {
         let step = plan.step.clone();
         if let Some(planned) = &step {
             tracing::debug!(app = %app, step = planned.step.kind().as_str(), "{planned}");
-            self.busy = Some(planned.step.kind());
+            self.mixed = !self.stopping.is_empty();
+            match &planned.step {
+                Step::Stop { handle, grace } => {
+                    self.stopping.insert(handle.id.clone(), now.plus(*grace));
+                }
+                Step::Discard { handle, .. } => {
+                    let grace =
+                        observed.instances.iter().find(|i| i.id == handle.id).map_or(Duration::ZERO, |i| i.grace);
+                    self.stopping.insert(handle.id.clone(), now.plus(grace));
+                }
+                other => self.busy = Some(other.kind()),
+            }
+            // What else there is to do does not wait for a program that takes its time to end.
+            self.replan = planned.step.is_ending();
+            self.fresh = self.replan;
+            self.replacing = planned.reason == REPLACES_UNHEALTHY;
         }
         let ears = Ears { metrics, events, release: release(&self.desired) };
         self.account.planned(&plan, observed, &ears, now);
@@ -265,14 +323,26 @@ impl AppState {
     }
 
     pub(super) fn took_step(&mut self, step: &Step, now: Timestamp, metrics: &Metrics, events: &Events) {
-        self.prediction.make(step, self.observed.as_ref(), now);
+        if self.mixed {
+            self.prediction.drop();
+        } else {
+            self.prediction.make(step, self.observed.as_ref(), now);
+        }
         let kind = step.kind();
         if kind != StepKind::Discard {
             self.cooling.remove(&kind);
         }
         match step {
             Step::Pull(_) => self.pulled = release(&self.desired).cloned(),
-            Step::Create { .. } => self.image_lost = false,
+            Step::Create { .. } => {
+                self.image_lost = false;
+                // One that falls ill after each start would be replaced for ever, as fast as it can.
+                if std::mem::take(&mut self.replacing) {
+                    self.incidents.push(now);
+                    let error = "an instance in service became unhealthy and was replaced".to_owned();
+                    self.failed_step(StepKind::Discard, error, true, now);
+                }
+            }
             // A replacement that failed is not the failure of a step, and is not tried again at once all the same.
             Step::Discard { why, .. } => self.failed_step(StepKind::Discard, why.clone(), true, now),
             _ => {}
@@ -324,9 +394,11 @@ impl AppState {
 
     /// Whether the last plan leaves nothing to do here, and nothing to wait for but a person.
     pub(super) fn is_at_rest(&self) -> bool {
-        let Some(plan) = self.planned.as_ref().filter(|_| self.busy.is_none() && self.current) else { return false };
+        let is_idle = self.busy.is_none() && self.stopping.is_empty() && self.current;
+        let Some(plan) = self.planned.as_ref().filter(|_| is_idle) else { return false };
         // What is tried again for the sake of a block is still a block.
-        let only_tries = plan.waits.iter().all(|w| matches!(w, Wait::CoolingDown { .. } | Wait::Image(_)));
+        let only_tries =
+            plan.waits.iter().all(|w| matches!(w, Wait::CoolingDown { .. } | Wait::Image(_) | Wait::Retry { .. }));
         plan.step.is_none() && (plan.waits.is_empty() || !plan.blocks.is_empty() && only_tries)
     }
 
@@ -340,6 +412,7 @@ impl AppState {
             && !self.observing
             && !self.dirty
             && self.busy.is_none()
+            && self.stopping.is_empty()
             && self.current
             && self.planned.as_ref().is_some_and(AppPlan::is_converged)
     }
@@ -433,8 +506,8 @@ impl AppState {
             wanted: target.as_ref().map_or(0, |t| t.replicas),
             healthy: plan.healthy,
             since: self.since,
-            reason: self.reason(&plan, &|at| machine.wall(at)),
-            verdict,
+            reason: bounded(self.reason(&plan, &|at| machine.wall(at)), MOST_REASON),
+            verdict: verdict.map(|v| Verdict { at: machine.wall(v.at), ..v }),
             timeline: self.account.timeline().to_vec(),
         })
     }
@@ -447,7 +520,9 @@ impl AppState {
             return "it is about to be looked at".to_owned();
         }
         if let Some(block) = plan.blocks.first() {
-            return format!("{block} ({})", block.remedy(&self.app));
+            let retry = plan.waits.iter().find(|w| matches!(w, Wait::Retry { .. }));
+            let retry = retry.map(|w| format!("{}; ", w.clone().timed(tell))).unwrap_or_default();
+            return format!("{block} ({retry}{})", block.remedy(&self.app));
         }
         if let Some(planned) = &plan.step {
             return planned.to_string();
@@ -458,7 +533,7 @@ impl AppState {
         match (first, &self.desired) {
             (Some(wait), _) => wait.clone().timed(tell).to_string(),
             (None, DesiredApp::Absent(why)) => why.clone(),
-            (None, _) => String::new(),
+            (None, _) => self.incidents.told().unwrap_or_default(),
         }
     }
 }

@@ -34,7 +34,7 @@ pub(super) enum Done {
     /// A step for an app.
     Stepped(AppName, Box<Step>, Result<(), StepError>, Duration, Span),
     /// A step for an app that was not begun, since it was decided too long ago, with its turn; or since the agent ends.
-    Late(AppName, Option<OwnedSemaphorePermit>),
+    Late(AppName, Option<(Box<Step>, OwnedSemaphorePermit)>),
     /// A list of everything.
     Listed(Result<Inventory, ObserveError>),
     /// A look at nginx.
@@ -67,7 +67,7 @@ impl<M: Machine> Agent<M> {
                 state.observing = false;
                 match result {
                     Ok(observed) => {
-                        state.take_observed(observed);
+                        state.take_observed(observed, now);
                         self.docker_error = None;
                         self.docker_answers();
                     }
@@ -81,9 +81,9 @@ impl<M: Machine> Agent<M> {
             Done::Stepped(app, step, result, took, span) => {
                 span.in_scope(|| self.take_step(&app, &step, result, took));
             }
-            Done::Late(app, turn) => {
-                if let Some(state) = self.apps.get_mut(&app) {
-                    state.drop_step(turn);
+            Done::Late(app, late) => {
+                if let (Some(state), Some((step, turn))) = (self.apps.get_mut(&app), late) {
+                    state.drop_step(&step, turn);
                 }
             }
             Done::Listed(result) => self.take_list(result),
@@ -129,9 +129,7 @@ impl<M: Machine> Agent<M> {
             events.tell(Some(app), What::Step { step: kind.as_str().to_owned(), outcome, took_ms }, message);
         };
         let Some(state) = self.apps.get_mut(app) else { return };
-        state.busy = None;
-        state.dirty = true;
-        state.seen = false;
+        state.end_step(step);
         match result {
             Ok(()) => {
                 tracing::info!(app = %app, step = kind.as_str(), took_ms, "{step}");

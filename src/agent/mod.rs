@@ -6,6 +6,7 @@
 mod account;
 mod app;
 mod done;
+mod incidents;
 mod listen;
 mod prediction;
 mod proxy;
@@ -30,6 +31,7 @@ use crate::{
     metrics::{Metrics, View, Vitals},
     model::{
         desired::{DesiredApp, Snapshot},
+        mounts::{self, NestedMount},
         name::AppName,
         status::{HostStatus, StoreBlock},
         time::Timestamp,
@@ -41,7 +43,7 @@ use crate::{
     },
     store::Update,
 };
-use app::AppState;
+use app::{AppState, Around};
 use done::Done;
 use listen::{Hint, hang_up, listen};
 use proxy::ProxyState;
@@ -118,6 +120,8 @@ pub struct Agent<M> {
     updates: watch::Receiver<Update>,
     snapshot: Option<Arc<Snapshot>>,
     conflicts: BTreeMap<AppName, Conflict>,
+    /// Apps with a volume that another mount can replace.
+    nested: BTreeMap<AppName, NestedMount>,
     apps: BTreeMap<AppName, AppState>,
     proxy: ProxyState,
     docker_error: Option<String>,
@@ -158,6 +162,7 @@ impl<M: Machine> Agent<M> {
             updates,
             snapshot: None,
             conflicts: BTreeMap::new(),
+            nested: BTreeMap::new(),
             apps: BTreeMap::new(),
             proxy: ProxyState { dirty: true, ..ProxyState::default() },
             docker_error: None,
@@ -278,6 +283,7 @@ impl<M: Machine> Agent<M> {
         for (_, state) in self.apps.iter_mut().filter(|(app, _)| !snapshot.apps.contains_key(*app)) {
             state.want(unknown.clone(), seen, now);
         }
+        self.nested = mounts::nested(&snapshot);
         self.snapshot = Some(snapshot);
     }
 
@@ -365,7 +371,7 @@ impl<M: Machine> Agent<M> {
             failpoint::boundary(step.kind().as_str());
             if standstill::is_late(now, machine.now()) {
                 tracing::info!(app = %app, step = step.kind().as_str(), "decided anew, as it comes late: {step}");
-                return Done::Late(app, Some(turn));
+                return Done::Late(app, Some((Box::new(step), turn)));
             }
             let began = Instant::now();
             let result = machine.perform(&app, &step, &observed).await;
@@ -381,10 +387,14 @@ impl<M: Machine> Agent<M> {
         if !state.is_plannable() || !self.proxy.seen || self.proxy.stale || self.rereading.is_some() {
             return None;
         }
-        let conflict = self.conflicts.get(app).cloned();
-        let trouble = self.proxy.trouble.clone();
+        let around = Around {
+            proxy: &self.proxy.observed,
+            trouble: self.proxy.trouble.as_deref(),
+            conflict: self.conflicts.get(app).cloned(),
+            nested: self.nested.get(app),
+        };
         let told = (self.outlets.metrics.as_ref(), &self.outlets.events);
-        state.plan(self.options.planner, &self.proxy.observed, trouble.as_deref(), conflict, now, told)
+        state.plan(self.options.planner, around, now, told)
     }
 
     /// Looks at an app, if that is due.
@@ -411,8 +421,10 @@ impl<M: Machine> Agent<M> {
         let apps = apps.filter_map(|s| if s.dirty { Some(s.look_after) } else { s.wake }).min().map(soon);
         let relist = if self.listing { None } else { Some(self.relist_at) };
         let proxy = self.proxy.wake.filter(|_| able && !self.proxy.observing).map(soon);
+        let can_plan = able && self.proxy.seen && !self.proxy.stale && self.rereading.is_none();
+        let replan = (can_plan && self.apps.values().any(AppState::is_plannable)).then(Instant::now);
         let reread = self.rereading.map(|_| Instant::now() + standstill::REREAD_LOOK);
-        [apps, relist, proxy, reread]
+        [apps, relist, proxy, reread, replan]
             .into_iter()
             .flatten()
             .min()

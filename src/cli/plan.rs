@@ -14,9 +14,9 @@ use super::{
 use crate::{
     config::Config,
     host::docker::NoMeter,
-    model::{desired::DesiredApp, name::AppName, observed::Wanted, time::Timestamp},
+    model::{desired::DesiredApp, mounts, name::AppName, observed::Wanted, time::Timestamp},
     plan::{
-        AppInput, Cooling, ProxyView,
+        AppInput, Cooling, NONE_STOPPING, ProxyView,
         app::plan_app,
         proxy::conflicts,
         simulate::{PaperHost, forecast},
@@ -57,6 +57,7 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
     apps.extend(snapshot.apps.keys().cloned());
     apps.retain(|a| only.is_empty() || only.contains(a));
     let conflicts = conflicts(&snapshot, &proxy);
+    let nested = mounts::nested(&snapshot);
     let mut changes = false;
     for problem in &snapshot.unreadable {
         printer.line(&format!("{problem}"));
@@ -90,7 +91,9 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
             },
             conflict: conflicts.get(app).cloned(),
             cooling: &cooling,
+            nested: nested.get(app),
             busy: None,
+            stopping: &NONE_STOPPING,
             now,
         };
         let blocks = plan_app(&input).blocks;

@@ -48,7 +48,7 @@ struct Connected {
 /// # Errors
 /// If the kernel does not answer.
 pub fn socket_connections(socket: &Path, nginx: Option<i32>, container: i32) -> io::Result<usize> {
-    let Some(inode) = socket_inode(socket) else { return Ok(0) };
+    let Some(inode) = socket_inode(socket)? else { return Ok(0) };
     // The queue first: what leaves it in between is counted as accepted.
     let queue = within(container, move || queue_length(inode));
     let connected = match nginx {
@@ -191,10 +191,14 @@ fn same_namespace(pid: i32) -> io::Result<bool> {
     Ok(inode(&format!("/proc/{pid}/ns/net"))? == inode("/proc/self/ns/net")?)
 }
 
-/// The inode of a socket file, as the kernel tells it in socket lists: cut to 32 bits.
-fn socket_inode(path: &Path) -> Option<u32> {
-    #[expect(clippy::cast_possible_truncation, reason = "the kernel cuts it the same way")]
-    fs::symlink_metadata(path).ok().map(|m| m.ino() as u32)
+/// The inode of a socket file, as the kernel tells it in socket lists: cut to 32 bits. Nothing if there is no such file.
+fn socket_inode(path: &Path) -> io::Result<Option<u32>> {
+    match fs::symlink_metadata(path) {
+        #[expect(clippy::cast_possible_truncation, reason = "the kernel cuts it the same way")]
+        Ok(found) => Ok(Some(found.ino() as u32)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
 }
 
 /// Counts connections to a published port: those that end inside the container, and those of this host that have not

@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::failpoint;
+use crate::{failpoint, model::time::Timestamp};
 
 /// Why a file could not be written, read or removed.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +33,12 @@ impl FileError {
     /// A file that could not be written.
     pub fn cannot_write(path: &Path, source: io::Error) -> Self {
         failed("write", path)(source)
+    }
+
+    /// A file of ours that cannot be understood, and what removing it would do.
+    pub fn unreadable(path: &Path, why: &str, remedy: &str) -> Self {
+        let text = format!("{why} (put it back as it was, or remove it{remedy})");
+        failed("understand", path)(io::Error::other(text))
     }
 
     /// A file of ours that says nothing we know.
@@ -73,6 +79,35 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     })
 }
 
+/// Writes a whole file that need not outlive a crash until [`sync_dir`] is called on its directory.
+///
+/// # Errors
+/// If anything of it fails; what is there then may be cut.
+pub fn write_quickly(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+    let write = || -> io::Result<()> {
+        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
+        file.write_all(bytes)?;
+        file.set_permissions(fs::Permissions::from_mode(mode))
+    };
+    failpoint::boundary("write");
+    write().map_err(failed("write", path))
+}
+
+/// Makes a directory durable: each file in it, its names, and its own name.
+///
+/// # Errors
+/// If any of it cannot be synced.
+pub fn sync_dir(path: &Path) -> Result<()> {
+    let sync = || -> io::Result<()> {
+        for entry in fs::read_dir(path)? {
+            fs::File::open(entry?.path())?.sync_all()?;
+        }
+        fs::File::open(path)?.sync_all()?;
+        sync_parent(path)
+    };
+    sync().map_err(failed("sync", path))
+}
+
 /// Reads a whole file; `None` if there is none.
 ///
 /// # Errors
@@ -82,6 +117,30 @@ pub fn read(path: &Path) -> Result<Option<Vec<u8>>> {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(failed("read", path)(e)),
+    }
+}
+
+/// Where a symlink leads; `None` if there is none, or something else is in its place.
+///
+/// # Errors
+/// If that cannot be told.
+pub fn read_link(path: &Path) -> Result<Option<PathBuf>> {
+    match fs::read_link(path) {
+        Ok(target) => Ok(Some(target)),
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => Ok(None),
+        Err(e) => Err(failed("read the symlink", path)(e)),
+    }
+}
+
+/// When a file or a directory was last changed, by the wall clock; `None` if it is not there.
+///
+/// # Errors
+/// If it is there, or may be, and cannot be looked at.
+pub fn modified(path: &Path) -> Result<Option<Timestamp>> {
+    match fs::metadata(path).and_then(|m| m.modified()) {
+        Ok(at) => Ok(Some(Timestamp::from_system(at))),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(failed("look at", path)(e)),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    net::SocketAddr,
     os::unix::fs::MetadataExt as _,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
@@ -46,8 +47,19 @@ pub struct Question {
     pub started: Timestamp,
     /// How often the engine has started it again.
     pub restarts: u32,
+    /// What may change while it is asked.
+    pub reach: Reach,
+    /// For which host.
+    pub host: String,
+}
+
+/// How an instance is reached: nginx may come later, or with other workers, and another start may have another address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reach {
     /// The group that must be able to connect to its socket.
     pub group: Option<u32>,
+    /// Its own address and port, in its network.
+    pub own: Option<SocketAddr>,
 }
 
 /// All instances that are being asked.
@@ -63,8 +75,7 @@ pub struct Prober {
 struct Asked {
     health: Arc<Mutex<Health>>,
     question: Question,
-    /// The group that sockets are opened to: nginx may come later, or with other workers.
-    group: Arc<Mutex<Option<u32>>>,
+    reach: Arc<Mutex<Reach>>,
     /// Asks before its time.
     hurry: Arc<Notify>,
     task: AbortHandle,
@@ -97,15 +108,20 @@ impl Prober {
                 (known.question.started, known.question.restarts) = (question.started, question.restarts);
                 known.hurry.notify_one();
             }
-            let mut group = known.group.lock().unwrap_or_else(PoisonError::into_inner);
-            if question.group.is_some() && *group != question.group {
-                *group = question.group;
+            let mut reach = known.reach.lock().unwrap_or_else(PoisonError::into_inner);
+            if reach.own != question.reach.own {
+                reach.own = question.reach.own;
+                known.hurry.notify_one();
+            }
+            if question.reach.group.is_some() && reach.group != question.reach.group {
+                reach.group = question.reach.group;
                 if let Address::Socket(path) = &question.address
-                    && let Err(e) = open_to_group(Path::new(path), question.group)
+                    && let Err(e) = open_to_group(Path::new(path), reach.group)
                 {
                     tracing::warn!(app = %app, "nginx may not be able to connect: {e}");
                 }
             }
+            drop(reach);
             return known.health.lock().unwrap_or_else(PoisonError::into_inner).clone();
         }
         let asked = self.begin(app, question, false);
@@ -115,7 +131,7 @@ impl Prober {
 
     fn begin(&self, app: &AppName, question: Question, was_healthy: bool) -> Asked {
         let health = Arc::new(Mutex::new(Health::Unknown));
-        let group = Arc::new(Mutex::new(question.group));
+        let reach = Arc::new(Mutex::new(question.reach));
         let hurry = Arc::new(Notify::new());
         let asking = Asking {
             app: app.clone(),
@@ -124,11 +140,11 @@ impl Prober {
             health: health.clone(),
             news: self.news.clone(),
             clock: self.clock.clone(),
-            group: group.clone(),
+            reach: reach.clone(),
             hurry: hurry.clone(),
         };
         let task = self.tasks.spawn(asking.run()).abort_handle();
-        Asked { health, question, group, hurry, task }
+        Asked { health, question, reach, hurry, task }
     }
 
     /// Forgets all answers, and asks everybody again at once: the agent stood still, and whoever was healthy then may hang
@@ -138,10 +154,10 @@ impl Prober {
         for (app, of_app) in asked.iter_mut() {
             for known in of_app.values_mut() {
                 let health = known.health.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                let group = *known.group.lock().unwrap_or_else(PoisonError::into_inner);
+                let reach = *known.reach.lock().unwrap_or_else(PoisonError::into_inner);
                 let was_healthy = matches!(health, Health::Healthy | Health::Unhealthy { .. });
                 let started = if was_healthy { known.question.started } else { self.clock.now() };
-                *known = self.begin(app, Question { started, group, ..known.question.clone() }, was_healthy);
+                *known = self.begin(app, Question { started, reach, ..known.question.clone() }, was_healthy);
             }
         }
     }
@@ -167,7 +183,7 @@ struct Asking {
     health: Arc<Mutex<Health>>,
     news: UnboundedSender<AppName>,
     clock: Arc<Clock>,
-    group: Arc<Mutex<Option<u32>>>,
+    reach: Arc<Mutex<Reach>>,
     hurry: Arc<Notify>,
 }
 
@@ -216,7 +232,7 @@ impl Asking {
     async fn keep_open(&self) {
         let Address::Socket(path) = &self.question.address else { return };
         loop {
-            if let Err(e) = open_to_group(Path::new(path), self.group()) {
+            if let Err(e) = open_to_group(Path::new(path), self.reach().group) {
                 tracing::warn!(app = %self.app, "nginx may not be able to connect: {e}");
             }
             self.rest(SUSPECT).await;
@@ -252,31 +268,39 @@ impl Asking {
         }
     }
 
-    fn group(&self) -> Option<u32> {
-        *self.group.lock().unwrap_or_else(PoisonError::into_inner)
+    fn reach(&self) -> Reach {
+        *self.reach.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn ask(&self) -> Result<(), String> {
-        let timeout = self.question.check.timeout;
+        let (timeout, host) = (self.question.check.timeout, self.question.host.as_str());
         match (&self.question.address, &self.question.check.probe) {
             (Address::Socket(path), probe) => {
                 let path = Path::new(path);
-                open_to_group(path, self.group())?;
+                open_to_group(path, self.reach().group)?;
                 match probe {
-                    Probe::Http(uri) => expect_success(uri, &probe::get_unix(path, uri, timeout).await?),
+                    Probe::Http(uri) => self.expect_success(uri, &probe::get_unix(path, host, uri, timeout).await?),
                     _ => probe::connect_unix(path, timeout).await,
                 }
             }
             (Address::Port(port), probe) => {
                 let address = format!("127.0.0.1:{port}");
                 match probe {
-                    Probe::Http(uri) => {
-                        expect_success(uri, &probe::get_tcp(&address, "localhost", uri, timeout).await?)
-                    }
-                    _ => probe::connect_tcp(&address, timeout).await,
+                    Probe::Http(uri) => self.expect_success(uri, &probe::get_tcp(&address, host, uri, timeout).await?),
+                    _ => match self.reach().own {
+                        Some(own) => probe::connect_tcp(own, timeout).await,
+                        None => Err("it has no address in its network yet".to_owned()),
+                    },
                 }
             }
         }
+    }
+
+    fn expect_success(&self, uri: &str, answer: &probe::Answer) -> Result<(), String> {
+        if (200..400).contains(&answer.status) {
+            return Ok(());
+        }
+        Err(format!("`GET {uri}` for host `{}` is answered with status {}", self.question.host, answer.status))
     }
 
     fn tell(&self, health: Health) {
@@ -291,14 +315,6 @@ impl Asking {
             // Nobody listens only when the agent is ending.
             let _ = self.news.send(self.app.clone());
         }
-    }
-}
-
-fn expect_success(uri: &str, answer: &probe::Answer) -> Result<(), String> {
-    if (200..400).contains(&answer.status) {
-        Ok(())
-    } else {
-        Err(format!("`GET {uri}` is answered with status {}", answer.status))
     }
 }
 

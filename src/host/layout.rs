@@ -112,6 +112,11 @@ impl Layout {
         self.nginx().join(format!("{generation}.set"))
     }
 
+    /// A set that is not made yet, while it is found out what nginx takes of it.
+    pub fn nginx_trial(&self) -> PathBuf {
+        self.nginx().join("trial")
+    }
+
     /// A copy of nginx's own tree in which a set is tested.
     pub fn nginx_test(&self) -> PathBuf {
         self.nginx().join("test")

@@ -22,6 +22,11 @@ pub struct NoPort {
     resting: usize,
 }
 
+/// Whether another program listens on a loopback port.
+pub fn is_taken(port: u16) -> bool {
+    TcpListener::bind(("127.0.0.1", port)).is_err_and(|e| e.kind() == std::io::ErrorKind::AddrInUse)
+}
+
 /// The ports of a range, and which of them are spoken for.
 #[derive(Debug)]
 pub struct Ports {

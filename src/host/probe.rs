@@ -1,6 +1,6 @@
 //! One question to an instance, or to nginx.
 
-use std::{io, path::Path, time::Duration};
+use std::{io, net::SocketAddr, path::Path, time::Duration};
 
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::{Request, body::Bytes, client::conn::http1, header::HOST};
@@ -30,10 +30,10 @@ pub type NoAnswer = String;
 ///
 /// # Errors
 /// In words, if there is no answer in time.
-pub async fn get_unix(path: &Path, uri: &str, within: Duration) -> Result<Answer, NoAnswer> {
+pub async fn get_unix(path: &Path, host: &str, uri: &str, within: Duration) -> Result<Answer, NoAnswer> {
     bounded(within, async {
         let stream = UnixStream::connect(path).await.map_err(|e| refused(&e, &path.display().to_string()))?;
-        get(TokioIo::new(stream), "localhost", uri).await
+        get(TokioIo::new(stream), host, uri).await
     })
     .await
 }
@@ -107,22 +107,14 @@ pub async fn connect_unix(path: &Path, within: Duration) -> Result<(), NoAnswer>
     .await
 }
 
-/// Whether a port takes a connection and keeps it: Docker's proxy takes any, and drops it if nobody listens behind.
+/// Whether an address takes a connection. It must be the app's own: Docker's proxy in front of a published port takes any,
+/// whether the app listens or not.
 ///
 /// # Errors
 /// In words, if it does not in time.
-pub async fn connect_tcp(address: &str, within: Duration) -> Result<(), NoAnswer> {
-    bounded(within, async {
-        let stream = TcpStream::connect(address).await.map_err(|e| refused(&e, address))?;
-        let mut byte = [0u8; 1];
-        // An app may speak first; most wait. Only an end within this moment means that nobody is there.
-        match tokio::time::timeout(Duration::from_millis(20), stream.peek(&mut byte)).await {
-            Ok(Ok(0)) => Err(format!("{address} takes connections and closes them at once")),
-            Ok(Err(e)) => Err(refused(&e, address)),
-            Ok(Ok(_)) | Err(_) => Ok(()),
-        }
-    })
-    .await
+pub async fn connect_tcp(address: SocketAddr, within: Duration) -> Result<(), NoAnswer> {
+    let whom = format!("port {} of the container", address.port());
+    bounded(within, async { TcpStream::connect(address).await.map(drop).map_err(|e| refused(&e, &whom)) }).await
 }
 
 async fn bounded<T>(within: Duration, asking: impl Future<Output = Result<T, NoAnswer>>) -> Result<T, NoAnswer> {
@@ -168,7 +160,7 @@ where
 fn refused(error: &io::Error, whom: &str) -> String {
     match error.kind() {
         io::ErrorKind::NotFound => "its socket does not exist yet".to_owned(),
-        io::ErrorKind::ConnectionRefused => "nobody listens there".to_owned(),
+        io::ErrorKind::ConnectionRefused => format!("connection refused: nothing listens on {whom}"),
         io::ErrorKind::PermissionDenied => {
             format!(
                 "`{whom}` may not be connected to by this agent; run the agent as root, or the app as the agent's user (`user` in the spec)"

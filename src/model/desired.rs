@@ -2,12 +2,15 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use sha2::{Digest as _, Sha256};
+
 use super::{
     env::{self, Secret},
     name::{AppName, EnvName, ImageRef, SetName},
     problem::{Problem, Problems, guarded},
     release::{Release, ReleaseKey},
     spec::{Ingress, Order, PullPolicy, Spec},
+    text::hex,
 };
 
 /// One consistent read.
@@ -98,6 +101,15 @@ pub struct Target {
     pub created: i64,
     /// Whether it may only stay, not come.
     pub cordoned: bool,
+}
+
+impl Target {
+    /// Stands for what an outcome of the release depends on that is not part of the release: the order, the count, and how
+    /// requests reach it. When it changes, a failure from before says nothing any more.
+    pub fn conditions(&self) -> String {
+        let text = format!("{:?} {} {:?}", self.order, self.replicas, self.ingress);
+        hex(&Sha256::digest(text)[..6])
+    }
 }
 
 /// The keys of one app, as they were read.

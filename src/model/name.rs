@@ -95,24 +95,37 @@ name!(
     |t| is_label(t, MAX_NAME)
 );
 name!(
-    /// The name of an environment variable.
+    /// The name of an environment variable, as Docker takes it: `discovery.type` is one.
     EnvName, "variable name",
-    "use letters, digits and `_`, not starting with a digit, and not `DEMAE_…`, which demae sets itself",
+    "use 1 to 255 printable characters without blanks, `=`, `/`, quotes, `#` and `\\`, and not `DEMAE_…`, which demae sets itself",
     |t| {
         let b = t.as_bytes();
-        !b.is_empty() && b.len() <= 255 && !b[0].is_ascii_digit()
-            && b.iter().all(|c| c.is_ascii_alphanumeric() || *c == b'_')
-            && !t.starts_with("DEMAE_")
+        !b.is_empty() && b.len() <= 255
+            && b.iter().all(|c| c.is_ascii_graphic() && !b"=/\"'`#\\".contains(c))
+            && !t.starts_with("DEMAE_") && t != "." && t != ".."
     }
 );
 name!(
-    /// A host name that nginx serves: exact, or with `*.` in front.
+    /// A host name that nginx serves: exact, with `*.` in front, or `*` for every other host.
     VirtualHost, "virtual host",
-    "use a lower-case host name such as `web.example.com` or `*.example.com`, at most 253 characters, labels at most 63 (international names in their `xn--` form)",
+    "use a lower-case host name such as `web.example.com`, `*.example.com`, or `*` for all that no other app claims; at most 253 characters, labels at most 63 (international names in their `xn--` form), no wildcard for a whole top-level domain, and nothing below `demae.invalid`",
     |t| {
         let rest = t.strip_prefix("*.").unwrap_or(t);
-        t.len() <= 253 && !rest.is_empty() && rest.split('.').all(|label| is_label(label, 63))
-            && !(t.starts_with("*.") && !rest.contains('.') && rest.is_empty())
+        let is_name = t.len() <= 253 && rest.split('.').all(|label| is_label(label, 63));
+        let reserved = rest == "demae.invalid" || rest.ends_with(".demae.invalid");
+        t == "*" || is_name && !reserved && (rest == t || rest.contains('.'))
+    }
+);
+name!(
+    /// A path below which an app is served, such as `/api`.
+    UrlPath, "path",
+    "use a path such as `/api` or `/shop/v1`: letters, digits, `.`, `_`, `~` and `-` between slashes, at most 200 characters, without a `/` at the end",
+    |t| {
+        let fine = |part: &str| {
+            !part.is_empty() && part != "." && part != ".."
+                && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"._~-".contains(&b))
+        };
+        t.len() <= 200 && t.strip_prefix('/').is_some_and(|rest| rest.split('/').all(fine))
     }
 );
 name!(
@@ -172,10 +185,16 @@ impl ContainerId {
 }
 
 impl VirtualHost {
+    /// Whether it stands for every host that no other app claims.
+    pub fn is_catch_all(&self) -> bool {
+        self.0 == "*"
+    }
+
     /// A host name that this virtual host answers to: itself, or one under its wildcard.
     pub fn example(&self) -> String {
-        match self.0.strip_prefix("*.") {
-            Some(rest) => format!("demae-proof.{rest}"),
+        match self.0.strip_prefix('*') {
+            Some("") => "demae-proof.invalid".to_owned(),
+            Some(rest) => format!("demae-proof{rest}"),
             None => self.0.clone(),
         }
     }
@@ -207,9 +226,20 @@ mod tests {
         for bad in ["a;b", "a }", "x; } server {", "a..b", "*.", "a.*.b", "UPPER.example", "über.example", "a\nb"] {
             assert!(VirtualHost::try_from(bad).is_err(), "{bad:?} was taken for a virtual host");
         }
-        for bad in ["", "A=B", "1AB", "a-b", "a b", "DEMAE_APP"] {
+        for bad in ["*.com", "*", "*.", "generation.demae.invalid", "*.demae.invalid", "demae.invalid"] {
+            let taken = VirtualHost::try_from(bad).is_ok();
+            assert_eq!(taken, bad == "*", "{bad:?} as a virtual host");
+        }
+        for bad in ["", "A=B", "a b", "a/b", "#a", "a\tb", "é", "DEMAE_APP"] {
             assert!(EnvName::try_from(bad).is_err(), "{bad:?} was taken for a variable name");
         }
+        for good in ["1AB", "a-b", "discovery.type", "cluster.name", "a:b", "_"] {
+            assert!(EnvName::try_from(good).is_ok(), "{good:?} is a name for Docker");
+        }
+        for bad in ["", "/", "api", "/api/", "//a", "/a/../b", "/a b", "/a\"b", "/a;b", "/a{1}"] {
+            assert!(UrlPath::try_from(bad).is_err(), "{bad:?} was taken for a path");
+        }
+        assert!(UrlPath::try_from("/shop/v1.0").is_ok());
         for bad in ["", " web", "web:v1\n", "-web", "web:", "a//b", "../a"] {
             assert!(ImageRef::try_from(bad).is_err(), "{bad:?} was taken for an image reference");
         }

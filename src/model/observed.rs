@@ -103,6 +103,8 @@ pub struct Instance {
     pub grace: Duration,
     /// Whether a socket lies there that nobody listens on.
     pub stale_socket: bool,
+    /// Whether it does not run and another program has its port meanwhile: it can never be started again.
+    pub port_taken: bool,
 }
 
 impl Instance {
@@ -207,4 +209,15 @@ pub struct Verdict {
     pub log_tail: String,
     /// When.
     pub at: Timestamp,
+    /// How often it has failed here in a row.
+    #[serde(default = "once")]
+    pub attempts: u32,
+    /// Stands for what it depends on beside the release: see [`Target::conditions`](super::desired::Target::conditions).
+    /// Empty from a demae that did not say.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub conditions: String,
+}
+
+fn once() -> u32 {
+    1
 }

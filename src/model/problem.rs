@@ -6,20 +6,30 @@ use serde::{Deserialize, Serialize};
 
 /// Most bytes of one part of a problem that are shown.
 const SHOWN: usize = 1000;
+/// Most problems of one text, or of one app, that are kept and shown.
+pub const MOST_PROBLEMS: usize = 100;
+/// Most bytes of them.
+const MOST_BYTES: usize = 16 * 1024;
 
 /// What people wrote, fit for a terminal: without what would move its cursor, colour it or turn its text around, and of a
 /// length that can be read.
 fn shown(text: impl Into<String>) -> String {
+    bounded(text, SHOWN)
+}
+
+/// A text of at most so many bytes and a few, fit for a terminal, a log and a store: what people and programs wrote may
+/// be of any length.
+pub fn bounded(text: impl Into<String>, most: usize) -> String {
     let text = text.into();
     let moves = |c: char| {
         c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
-    if text.len() <= SHOWN && !text.chars().any(moves) {
+    if text.len() <= most && !text.chars().any(moves) {
         return text;
     }
     let mut out = String::new();
     for c in text.chars() {
-        if out.len() >= SHOWN {
+        if out.len() >= most {
             out.push('…');
             break;
         }
@@ -126,9 +136,20 @@ impl Problems {
         self
     }
 
-    /// The first of them, and how many there are beside.
+    /// The first of them, as many as can be shown, kept and published, and how many there are beside: people can write
+    /// mistakes without end, and all of them are in the status of one app.
     #[must_use]
-    pub fn first(mut self, most: usize) -> Self {
+    pub fn bounded(mut self) -> Self {
+        let mut bytes = 0;
+        let fits = |problem: &Problem| {
+            bytes += problem.key.len() + problem.message.len() + problem.hint.as_ref().map_or(0, String::len);
+            bytes <= MOST_BYTES
+        };
+        let most = self.0.iter().take(MOST_PROBLEMS).take_while({
+            let mut fits = fits;
+            move |problem| fits(problem)
+        });
+        let most = most.count().max(1);
         if let Some((line, column)) = self.0.get(most).map(|p| (p.line, p.column)) {
             let more = self.0.len() - most;
             self.0.truncate(most);

@@ -8,7 +8,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    name::{AppName, TemplateName, VirtualHost},
+    name::{AppName, TemplateName, UrlPath, VirtualHost},
     time::Timestamp,
 };
 
@@ -25,6 +25,32 @@ pub struct Vhost {
     pub max_body_size: u64,
     /// Longest time between two reads from the app, in seconds.
     pub read_timeout: u64,
+    /// Largest headers of an answer, in bytes.
+    #[serde(default = "default_response_header_size")]
+    pub response_header_size: u64,
+    /// Whether nginx reads the whole body of a request before the app sees any of it.
+    #[serde(default = "yes")]
+    pub request_buffering: bool,
+    /// The path below which it is served; the whole host unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<UrlPath>,
+    /// Whether the app gets the path without that.
+    #[serde(default)]
+    pub strip_path: bool,
+}
+
+/// Largest headers of an answer unless the spec says otherwise: a browser keeps 50 cookies of 4 KiB for a site at most, and
+/// apps set a few at a time.
+pub const RESPONSE_HEADER_SIZE: u64 = 32 * 1024;
+
+/// Sets of an earlier demae do not say. nginx was left to its own then, which makes the text another one; the value is
+/// what it is rendered with now.
+fn default_response_header_size() -> u64 {
+    RESPONSE_HEADER_SIZE
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl Vhost {
@@ -58,6 +84,10 @@ pub struct Manifest {
     pub rejected: BTreeMap<AppName, Rejected>,
     /// Stands for the templates and the profile the text was made with.
     pub templates: String,
+    /// Templates of the host's own that its texts were made with. One that is gone is not taken for one that was never
+    /// there.
+    #[serde(default)]
+    pub own_templates: BTreeSet<String>,
     /// When the vhost of an app last changed, or went.
     #[serde(default)]
     pub changed: BTreeMap<AppName, Timestamp>,
@@ -201,6 +231,10 @@ mod tests {
             template: None,
             max_body_size: 0,
             read_timeout: 60,
+            response_header_size: RESPONSE_HEADER_SIZE,
+            request_buffering: true,
+            path: None,
+            strip_path: false,
         };
         let set = |port| Manifest { vhosts: [(app.clone(), vhost(port))].into(), ..Manifest::default() };
         let (mut first, mut second, mut third) = (set(1), set(2), set(2));

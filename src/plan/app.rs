@@ -8,16 +8,17 @@ use std::time::Duration;
 use super::{
     AppInput, AppPlan,
     draft::Draft,
-    group::{Group, ending, handle, is_established, is_left, of_release, patience},
+    group::{Group, ending, handle, is_established, is_left, of_release, patience, verdict},
     retire, routes,
     step::{Planned, Step, StepKind},
     wait::{Block, Wait},
 };
 use crate::model::{
     desired::{DesiredApp, Target},
-    name::ReleaseId,
-    observed::{Health, Instance, InstanceKey, Phase},
+    name::{ReleaseId, VirtualHost},
+    observed::{Health, Instance, InstanceKey, Phase, Verdict},
     spec::{Order, Probe, PullPolicy, SETTLE},
+    time::Timestamp,
 };
 
 /// Proofs through nginx that may fail before the release is given up.
@@ -26,6 +27,14 @@ const PROOFS: u32 = 3;
 const KILLS: u32 = 5;
 /// How often a candidate whose time is over is looked at until somebody has asked it.
 const ASKED_SOON: Duration = Duration::from_secs(1);
+/// The first pause before a release is tried again of which none was ever proven; each is twice the one before.
+const RETRY_FIRST: Duration = Duration::from_secs(5);
+/// The longest.
+const RETRY_LONGEST: Duration = Duration::from_secs(300);
+/// Why an instance is made beside one in service that is not well.
+pub const REPLACES_UNHEALTHY: &str = "an unhealthy instance is replaced";
+/// How soon it is looked again whether what failed is gone.
+const SOON: Duration = Duration::from_millis(500);
 /// How often an image that nobody pulls is looked for.
 const LOOK_FOR_IMAGE: Duration = Duration::from_secs(5);
 
@@ -63,8 +72,8 @@ impl<'a> Draft<'a> {
     /// Converges, unless somebody else's claim or a cordon is in the way.
     fn run(&mut self, target: &Target) {
         if let Some(conflict) = &self.input.conflict {
-            let (host, owner) = (conflict.host.clone(), conflict.owner.clone());
-            self.plan.blocks.push(Block::HostTaken { host, owner });
+            let (host, path, owner) = (conflict.host.clone(), conflict.path.clone(), conflict.owner.clone());
+            self.plan.blocks.push(Block::HostTaken { host, path, owner });
             self.only_supervise();
         } else if target.cordoned && self.observed().instances.is_empty() {
             self.plan.blocks.push(Block::Cordoned);
@@ -101,7 +110,7 @@ impl<'a> Draft<'a> {
         let observed = self.observed();
         let wanted = &target.release.id;
         let proven = observed.proven.as_ref() == Some(wanted);
-        let verdict = observed.verdicts.get(wanted).filter(|_| !proven);
+        let verdict = self.verdict(target).filter(|_| !proven);
         let serving = if proven { Some(wanted.clone()) } else { self.serving() };
 
         // A stop-first change stops what serves on purpose; starting it again would undo that.
@@ -116,8 +125,11 @@ impl<'a> Draft<'a> {
             _ => {}
         }
         let ready = match verdict {
-            Some(verdict) => {
+            Some((verdict, retry)) => {
                 self.plan.blocks.push(Block::Halted(verdict.clone()));
+                if let Some(until) = retry {
+                    self.wait(Wait::Retry { until, attempts: verdict.attempts });
+                }
                 false
             }
             None => {
@@ -136,9 +148,32 @@ impl<'a> Draft<'a> {
         self.count(if proven { Some(wanted) } else { serving.as_ref() });
     }
 
+    /// The verdict that holds for the wanted release, and when it is tried again in spite of it. A verdict ends when what it
+    /// depended on changed. Where no release was ever proven nothing is lost by another try, and what the app waits for may
+    /// be there by then.
+    fn verdict(&self, target: &Target) -> Option<(&'a Verdict, Option<Timestamp>)> {
+        let observed = self.observed();
+        let verdict = observed.verdicts.get(&target.release.id)?;
+        if !verdict.conditions.is_empty() && verdict.conditions != target.conditions() {
+            return None;
+        }
+        if observed.proven.is_some() {
+            return Some((verdict, None));
+        }
+        let pause = RETRY_FIRST.saturating_mul(1 << verdict.attempts.saturating_sub(1).min(10)).min(RETRY_LONGEST);
+        let until = verdict.at.plus(pause);
+        // Whatever it failed with is gone first.
+        let failed = |i: &Instance| i.key.release == target.release.id && i.started <= verdict.at;
+        if self.input.now >= until && !observed.instances.iter().any(failed) {
+            return None;
+        }
+        Some((verdict, Some(until.max(self.input.now.plus(SOON)))))
+    }
+
     /// Starts again what was in service and has ended.
     fn supervise(&mut self, instances: impl Iterator<Item = &'a Instance>) {
-        for instance in instances.filter(|i| is_established(self.input, i) && !is_left(i)).collect::<Vec<_>>() {
+        let stays = |i: &&Instance| is_established(self.input, i) && !is_left(i) && !i.port_taken;
+        for instance in instances.filter(stays).collect::<Vec<_>>() {
             match instance.phase {
                 Phase::Exited(_) | Phase::Created | Phase::Paused => {
                     self.step(Step::Start(handle(instance)), "it should run and does not");
@@ -161,11 +196,13 @@ impl<'a> Draft<'a> {
         let discarded = self.input.cooling.get(&StepKind::Discard).map_or(0, |c| c.attempts);
         if let Some(instance) = group.spent.iter().find(|i| !i.leaving).filter(|_| !proven && discarded >= KILLS) {
             let cause = format!("{} {KILLS} times before it was healthy", ending(instance));
-            let (handle, release) = (handle(instance), release.clone());
-            self.step(Step::RecordVerdict { handle, release, cause, exit_code: None }, "the release failed");
+            let verdict = verdict(self.input, target, instance, cause, None);
+            self.step(verdict, "the release failed");
             return false;
         }
-        if let Some(instance) = group.spent.iter().find(|i| i.leaving) {
+        if let Some(instance) = group.spent.iter().find(|i| i.port_taken) {
+            self.step(Step::Remove(handle(instance)), "another program has its port");
+        } else if let Some(instance) = group.spent.iter().find(|i| i.leaving) {
             self.step(Step::Remove(handle(instance)), "it was ended when another release was wanted");
         } else if let Some(instance) = group.spent.first() {
             let why = ending(instance);
@@ -175,6 +212,12 @@ impl<'a> Draft<'a> {
         let known = group.image().filter(|_| !self.observed().image_lost);
         let image = known.or_else(|| self.observed().image.clone());
         let env_written = self.observed().env_files.contains(&release.id);
+        if missing > 0
+            && let Some(nested) = self.input.nested
+        {
+            self.plan.blocks.push(Block::MountUnsafe(nested.clone()));
+            return proven && self.is_served(group);
+        }
         if missing > 0 {
             let fresh = target.pull_policy == PullPolicy::Always && group.all.is_empty() && !self.observed().pulled;
             if image.is_none() || fresh {
@@ -197,11 +240,16 @@ impl<'a> Draft<'a> {
         {
             let key = InstanceKey { release: release.id.clone(), number: group.free_number() };
             let drain = target.ingress.as_ref().map_or(Duration::ZERO, |i| i.drain);
-            let step = Step::Create { key, release: release.clone(), image, drain };
+            let host = target.ingress.as_ref().and_then(|i| i.hosts.iter().find(|h| !h.is_catch_all()));
+            let host = host.map(VirtualHost::example);
+            let step = Step::Create { key, release: release.clone(), image, drain, host };
             // A candidate that was given up is a reason to pause, though creating it did not fail.
             if !self.is_cooling(StepKind::Discard) {
-                let reason =
-                    if group.all.is_empty() { "the release has no instance" } else { "an instance is missing" };
+                let reason = match (group.all.is_empty(), group.condemned) {
+                    (true, _) => "the release has no instance",
+                    (false, true) => REPLACES_UNHEALTHY,
+                    (false, false) => "an instance is missing",
+                };
                 self.step(step, reason);
             }
         }
@@ -252,24 +300,24 @@ impl<'a> Draft<'a> {
         healthy >= usize::from(target.replicas) || (proven && healthy > 0)
     }
 
+    fn is_served(&self, group: &Group<'_>) -> bool {
+        group.good.iter().any(|i| i.is_running() && i.health.is_healthy())
+    }
+
     fn prove(&mut self, target: &Target, group: &Group<'_>, proven: bool) {
+        let check = &target.release.health;
+        let proofs = PROOFS.max(check.retries);
         if !proven {
             if let Some(cooled) =
-                self.input.cooling.get(&StepKind::Prove).filter(|c| c.attempts >= PROOFS && !c.temporary)
+                self.input.cooling.get(&StepKind::Prove).filter(|c| c.attempts >= proofs && !c.temporary)
                 && let Some(first) = group.good.first()
             {
                 let cause = format!("it is healthy, and does not answer through nginx: {}", cooled.error);
-                let release = target.release.clone();
-                let step = Step::RecordVerdict { handle: handle(first), release, cause, exit_code: None };
-                self.step(step, "the release failed");
+                self.step(verdict(self.input, target, first, cause, None), "the release failed");
                 return;
             }
-            let path = match &target.release.health.probe {
-                Probe::Http(path) => path.clone(),
-                _ => "/".to_owned(),
-            };
             let release = target.release.id.clone();
-            let step = Step::Prove { release, ingress: target.ingress.clone(), path };
+            let step = Step::Prove { release, ingress: target.ingress.clone(), check: check.clone() };
             self.step(step, "the release is routed and not proven");
         }
         for instance in group.good.iter().filter(|i| proven && !i.settled && i.health.is_healthy()) {

@@ -13,6 +13,9 @@ use crate::model::{
 
 use super::{AppInput, AppPlan, step::Step};
 
+/// How long an older worker of nginx may take to read a request before it sends it anywhere.
+const UPLOAD: std::time::Duration = std::time::Duration::from_secs(600);
+
 /// What a plan must never do, or must do and does not. Empty when it is fine.
 pub fn violations(input: &AppInput<'_>, plan: &AppPlan) -> Vec<String> {
     let mut found = Vec::new();
@@ -34,6 +37,11 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
     if matches!(input.desired, DesiredApp::Kept(_)) && !matches!(step, Step::Switch(_)) {
         found.push(format!("`{step}` touches an app of which nobody knows whether it is wanted"));
     }
+    if let Some(handle) = step.handle()
+        && input.stopping.contains_key(&handle.id)
+    {
+        found.push(format!("`{step}` is done to an instance that was asked to end already"));
+    }
     if input.busy.is_some() {
         found.push(format!("`{step}` would be a second step at once"));
     }
@@ -47,6 +55,9 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
             }
         }
         Step::Create { key, release, .. } => {
+            if input.nested.is_some() {
+                found.push(format!("`{step}` mounts what another mount can replace"));
+            }
             if input.observed.instances.iter().any(|i| i.key == *key) {
                 found.push(format!("`{step}` would double an instance"));
             }
@@ -117,18 +128,30 @@ fn check_ending(input: &AppInput<'_>, instance: &Instance, step: &Step, found: &
     {
         found.push(format!("`{step}` cuts connections before their time is over"));
     }
+    // An older worker may hold a request whose body is still on its way, and send it here.
+    let known = |port: &u16| instance.settled || input.proxy.left.is_none_or(|ports| ports.contains(port));
+    if matches!(step, Step::Stop { .. })
+        && instance.phase == Phase::Running
+        && instance.connections == Some(0)
+        && input.proxy.old_workers
+        && matches!(&instance.address, Some(Address::Port(port)) if known(port))
+        && input.now < left.plus(UPLOAD)
+    {
+        found.push(format!("`{step}` ends an instance that an older nginx worker may still send a request to"));
+    }
     if matches!(input.desired, DesiredApp::Kept(_) | DesiredApp::Invalid { last_good: None, .. })
         || input.conflict.is_some()
     {
         found.push(format!("`{step}` ends an instance though it is not known what is wanted"));
     }
     let serves = |i: &Instance| i.phase == Phase::Running && i.health.is_healthy() && i.settled;
-    if matches!(input.desired, DesiredApp::Run(_))
+    if matches!(input.desired, DesiredApp::Run(_) | DesiredApp::Invalid { last_good: Some(_), .. })
         && serves(instance)
         && !input
             .observed
             .instances
             .iter()
+            .filter(|i| !input.stopping.contains_key(&i.id))
             .any(|i| i.id != instance.id && i.phase == Phase::Running && i.health.is_healthy())
     {
         found.push(format!("`{step}` ends the last healthy instance"));

@@ -27,6 +27,13 @@ impl<'a> Draft<'a> {
         if self.plan.step.is_some() {
             return;
         }
+        // What was asked to end is left to it.
+        if let Some(handle) = step.handle()
+            && let Some(until) = self.input.stopping.get(&handle.id)
+        {
+            self.wait(Wait::Stopping { key: handle.key.clone(), until: *until });
+            return;
+        }
         let kind = step.kind();
         match self.input.cooling.get(&kind).filter(|c| c.until > self.input.now) {
             None => self.plan.step = Some(Planned::new(step, reason)),
@@ -70,13 +77,17 @@ impl<'a> Draft<'a> {
 
     /// Tells why nginx does not serve what is wished. True when it does.
     pub(super) fn report(&mut self) -> bool {
+        let refused = match (&self.plan.vhost, self.input.proxy.rejected) {
+            (VhostWish::Set(wish), Some(rejected)) if *wish == rejected.vhost => Some(rejected.error.clone()),
+            _ => None,
+        };
+        let is_refused = refused.is_some();
+        self.plan.blocks.extend(refused.map(Block::RoutesRejected));
+        // Served by its last good text, it is served all the same.
         if self.plan.vhost.is_met(self.input) {
             return true;
         }
-        if let (VhostWish::Set(wish), Some(rejected)) = (&self.plan.vhost, self.input.proxy.rejected)
-            && *wish == rejected.vhost
-        {
-            self.plan.blocks.push(Block::RoutesRejected(rejected.error.clone()));
+        if is_refused {
             return false;
         }
         let why = match self.input.proxy.trouble {

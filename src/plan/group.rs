@@ -25,6 +25,8 @@ pub(super) struct Group<'a> {
     pub(super) good: Vec<&'a Instance>,
     /// Candidates that failed though the release is proven.
     pub(super) spent: Vec<&'a Instance>,
+    /// Whether one in service was unhealthy for so long that it is replaced.
+    pub(super) condemned: bool,
 }
 
 impl<'a> Group<'a> {
@@ -34,8 +36,10 @@ impl<'a> Group<'a> {
         let spent: Vec<&Instance> = all
             .iter()
             .copied()
-            .filter(|i| !is_established(input, i) || is_left(i))
-            .filter(|i| was_killed(i) || proven && (is_late(i, input) || matches!(i.phase, Phase::Exited(_))))
+            .filter(|i| !is_established(input, i) || is_left(i) || i.port_taken)
+            .filter(|i| {
+                i.port_taken || was_killed(i) || proven && (is_late(i, input) || matches!(i.phase, Phase::Exited(_)))
+            })
             .collect();
         let condemned = |i: &Instance| match &i.health {
             Health::Unhealthy { since, .. } => {
@@ -46,7 +50,8 @@ impl<'a> Group<'a> {
         let mut good: Vec<&Instance> = all
             .iter()
             .copied()
-            .filter(|i| i.phase != Phase::Removing && !spent.iter().any(|s| s.id == i.id) && !condemned(i))
+            .filter(|i| i.phase != Phase::Removing && !input.is_stopping(i))
+            .filter(|i| !spent.iter().any(|s| s.id == i.id) && !condemned(i))
             .collect();
         let rank = |i: &Instance| match &i.health {
             Health::Healthy if i.is_running() => 0,
@@ -57,7 +62,8 @@ impl<'a> Group<'a> {
         good.sort_by_key(|i| (rank(i), !i.settled, i.key.number));
         good.truncate(usize::from(target.replicas));
         good.sort_by_key(|i| i.key.number);
-        Self { all, good, spent }
+        let condemned = all.iter().any(|i| condemned(i));
+        Self { all, good, spent, condemned }
     }
 
     /// The image that the release was resolved to, if it has an instance that lives. That of a dead one may be gone.
@@ -72,15 +78,21 @@ impl<'a> Group<'a> {
 
     /// The verdict that a candidate earned, if one did.
     pub(super) fn failure(&self, input: &AppInput<'_>, target: &Target) -> Option<Step> {
-        self.all.iter().find_map(|i| {
-            let release = || target.release.clone();
-            let verdict =
-                |cause, exit_code| Step::RecordVerdict { handle: handle(i), release: release(), cause, exit_code };
+        self.all.iter().filter(|i| !input.is_stopping(i)).find_map(|i| {
+            let verdict = |cause, exit_code| verdict(input, target, i, cause, exit_code);
             match &i.phase {
                 Phase::Exited(_) if was_killed(i) => None,
                 Phase::Exited(code) if !i.settled => {
-                    let memory = if i.out_of_memory { ", for want of memory," } else { "" };
-                    Some(verdict(format!("it ended with exit code {code}{memory} before it was healthy"), Some(*code)))
+                    let memory = if i.out_of_memory { "was OOM-killed (exit code " } else { "ended with exit code " };
+                    let close = if i.out_of_memory { ")" } else { "" };
+                    // s6-overlay ends with it unless it is PID 1, where Docker's init process is.
+                    let hint = if *code == 100 && target.release.container.init {
+                        "; an image with an init of its own, such as s6-overlay, needs `init: false`"
+                    } else {
+                        ""
+                    };
+                    let cause = format!("it {memory}{code}{close} before it was healthy{hint}");
+                    Some(verdict(cause, Some(*code)))
                 }
                 Phase::Restarting => Some(verdict("it ends again and again".to_owned(), None)),
                 Phase::Running if is_late(i, input) => {
@@ -97,6 +109,21 @@ impl<'a> Group<'a> {
             }
         })
     }
+}
+
+/// The verdict on the release that is wanted, by one of its instances.
+pub(super) fn verdict(
+    input: &AppInput<'_>,
+    target: &Target,
+    instance: &Instance,
+    cause: String,
+    exit_code: Option<i64>,
+) -> Step {
+    let conditions = target.conditions();
+    let before = input.observed.verdicts.get(&target.release.id).filter(|v| v.conditions == conditions);
+    let attempts = before.map_or(0, |v| v.attempts).saturating_add(1);
+    let release = target.release.clone();
+    Step::RecordVerdict { handle: handle(instance), release, cause, exit_code, attempts, conditions }
 }
 
 pub(super) fn of_release<'a>(
@@ -136,6 +163,7 @@ pub(super) fn patience(instance: &Instance) -> Duration {
 
 pub(super) fn ending(instance: &Instance) -> String {
     match (&instance.phase, &instance.health) {
+        _ if instance.port_taken => "another program has its port".to_owned(),
         (Phase::Exited(code), _) => format!("it ended with exit code {code}"),
         (_, Health::Starting(answer) | Health::Unhealthy { answer, .. }) => format!("it was not healthy: {answer}"),
         _ => "it was not healthy".to_owned(),

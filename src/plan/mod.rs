@@ -18,8 +18,9 @@ use std::collections::BTreeMap;
 
 use crate::model::{
     desired::DesiredApp,
-    name::{AppName, ReleaseId},
-    observed::ObservedApp,
+    mounts::NestedMount,
+    name::{AppName, ContainerId, ReleaseId},
+    observed::{Instance, ObservedApp},
     proxy::{Rejected, Vhost},
     time::Timestamp,
 };
@@ -41,10 +42,27 @@ pub struct AppInput<'a> {
     pub conflict: Option<proxy::Conflict>,
     /// Steps that failed and are not due yet.
     pub cooling: &'a Cooling,
+    /// A volume of its that another mount can replace.
+    pub nested: Option<&'a NestedMount>,
     /// The step under way, if one is.
     pub busy: Option<StepKind>,
+    /// Instances that were asked to end, and until when they may take for it. That holds up nothing else.
+    pub stopping: &'a Stopping,
     /// Now.
     pub now: Timestamp,
+}
+
+/// Instances that were asked to end, with the time at which they are killed.
+pub type Stopping = BTreeMap<ContainerId, Timestamp>;
+
+/// Where none is.
+pub static NONE_STOPPING: Stopping = Stopping::new();
+
+impl AppInput<'_> {
+    /// Whether an instance was asked to end already.
+    pub(crate) fn is_stopping(&self, instance: &Instance) -> bool {
+        self.stopping.contains_key(&instance.id)
+    }
 }
 
 /// What nginx serves of one app.

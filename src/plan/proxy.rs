@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 use super::{Cooled, VhostWish};
 use crate::model::{
     desired::{DesiredApp, Snapshot},
-    name::{AppName, VirtualHost},
-    proxy::{ObservedProxy, Vhost},
+    name::{AppName, UrlPath, VirtualHost},
+    proxy::{Manifest, ObservedProxy, Vhost},
     time::Timestamp,
 };
 
@@ -99,6 +99,9 @@ pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
         Some(live) if live.templates != observed.templates => {
             Some((ProxyStep::Publish(wanted), "the templates changed"))
         }
+        Some(live) if is_offered_again(input, live) => {
+            Some((ProxyStep::Publish(wanted), "what nginx refused may be right by now"))
+        }
         Some(_) if observed.drifted => Some((ProxyStep::Publish(wanted), CHANGED_BY_HAND)),
         Some(_) if !observed.is_serving_live() => Some((ProxyStep::Reload, NOT_LIVE)),
         Some(_) => None,
@@ -132,6 +135,19 @@ pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
     plan
 }
 
+/// Whether an app is served by its last good text though its value is the same, for so long that it is tried again: its
+/// template, or a file that this refers to, may have been put right.
+fn is_offered_again(input: &ProxyInput<'_>, live: &Manifest) -> bool {
+    input.wishes.iter().any(|(app, wish)| match (wish, input.observed.rejected(app)) {
+        (VhostWish::Set(vhost), Some(rejected)) => {
+            rejected.vhost == *vhost
+                && live.vhosts.get(app) == Some(vhost)
+                && input.now >= rejected.at.plus(OFFER_AGAIN)
+        }
+        _ => false,
+    })
+}
+
 /// The live set with all wishes in it, less those that nginx has refused.
 fn wanted(input: &ProxyInput<'_>) -> BTreeMap<AppName, Vhost> {
     let observed = input.observed;
@@ -160,20 +176,26 @@ fn wanted(input: &ProxyInput<'_>) -> BTreeMap<AppName, Vhost> {
 pub struct Conflict {
     /// Which.
     pub host: VirtualHost,
+    /// The path below it, if that is all that is claimed.
+    pub path: Option<UrlPath>,
     /// By whom.
     pub owner: AppName,
 }
 
+/// A host, or a path below it.
+type Claim<'a> = (&'a VirtualHost, Option<&'a UrlPath>);
+
 /// Which apps want a virtual host that belongs to another. Whoever is served keeps it; else the older app has it. The
 /// loser's traffic goes on as it is.
 pub fn conflicts(snapshot: &Snapshot, proxy: &ObservedProxy) -> BTreeMap<AppName, Conflict> {
-    let mut owners: BTreeMap<&VirtualHost, &AppName> = BTreeMap::new();
-    let mut claims: Vec<(i64, &AppName, Vec<&VirtualHost>)> = Vec::new();
+    let mut owners: BTreeMap<Claim<'_>, &AppName> = BTreeMap::new();
+    let mut claims: Vec<(i64, &AppName, Vec<Claim<'_>>)> = Vec::new();
     for (app, desired) in &snapshot.apps {
-        let served = || proxy.vhost(app).into_iter().flat_map(|v| &v.hosts);
-        let (wanted, created): (Vec<&VirtualHost>, i64) = match desired {
+        let served = || proxy.vhost(app).into_iter().flat_map(|v| v.hosts.iter().map(|h| (h, v.path.as_ref())));
+        let (wanted, created): (Vec<Claim<'_>>, i64) = match desired {
             DesiredApp::Run(target) | DesiredApp::Invalid { last_good: Some(target), .. } => {
-                (target.ingress.iter().flat_map(|i| &i.hosts).collect(), target.created)
+                let ingress = target.ingress.iter();
+                (ingress.flat_map(|i| i.hosts.iter().map(|h| (h, i.path.as_ref()))).collect(), target.created)
             }
             // What is kept as it is keeps its virtual hosts too.
             DesiredApp::Paused(_) | DesiredApp::Kept(_) | DesiredApp::Invalid { last_good: None, .. } => {
@@ -191,8 +213,9 @@ pub fn conflicts(snapshot: &Snapshot, proxy: &ObservedProxy) -> BTreeMap<AppName
     for (_, app, wanted) in claims {
         // Whoever loses one takes no other: it is not served, so it must not keep others from being.
         match wanted.iter().find_map(|h| owners.get(h).filter(|o| **o != app).map(|o| (*h, *o))) {
-            Some((host, owner)) => {
-                conflicts.insert(app.clone(), Conflict { host: host.clone(), owner: owner.clone() });
+            Some(((host, path), owner)) => {
+                let path = path.cloned();
+                conflicts.insert(app.clone(), Conflict { host: host.clone(), path, owner: owner.clone() });
             }
             None => owners.extend(wanted.into_iter().map(|host| (host, app))),
         }

@@ -13,11 +13,17 @@ use crate::model::{
     desired::Target,
     name::ReleaseId,
     observed::{Address, Instance, Phase},
+    time::Timestamp,
 };
 
 /// How soon the connections of a draining instance are counted again, at first and at last.
 const MEASURE_SOON: Duration = Duration::from_millis(15);
 const MEASURE_LATE: Duration = Duration::from_millis(500);
+/// How long nginx may take to read a request before an instance sees any of it: nginx reads whole bodies first, and its
+/// older workers know only the port of the instance from before.
+pub(super) const LONGEST_UPLOAD: Duration = Duration::from_secs(600);
+/// Within this time after the end of a drain it is noticed.
+const NOTICED: Duration = Duration::from_secs(2);
 
 /// Retires every instance that is not kept: those of the wanted group, of the release that serves until the wanted one
 /// is proven, and all that requests are routed to.
@@ -36,10 +42,9 @@ pub(super) fn retire(
             || is_routed(input, i)
     };
     // While nobody who stays is healthy, whoever is, or was in service, is better than none.
-    let anyone = instances.iter().any(|i| is_kept(i) && i.is_running() && i.health.is_healthy());
-    let is_spare = |i: &Instance| {
-        !anyone && (i.is_running() && i.health.is_healthy() || proven && is_wanted(i) && is_established(input, i))
-    };
+    let is_well = |i: &Instance| i.is_running() && i.health.is_healthy() && !input.is_stopping(i);
+    let anyone = instances.iter().any(|i| is_kept(i) && is_well(i));
+    let is_spare = |i: &Instance| !anyone && (is_well(i) || proven && is_wanted(i) && is_established(input, i));
     for instance in instances {
         if !(is_kept(instance) || is_spare(instance)) || instance.phase == Phase::Removing {
             end(draft, instance, "it is neither wanted nor routed");
@@ -98,10 +103,18 @@ fn end(draft: &mut Draft<'_>, instance: &Instance, reason: &'static str) {
                 _ => draft.observed().slots_changed,
             };
             let until = left.plus(instance.drain);
+            let (until, is_over) = match uploads_until(draft.input, instance, left) {
+                Some(longest) if draft.input.now < longest => {
+                    let late = draft.input.now >= until.plus(NOTICED);
+                    // Whoever was connected when the drain was over is cut then; who comes later was not.
+                    (longest, draft.input.now >= until && !late && instance.connections != Some(0))
+                }
+                _ => (until, draft.input.now >= until),
+            };
             let stop = Step::Stop { handle: handle(instance), grace: instance.grace };
             if is_drained(draft, instance) {
                 draft.step(stop, reason);
-            } else if draft.input.now >= until {
+            } else if is_over {
                 draft.step(stop, if instance.connections == Some(0) { reason } else { TIME_IS_OVER });
             } else {
                 // Measured often while it is young, seldom once it has taken long: most drains take milliseconds.
@@ -111,6 +124,17 @@ fn end(draft: &mut Draft<'_>, instance: &Instance, reason: &'static str) {
                 draft.wait(Wait::Drain { key, connections, until, again });
             }
         }
+    }
+}
+
+/// Until when an older worker of nginx may still send an instance a request that it has not sent yet, since the client is
+/// still sending it. Nothing where there is no such worker, or it knows no way to the instance.
+fn uploads_until(input: &AppInput<'_>, instance: &Instance, left: Timestamp) -> Option<Timestamp> {
+    match &instance.address {
+        Some(Address::Port(port)) if input.proxy.old_workers && !was_never_routed(input, instance, *port) => {
+            Some(left.plus(instance.drain.max(LONGEST_UPLOAD)))
+        }
+        _ => None,
     }
 }
 

@@ -83,7 +83,7 @@ fn pool<'a>(draft: &Draft<'a>, active: Option<&ReleaseId>, group: Option<&Group<
         Some(group) => group.good.clone(),
         None => draft.observed().instances.iter().filter(|i| i.key.release == *active).collect(),
     };
-    let routable = |i: &&&Instance| i.is_running() && i.address.is_some();
+    let routable = |i: &&&Instance| i.is_running() && i.address.is_some() && !draft.input.is_stopping(i);
     let known: Vec<&Instance> = of_release.iter().filter(routable).filter(|i| i.health.is_healthy()).copied().collect();
     // One that has not been asked yet stays where it is, and is not brought in.
     let unasked = of_release
@@ -107,6 +107,10 @@ fn vhost(ingress: &Ingress, upstreams: Upstreams) -> Vhost {
         template: ingress.template.clone(),
         max_body_size: ingress.max_body_size,
         read_timeout: ingress.read_timeout.as_secs(),
+        response_header_size: ingress.response_header_size,
+        request_buffering: ingress.request_buffering,
+        path: ingress.path.clone(),
+        strip_path: ingress.strip_path,
     }
 }
 

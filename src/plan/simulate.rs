@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use super::{
-    AppInput, AppPlan, Cooling, ProxyView, VhostWish,
+    AppInput, AppPlan, Cooling, NONE_STOPPING, ProxyView, VhostWish,
     app::plan_app,
     step::{Handle, Step},
 };
@@ -57,7 +57,9 @@ impl PaperHost {
             proxy,
             conflict: None,
             cooling,
+            nested: None,
             busy: None,
+            stopping: &NONE_STOPPING,
             now: self.now,
         }
     }
@@ -128,7 +130,7 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
         Step::WriteEnvFile(release) => {
             observed.env_files.insert(release.id.clone());
         }
-        Step::Create { key, release, image, drain } => {
+        Step::Create { key, release, image, drain, .. } => {
             let Some(Made { id, address }) = made else { return };
             if matches!(address, Some(Address::Socket(_))) {
                 observed.socket_dirs.insert(key.clone());
@@ -151,6 +153,7 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
                 grace: release.container.stop_grace_period,
                 restarts: 0,
                 stale_socket: false,
+                port_taken: false,
             });
             observed.instances.sort_by(|a, b| a.key.cmp(&b.key));
         }
@@ -180,10 +183,12 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
             observed.instances.retain(|i| i.id != handle.id);
             observed.socket_dirs.remove(&handle.key);
         }
-        Step::RecordVerdict { handle, cause, exit_code, .. } => {
+        Step::RecordVerdict { handle, cause, exit_code, attempts, conditions, .. } => {
             let release = handle.key.release.clone();
             let (cause, exit_code, log_tail) = (cause.clone(), *exit_code, String::new());
-            let verdict = Verdict { release: release.clone(), cause, exit_code, log_tail, at: now };
+            let (attempts, conditions) = (*attempts, conditions.clone());
+            let verdict =
+                Verdict { release: release.clone(), cause, exit_code, log_tail, at: now, attempts, conditions };
             observed.verdicts.insert(release, verdict);
         }
         Step::CleanUp(left) => {

@@ -6,7 +6,7 @@ use crate::model::{
     name::{ContainerId, ImageRef, ReleaseId},
     observed::InstanceKey,
     release::Release,
-    spec::Ingress,
+    spec::{HealthCheck, Ingress},
 };
 
 /// A step and why it is taken.
@@ -50,6 +50,8 @@ pub enum Step {
         image: String,
         /// How long requests may take to leave it.
         drain: Duration,
+        /// The host that its health check asks for, unless the check names one.
+        host: Option<String>,
     },
     /// Start, or unpause, a container.
     Start(Handle),
@@ -63,8 +65,8 @@ pub enum Step {
         release: ReleaseId,
         /// Where to ask; a worker is recorded without being asked.
         ingress: Option<Ingress>,
-        /// The path of its check, if it has one.
-        path: String,
+        /// How its instances are asked whether they are well: the proof asks for no more.
+        check: HealthCheck,
     },
     /// Let Docker keep a proven instance running.
     Settle(Handle),
@@ -94,6 +96,10 @@ pub enum Step {
         cause: String,
         /// Its exit code, if it ended.
         exit_code: Option<i64>,
+        /// How often the release has failed here, with this time.
+        attempts: u32,
+        /// Stands for what the verdict depends on beside the release.
+        conditions: String,
     },
     /// Remove files that nothing needs any more.
     CleanUp(Leftovers),
@@ -198,6 +204,30 @@ impl StepKind {
 }
 
 impl Step {
+    /// The container that it is done to, if it is done to one that is there.
+    pub fn handle(&self) -> Option<&Handle> {
+        match self {
+            Self::Start(handle)
+            | Self::ClearSocket(handle)
+            | Self::Settle(handle)
+            | Self::Stop { handle, .. }
+            | Self::Remove(handle)
+            | Self::Discard { handle, .. }
+            | Self::RecordVerdict { handle, .. } => Some(handle),
+            Self::Pull(_)
+            | Self::WriteEnvFile(_)
+            | Self::Create { .. }
+            | Self::Switch(_)
+            | Self::Prove { .. }
+            | Self::CleanUp(_) => None,
+        }
+    }
+
+    /// Whether it waits for a program to end, which may take as long as its grace. Other steps of the app go on meanwhile.
+    pub fn is_ending(&self) -> bool {
+        matches!(self, Self::Stop { .. } | Self::Discard { .. })
+    }
+
     /// Its kind.
     pub fn kind(&self) -> StepKind {
         match self {

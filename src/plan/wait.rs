@@ -4,7 +4,8 @@ use std::{fmt, time::Duration};
 
 use super::step::StepKind;
 use crate::model::{
-    name::{AppName, VirtualHost},
+    mounts::NestedMount,
+    name::{AppName, UrlPath, VirtualHost},
     observed::{InstanceKey, Verdict},
     problem::Problems,
     time::{Timestamp, humane},
@@ -61,6 +62,20 @@ pub enum Wait {
     },
     /// Docker is removing it.
     Removal(InstanceKey),
+    /// An instance was asked to end.
+    Stopping {
+        /// Which.
+        key: InstanceKey,
+        /// It is killed then.
+        until: Timestamp,
+    },
+    /// A release that failed is tried again: none has ever been proven here, so nothing is lost by it.
+    Retry {
+        /// Then.
+        until: Timestamp,
+        /// Failures so far.
+        attempts: u32,
+    },
     /// An image is loaded by other means; it is looked for again then.
     Image(Timestamp),
     /// The store has not been read, and so nobody knows whether the app is wanted.
@@ -69,17 +84,29 @@ pub enum Wait {
 
 impl Wait {
     /// Every kind.
-    pub const KINDS: [&'static str; 9] =
-        ["busy", "health", "drain", "cooling_down", "proxy", "recovery", "removal", "image", "store"];
+    pub const KINDS: [&'static str; 11] = [
+        "busy",
+        "health",
+        "drain",
+        "cooling_down",
+        "proxy",
+        "recovery",
+        "removal",
+        "stopping",
+        "retry",
+        "image",
+        "store",
+    ];
 
     /// When to look again, if nothing happens before.
     pub fn look_again(&self, now: Timestamp) -> Option<Timestamp> {
         match self {
-            // The store wakes the loop when it is read.
-            Self::Busy(_) | Self::Store(_) => None,
+            // The store wakes the loop when it is read, and so does the end of what is under way.
+            Self::Busy(_) | Self::Store(_) | Self::Stopping { .. } => None,
             Self::Health { again: until, .. }
             | Self::CoolingDown { until, .. }
             | Self::Recovery { until, .. }
+            | Self::Retry { until, .. }
             | Self::Image(until) => Some(*until),
             Self::Drain { again, .. } => Some(*again),
             Self::Proxy(_) | Self::Removal(_) => Some(now.plus(Duration::from_secs(1))),
@@ -93,9 +120,11 @@ impl Wait {
             Self::Health { until, again, .. } | Self::Drain { until, again, .. } => {
                 (*until, *again) = (tell(*until), tell(*again));
             }
-            Self::CoolingDown { until, .. } | Self::Recovery { until, .. } | Self::Image(until) => {
-                *until = tell(*until);
-            }
+            Self::CoolingDown { until, .. }
+            | Self::Recovery { until, .. }
+            | Self::Stopping { until, .. }
+            | Self::Retry { until, .. }
+            | Self::Image(until) => *until = tell(*until),
             Self::Busy(_) | Self::Proxy(_) | Self::Removal(_) | Self::Store(_) => {}
         }
         self
@@ -111,6 +140,8 @@ impl Wait {
             Self::Proxy(_) => "proxy",
             Self::Recovery { .. } => "recovery",
             Self::Removal(_) => "removal",
+            Self::Stopping { .. } => "stopping",
+            Self::Retry { .. } => "retry",
             Self::Image(_) => "image",
             Self::Store(_) => "store",
         }
@@ -147,6 +178,10 @@ impl fmt::Display for Wait {
             Self::Image(until) => write!(f, "the image is looked for again at {until}"),
             Self::Store(why) => write!(f, "kept as it is until the store can be read: {why}"),
             Self::Removal(key) => write!(f, "Docker is removing {key}"),
+            Self::Stopping { key, until } => {
+                write!(f, "{key} was asked to end, and is killed at {until} if it has not")
+            }
+            Self::Retry { until, attempts } => write!(f, "tried again at {until}, after {attempts} failures"),
         }
     }
 }
@@ -166,6 +201,8 @@ pub enum Block {
     HostTaken {
         /// Which.
         host: VirtualHost,
+        /// The path below it, if that is all that is claimed.
+        path: Option<UrlPath>,
         /// By whom.
         owner: AppName,
     },
@@ -173,14 +210,25 @@ pub enum Block {
     RoutesRejected(String),
     /// The image is nowhere to be had.
     ImageMissing(String),
+    /// A volume lies below a writable mount, so what it leads to could be exchanged.
+    MountUnsafe(NestedMount),
     /// The plan was refused by its second reader: a mistake in demae.
     Refused(String),
 }
 
 impl Block {
     /// Every kind.
-    pub const KINDS: [&'static str; 8] =
-        ["invalid", "paused", "cordoned", "halted", "host_taken", "routes_rejected", "image_missing", "refused"];
+    pub const KINDS: [&'static str; 9] = [
+        "invalid",
+        "paused",
+        "cordoned",
+        "halted",
+        "host_taken",
+        "routes_rejected",
+        "image_missing",
+        "mount_unsafe",
+        "refused",
+    ];
 
     /// The kind: a bounded set, for metrics.
     pub fn kind(&self) -> &'static str {
@@ -192,6 +240,7 @@ impl Block {
             Self::HostTaken { .. } => "host_taken",
             Self::RoutesRejected(_) => "routes_rejected",
             Self::ImageMissing(_) => "image_missing",
+            Self::MountUnsafe(_) => "mount_unsafe",
             Self::Refused(_) => "refused",
         }
     }
@@ -210,6 +259,9 @@ impl Block {
             Self::HostTaken { .. } => "take the virtual host out of one of the two specs".to_owned(),
             Self::RoutesRejected(_) => "mend the spec, or the template on the host".to_owned(),
             Self::ImageMissing(_) => "push the image, or mend its name; it is tried again by itself".to_owned(),
+            Self::MountUnsafe(_) => {
+                "mount a directory beside it, or mount the upper one with `:ro` everywhere".to_owned()
+            }
             Self::Refused(_) => "please report this; the app is left as it is".to_owned(),
         }
     }
@@ -222,9 +274,16 @@ impl fmt::Display for Block {
             Self::Paused(reason) => write!(f, "paused: {reason}"),
             Self::Cordoned => f.write_str("this host is cordoned and takes no new app"),
             Self::Halted(verdict) => write!(f, "release {} failed: {}", verdict.release, verdict.cause),
-            Self::HostTaken { host, owner } => write!(f, "virtual host `{host}` belongs to app `{owner}`"),
+            Self::HostTaken { host, path, owner } => {
+                let path = path.as_ref().map_or("", UrlPath::as_str);
+                write!(f, "virtual host `{host}{path}` belongs to app `{owner}`")
+            }
             Self::RoutesRejected(error) => write!(f, "nginx refuses this app: {error}"),
             Self::ImageMissing(error) => f.write_str(error),
+            Self::MountUnsafe(NestedMount { path, above, owner }) => write!(
+                f,
+                "volume `{path}` lies below `{above}`, which app `{owner}` may write to: it could be led anywhere on this host"
+            ),
             Self::Refused(violation) => write!(f, "the plan was refused: {violation}"),
         }
     }

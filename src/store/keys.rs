@@ -166,7 +166,7 @@ mod tests {
         {
             assert!(matches!(Key::parse(bad.as_bytes()), Err(BadKey::Nobody(_))), "{bad} was taken");
         }
-        assert!(matches!(Key::parse(b"env/web/1A"), Err(BadKey::Set(..))));
+        assert!(matches!(Key::parse(b"env/web/A=B"), Err(BadKey::Set(..))));
         assert!(matches!(Key::parse(b"apps/\xff/spec"), Err(BadKey::Nobody(_))));
     }
 

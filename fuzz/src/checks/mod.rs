@@ -71,10 +71,10 @@ fn is_label(text: &str) -> bool {
 
 /// Whether a variable may be called so.
 fn is_variable(text: &str) -> bool {
-    let word = |c: char| matches!(c, 'A'..='Z' | 'a'..='z' | '0'..='9' | '_');
-    text.len() <= 255
+    let word = |c: char| ('!'..='~').contains(&c) && !matches!(c, '=' | '/' | '"' | '\'' | '`' | '#' | '\\');
+    (1..=255).contains(&text.len())
         && text.chars().all(word)
-        && text.starts_with(|c: char| !c.is_ascii_digit())
+        && !matches!(text, "." | "..")
         && !text.starts_with("DEMAE_")
 }
 

@@ -1,16 +1,19 @@
 //! nginx's files: whatever values pass for names and numbers, the text has the directives that harmless values give, nested
 //! alike, and differs only in the values.
 
-use std::collections::{BTreeMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::PathBuf,
+};
 
 use demae::{
     host::{
         layout::{Layout, MAX_SOCKET_PATH},
-        nginx::{Profile, Renderer, Settings},
+        nginx::{Neighbours, Profile, Renderer, Settings},
     },
     model::{
         name::{AppName, VirtualHost},
-        proxy::{Upstreams, Vhost},
+        proxy::{RESPONSE_HEADER_SIZE, Upstreams, Vhost},
     },
 };
 
@@ -51,7 +54,8 @@ thread_local! {
         .map(|(version, profile)| {
             let listen = vec!["80".to_owned(), "[::]:80".to_owned()];
             let default_server = version < (1, 27, 4);
-            Renderer::new(Settings { listen, default_server, profile, templates: None }, version)
+            let settings = Settings { listen, default_server, profile, templates: None, trusted: Vec::new() };
+            Renderer::new(settings, version).expect("there is no directory to read")
         })
         .collect();
 }
@@ -66,7 +70,8 @@ pub fn check(bytes: &[u8]) {
     let mut hosts = Vec::new();
     while let Some(field) = from.field() {
         if hosts.len() < MOST_HOSTS {
-            hosts.extend(name::<VirtualHost>(field, LETTERS));
+            // One for all other hosts has a text of another form.
+            hosts.extend(name::<VirtualHost>(field, LETTERS).filter(|host| !host.is_catch_all()));
         }
     }
     if hosts.is_empty() {
@@ -86,7 +91,10 @@ pub fn check(bytes: &[u8]) {
                 let text = |values: &Values| {
                     let upstreams =
                         if is_socket { Upstreams::Slots(slots) } else { Upstreams::Ports(values.ports.clone()) };
-                    renderer.app(&values.app, &vhost(values, upstreams), &layout).expect("the default template renders")
+                    let vhost = vhost(values, upstreams);
+                    let files = renderer.app(&values.app, &vhost, &Neighbours::of([&vhost]), &layout);
+                    let files = files.expect("the default template renders");
+                    files.into_values().map(|text| String::from_utf8(text).expect("text")).collect::<String>()
                 };
                 is_same_but_for_values(&text(&hostile), &text(&harmless), &swaps(&harmless, &hostile));
             }
@@ -102,6 +110,10 @@ fn vhost(values: &Values, upstreams: Upstreams) -> Vhost {
         template: None,
         max_body_size: values.max_body_size,
         read_timeout: values.read_timeout,
+        response_header_size: RESPONSE_HEADER_SIZE,
+        request_buffering: true,
+        path: None,
+        strip_path: false,
     }
 }
 
@@ -123,6 +135,10 @@ fn swaps(from: &Values, to: &Values) -> BTreeMap<String, String> {
     let mut swap = |form: &dyn Fn(&Values) -> String| swaps.insert(form(from), form(to));
     swap(&|v| format!("demae_{}", v.app));
     swap(&|v| format!("http://demae_{}", v.app));
+    if from.ports.len() > 1 {
+        swap(&|v| format!("@demae_{}_next", v.app));
+        swap(&|v| format!("@demae_{}_last", v.app));
+    }
     for slot in 1..=from.ports.len() {
         swap(&|v| format!("unix:/var/lib/demae/routes/{}/{slot}.sock", v.app));
         swap(&|v| format!("127.0.0.1:{}", v.ports[slot - 1]));
@@ -159,12 +175,13 @@ fn is_same_but_for_values(hostile: &str, harmless: &str, swaps: &BTreeMap<String
 fn is_host_part_free_of_values(renderer: &Renderer, values: &Values) {
     let hash = ["server_names_hash_bucket_size", "server_names_hash_max_size"];
     let vhosts = BTreeMap::from([(values.app.clone(), vhost(values, Upstreams::Slots(1)))]);
-    let part = |vhosts: &BTreeMap<AppName, Vhost>, taken: &HashSet<String>| {
-        let text = renderer.host(7, vhosts, taken).expect("the host's template renders");
+    let layout = Layout::new("/var/lib/demae", "/run/demae");
+    let part = |vhosts: &BTreeMap<AppName, Vhost>, taken: &BTreeMap<String, (PathBuf, String)>| {
+        let text = renderer.host(7, vhosts.values(), taken, &layout).expect("the host's template renders");
         directives(&text).expect("the host's part is a file")
     };
-    let nothing = HashSet::new();
-    let taken: HashSet<String> = hash.into_iter().map(str::to_owned).collect();
+    let nothing = BTreeMap::new();
+    let taken = hash.into_iter().map(|name| (name.to_owned(), (PathBuf::new(), String::new()))).collect();
     let (sizes, rest): (Vec<Directive>, Vec<Directive>) =
         part(&vhosts, &nothing).into_iter().partition(|d| hash.contains(&d.words[0].as_str()));
     let alone = part(&BTreeMap::new(), &nothing);

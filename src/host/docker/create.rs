@@ -35,6 +35,8 @@ pub struct CreateRequest<'a> {
     pub port: Option<u16>,
     /// How long requests may take to leave it.
     pub drain: std::time::Duration,
+    /// The host that its health check asks for, unless the check names one.
+    pub check_host: Option<&'a str>,
 }
 
 /// Who has a name that a container was to get.
@@ -87,7 +89,9 @@ impl Docker {
             Err(e) => return Err(e),
         };
         let labels = found.config.and_then(|c| c.labels).unwrap_or_default();
-        let same = Self::labels(&self.host, request).iter().all(|(k, v)| k == label::PORT || labels.get(k) == Some(v));
+        // What may differ between two calls for the same instance.
+        let varies = |name: &str| name == label::PORT || name == label::CHECK_HOST;
+        let same = Self::labels(&self.host, request).iter().all(|(k, v)| varies(k) || labels.get(k) == Some(v));
         match found.id.filter(|_| same) {
             Some(found) => Ok(NameOwner::Us(id(&found)?)),
             None => Ok(NameOwner::Other),
@@ -109,6 +113,9 @@ impl Docker {
         ]);
         if let Some(port) = r.port {
             labels.insert(label::PORT.to_owned(), port.to_string());
+        }
+        if let Some(host) = r.check_host {
+            labels.insert(label::CHECK_HOST.to_owned(), host.to_owned());
         }
         if let Some(endpoint) = &r.release.endpoint {
             labels.insert(label::ENDPOINT.to_owned(), json(serde_json::to_string(endpoint)));

@@ -1,6 +1,6 @@
 //! From what the engine says of a container to what it is.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use bollard::models::{ContainerInspectResponse, ContainerStateStatusEnum, HealthStatusEnum, RestartPolicyNameEnum};
 
@@ -55,6 +55,10 @@ pub struct Found {
     pub endpoint: Option<Endpoint>,
     /// The published port.
     pub port: Option<u16>,
+    /// Its own address, while it runs in a network.
+    pub ip: Option<IpAddr>,
+    /// The host that its check asks for, unless the check names one.
+    pub check_host: Option<String>,
     /// Its process.
     pub pid: Option<i32>,
     /// Its check.
@@ -127,6 +131,13 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
         restarts: details.restart_count.and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
         endpoint,
         port,
+        ip: details
+            .network_settings
+            .and_then(|n| n.networks)
+            .into_iter()
+            .flatten()
+            .find_map(|(_, n)| n.ip_address?.parse().ok()),
+        check_host: get(label::CHECK_HOST).map(str::to_owned),
         pid: state.pid.and_then(|p| i32::try_from(p).ok()).filter(|p| *p > 0),
         check,
         drain: Duration::from_millis(drain),

@@ -54,6 +54,7 @@ mod label {
     pub(super) const PORT: &str = "demae.port";
     pub(super) const HEALTH: &str = "demae.healthcheck";
     pub(super) const IMAGE: &str = "demae.image";
+    pub(super) const CHECK_HOST: &str = "demae.check-host";
 }
 
 /// Why a call failed.

@@ -8,7 +8,7 @@ mod set;
 mod stage;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
     sync::{
@@ -20,7 +20,7 @@ use std::{
 
 use tokio::sync::Mutex;
 
-pub use render::{Profile, Renderer, Settings};
+pub use render::{Neighbours, Profile, Renderer, Settings};
 pub use server::{Contained, Local, Server};
 
 use super::{
@@ -34,15 +34,21 @@ use crate::{
     model::{
         name::AppName,
         problem::chain,
-        proxy::{Manifest, ObservedProxy, Rejected, Vhost},
+        proxy::{Manifest, ObservedProxy, Vhost},
+        spec::{HealthCheck, Ingress, Probe},
         time::Timestamp,
     },
 };
 use render::PROBE_HOST;
-use set::{Saved, Set, digest_of};
+use set::{Parts, Saved, Set, digest_of};
+use stage::Tree;
 
 /// Longest wait for a worker that answers with a new generation.
 const PROOF: Duration = Duration::from_secs(10);
+/// How long a question to an app through nginx is repeated.
+const REPEATED: Duration = Duration::from_secs(5);
+/// After this time nginx has connected to an app, or has said that it cannot: `proxy_connect_timeout` of the template is 5 s.
+const CONNECTED: Duration = Duration::from_secs(6);
 /// Between two questions to nginx while waiting for it.
 const ASK_AGAIN: Duration = Duration::from_millis(2);
 /// What the manifest of a set is called.
@@ -58,7 +64,7 @@ pub enum NginxError {
     #[error(transparent)]
     Stage(#[from] stage::StageError),
     /// It refuses its tree even without anything new of ours.
-    #[error("`nginx -t` fails even without any app: {0}{hint}", hint = hint(.0))]
+    #[error("`nginx -t` fails even without anything new of demae's: {0}{hint}", hint = hint(.0))]
     Broken(String),
     /// A template of demae's own is broken.
     #[error("the configuration of the host cannot be made: {0}")]
@@ -74,9 +80,49 @@ pub enum NginxError {
     /// A file could not be written.
     #[error(transparent)]
     File(#[from] FileError),
-    /// An app does not answer through nginx.
+    /// Whether something is there cannot be told.
+    #[error("cannot read the templates of this host, and nothing changes in nginx until that works: {}", chain(.0))]
+    Templates(FileError),
+    /// nginx gets no answer of an app.
     #[error("{0}")]
     NoAnswer(String),
+    /// Whether an app answers through nginx cannot be told, for a reason that is not the app's.
+    #[error("{0}")]
+    Inconclusive(String),
+}
+
+/// A question to an app through nginx.
+#[derive(Debug)]
+pub struct Proof {
+    /// For this host.
+    pub host: String,
+    /// `GET` of this path.
+    pub path: String,
+    /// Longest time for one answer. Longer than nginx takes to find out that it cannot connect.
+    pub limit: Duration,
+    /// Whether an answer that does not come within the limit is as good: nobody said how long this path may take.
+    pub may_be_slow: bool,
+}
+
+impl Proof {
+    /// Never stricter than the health check: its path and its limit where it has them, else any path and no limit. Nothing
+    /// for an app that takes no requests.
+    pub fn of(ingress: &Ingress, check: &HealthCheck) -> Option<Self> {
+        let host = ingress.hosts.iter().find(|h| !h.is_catch_all()).or(ingress.hosts.first())?.example();
+        let (asked, may_be_slow) = match &check.probe {
+            Probe::Http(path) => (path.as_str(), false),
+            _ => ("/", true),
+        };
+        let path = match &ingress.path {
+            None => asked.to_owned(),
+            Some(below) if ingress.strip_path => format!("{below}{asked}"),
+            Some(below) if asked == below.as_str() || asked.starts_with(&format!("{below}/")) => asked.to_owned(),
+            // What is asked of the app itself lies beside what it serves here.
+            Some(below) => return Some(Self { host, path: below.to_string(), limit: CONNECTED, may_be_slow: true }),
+        };
+        let limit = if may_be_slow { CONNECTED } else { (check.timeout + Duration::from_secs(1)).max(CONNECTED) };
+        Some(Self { host, path, limit, may_be_slow })
+    }
 }
 
 /// What to do about an error of nginx that many will meet.
@@ -149,33 +195,25 @@ impl Nginx {
     /// What nginx serves, and what it is meant to.
     pub async fn observe(&self) -> ObservedProxy {
         let (live, published, drifted) = match self.manifest() {
-            Ok(Some((manifest, at, drifted))) => (Some(self.timed(manifest)), self.clock.steady(at), drifted),
+            Ok(Some((saved, drifted))) => {
+                (Some(self.timed(saved.manifest)), self.clock.steady(saved.published), drifted)
+            }
             Ok(None) => (None, Timestamp::default(), false),
             Err(e) => {
                 return ObservedProxy { error: Some(chain(&e)), unreadable: true, ..ObservedProxy::default() };
             }
         };
-        let templates = match self.with_renderer(|r| r.fingerprint().to_owned()).await {
-            Ok(fingerprint) => fingerprint,
-            Err(e) => {
-                // nginx cannot tell its version: it does not run, and what is live stays.
-                let templates = live.as_ref().map(|m| m.templates.clone()).unwrap_or_default();
-                return ObservedProxy {
-                    live,
-                    published,
-                    drifted,
-                    templates,
-                    error: Some(e.to_string()),
-                    ..Default::default()
-                };
-            }
-        };
         let serving = self.serving().await;
+        let (templates, trouble) = match self.current_basis().await {
+            Ok(basis) => (basis, None),
+            // What the texts depend on is not known now, so what is live stays as it is.
+            Err(e) => (live.as_ref().map(|m| m.templates.clone()).unwrap_or_default(), Some(e.to_string())),
+        };
         ObservedProxy {
             live,
             published,
             serving: serving.as_ref().ok().copied(),
-            error: serving.err(),
+            error: trouble.or(serving.err()),
             drifted,
             unreadable: false,
             templates,
@@ -183,6 +221,20 @@ impl Nginx {
             workers_since: self.workers_since(),
             changing: false,
         }
+    }
+
+    /// What texts would be made with now, beside the apps.
+    async fn current_basis(&self) -> Result<String, NginxError> {
+        let root = self.server.root().await?;
+        let tree = set::survey(self, &root)?;
+        self.with_renderer(|renderer| self.basis(renderer, &tree)).await
+    }
+
+    /// Stands for everything that texts are made with, beside the apps: templates, settings, and what the host's own files
+    /// set already.
+    fn basis(&self, renderer: &Renderer, tree: &Tree) -> String {
+        let settings = tree.settings.keys().map(|name| format!("+{name}"));
+        format!("{}{}", renderer.fingerprint(), settings.collect::<String>())
     }
 
     /// A manifest with its times by the clock that nobody sets.
@@ -198,10 +250,9 @@ impl Nginx {
     /// # Errors
     /// If nginx does not run.
     pub async fn old_workers(&self) -> Result<usize, NginxError> {
-        let text = files::read(&self.layout.nginx_live().join(MANIFEST))?.unwrap_or_default();
-        let published = serde_json::from_slice::<Saved>(&text).map(|s| s.published).unwrap_or_default();
+        let published = self.saved()?.map(|saved| saved.published).unwrap_or_default();
         let age = self.clock.now().since(self.clock.steady(published));
-        Ok(server::old_workers(self.master().await?, age))
+        Ok(server::old_workers(self.master().await?, age)?)
     }
 
     /// nginx's master process.
@@ -210,7 +261,7 @@ impl Nginx {
     /// If it does not run.
     pub async fn master(&self) -> Result<i32, NginxError> {
         let root = self.server.root().await?;
-        let (_, tree) = stage::survey(&root, &self.config.conf, &self.layout.nginx_live())?;
+        let tree = set::survey(self, &root)?;
         let master = self.server.master(tree.pid.as_deref().unwrap_or(&self.config.pid)).await?;
         self.master.store(master, Ordering::Relaxed);
         Ok(master)
@@ -275,26 +326,63 @@ impl Nginx {
         let mut slot = self.renderer.lock().await;
         self.fill(&mut slot).await?;
         let Some((_, renderer)) = slot.as_ref() else { return Err(NginxError::Template("no templates".into())) };
-        let old = self.manifest()?.map(|(m, ..)| m).unwrap_or_default();
+        let live = self.manifest()?;
+        let unchanged = live.as_ref().is_some_and(|(_, drifted)| !drifted);
+        let saved = live.map(|(saved, _)| saved);
+        let old = saved.as_ref().map(|saved| saved.manifest.clone()).unwrap_or_default();
+        let last_good = match &saved {
+            Some(saved) => set::parts_of(&self.layout.nginx_live(), saved)?,
+            None => Parts::new(),
+        };
         let served = self.serving().await.ok();
         // Never a number that was used: workers of another set would answer with it.
         let used = self.sets()?.into_iter().chain(served).max().unwrap_or(0);
         let generation = old.generation.max(used) + 1;
         let old_served_since = (served == Some(old.generation)).then(|| self.clock.wall(self.workers_since()));
-        let set = Set { nginx: self, renderer, generation, old: &old, old_served_since };
         let root = self.server.root().await?;
-        let chosen = set.make(wanted, &root).await?;
-        let rejected = chosen.rejected.iter().map(|(app, r)| (app.clone(), r.error.clone())).collect();
-        if chosen.vhosts == old.vhosts && chosen.templates == old.templates && self.is_unchanged()? {
-            // Only refusals are new: nothing for nginx to load.
-            files::remove_dir(&self.layout.nginx_generation(generation))?;
-            self.note_refusals(chosen.rejected)?;
-            return Ok(Published { generation: old.generation, reloaded: false, rejected });
+        let tree = set::survey(self, &root)?;
+        let lost: BTreeSet<String> = old.own_templates.difference(renderer.present()).cloned().collect();
+        let set = Set {
+            nginx: self,
+            renderer,
+            generation,
+            old: &old,
+            last_good: &last_good,
+            root: &root,
+            tree: &tree,
+            lost: &lost,
+        };
+        let chosen = set.choose(wanted).await?;
+        let told: BTreeMap<AppName, String> =
+            chosen.rejected.iter().map(|(app, r)| (app.clone(), r.error.clone())).collect();
+        let vhosts = chosen.vhosts();
+        // One that is gone is remembered for as long as anything is served by it.
+        let in_use = |name: &String| vhosts.values().any(|v| Renderer::template_of(v) == name);
+        let lost = lost.iter().filter(|name| in_use(name)).cloned();
+        let manifest = Manifest {
+            generation,
+            rejected: chosen.rejected.clone(),
+            templates: self.basis(renderer, &tree),
+            own_templates: renderer.own().iter().cloned().chain(lost).collect(),
+            vhosts,
+            ..Manifest::default()
+        };
+        if let Some(saved) = saved
+            && unchanged
+            && chosen.is_as_in(&saved.files)
+            && manifest.vhosts == old.vhosts
+        {
+            // Only what was refused is new, or how the same text is made: nothing for nginx to load.
+            let Manifest { rejected, templates, own_templates, .. } = manifest;
+            let manifest = Manifest { rejected, templates, own_templates, ..saved.manifest.clone() };
+            self.keep_manifest(&Saved { manifest, ..saved })?;
+            return Ok(Published { generation: old.generation, reloaded: false, rejected: told });
         }
+        set.write(&chosen, manifest, old_served_since)?;
         files::symlink(&PathBuf::from(format!("{generation}.set")), &self.layout.nginx_live())?;
         self.sweep(generation);
         self.reload_to(generation).await?;
-        Ok(Published { generation, reloaded: true, rejected })
+        Ok(Published { generation, reloaded: true, rejected: told })
     }
 
     /// Tells nginx to load the live set, and proves that it did.
@@ -302,62 +390,69 @@ impl Nginx {
     /// # Errors
     /// If nginx does not run, or no worker answers with the live set.
     pub async fn reload(&self) -> Result<u64, NginxError> {
-        let Some((manifest, ..)) = self.manifest()? else {
+        let Some(saved) = self.saved()? else {
             return Err(NginxError::NotRunning("there is no live configuration".into()));
         };
+        let generation = saved.manifest.generation;
         let root = self.server.root().await?;
-        self.test(&root, &self.layout.nginx_generation(manifest.generation)).await?.map_err(NginxError::Broken)?;
-        self.reload_to(manifest.generation).await?;
-        Ok(manifest.generation)
+        self.test(&root, &self.layout.nginx_generation(generation)).await?.map_err(NginxError::Broken)?;
+        self.reload_to(generation).await?;
+        Ok(generation)
     }
 
     async fn reload_to(&self, generation: u64) -> Result<(), NginxError> {
         let master = self.master().await?;
-        let before = server::workers(master);
+        let before = server::workers(master)?;
         self.server.reload(master).await?;
         failpoint::boundary("reloaded");
         self.prove(generation).await?;
         // The master lets old workers take connections for another 100 ms. Whoever asks nginx after this asks new ones.
         let until = Instant::now() + PROOF;
-        while Instant::now() < until && server::workers(master).iter().any(|pid| before.contains(pid)) {
+        while Instant::now() < until && server::workers(master)?.iter().any(|pid| before.contains(pid)) {
             tokio::time::sleep(ASK_AGAIN).await;
         }
         Ok(())
     }
 
-    /// Asks an app through nginx, as a client would, until it answers or the time is over.
+    /// Asks an app through nginx, as a client would, until it answers or the time is over. Whatever the app says is an
+    /// answer: whether it is well is asked of itself, and rules of a template may stand before it here.
     ///
     /// # Errors
-    /// The last answer that was none of its own.
-    pub async fn ask_app(
-        &self,
-        host: &str,
-        path: &str,
-        only_success: bool,
-        within: Duration,
-    ) -> Result<(), NginxError> {
-        let until = Instant::now() + within;
+    /// [`NginxError::NoAnswer`] if nginx gets no answer of the app; another one if nothing can be said about the app.
+    pub async fn ask_app(&self, proof: &Proof) -> Result<(), NginxError> {
+        let Proof { host, path, limit, .. } = proof;
+        let until = Instant::now() + REPEATED;
+        // A template may limit the rate of requests.
+        let mut pause = Duration::from_millis(10);
         loop {
-            let last = match probe::get_tcp(&self.config.address, host, path, Duration::from_secs(2)).await {
-                Ok(answer) if answer.unknown_host => format!("nginx does not know host `{host}`"),
-                Ok(answer)
-                    if answer.status == 502
-                        || answer.status == 504
-                        || (only_success && !(200..400).contains(&answer.status)) =>
-                {
-                    format!("`GET {path}` for host `{host}` is answered with status {}", answer.status)
+            let began = Instant::now();
+            let error = match probe::get_tcp(&self.config.address, host, path, *limit).await {
+                Ok(answer) if answer.unknown_host => {
+                    NginxError::Inconclusive(format!("nginx at {} does not know host `{host}`", self.config.address))
+                }
+                Ok(answer) if answer.status == 504 => NginxError::Inconclusive(format!(
+                    "`GET {path}` for host `{host}` takes longer than nginx waits (status 504)"
+                )),
+                Ok(answer) if answer.status == 502 => {
+                    NginxError::NoAnswer(format!("`GET {path}` for host `{host}` is answered with status 502"))
                 }
                 Ok(_) => return Ok(()),
-                Err(e) => format!("nginx at {}: {e}", self.config.address),
+                // nginx answers 502 or 504 itself when it cannot connect. So the app has the request, and takes its time.
+                Err(_) if began.elapsed() >= *limit && proof.may_be_slow => return Ok(()),
+                Err(e) => NginxError::Inconclusive(format!(
+                    "`GET {path}` for host `{host}` through nginx at {}: {e}",
+                    self.config.address
+                )),
             };
             if Instant::now() >= until {
                 // An nginx that answers nobody says nothing about the app.
                 return Err(match self.serving().await {
-                    Ok(_) => NginxError::NoAnswer(last),
+                    Ok(_) => error,
                     Err(e) => NginxError::NotRunning(e),
                 });
             }
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(500));
         }
     }
 
@@ -386,44 +481,41 @@ impl Nginx {
         }
     }
 
-    fn is_unchanged(&self) -> Result<bool, FileError> {
-        Ok(self.manifest()?.is_some_and(|(_, _, drifted)| !drifted))
+    /// Writes what the live set says of itself anew. Its files stay as they are.
+    fn keep_manifest(&self, saved: &Saved) -> Result<(), NginxError> {
+        let json = serde_json::to_vec_pretty(saved).map_err(|e| NginxError::Template(e.to_string()))?;
+        Ok(files::write(&self.layout.nginx_live().join(MANIFEST), &json, 0o644)?)
     }
 
-    /// Writes into the live set what was refused, and when.
-    fn note_refusals(&self, rejected: BTreeMap<AppName, Rejected>) -> Result<(), NginxError> {
+    /// What the live set says of itself.
+    fn saved(&self) -> Result<Option<Saved>, FileError> {
         let path = self.layout.nginx_live().join(MANIFEST);
-        let Some(text) = files::read(&path)? else { return Ok(()) };
-        let mut saved: Saved = serde_json::from_slice(&text).map_err(|e| NginxError::Template(e.to_string()))?;
-        saved.manifest.rejected = rejected;
-        let json = serde_json::to_vec_pretty(&saved).map_err(|e| NginxError::Template(e.to_string()))?;
-        Ok(files::write(&path, &json, 0o644)?)
+        let Some(text) = files::read(&path)? else { return Ok(None) };
+        serde_json::from_slice(&text).map(Some).map_err(|e| FileError::not_ours(&path, e.into()))
     }
 
-    /// The live manifest, when it was written, and whether its files are as they were.
-    fn manifest(&self) -> Result<Option<(Manifest, Timestamp, bool)>, FileError> {
+    /// The live set, and whether its files are not as they were written.
+    fn manifest(&self) -> Result<Option<(Saved, bool)>, FileError> {
         let live = self.layout.nginx_live();
-        let path = live.join(MANIFEST);
-        let Some(text) = files::read(&path)? else { return Ok(None) };
-        let saved: Saved = serde_json::from_slice(&text).map_err(|e| FileError::not_ours(&path, e.into()))?;
-        let at = saved.published;
+        let Some(saved) = self.saved()? else { return Ok(None) };
         let mut drifted = false;
         for (file, digest) in &saved.files {
             drifted |= files::read(&live.join(file))?.map(|t| digest_of(&t)).as_ref() != Some(digest);
         }
         let expected = saved.files.keys().cloned().chain([MANIFEST.to_owned()]).count();
         drifted |= files::list(&live)?.len() != expected;
-        Ok(Some((saved.manifest, at, drifted)))
+        Ok(Some((saved, drifted)))
     }
 
-    /// Runs `nginx -t` on nginx's own tree with a set in the place of the live one.
-    async fn test(&self, root: &Path, set: &Path) -> Result<Result<(), String>, NginxError> {
+    /// Runs `nginx -t` on nginx's own tree with a set in the place of the live one: what it warns of, or why it refuses it.
+    async fn test(&self, root: &Path, set: &Path) -> Result<Result<Vec<String>, String>, NginxError> {
         let test = self.layout.nginx_test();
         let (main, _) = stage::stage(root, &self.config.conf, &self.layout.nginx_live(), set, &test)?;
         let (fine, text) =
             self.server.run(vec!["-t".into(), "-q".into(), "-c".into(), main.display().to_string()]).await?;
         files::remove_dir(&test)?;
-        Ok(if fine { Ok(()) } else { Err(emergency(&text)) })
+        let warnings = || text.lines().filter(|line| line.contains("[warn]")).map(str::to_owned).collect();
+        Ok(if fine { Ok(warnings()) } else { Err(emergency(&text)) })
     }
 
     async fn with_renderer<T>(&self, read: impl FnOnce(&Renderer) -> T) -> Result<T, NginxError> {
@@ -434,10 +526,13 @@ impl Nginx {
 
     /// Reads templates and version again if either may have changed: nginx was started anew, or a file was.
     async fn fill(&self, slot: &mut Option<(String, Renderer)>) -> Result<(), NginxError> {
-        let state = format!("{:?} {:?}", self.known_master(), self.config.settings.templates.as_deref().map(changes));
+        let templates = self.config.settings.templates.as_deref();
+        let changes = templates.map(changes).transpose().map_err(NginxError::Templates)?;
+        let state = format!("{:?} {changes:?}", self.known_master());
         if slot.as_ref().is_none_or(|(known, _)| *known != state) {
             let (_, text) = self.server.run(vec!["-v".into()]).await?;
-            *slot = Some((state, Renderer::new(self.config.settings.clone(), version(&text))));
+            let renderer = Renderer::new(self.config.settings.clone(), version(&text));
+            *slot = Some((state, renderer.map_err(NginxError::Templates)?));
         }
         Ok(())
     }
@@ -461,12 +556,12 @@ impl Nginx {
     }
 }
 
-/// The files of a directory, and when each was written.
-fn changes(dir: &Path) -> Vec<(String, Timestamp)> {
-    let names = files::list(dir).unwrap_or_default();
+/// The files of a directory, and when each was written; nothing where one cannot be looked at, which is told when it is
+/// read.
+fn changes(dir: &Path) -> Result<Vec<(String, Option<Timestamp>)>, FileError> {
     let written =
         |name: &String| std::fs::metadata(dir.join(name)).and_then(|m| m.modified()).map(Timestamp::from_system);
-    names.into_iter().map(|name| (name.clone(), written(&name).unwrap_or_default())).collect()
+    Ok(files::list(dir)?.into_iter().map(|name| (name.clone(), written(&name).ok())).collect())
 }
 
 /// The line that says why, of what `nginx -t` prints.

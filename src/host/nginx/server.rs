@@ -105,7 +105,7 @@ impl Server for Contained {
             if is_nginx(pid) {
                 return Ok(pid);
             }
-            children(pid).into_iter().find(|c| is_nginx(*c)).ok_or_else(|| {
+            children(pid)?.into_iter().find(|c| is_nginx(*c)).ok_or_else(|| {
                 io::Error::other(format!(
                     "no nginx runs in container `{}`, as far as this process can see",
                     self.container
@@ -140,20 +140,26 @@ fn stat(pid: i32, field: usize) -> Option<String> {
 }
 
 /// The children of a process.
-fn children(pid: i32) -> Vec<i32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    text.split_whitespace().filter_map(|p| p.parse().ok()).collect()
+fn children(pid: i32) -> io::Result<Vec<i32>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    Ok(text.split_whitespace().filter_map(|p| p.parse().ok()).collect())
 }
 
 /// How many workers of a master serve an older configuration than the one published so long ago: those that finish
 /// their last requests, and those that were started before it and may still take new ones. A reload does not end them
 /// at once, and an agent that was killed in the middle of one knows of no reload.
-pub fn old_workers(master: i32, published: Duration) -> usize {
+///
+/// # Errors
+/// If they cannot be listed, which is not none.
+pub fn old_workers(master: i32, published: Duration) -> io::Result<usize> {
     let is_old = |pid: &i32| is_leaving(*pid) || age(*pid).is_some_and(|age| age > published);
     // After an upgrade of the program (SIGUSR2) the old master lives on as the parent of the new one, with its own workers.
     let before = stat(master, 4).and_then(|parent| parent.parse().ok()).filter(|pid| is_nginx(*pid));
-    let theirs = before.map_or(0, |before| children(before).iter().filter(|pid| **pid != master).count());
-    theirs + children(master).iter().filter(|pid| is_old(pid)).count()
+    let theirs = match before {
+        Some(before) => children(before)?.iter().filter(|pid| **pid != master).count(),
+        None => 0,
+    };
+    Ok(theirs + children(master)?.iter().filter(|pid| is_old(pid)).count())
 }
 
 fn is_nginx(pid: i32) -> bool {
@@ -171,12 +177,15 @@ fn age(pid: i32) -> Option<Duration> {
 
 /// How long the oldest of the workers has run that take new connections.
 pub fn oldest_worker(master: i32) -> Option<Duration> {
-    workers(master).into_iter().filter_map(age).max()
+    workers(master).ok()?.into_iter().filter_map(age).max()
 }
 
 /// Workers of a master that take new connections.
-pub fn workers(master: i32) -> Vec<i32> {
-    children(master).into_iter().filter(|pid| !is_leaving(*pid)).collect()
+///
+/// # Errors
+/// If they cannot be listed.
+pub fn workers(master: i32) -> io::Result<Vec<i32>> {
+    Ok(children(master)?.into_iter().filter(|pid| !is_leaving(*pid)).collect())
 }
 
 fn is_leaving(pid: i32) -> bool {
@@ -192,7 +201,7 @@ fn has_title(pid: i32, title: &str) -> bool {
 /// title when it has become somebody else (`ngx_worker_process_cycle`, src/os/unix/ngx_process_cycle.c).
 pub fn worker_group(master: i32) -> Option<u32> {
     let has_begun = |pid: &i32| has_title(*pid, "nginx: worker process");
-    let worker = children(master).into_iter().find(has_begun)?;
+    let worker = children(master).ok()?.into_iter().find(has_begun)?;
     let status = fs::read_to_string(format!("/proc/{worker}/status")).ok()?;
     let line = status.lines().find(|l| l.starts_with("Gid:"))?;
     line.split_whitespace().nth(2)?.parse().ok()

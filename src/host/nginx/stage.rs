@@ -5,8 +5,10 @@
 //! included from where it is.
 
 use std::{
-    collections::HashSet,
+    collections::BTreeMap,
+    ffi::{OsStr, OsString},
     fs, io,
+    os::unix::ffi::{OsStrExt as _, OsStringExt as _},
     path::{Path, PathBuf},
 };
 
@@ -42,10 +44,30 @@ pub enum StageError {
 /// What was learned on the way.
 #[derive(Debug, Default)]
 pub struct Tree {
-    /// Names of the directives seen in the files that lead to ours.
-    pub directives: HashSet<String>,
+    /// What the host's own files set of what demae would set for all servers: the directive, its file and its value.
+    pub settings: BTreeMap<String, (PathBuf, String)>,
+    /// The server names of the host's own files, and one file that has each.
+    pub server_names: BTreeMap<String, PathBuf>,
     /// The value of `pid`, if it is set.
     pub pid: Option<PathBuf>,
+}
+
+/// Directives that may stand once for all servers, and that demae would set where the host does not.
+const SHARED_DIRECTIVES: [&str; 2] = ["server_names_hash_bucket_size", "server_names_hash_max_size"];
+
+/// nginx's files are bytes: comments and names may be in any encoding. Each byte is read as the character of its number, so
+/// that whatever is not looked at stays as it is.
+fn text_of(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| char::from(*byte)).collect()
+}
+
+/// The bytes that a text was read from.
+fn bytes_of(text: &str) -> Vec<u8> {
+    text.chars().map(|c| u8::try_from(c).unwrap_or(b'?')).collect()
+}
+
+fn path_of(text: &str) -> PathBuf {
+    PathBuf::from(OsString::from_vec(bytes_of(text)))
 }
 
 /// Copies the tree of `conf` into `test`, with `live` replaced by `set`, and answers with the copied main file.
@@ -83,8 +105,11 @@ fn not_included(conf: &Path, live: &Path) -> StageError {
 
 /// nginx takes relative paths from the directory of its main file, so the copy gets links to everything beside it.
 fn link_neighbours(root: &Path, conf: &Path, prefix: &Path, test: &Path) -> Result<(), StageError> {
-    for name in files::list(&under(root, prefix))? {
-        if conf.file_name().is_none_or(|c| c != name.as_str()) {
+    let beside = under(root, prefix);
+    let read = |source| StageError::Read { path: prefix.to_owned(), source };
+    for entry in fs::read_dir(&beside).map_err(read)? {
+        let name = entry.map_err(read)?.file_name();
+        if conf.file_name().is_none_or(|c| c != name) {
             files::symlink(&prefix.join(&name), &test.join(&name))?;
         }
     }
@@ -103,12 +128,13 @@ struct Stager<'a> {
 
 impl Stager<'_> {
     fn read(&self, path: &Path) -> Result<String, StageError> {
-        fs::read_to_string(under(self.root, path)).map_err(|source| StageError::Read { path: path.to_owned(), source })
+        let bytes = fs::read(under(self.root, path));
+        bytes.map(|bytes| text_of(&bytes)).map_err(|source| StageError::Read { path: path.to_owned(), source })
     }
 
     /// The files that an include names.
     fn expand(&self, pattern: &str) -> Vec<PathBuf> {
-        let absolute = self.prefix.join(pattern);
+        let absolute = self.prefix.join(path_of(pattern));
         let on_host = under(self.root, &absolute);
         let Some(text) = on_host.to_str() else { return Vec::new() };
         if !text.contains(['*', '?', '[']) {
@@ -127,7 +153,7 @@ impl Stager<'_> {
     }
 
     fn is_ours(&self, pattern: &str) -> bool {
-        self.prefix.join(pattern).starts_with(self.live)
+        self.prefix.join(path_of(pattern)).starts_with(self.live)
     }
 
     fn leads_to_us(&mut self, path: &Path, depth: usize) -> Result<bool, StageError> {
@@ -136,11 +162,16 @@ impl Stager<'_> {
         }
         let text = self.read(path)?;
         let mut found = false;
-        let mut seen = Vec::new();
         for directive in directives(&text) {
-            seen.push(directive.words[0].clone());
             match directive.words.as_slice() {
-                [name, pid] if name == "pid" => self.tree.pid = Some(self.prefix.join(pid)),
+                [name, pid] if name == "pid" => self.tree.pid = Some(self.prefix.join(path_of(pid))),
+                [name, value] if SHARED_DIRECTIVES.contains(&name.as_str()) => {
+                    self.tree.settings.insert(name.clone(), (path.to_owned(), value.clone()));
+                }
+                [name, names @ ..] if name == "server_name" => {
+                    let lower = names.iter().map(|name| name.to_ascii_lowercase());
+                    self.tree.server_names.extend(lower.map(|name| (name, path.to_owned())));
+                }
                 [name, pattern] if name == "include" => {
                     if self.is_ours(pattern) {
                         found = true;
@@ -153,9 +184,6 @@ impl Stager<'_> {
                 }
                 _ => {}
             }
-        }
-        if found {
-            self.tree.directives.extend(seen);
         }
         Ok(found)
     }
@@ -174,7 +202,7 @@ impl Stager<'_> {
                 continue;
             }
             let replacement = if self.is_ours(pattern) {
-                let rest = self.prefix.join(pattern);
+                let rest = self.prefix.join(path_of(pattern));
                 let rest = rest.strip_prefix(self.live).unwrap_or(Path::new("*.conf"));
                 vec![self.set.join(rest)]
             } else {
@@ -196,7 +224,8 @@ impl Stager<'_> {
             };
             out.push_str(&text[done..directive.start]);
             for file in replacement {
-                out.push_str(&format!("include \"{}\";\n", file.display()));
+                let file = text_of(OsStr::as_bytes(file.as_os_str()));
+                out.push_str(&format!("include \"{file}\";\n"));
             }
             done = directive.end;
         }
@@ -204,7 +233,7 @@ impl Stager<'_> {
         self.copies += 1;
         let name = if main { "demae-test.conf".to_owned() } else { format!("demae-test-{}.inc", self.copies) };
         let copy = self.test.join(name);
-        files::write(&copy, out.as_bytes(), 0o644)?;
+        files::write_quickly(&copy, &bytes_of(&out), 0o644)?;
         Ok(Some(copy))
     }
 }

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::{
     env::Secret,
-    name::{EnvName, ImageRef, SetName, TemplateName, VirtualHost},
+    name::{EnvName, ImageRef, SetName, TemplateName, UrlPath, VirtualHost},
     problem::Problems,
 };
 
@@ -154,6 +154,9 @@ pub struct HealthCheck {
     pub start_interval: Duration,
     /// This many successes in a row make an instance healthy.
     pub successes: u32,
+    /// The host that `http` asks for, in place of the app's first virtual host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
 }
 
 impl Default for HealthCheck {
@@ -166,6 +169,7 @@ impl Default for HealthCheck {
             start_period: Duration::from_secs(30),
             start_interval: Duration::from_millis(20),
             successes: 2,
+            host: None,
         }
     }
 }
@@ -212,6 +216,14 @@ pub struct Ingress {
     pub max_body_size: u64,
     /// Longest time between two reads from the app.
     pub read_timeout: Duration,
+    /// Largest headers of an answer, in bytes.
+    pub response_header_size: u64,
+    /// Whether nginx reads the whole body of a request before the app sees any of it.
+    pub request_buffering: bool,
+    /// The path below which it is served; the whole host unless given.
+    pub path: Option<UrlPath>,
+    /// Whether the app gets the path without that.
+    pub strip_path: bool,
 }
 
 /// Where an app listens, inside its container.

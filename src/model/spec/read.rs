@@ -6,25 +6,30 @@ use super::{
     ContainerSpec, Deploy, Endpoint, HealthCheck, Ingress, Logging, Order, Probe, Spec,
     fields::{Fields, Reader},
     values::{
-        absolute, constraint, http_path, is_system_dir, nano_cpus, network, printable, pull_policy, signal, volume,
+        absolute, constraint, host_header, http_path, is_system_dir, nano_cpus, network, printable, pull_policy,
+        signal, volume,
     },
 };
 use crate::model::{
     env::{self, Secret},
-    name::{EnvName, SetName, VirtualHost},
+    name::{EnvName, SetName, UrlPath, VirtualHost},
     problem::Problems,
+    proxy::RESPONSE_HEADER_SIZE,
     text,
     yaml::{self, Node, Value},
 };
 
-/// Most problems of one text that are told. They are published, and a store takes values of 1.5 MiB.
-const MOST_PROBLEMS: usize = 100;
+/// Largest request body unless the spec says otherwise, in bytes. nginx's own 1 MiB refuses a photo; without any limit one
+/// client could fill the disk that nginx keeps bodies on.
+const MAX_BODY_SIZE: u64 = 100 * 1024 * 1024;
+/// Most virtual hosts of one app: each costs all apps of its host time and memory in nginx.
+const MOST_HOSTS: usize = 1000;
 
 pub(super) fn spec(text: &[u8]) -> Result<Spec, Problems> {
     let node = yaml::parse(text)?;
     let mut reader = Reader { problems: Problems::default() };
     let spec = reader.spec(&node);
-    if reader.problems.is_empty() { Ok(spec) } else { Err(reader.problems.sorted().first(MOST_PROBLEMS)) }
+    if reader.problems.is_empty() { Ok(spec) } else { Err(reader.problems.sorted().bounded()) }
 }
 
 impl Reader {
@@ -128,6 +133,13 @@ impl Reader {
                 self.problem("ingress.hosts", node, format!("`{host}` stands twice"));
             }
         }
+        if hosts.len() > MOST_HOSTS {
+            let message = format!(
+                "{} virtual hosts are more than {MOST_HOSTS}; use `*` for all that no other app claims",
+                hosts.len()
+            );
+            self.problem("ingress.hosts", node, message);
+        }
         if self.list(&f, "hosts").is_empty() {
             self.problem("ingress.hosts", node, "name at least one virtual host");
         }
@@ -160,18 +172,36 @@ impl Reader {
                 Endpoint::Port(1)
             }
         };
+        let path = self.read(&f, "path", |t| UrlPath::try_from(t));
+        let strip_path = self.boolean(&f, "strip_path").unwrap_or(false);
+        if let (None, true, Some(node)) = (&path, strip_path, f.get("strip_path")) {
+            self.problem("ingress.strip_path", node, "there is no `path` to leave out");
+        }
+        if let (Some(_), Some(node)) = (&path, f.get("template")) {
+            let message = "an app below a `path` is part of the server of its host, and has no template of its own";
+            self.problem("ingress.template", node, message);
+        }
         Ingress {
             hosts,
             endpoint,
             drain: self.read(&f, "drain", text::duration).unwrap_or(std::time::Duration::from_secs(30)),
             template: self.read(&f, "template", |t| t.try_into()),
-            max_body_size: self.read(&f, "max_body_size", text::size).unwrap_or(1024 * 1024),
+            max_body_size: self.read(&f, "max_body_size", text::size).unwrap_or(MAX_BODY_SIZE),
             read_timeout: self
                 .read(&f, "read_timeout", |t| match text::duration(t)? {
                     d if d.as_secs() >= 1 => Ok(d),
                     _ => Err("at least `1s` is needed".to_owned()),
                 })
                 .unwrap_or(std::time::Duration::from_secs(60)),
+            response_header_size: self
+                .read(&f, "response_header_size", |t| match text::size(t)? {
+                    size if (4 * 1024..=1024 * 1024).contains(&size) => Ok(size),
+                    _ => Err("use `4k` to `1m`".to_owned()),
+                })
+                .unwrap_or(RESPONSE_HEADER_SIZE),
+            request_buffering: self.boolean(&f, "request_buffering").unwrap_or(true),
+            path,
+            strip_path,
         }
     }
 
@@ -204,6 +234,10 @@ impl Reader {
                 "`http` and `tcp` ask where the traffic goes, and there is no `ingress`; use `test`",
             );
         }
+        let host = self.read(&f, "host", host_header);
+        if let (Some(_), false, Some(node)) = (&host, matches!(probe, Probe::Http(_)), f.get("host")) {
+            self.problem("healthcheck.host", node, "only `http` asks for a host");
+        }
         let at_least = |least: u64, what: &'static str| {
             move |t: &str| match text::duration(t) {
                 Ok(d) if d.as_millis() < u128::from(least) => Err(format!("at least `{what}` is needed")),
@@ -218,6 +252,7 @@ impl Reader {
             start_period: self.read(&f, "start_period", text::duration).unwrap_or(default.start_period),
             start_interval: self.read(&f, "start_interval", at_least(1, "1ms")).unwrap_or(default.start_interval),
             successes: self.number(&f, "successes", 1, 100).unwrap_or(default.successes),
+            host,
         }
     }
 

@@ -45,6 +45,17 @@ pub(super) fn http_path(text: &str) -> Result<String, String> {
     if fine { Ok(text.to_owned()) } else { Err(format!("`{}` is not a path such as `/healthz`", text.escape_debug())) }
 }
 
+pub(super) fn host_header(text: &str) -> Result<String, String> {
+    let fine = !text.is_empty()
+        && text.len() <= 260
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_:[]".contains(&b));
+    if fine {
+        Ok(text.to_owned())
+    } else {
+        Err(format!("`{}` is not a host such as `web.example.com` or `localhost:8080`", text.escape_debug()))
+    }
+}
+
 pub(super) fn network(text: &str) -> Result<Option<String>, String> {
     match text {
         "bridge" | "default" => Ok(None),

@@ -1,0 +1,184 @@
+//! What a template of the host's own, or nginx's other files, can do to apps: nothing to those that are served.
+#![expect(clippy::disallowed_methods, reason = "a test writes files of its own")]
+
+mod support;
+
+use std::fs;
+
+use demae::model::status::State;
+use support::{
+    lab::{Lab, Setup},
+    load::{Client, Load},
+    wait::until,
+};
+
+/// The built-in template with a line of its own.
+fn template(line: &str) -> String {
+    let text = include_str!("../deploy/nginx/default.conf.hbs");
+    text.replacen("    client_max_body_size", &format!("    {line}\n    client_max_body_size"), 1)
+}
+
+fn resyncing(nginx: &str) -> Setup<'_> {
+    Setup { top: "resync = \"1s\"\n", nginx, ..Setup::default() }
+}
+
+#[test]
+fn a_broken_or_lost_template_keeps_the_last_good_text_of_its_apps() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..resyncing("") });
+    let dir = lab.path("templates");
+    fs::create_dir(&dir).expect("a directory");
+    let write = |name: &str, line: &str| fs::write(dir.join(name), template(line)).expect("a file");
+    write("default.conf.hbs", "add_header X-Template default;");
+    write("own.conf.hbs", "add_header X-Template own;");
+    lab.start_agent(&[]);
+    let spec = |host: &str, more: &str| {
+        lab.socket_spec(&lab.image("v1"), host, "").replace("drain: 10s", &format!("drain: 10s{more}"))
+    };
+    lab.deploy("plain", "apps/plain/spec", &spec("plain.test", ""));
+    lab.deploy("own", "apps/own/spec", &spec("own.test", ", template: own"));
+    let load: Vec<Load> = ["plain.test", "own.test"]
+        .map(|host| Load::start(lab.ingress, host, vec![Client::get(false)]))
+        .into_iter()
+        .collect();
+    let ingress = lab.ingress;
+    let template_of = move |host: &str| {
+        let answer = support::http::get(ingress, host, "/", "");
+        answer.head.lines().find_map(|l| l.strip_prefix("X-Template: ")).unwrap_or("none").to_owned()
+    };
+
+    // A directive that nginx does not know, in a template of which no app changed.
+    write("own.conf.hbs", "client_max_bodysize 1m;");
+    let own = lab.wait_app("own", "told that its template is refused", |s| s.state == State::Blocked);
+    assert!(own.reason.contains("client_max_bodysize"), "{}", own.reason);
+    assert_eq!((template_of("own.test").as_str(), template_of("plain.test").as_str()), ("own", "default"));
+    // Put right, it is taken without anything else being changed.
+    write("own.conf.hbs", "add_header X-Template mended;");
+    lab.wait_app("own", "converged", |s| s.state == State::Converged);
+    until("the mended template is served", || template_of("own.test") == "mended");
+
+    // All templates gone: what they made stays, and each app says so.
+    fs::rename(&dir, lab.path("away")).expect("renamed");
+    for app in ["own", "plain"] {
+        let lost = lab.wait_app(app, "told that its template is gone", |s| s.state == State::Blocked);
+        assert!(lost.reason.contains("is not there any more"), "{}", lost.reason);
+    }
+    assert_eq!((template_of("own.test").as_str(), template_of("plain.test").as_str()), ("mended", "default"));
+    // A new agent knows it too.
+    lab.kill_agent();
+    lab.start_agent(&[]);
+    lab.wait_ready();
+    lab.wait_app("plain", "told again", |s| s.state == State::Blocked);
+    assert_eq!(template_of("plain.test"), "default");
+
+    // A directory that cannot be read says nothing of what is in it.
+    fs::write(&dir, "not a directory").expect("a file");
+    until("status tells of the directory", || {
+        lab.status().and_then(|s| s.proxy).is_some_and(|p| p.contains("cannot read the templates"))
+    });
+    assert_eq!(template_of("plain.test"), "default");
+    fs::remove_file(&dir).expect("removed");
+
+    // On purpose: an empty file goes back to the built-in one.
+    fs::rename(lab.path("away"), &dir).expect("renamed");
+    fs::write(dir.join("default.conf.hbs"), "").expect("a file");
+    for app in ["own", "plain"] {
+        lab.wait_app(app, "converged", |s| s.state == State::Converged);
+    }
+    until("the built-in template is served", || template_of("plain.test") == "none");
+    for load in load {
+        let tally = load.stop();
+        assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    }
+}
+
+#[test]
+fn one_culprit_among_many_is_found_by_the_file_that_nginx_names() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..resyncing("") });
+    let dir = lab.path("templates");
+    fs::create_dir(&dir).expect("a directory");
+    lab.start_agent(&[]);
+    lab.wait_ready();
+    let apps: Vec<String> = (0..12).map(|n| format!("app{n}")).collect();
+    // nginx knows of an app in socket mode before its container runs, so no container is needed.
+    let spec = |app: &str| {
+        format!("image: nowhere.invalid/{app}:v1\ningress: {{hosts: [{app}.test], socket: /run/app/app.sock}}\n")
+    };
+    let keys: Vec<(String, String)> = apps.iter().map(|app| (format!("apps/{app}/spec"), spec(app))).collect();
+    lab.put_all(&keys);
+    let live = || {
+        fs::read_dir(lab.path("state/nginx/live")).map_or(0, |entries| {
+            entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with("app-")).count()
+        })
+    };
+    until("nginx knows all", || live() == apps.len());
+    let tests = || {
+        let log = lab.agent_log();
+        log.matches("nginx refuses the new configuration").count()
+    };
+    let before = tests();
+    // Only the text of `app7` is wrong with it.
+    let line = "{{#if (eq @root.app \"app7\")}}no_such_directive on;{{else}}add_header X-Template new;{{/if}}";
+    fs::write(dir.join("default.conf.hbs"), template(line)).expect("a file");
+    let file =
+        |app: &str| fs::read_to_string(lab.path(&format!("state/nginx/live/app-{app}.conf"))).unwrap_or_default();
+    until("all others have the new text", || {
+        apps.iter().filter(|a| *a != "app7").all(|a| file(a).contains("X-Template"))
+    });
+    assert!(!file("app7").contains("no_such_directive"), "{}", file("app7"));
+    assert_eq!(tests() - before, 1, "one refusal was enough to know it: {}", lab.agent_log());
+    assert!(lab.agent_log().lines().any(|l| l.contains("\"app\":\"app7\"") && l.contains("no_such_directive")));
+}
+
+#[test]
+fn what_the_hosts_own_files_set_is_not_set_again() {
+    let lab = Lab::with(&resyncing(""));
+    let conf = lab.path("nginx.conf");
+    let text = fs::read_to_string(&conf).expect("a file");
+    // A comment in another encoding, and a setting in a file that does not lead to demae's.
+    let mut bytes = b"# f\xfcr alle\n".to_vec();
+    let text = text.replacen("http {", &format!("http {{ include {};", lab.path("tuning.conf").display()), 1);
+    bytes.extend(text.as_bytes());
+    fs::write(lab.path("tuning.conf"), "server_names_hash_max_size 1024;\n").expect("a file");
+    fs::write(&conf, bytes).expect("a file");
+    let long = format!("{}.{}.test", "a".repeat(40), "b".repeat(40));
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), &long, ""));
+    assert_eq!(lab.get(&long, "/").expect("an answer").0, 200);
+    let is_fine = || {
+        let mut command = std::process::Command::new("nginx");
+        let output = command.args(["-t", "-q", "-c"]).arg(&conf).output().expect("nginx runs");
+        output.status.success()
+    };
+    assert!(is_fine(), "nginx takes its files as they are");
+    // The host sets later what demae has set: demae gives way.
+    fs::write(lab.path("tuning.conf"), "server_names_hash_bucket_size 128;\n").expect("a file");
+    until("nginx takes its files again", is_fine);
+    assert_eq!(lab.get(&long, "/").expect("an answer").0, 200);
+    // Too small for a new app: that app is told, with the file.
+    fs::write(lab.path("tuning.conf"), "server_names_hash_bucket_size 128;\nserver_names_hash_max_size 512;\n")
+        .expect("a file");
+    let longer = format!("{}.{}.{}.test", "c".repeat(60), "d".repeat(60), "e".repeat(60));
+    lab.put("apps/longer/spec", &lab.socket_spec(&lab.image("v1"), &longer, ""));
+    let told = lab.wait_app("longer", "told what to raise", |s| s.reason.contains("tuning.conf"));
+    assert!(told.reason.contains("server_names_hash_bucket_size 128"), "{}", told.reason);
+    assert_eq!(lab.get(&long, "/").expect("an answer").0, 200);
+}
+
+#[test]
+fn nothing_is_taken_from_a_hand_written_server() {
+    let lab = Lab::with(&resyncing(""));
+    let conf = lab.path("nginx.conf");
+    let text = fs::read_to_string(&conf).expect("a file");
+    let site = lab.path("site.conf");
+    fs::write(&site, format!("server {{ listen {}; server_name q.test; return 200 \"by hand\"; }}\n", lab.ingress))
+        .expect("a file");
+    // After demae's: nginx would give the host to the first.
+    let text = text.replacen("server { listen", &format!("include {};\nserver {{ listen", site.display()), 1);
+    fs::write(&conf, text).expect("a file");
+    lab.deploy("other", "apps/other/spec", &lab.socket_spec(&lab.image("v1"), "other.test", ""));
+    assert_eq!(lab.get("q.test", "/").expect("an answer").1, "by hand");
+    lab.put("apps/thief/spec", &lab.socket_spec(&lab.image("v1"), "q.test", ""));
+    let told = lab.wait_app("thief", "told whose the host is", |s| s.state == State::Blocked);
+    assert!(told.reason.contains("q.test") && told.reason.contains("site.conf"), "{}", told.reason);
+    lab.deploy("third", "apps/third/spec", &lab.socket_spec(&lab.image("v1"), "third.test", ""));
+    assert_eq!(lab.get("q.test", "/").expect("an answer").1, "by hand");
+}
