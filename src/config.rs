@@ -13,7 +13,11 @@ use serde::Deserialize;
 use crate::{
     host::nginx::{Profile, Settings},
     model::{env::Secret, event::What, name::HostName, text},
-    store::{Brake, client::EtcdConfig, keys::Prefix},
+    store::{
+        Brake,
+        client::{EtcdConfig, Password},
+        keys::Prefix,
+    },
     webhook::WebhookConfig,
 };
 
@@ -33,6 +37,7 @@ pub struct File {
     listen: Option<SocketAddr>,
     log: Option<String>,
     resync: Option<String>,
+    delete_grace: Option<String>,
     parallel: Option<usize>,
     etcd: EtcdFile,
     docker: DockerFile,
@@ -211,6 +216,8 @@ pub struct Config {
     pub log: String,
     /// Between two looks at everything.
     pub resync: Duration,
+    /// How long an app stays as it is after it was deleted from the store.
+    pub delete_grace: Duration,
     /// Steps at a time.
     pub parallel: usize,
     /// How etcd is reached.
@@ -289,6 +296,7 @@ impl Config {
             listen: flags.listen.or(file.listen).unwrap_or(([127, 0, 0, 1], 7330).into()),
             log: flags.log.clone().or(file.log).unwrap_or_else(|| "info".to_owned()),
             resync,
+            delete_grace: duration("delete_grace", file.delete_grace.as_deref())?.unwrap_or(Duration::from_secs(3)),
             parallel: file.parallel.unwrap_or(crate::agent::PARALLEL_STEPS).max(1),
             etcd: etcd(&flags.etcd, file.etcd)?,
             docker_socket: docker_socket(file.docker.socket)?,
@@ -347,22 +355,18 @@ fn etcd(flags: &EtcdFlags, file: EtcdFile) -> Result<EtcdConfig, ConfigError> {
                 Some((name, password)) => (name.to_owned(), Some(password.to_owned())),
                 None => (user, None),
             };
-            let from_file = match &file.password_file {
-                Some(path) => Some(
-                    std::fs::read_to_string(path)
-                        .map_err(|source| ConfigError::Read { path: path.clone(), source })?
-                        .trim_end_matches('\n')
-                        .to_owned(),
-                ),
-                None => None,
-            };
-            let password = inline.or_else(|| flags.password.clone()).or(from_file);
+            // Unreadable now is told now; it is read again for each connection.
+            if let Some(path) = &file.password_file {
+                std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+            }
+            let given = inline.or_else(|| flags.password.clone()).map(|text| Password::Given(Secret::new(text)));
+            let password = given.or(file.password_file.map(Password::File));
             let password = password.ok_or_else(|| {
                 bad("user")(format!(
                     "there is no password for `{name}`; set `ETCDCTL_PASSWORD`, or `etcd.password_file` in the file"
                 ))
             })?;
-            Some((name, Secret::new(password)))
+            Some((name, password))
         }
     };
     let cert = match (flags.cert.clone().or(file.cert), flags.key.clone().or(file.key)) {

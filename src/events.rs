@@ -12,12 +12,16 @@ use crate::{
     model::{
         event::{Event, VERSION, What},
         name::{AppName, HostName},
+        problem::bounded,
         time::Timestamp,
     },
 };
 
 /// How many events are kept for a reader who comes later: a day of a quiet host, the deploys of an hour of a busy one.
 const KEPT: usize = 1000;
+
+/// Most bytes of the message of one.
+const MOST_MESSAGE: usize = 2048;
 
 /// Everything that happened lately. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -57,6 +61,7 @@ impl Events {
         let host = self.shared.host.clone();
         let at = Timestamp::now();
         let (run, seq) = (self.shared.run, kept.seq);
+        let message = bounded(message, MOST_MESSAGE);
         let event = Arc::new(Event { version: VERSION, run, seq, at, host, app: app.cloned(), what, message });
         if kept.events.len() == KEPT {
             kept.events.pop_front();

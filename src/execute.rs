@@ -15,6 +15,7 @@ use crate::{
         env,
         name::{AppName, ContainerId},
         observed::{Address, InstanceKey, ObservedApp, Verdict},
+        problem::bounded,
         release::Release,
         spec::{ContainerSpec, Endpoint, MOUNTABLE, VolumeSource},
         time::Timestamp,
@@ -25,6 +26,8 @@ use crate::{
 
 /// How long an instance may take to end of which nothing more is known.
 const GRACE: Duration = Duration::from_secs(5);
+/// Most bytes of the cause of a verdict: health checks quote what they are answered.
+const MOST_CAUSE: usize = 1_000;
 /// Most of a log that is kept as evidence.
 const LOG_TAIL: usize = 2_000;
 /// Shortest value of a variable that is searched for in evidence: shorter ones are found in any text.
@@ -129,7 +132,7 @@ impl World {
             Step::RecordVerdict { handle, release, cause, exit_code, attempts, conditions } => {
                 let verdict = Verdict {
                     release: handle.key.release.clone(),
-                    cause: cause.clone(),
+                    cause: bounded(cause.as_str(), MOST_CAUSE),
                     exit_code: *exit_code,
                     log_tail: tail(&redact(self.docker.log_tail(&handle.id).await, release)).to_owned(),
                     at: Timestamp::now(),

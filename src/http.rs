@@ -11,15 +11,21 @@ use axum::{
     routing::get,
 };
 use futures_util::{StreamExt as _, stream};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     sync::{
+        OwnedSemaphorePermit, Semaphore,
         broadcast::{Receiver, error::RecvError},
         watch,
     },
     time::Instant,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     events::Events,
@@ -29,6 +35,15 @@ use crate::{
 
 /// The loop must have gone round within this time for the agent to be alive.
 const ALIVE: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// Most connections at a time. Each takes a file of the process, which has 1,024 where nobody says otherwise.
+const MOST_CONNECTIONS: usize = 256;
+/// Longest time for the head of a request, and between two requests.
+const LONGEST_HEAD: std::time::Duration = std::time::Duration::from_secs(5);
+/// Before a connection is tried to be taken again.
+const AGAIN: std::time::Duration = std::time::Duration::from_millis(100);
+/// Longest wait for an answer under way when the agent ends.
+const LAST_ANSWER: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// What the listener shows.
 #[derive(Debug, Clone)]
@@ -64,7 +79,45 @@ pub async fn serve(listener: TcpListener, shown: Shown) -> std::io::Result<()> {
         .route("/status", get(status))
         .route("/events", get(events))
         .with_state(shown);
-    axum::serve(listener, router).with_graceful_shutdown(end.cancelled_owned()).await
+    let (places, tasks) = (Arc::new(Semaphore::new(MOST_CONNECTIONS)), TaskTracker::new());
+    loop {
+        let accepted = tokio::select! {
+            () = end.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(e) => {
+                // Out of files, for one. Others are served meanwhile, and end.
+                tracing::debug!("a connection cannot be taken: {e}");
+                tokio::time::sleep(AGAIN).await;
+                continue;
+            }
+        };
+        // One too many is closed at once: the agent needs its files for Docker and etcd.
+        let Ok(place) = places.clone().try_acquire_owned() else { continue };
+        tasks.spawn(connection(stream, router.clone(), end.clone(), place));
+    }
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}
+
+/// Serves one connection until it ends, or the agent does.
+async fn connection(stream: TcpStream, router: Router, end: CancellationToken, _place: OwnedSemaphorePermit) {
+    let serving = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(LONGEST_HEAD)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    tokio::pin!(serving);
+    tokio::select! {
+        // How it ended is the client's business.
+        _ = &mut serving => {}
+        () = end.cancelled() => {
+            serving.as_mut().graceful_shutdown();
+            let _ = tokio::time::timeout(LAST_ANSWER, serving).await;
+        }
+    }
 }
 
 /// Binds the address.

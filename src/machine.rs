@@ -11,7 +11,7 @@ use futures_util::Stream;
 use crate::{
     execute::StepError,
     host::{
-        docker::{DockerError, Listed},
+        docker::{DockerError, Foreign, Listed},
         nginx::{NginxError, Published},
     },
     model::{
@@ -26,7 +26,15 @@ use crate::{
 };
 
 /// Every container of demae's on a host, and what apps have left on disk.
-pub type Inventory = (Vec<Listed>, BTreeMap<AppName, ObservedApp>);
+#[derive(Debug, Default)]
+pub struct Inventory {
+    /// Containers of this agent.
+    pub containers: Vec<Listed>,
+    /// Containers with this host's name that another agent made.
+    pub foreign: Vec<Foreign>,
+    /// What apps have left on disk.
+    pub traces: BTreeMap<AppName, ObservedApp>,
+}
 
 /// A host, its clock and its chance.
 pub trait Machine: Send + Sync + 'static {
@@ -122,7 +130,8 @@ impl Machine for World {
     }
 
     async fn list(&self) -> Result<Inventory, ObserveError> {
-        Ok((self.docker.list(None).await?, self.all_traces()?))
+        let (containers, foreign) = self.docker.list_all(None).await?;
+        Ok(Inventory { containers, foreign, traces: self.all_traces()? })
     }
 
     async fn observe_app(&self, app: &AppName, wanted: Option<&Wanted>) -> Result<ObservedApp, ObserveError> {

@@ -10,7 +10,7 @@ use std::{
 use crate::{
     host::{
         clock::Clock,
-        docker::{Docker, DockerError, Found},
+        docker::{Docker, DockerError, Found, Instances},
         drain,
         files::{self, FileError},
         health::{Prober, Question, Reach},
@@ -67,13 +67,13 @@ impl World {
     /// # Errors
     /// If anything of it cannot be seen; a part is never taken for the whole.
     pub async fn observe_app(&self, app: &AppName, wanted: Option<&Wanted>) -> Result<ObservedApp, ObserveError> {
-        let found = self.docker.instances(app, &self.clock).await?;
+        let Instances { own: found, foreign } = self.docker.instances(app, &self.clock).await?;
         let image = match wanted {
             Some(wanted) => self.image(&found, wanted).await?,
             None => None,
         };
         let group = if found.is_empty() { None } else { self.nginx_group().await };
-        let mut observed = ObservedApp { image, ..self.traces(app)? };
+        let mut observed = ObservedApp { image, foreign, ..self.traces(app)? };
         // Only who may be leaving is counted: not a single instance of a wanted app, nor one that a route leads to.
         let several = found.len() > 1;
         observed.instances = found
@@ -207,6 +207,10 @@ impl World {
             Some(address) if running && count => self.connections(&found, address),
             _ => None,
         };
+        let wrong_socket = match &address {
+            Some(Address::Socket(path)) => files::expect_socket(Path::new(path)).is_err(),
+            _ => false,
+        };
         let port_taken = match address {
             Some(Address::Port(port)) => !alive && ports::is_taken(port),
             _ => false,
@@ -233,6 +237,7 @@ impl World {
             drain: found.drain,
             grace: found.grace,
             stale_socket,
+            wrong_socket,
             port_taken,
         }
     }

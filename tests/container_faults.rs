@@ -215,7 +215,7 @@ fn who_takes_more_memory_than_allowed_is_told_so() {
     // A release that eats before it is well has failed, at once: killed as it was, nobody killed it by hand.
     lab.put("env/web/MOOD", "greedy");
     let status = lab.wait_app("web", "blocked", |s| s.state == State::Blocked);
-    assert!(status.reason.contains("exit code 137, for want of memory"), "{}", status.reason);
+    assert!(status.reason.contains("it was OOM-killed (exit code 137)"), "{}", status.reason);
     assert_eq!(status.verdict.and_then(|v| v.exit_code), Some(137));
     assert_eq!(status.healthy, 1, "the old release serves");
     lab.del("env/web/MOOD");

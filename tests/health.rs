@@ -60,6 +60,35 @@ fn an_app_behind_a_port_with_all_defaults_loses_nothing_however_long_it_takes_to
     }
 }
 
+/// The same where Docker publishes ports by rules of the kernel, with no proxy that takes connections before the app does. The
+/// engine changes the rules of its network namespace, so this test runs in one of its own.
+#[test]
+fn without_dockers_proxy_it_loses_nothing_either() {
+    const INSIDE: &str = "DEMAE_TEST_IN_A_NAMESPACE";
+    let name = "without_dockers_proxy_it_loses_nothing_either";
+    if std::env::var_os(INSIDE).is_none() {
+        let own = std::env::current_exe().expect("a program");
+        let mut inside = support::process::command("unshare");
+        inside.args(["--net", "--"]).arg(own).args(["--exact", name, "--nocapture"]).env(INSIDE, "1");
+        let output = inside.output().expect("it runs");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+        return;
+    }
+    support::process::run(support::process::command("ip").args(["link", "set", "lo", "up"]));
+    let engine = support::engine::Engine::without_userland_proxy();
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    engine.load(&lab.image("v1"));
+    lab.start_agent(&[("DOCKER_HOST", &engine.host())]);
+    lab.wait_ready();
+    for ms in [100, 1000, 3000] {
+        let tally = deploy_under_load(&lab, ms);
+        assert_eq!((tally.failed, tally.stale), (0, 0), "{ms} ms: {:#?}", tally.reasons);
+        assert!(tally.requests > 200, "{ms} ms: {}", tally.requests);
+    }
+    lab.stop_agent();
+}
+
 #[test]
 fn an_app_behind_a_port_is_asked_as_soon_as_it_is_started() {
     let lab = Lab::new();

@@ -90,6 +90,8 @@ pub(super) struct AppState {
     pulled: Option<ReleaseId>,
     image_lost: bool,
     account: Account,
+    /// Until when it stays as it is though it is not wanted any more.
+    stays_until: Option<Timestamp>,
     /// When its instances ended or fell ill by themselves.
     incidents: Incidents,
     prediction: Prediction,
@@ -125,6 +127,7 @@ impl AppState {
             look_error: None,
             pulled: None,
             image_lost: false,
+            stays_until: None,
             incidents: Incidents::default(),
             prediction: Prediction::default(),
             since: now,
@@ -137,9 +140,17 @@ impl AppState {
     }
 
     /// Takes what is wanted now. Failures of another release say nothing about this one.
-    pub(super) fn want(&mut self, desired: DesiredApp, seen: Option<Instant>, now: Timestamp) {
+    ///
+    /// One that is not wanted any more stays as it is for `grace`: a put undoes a deletion that was a mistake, or half of a
+    /// replacement.
+    pub(super) fn want(&mut self, desired: DesiredApp, seen: Option<Instant>, now: Timestamp, grace: Duration) {
         if self.desired == desired {
             return;
+        }
+        match (&self.desired, &desired) {
+            (DesiredApp::Absent(_), DesiredApp::Absent(_)) => {}
+            (_, DesiredApp::Absent(_)) => self.stays_until = Some(now.plus(grace)),
+            _ => self.stays_until = None,
         }
         if release(&self.desired) != release(&desired) {
             self.cooling.clear();
@@ -161,7 +172,10 @@ impl AppState {
     }
 
     pub(super) fn take_observed(&mut self, observed: ObservedApp, now: Timestamp) {
-        self.prediction.compare(&observed);
+        // A look that was begun before a step ended says nothing of what that left.
+        if !self.outdated {
+            self.prediction.compare(&observed);
+        }
         let found = self.account.observed(self.observed.as_ref(), &observed, self.desired.target());
         (0..found).for_each(|_| self.incidents.push(now));
         let pulled = self.pulled.is_some() && self.pulled.as_ref() == release(&self.desired);
@@ -270,6 +284,7 @@ impl AppState {
             conflict,
             cooling: &self.cooling,
             nested,
+            stays_until: self.stays_until,
             busy: self.busy,
             stopping: &self.stopping,
             now,
@@ -522,7 +537,12 @@ impl AppState {
         if let Some(block) = plan.blocks.first() {
             let retry = plan.waits.iter().find(|w| matches!(w, Wait::Retry { .. }));
             let retry = retry.map(|w| format!("{}; ", w.clone().timed(tell))).unwrap_or_default();
-            return format!("{block} ({retry}{})", block.remedy(&self.app));
+            // As many as fit, and the number of all others.
+            let shown = match block {
+                Block::Invalid(problems) => Block::Invalid(problems.clone().within(MOST_REASON / 2)),
+                other => other.clone(),
+            };
+            return format!("{shown} ({retry}{})", block.remedy(&self.app));
         }
         if let Some(planned) = &plan.step {
             return planned.to_string();

@@ -168,7 +168,16 @@ impl<M: Machine> Agent<M> {
                 self.docker_error = Some(error);
                 self.relist_at = Instant::now() + Duration::from_secs(1);
             }
-            Ok((listed, on_disk)) => {
+            Ok(Inventory { containers: listed, foreign, traces: on_disk }) => {
+                if self.foreign != foreign && !foreign.is_empty() {
+                    let names: Vec<&str> = foreign.iter().take(5).map(|f| f.name.as_str()).collect();
+                    tracing::warn!(
+                        count = foreign.len(),
+                        "containers of another agent are left alone: {}",
+                        names.join(", ")
+                    );
+                }
+                self.foreign = foreign;
                 self.outlets.metrics.listed();
                 if self.docker_error.take().is_some() {
                     tracing::info!("this host can be looked at again");

@@ -27,6 +27,7 @@ use tracing::Instrument as _;
 use crate::{
     events::Events,
     failpoint,
+    host::docker::Foreign,
     machine::Machine,
     metrics::{Metrics, View, Vitals},
     model::{
@@ -41,7 +42,7 @@ use crate::{
         proxy::{Conflict, conflicts},
         step::Step,
     },
-    store::Update,
+    store::{Publishing, Update},
 };
 use app::{AppState, Around};
 use done::Done;
@@ -81,6 +82,8 @@ pub struct Outlets {
     pub ready: watch::Sender<bool>,
     /// For whoever reads the store: that it is to be read in full, at once.
     pub doubted: Arc<Notify>,
+    /// How publishing goes.
+    pub publishing: Arc<Publishing>,
 }
 
 /// How the agent runs.
@@ -90,6 +93,8 @@ pub struct Options {
     pub resync: Duration,
     /// Steps at a time.
     pub parallel: usize,
+    /// How long an app stays as it is after it was deleted from the store: within this time a put undoes that.
+    pub delete_grace: Duration,
     /// End once everything is converged, or nothing but a person can help.
     pub once: bool,
     /// Who decides. Always [`plan_app`](crate::plan::app::plan_app), except where it is to be seen that a wrong decision is noticed.
@@ -125,6 +130,8 @@ pub struct Agent<M> {
     apps: BTreeMap<AppName, AppState>,
     proxy: ProxyState,
     docker_error: Option<String>,
+    /// Containers with this host's name that another agent made.
+    foreign: Vec<Foreign>,
     /// Whether Docker was not there, or did not answer, when it was asked last.
     docker_away: bool,
     listed: bool,
@@ -166,6 +173,7 @@ impl<M: Machine> Agent<M> {
             apps: BTreeMap::new(),
             proxy: ProxyState { dirty: true, ..ProxyState::default() },
             docker_error: None,
+            foreign: Vec::new(),
             docker_away: false,
             listed: false,
             listing: false,
@@ -278,12 +286,16 @@ impl<M: Machine> Agent<M> {
         for (app, desired) in &snapshot.apps {
             let state =
                 self.apps.entry(app.clone()).or_insert_with(|| AppState::new(app.clone(), unknown.clone(), now));
-            state.want(desired.clone(), seen, now);
+            state.want(desired.clone(), seen, now, self.options.delete_grace);
         }
         for (_, state) in self.apps.iter_mut().filter(|(app, _)| !snapshot.apps.contains_key(*app)) {
-            state.want(unknown.clone(), seen, now);
+            state.want(unknown.clone(), seen, now, self.options.delete_grace);
         }
-        self.nested = mounts::nested(&snapshot);
+        let nested = mounts::nested(&snapshot);
+        for (app, state) in &mut self.apps {
+            state.dirty |= nested.get(app) != self.nested.get(app);
+        }
+        self.nested = nested;
         self.snapshot = Some(snapshot);
     }
 

@@ -35,7 +35,7 @@ impl<M: Machine> Agent<M> {
             .clone()
             .or_else(|| if self.proxy.seen { self.proxy.observed.error.clone() } else { None });
         // Without Docker nothing goes on, whatever else there is to say.
-        let notes: Vec<String> = self.docker_error.iter().cloned().chain(proxy).collect();
+        let notes: Vec<String> = self.docker_error.iter().cloned().chain(proxy).chain(self.foreign_note()).collect();
         let proxy = (!notes.is_empty()).then(|| notes.join("; "));
         let status = HostStatus {
             version: VERSION,
@@ -68,6 +68,16 @@ impl<M: Machine> Agent<M> {
         }
     }
 
+    /// What is said of containers with this host's name that another agent made.
+    fn foreign_note(&self) -> Option<String> {
+        let first = self.foreign.first()?;
+        let more = if self.foreign.len() > 1 { format!(" and {} more", self.foreign.len() - 1) } else { String::new() };
+        Some(format!(
+            "container `{}`{more} of this host's name belong to another agent and are left alone: {}; stop one of the two agents, or give it another name (`host` in its file); to take its containers over, `demae adopt ID`",
+            first.name, first.owner
+        ))
+    }
+
     fn tell_metrics(&mut self, apps: Vec<AppView>) {
         let update = self.updates.borrow();
         let store = StoreView {
@@ -78,6 +88,7 @@ impl<M: Machine> Agent<M> {
             block: update.status.block.as_ref().map(|b| b.kind.clone()),
             reads: update.reads,
             errors: update.errors.clone(),
+            unpublished: self.outlets.publishing.failing_for(),
         };
         drop(update);
         let mode = self.snapshot.as_ref().map_or(HostMode::Active, |s| s.mode);

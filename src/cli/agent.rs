@@ -18,7 +18,7 @@ use crate::{
     },
     plan::app::plan_app,
     shutdown,
-    store::{self, Belief, EtcdCluster, Update},
+    store::{self, Belief, EtcdCluster, Publishing, Update},
     telemetry, vitals,
     webhook::Webhook,
 };
@@ -40,7 +40,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> CliEnded {
     let config = Config::load(&args.common)?;
-    let timeout = crate::model::text::duration(&args.timeout).map_err(Failed::because)?;
+    let timeout = crate::model::text::duration(&args.timeout).map_err(Failed::usage)?;
     let runtime = runtime(2)?;
     let telemetry = {
         // An exporter of spans has a connection, and so belongs to the runtime.
@@ -128,8 +128,15 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let belief = Belief::new(config.etcd.prefix.clone(), viewer, shelf, updates);
     tasks.spawn(store::watch(EtcdCluster::new(config.etcd.clone(), claim.clone()), belief, side.clone()));
     let doubted = claim.doubted();
-    let publisher =
-        tasks.spawn(store::publish(config.etcd.clone(), claim, publish_in, updates_in.clone(), side.clone()));
+    let publishing = Arc::new(Publishing::default());
+    let publisher = tasks.spawn(store::publish(
+        config.etcd.clone(),
+        claim,
+        publish_in,
+        updates_in.clone(),
+        publishing.clone(),
+        side.clone(),
+    ));
     // An agent that tells nobody anything any more is to be started anew.
     let (mute, told) = (CancellationToken::new(), token.clone());
     let is_mute = mute.clone();
@@ -143,8 +150,9 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     tasks.close();
     tracing::info!(host = %config.host, listen = %config.listen, endpoints = config.etcd.endpoints.join(","), "demae {} starts", env!("CARGO_PKG_VERSION"));
 
-    let options = Options { resync: config.resync, parallel: config.parallel, once, planner: plan_app };
-    let outlets = Outlets { metrics, view, vitals, events, status, publish, pulse, ready, doubted };
+    let (resync, parallel, delete_grace) = (config.resync, config.parallel, config.delete_grace);
+    let options = Options { resync, parallel, delete_grace, once, planner: plan_app };
+    let outlets = Outlets { metrics, view, vitals, events, status, publish, pulse, ready, doubted, publishing };
     let ended = Agent::new(world, options, outlets, updates_in).run(news, token).await;
     side.cancel();
     if tokio::time::timeout(GOODBYE, tasks.wait()).await.is_err() {

@@ -7,6 +7,7 @@
 use std::{
     fs,
     net::{SocketAddr, TcpListener},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Stdio,
     time::{Duration, Instant},
@@ -78,9 +79,22 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     }
     // Before anything is started or cleaned up: another `dev` may be at home here.
     let lock = files::lock(&dir.join("dev.lock"))?;
+    let first = !dir.join("dev.json").exists();
     let place = Place::open(&dir)?;
     let config = place.config(&dir, &nginx, args.profile)?;
     let runtime = runtime(2)?;
+    if let Err(e) = runtime.block_on(docker_answers(&config)) {
+        // Nothing was started, so nothing but the two files is to be removed.
+        if first {
+            let _ = (fs::remove_file(dir.join("dev.json")), fs::remove_file(dir.join("agent.toml")));
+        }
+        drop(lock);
+        let _ = fs::remove_file(dir.join("dev.lock"));
+        if args.dir.is_none() {
+            let _ = fs::remove_dir(&dir);
+        }
+        return Err(e);
+    }
     let ended = runtime.block_on(async {
         let tasks = TaskTracker::new();
         let (orderly, at_once) = shutdown::on_signals(&tasks)?;
@@ -208,7 +222,15 @@ impl Place {
         let tmp = dir.join("tmp");
         fs::create_dir_all(&tmp)?;
         let d = dir.display();
-        let user = if rustix::process::geteuid().is_root() { "user root;\n" } else { "" };
+        // Never root: an app may put a symlink in the place of its socket, and root's workers would follow it anywhere.
+        let user = if rustix::process::geteuid().is_root() {
+            check_passage(dir)?;
+            let groups = fs::read_to_string("/etc/group").unwrap_or_default();
+            let group = if groups.lines().any(|l| l.starts_with("nogroup:")) { "nogroup" } else { "nobody" };
+            format!("user nobody {group};\n")
+        } else {
+            String::new()
+        };
         let text = format!(
             "{user}worker_processes 2;\nworker_rlimit_nofile 8192;\npid {d}/nginx.pid;\nerror_log {d}/nginx-error.log;\n\
              events {{ worker_connections 4096; }}\n\
@@ -272,12 +294,36 @@ impl Place {
     }
 }
 
+/// Whether there is an engine that this user may use.
+async fn docker_answers(config: &Config) -> Result<(), Failed> {
+    let docker = Docker::behind(&config.docker_socket, config.host.clone()).impatient(PATIENCE);
+    docker.version().await.map(drop).map_err(|e| {
+        Failed::for_now(format!(
+            "{e}; start Docker, and let this user use `{}`: as root, or in the group docker",
+            config.docker_socket
+        ))
+    })
+}
+
+/// Whether nginx's workers, who are nobody in particular, can pass through a directory and those above it.
+fn check_passage(dir: &Path) -> Result<(), Failed> {
+    for above in dir.ancestors() {
+        if fs::metadata(above)?.permissions().mode() & 0o001 == 0 {
+            return Err(Failed::because(format!(
+                "nginx's workers cannot pass through `{}`: `chmod o+x` it, or give another `--dir`",
+                above.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
 async fn remove_containers(docker: &Docker) {
     let Ok(listed) = docker.list(None).await else { return };
     let apps: std::collections::BTreeSet<_> = listed.into_iter().map(|l| l.app).collect();
     for app in apps {
         let Ok(found) = docker.instances(&app, &crate::host::clock::Clock::default()).await else { continue };
-        for container in found {
+        for container in found.own {
             // The store they came from goes too; nobody is to wait for a grace.
             let stopped = docker.stop(&container.id, Duration::from_secs(1)).await;
             if let Err(e) = stopped.and(docker.remove(&container.id).await) {

@@ -41,7 +41,7 @@ enum Output {
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     if let Some(unknown) = args.types.iter().find(|t| !What::TYPES.contains(&t.as_str())) {
         let known = What::TYPES.join("`, `");
-        return Err(Failed::because(format!("`{unknown}` is not a type of event; there are `{known}`")));
+        return Err(Failed::usage(format!("`{unknown}` is not a type of event; there are `{known}`")));
     }
     runtime(1)?.block_on(follow(args, printer))
 }

@@ -1,6 +1,7 @@
 //! What people type. One file a verb.
 
 mod accept;
+mod adopt;
 mod agent;
 mod dev;
 mod doctor;
@@ -57,6 +58,8 @@ enum Verb {
     Confirm(accept::Args),
     /// Take a store that the agent does not believe
     Store(accept::StoreArgs),
+    /// Take over the containers of another agent with this host's name
+    Adopt(adopt::Args),
     /// Check spec files, and tell every problem
     Validate(validate::Args),
     /// Print the JSON Schema of a spec
@@ -74,6 +77,8 @@ enum Exit {
     Failure,
     /// 2: `plan` found something to do.
     Changes,
+    /// 64: the command line is wrong (`EX_USAGE`, sysexits.h).
+    Usage,
     /// 75: try again later (`EX_TEMPFAIL`, sysexits.h).
     TryAgain,
 }
@@ -84,6 +89,7 @@ impl Exit {
             Exit::Success => 0,
             Exit::Failure => 1,
             Exit::Changes => 2,
+            Exit::Usage => 64,
             Exit::TryAgain => 75,
         })
     }
@@ -99,6 +105,10 @@ struct Failed {
 impl Failed {
     fn because(message: impl Into<String>) -> Self {
         Self { exit: Exit::Failure, message: message.into() }
+    }
+
+    fn usage(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Usage, message: message.into() }
     }
 
     fn for_now(message: impl Into<String>) -> Self {
@@ -135,6 +145,7 @@ pub fn run() -> ExitCode {
         Verb::Init(args) => init::run(&args, &mut printer),
         Verb::Confirm(args) => accept::confirm(&args, &mut printer),
         Verb::Store(args) => accept::store(&args, &mut printer),
+        Verb::Adopt(args) => adopt::run(&args, &mut printer),
         Verb::Validate(args) => validate::run(&args, &mut printer),
         Verb::Schema => schema::run(&mut printer),
         Verb::Dev(args) => dev::run(&args, &mut printer),

@@ -41,16 +41,17 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
 
 async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) -> Ended {
     let world = setup::world(config, None, Arc::new(NoMeter))?;
-    let (snapshot, _) = store::read_once(&config.etcd, &config.host, &config.labels)
-        .await
-        .map_err(|e| Failed::for_now(e.to_string()))?;
-    // What an agent does not believe it does not do. If no member answers, that was told above.
+    // As an agent would: with the release key that it has kept, and held against what it took last.
     let viewer = setup::viewer(config, &world).await?;
-    if let Ok(compared) = store::compare(&config.etcd, &viewer, &Disk(world.layout.clone())).await
-        && let Some(block) = compared.block
-    {
-        printer.error(&format!("note: an agent does nothing of this now, {} ({})", block.message, block.remedy));
+    let compared = store::compare(&config.etcd, &viewer, &Disk(world.layout.clone())).await;
+    let compared = compared.map_err(|e| Failed::for_now(e.to_string()))?;
+    if let Some(block) = compared.block {
+        printer.error(&format!(
+            "note: the store is not taken now, and this is what an agent does by what it took last: {} ({})",
+            block.message, block.remedy
+        ));
     }
+    let snapshot = compared.acting;
     let proxy = world.nginx.observe().await;
     let mut apps: BTreeSet<AppName> = world.docker.list(None).await?.into_iter().map(|l| l.app).collect();
     apps.extend(world.apps_on_disk()?);
@@ -65,7 +66,11 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
     if let Some(error) = &proxy.error {
         printer.error(&format!("note: {error}"));
     }
-    let unwanted = DesiredApp::Absent("the store has no such app".to_owned());
+    if let Some(missing) = only.iter().find(|app| !apps.contains(*app)) {
+        return Err(Failed::because(format!("no app `{missing}` is here, and none is wanted here")));
+    }
+    let why = "the store has no such app".to_owned();
+    let unwanted = if snapshot.proven { DesiredApp::Absent(why) } else { DesiredApp::Kept(why) };
     let mut plans = BTreeMap::new();
     for app in &apps {
         let desired = snapshot.apps.get(app).unwrap_or(&unwanted);
@@ -92,6 +97,7 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
             conflict: conflicts.get(app).cloned(),
             cooling: &cooling,
             nested: nested.get(app),
+            stays_until: None,
             busy: None,
             stopping: &NONE_STOPPING,
             now,

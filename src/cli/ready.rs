@@ -21,7 +21,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
-    let wait = args.wait.as_deref().map(text::duration).transpose().map_err(Failed::because)?.unwrap_or_default();
+    let wait = args.wait.as_deref().map(text::duration).transpose().map_err(Failed::usage)?.unwrap_or_default();
     let address = agent_address(args.agent.as_deref())?;
     runtime(1)?.block_on(async {
         let until = Instant::now() + wait;

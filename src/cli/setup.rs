@@ -9,7 +9,7 @@ use crate::{
     config::Config,
     host::{
         clock::Clock,
-        docker::{Docker, Meter},
+        docker::{Docker, Meter, Owner},
         files,
         health::Prober,
         layout::{Layout, MAX_SOCKET_PATH},
@@ -44,6 +44,11 @@ pub(super) fn world(
         )));
     }
     let docker = Docker::behind(&config.docker_socket, config.host.clone()).metered(meter);
+    let docker = match agent_id(&layout)? {
+        Some(id) => docker.owned(Arc::new(Directories { id, layout: layout.clone() })),
+        // No agent was ever started here, so none of the containers is its.
+        None => docker.owned(Arc::new(Directories { id: String::new(), layout: layout.clone() })),
+    };
     // Who asks nobody how they are is a command that looks once.
     let docker = if news.is_none() { docker.impatient(ANSWER) } else { docker };
     let n = &config.nginx;
@@ -70,6 +75,34 @@ pub(super) fn world(
         clock,
         layout,
     })
+}
+
+/// What the directories of an agent say of whose a container is.
+struct Directories {
+    id: String,
+    layout: Layout,
+}
+
+impl Owner for Directories {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn has_adopted(&self, id: &str) -> bool {
+        // Unreadable is not adopted: what is not known to be ours is left alone.
+        adopted(&self.layout).is_ok_and(|ids| ids.iter().any(|adopted| adopted == id))
+    }
+
+    fn knows(&self, app: &AppName) -> bool {
+        let traces = [self.layout.proven(app), self.layout.app_sockets(app), self.layout.app_env(app)];
+        traces.iter().any(|path| path.exists())
+    }
+}
+
+/// The agents whose containers were taken over.
+pub(super) fn adopted(layout: &Layout) -> Result<Vec<String>, files::FileError> {
+    let text = files::read(&layout.adopted())?.unwrap_or_default();
+    Ok(String::from_utf8_lossy(&text).lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_owned).collect())
 }
 
 /// What comes to its end by itself on this host.

@@ -16,6 +16,10 @@ use crate::{
     store,
 };
 
+/// Between two looks, at first and at last.
+const AGAIN: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(8);
+
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
@@ -61,8 +65,20 @@ struct Shown {
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     runtime(1)?.block_on(async {
         let mut last = None;
+        let mut noted = String::new();
+        let mut pause = AGAIN;
         loop {
-            let shown = read(args, printer).await?;
+            let (shown, note) = read(args).await?;
+            // The same trouble is worth one line, and an agent that is away is asked less and less often.
+            pause = if note.is_some() { (pause * 2).min(LONGEST_PAUSE) } else { AGAIN };
+            let note = note.unwrap_or_default();
+            if note != noted && !note.is_empty() {
+                printer.error(&format!("note: {note}"));
+            }
+            noted = note;
+            if last.is_none() {
+                missing(args, &shown.apps)?;
+            }
             if last.as_ref() != Some(&shown) {
                 if last.is_some() && args.output == Output::Text {
                     printer.line("");
@@ -73,18 +89,24 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
             if !args.watch {
                 return Ok(Exit::Success);
             }
-            tokio::time::sleep(Duration::from_millis(250)).await;
+            tokio::time::sleep(pause).await;
         }
     })
 }
 
-/// Asks the agent of this host; where none answers, what agents told the store.
-async fn read(args: &Args, printer: &mut Printer) -> Result<Shown, Failed> {
+/// Fails for an app that was asked for and is not there: an empty table would look like an answer.
+fn missing(args: &Args, found: &[AppStatus]) -> Result<(), Failed> {
+    let Some(name) = args.apps.iter().find(|name| !found.iter().any(|a| a.app == **name)) else { return Ok(()) };
+    Err(Failed::because(format!("no app `{}` is here, and none is wanted here", name.escape_debug())))
+}
+
+/// Asks the agent of this host; where none answers, what agents published, with a note that says so.
+async fn read(args: &Args) -> Result<(Shown, Option<String>), Failed> {
     let address = agent_address(args.agent.as_deref())?;
     let asked = probe::get_tcp(&address, "localhost", "/status", Duration::from_secs(5)).await;
     let error = match asked {
         Ok(answer) if answer.status == 200 => match serde_json::from_str::<HostStatus>(&answer.body) {
-            Ok(status) if status.version == VERSION => return Ok(select(args, status)),
+            Ok(status) if status.version == VERSION => return Ok((select(args, status), None)),
             Ok(status) => {
                 return Err(Failed::because(format!(
                     "the agent at {address} speaks version {} of status, this program version {VERSION}; use the agent's own `demae`",
@@ -100,9 +122,9 @@ async fn read(args: &Args, printer: &mut Printer) -> Result<Shown, Failed> {
     let mut apps = store::published(&etcd)
         .await
         .map_err(|e| Failed::for_now(format!("no agent answers at {address} ({error}), and the store neither: {e}")))?;
-    printer.error(&format!("note: no agent answers at {address} ({error}); this is what agents last told the store"));
+    let note = format!("no agent answers at {address} ({error}); this is what agents last told the store");
     apps.retain(|a| is_chosen(args, &a.app) && args.common.host.as_ref().is_none_or(|h| *h == a.host.as_str()));
-    Ok(Shown {
+    let shown = Shown {
         version: VERSION,
         proxy: None,
         store_error: None,
@@ -110,7 +132,8 @@ async fn read(args: &Args, printer: &mut Printer) -> Result<Shown, Failed> {
         stale_since: None,
         apps,
         unreadable: Vec::new(),
-    })
+    };
+    Ok((shown, Some(note)))
 }
 
 fn is_chosen(args: &Args, app: &str) -> bool {

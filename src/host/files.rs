@@ -262,6 +262,20 @@ pub fn open_socket_to(path: &Path, group: u32) -> Result<()> {
     open().map_err(failed("open to nginx", path))
 }
 
+/// Sees that what lies at a path is a socket, and no symlink to one. Nothing there is fine.
+///
+/// # Errors
+/// If it is something else, or cannot be looked at.
+pub fn expect_socket(path: &Path) -> Result<()> {
+    use std::os::unix::fs::FileTypeExt as _;
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => Ok(()),
+        Ok(_) => Err(failed("use", path)(io::Error::other("something else than a socket lies there"))),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(failed("look at", path)(e)),
+    }
+}
+
 /// Removes a file or a symlink.
 ///
 /// # Errors

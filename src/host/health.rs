@@ -19,6 +19,7 @@ use super::{clock::Clock, files, probe};
 use crate::model::{
     name::{AppName, ContainerId},
     observed::{Address, Health},
+    problem::chain,
     spec::{HealthCheck, Probe},
     time::Timestamp,
 };
@@ -277,6 +278,7 @@ impl Asking {
         match (&self.question.address, &self.question.check.probe) {
             (Address::Socket(path), probe) => {
                 let path = Path::new(path);
+                files::expect_socket(path).map_err(|e| chain(&e))?;
                 open_to_group(path, self.reach().group)?;
                 match probe {
                     Probe::Http(uri) => self.expect_success(uri, &probe::get_unix(path, host, uri, timeout).await?),

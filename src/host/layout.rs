@@ -46,6 +46,11 @@ impl Layout {
         self.state.join("agent.id")
     }
 
+    /// Ids of agents whose containers were taken over, one a line.
+    pub fn adopted(&self) -> PathBuf {
+        self.state.join("agent.adopted")
+    }
+
     /// What the store last said, for an agent that starts without it.
     pub fn ledger(&self) -> PathBuf {
         self.state.join("ledger")

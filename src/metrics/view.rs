@@ -1,6 +1,6 @@
 //! What the loop last saw, as gauges.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
@@ -54,6 +54,8 @@ pub struct StoreView {
     pub reads: u64,
     /// Failures so far, by kind.
     pub errors: BTreeMap<&'static str, u64>,
+    /// How long nothing could be published.
+    pub unpublished: Duration,
 }
 
 /// One app.
@@ -161,6 +163,12 @@ impl View {
                 store.lag as f64,
             ),
             ("demae_store_reads_total", "counter", "Full reads of the store", store.reads as f64),
+            (
+                "demae_status_unpublished_seconds",
+                "gauge",
+                "How long no status could be published to the store",
+                store.unpublished.as_secs_f64(),
+            ),
             (
                 "demae_store_unreadable_keys",
                 "gauge",

@@ -7,11 +7,14 @@ use sha2::{Digest as _, Sha256};
 use super::{
     env::{self, Secret},
     name::{AppName, EnvName, ImageRef, SetName},
-    problem::{Problem, Problems, guarded},
+    problem::{Problem, Problems, bounded, guarded},
     release::{Release, ReleaseKey},
     spec::{Ingress, Order, PullPolicy, Spec},
     text::hex,
 };
+
+/// Most bytes of a reason that people give.
+const MOST_REASON: usize = 500;
 
 /// One consistent read.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -124,7 +127,7 @@ pub struct AppKeys {
     /// `apps/<app>/paused`.
     pub paused: Option<Vec<u8>>,
     /// Keys below `apps/<app>/` that are not known.
-    pub problems: Vec<Problem>,
+    pub problems: Problems,
 }
 
 /// All keys that matter to a host, as they were read.
@@ -137,7 +140,7 @@ pub struct Keys {
     /// Whether the store's labels of this host cannot be read, and never could.
     pub labels_unknown: bool,
     /// Bad variable names, by set.
-    pub env_problems: BTreeMap<SetName, Vec<Problem>>,
+    pub env_problems: BTreeMap<SetName, Problems>,
 }
 
 /// Makes the wanted state of one host.
@@ -174,7 +177,7 @@ fn resolve_app(
         return Ok(DesiredApp::Absent("this host is drained".to_owned()));
     }
     if let Some(reason) = &app.paused {
-        let reason = String::from_utf8_lossy(reason).trim().to_owned();
+        let reason = bounded(String::from_utf8_lossy(reason).trim(), MOST_REASON);
         return Ok(DesiredApp::Paused(if reason.is_empty() { "no reason given".to_owned() } else { reason }));
     }
     let Some((created, spec)) = &app.spec else {
@@ -189,12 +192,12 @@ fn resolve_app(
         }
         return Ok(DesiredApp::Absent(format!("this host does not satisfy `{unmet}`")));
     }
-    let mut problems: Vec<Problem> = app.problems.clone();
+    let mut problems: Vec<Problem> = app.problems.iter().cloned().collect();
     let image = image(name, app, spec).map_err(|p| problems.push(p)).ok();
     let restart = text(&app.restart, || format!("apps/{name}/restart")).map_err(|p| problems.push(p)).ok().flatten();
     let env = environment(name, spec, keys).map_err(|p| problems.extend(p)).ok();
     let (Some(image), Some(env), true) = (image, env, problems.is_empty()) else {
-        return Err(problems.into_iter().collect());
+        return Err(problems.into_iter().collect::<Problems>().bounded());
     };
     let endpoint = spec.ingress.as_ref().map(|i| i.endpoint.clone());
     let release =
@@ -257,7 +260,7 @@ fn environment(name: &AppName, spec: &Spec, keys: &Keys) -> Result<BTreeMap<EnvN
 
 fn read_set(set: &SetName, keys: &Keys, problems: &mut Vec<Problem>) -> BTreeMap<EnvName, Secret> {
     let mut out = BTreeMap::new();
-    problems.extend(keys.env_problems.get(set).into_iter().flatten().cloned());
+    problems.extend(keys.env_problems.get(set).into_iter().flat_map(Problems::iter).cloned());
     for (name, value) in keys.env.get(set).into_iter().flatten() {
         let key = || format!("env/{set}/{name}");
         match std::str::from_utf8(value) {

@@ -38,6 +38,17 @@ pub struct ObservedApp {
     pub proven_at: Option<Timestamp>,
     /// Releases that failed here.
     pub verdicts: BTreeMap<ReleaseId, Verdict>,
+    /// Containers with this host's name and this app's that another agent made.
+    pub foreign: Vec<Foreign>,
+}
+
+/// A container that has this host's name, and that another agent made.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Foreign {
+    /// Its name.
+    pub name: String,
+    /// Whose it is, in words.
+    pub owner: String,
 }
 
 /// What an app is looked at for.
@@ -85,7 +96,7 @@ pub struct Instance {
     pub settled: bool,
     /// Whether the agent ended it, or was about to, before its release was proven. How it ended says nothing then.
     pub leaving: bool,
-    /// Whether the kernel ended it for want of memory.
+    /// Whether it was OOM-killed.
     pub out_of_memory: bool,
     /// When it last started, or was created.
     pub started: Timestamp,
@@ -103,6 +114,8 @@ pub struct Instance {
     pub grace: Duration,
     /// Whether a socket lies there that nobody listens on.
     pub stale_socket: bool,
+    /// Whether something else than a socket lies in the place of its socket: a symlink would lead nginx anywhere.
+    pub wrong_socket: bool,
     /// Whether it does not run and another program has its port meanwhile: it can never be started again.
     pub port_taken: bool,
 }

@@ -139,11 +139,17 @@ impl Problems {
     /// The first of them, as many as can be shown, kept and published, and how many there are beside: people can write
     /// mistakes without end, and all of them are in the status of one app.
     #[must_use]
-    pub fn bounded(mut self) -> Self {
+    pub fn bounded(self) -> Self {
+        self.within(MOST_BYTES)
+    }
+
+    /// The first of them, as many as fit into so many bytes, and how many there are beside.
+    #[must_use]
+    pub fn within(mut self, most_bytes: usize) -> Self {
         let mut bytes = 0;
         let fits = |problem: &Problem| {
             bytes += problem.key.len() + problem.message.len() + problem.hint.as_ref().map_or(0, String::len);
-            bytes <= MOST_BYTES
+            bytes <= most_bytes
         };
         let most = self.0.iter().take(MOST_PROBLEMS).take_while({
             let mut fits = fits;

@@ -41,13 +41,28 @@ const LOOK_FOR_IMAGE: Duration = Duration::from_secs(5);
 /// Decides about one app.
 pub fn plan_app(input: &AppInput<'_>) -> AppPlan {
     let mut draft = Draft::new(input);
+    if let Some(foreign) = input.observed.foreign.first() {
+        let (name, owner) = (foreign.name.clone(), foreign.owner.clone());
+        draft.plan.blocks.push(Block::Foreign { name, owner });
+        draft.only_supervise();
+        return draft.finish();
+    }
+    if !matches!(input.desired, DesiredApp::Paused(_)) {
+        routes::leave_wrong_sockets(&mut draft);
+    }
     match input.desired {
         DesiredApp::Paused(reason) => {
             draft.plan.blocks.push(Block::Paused(reason.clone()));
             let serving = draft.serving();
             draft.count(serving.as_ref());
         }
-        DesiredApp::Absent(_) => retire::leave(&mut draft),
+        DesiredApp::Absent(_) => match input.stays_until.filter(|until| input.now < *until) {
+            Some(until) if !input.observed.instances.is_empty() => {
+                draft.wait(Wait::Deletion(until));
+                draft.only_supervise();
+            }
+            _ => retire::leave(&mut draft),
+        },
         DesiredApp::Invalid { problems, last_good } => {
             draft.plan.blocks.push(Block::Invalid(problems.clone()));
             match last_good {

@@ -42,6 +42,17 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
     {
         found.push(format!("`{step}` is done to an instance that was asked to end already"));
     }
+    let keeps = matches!(step, Step::Switch(_) | Step::Start(_) | Step::ClearSocket(_));
+    if matches!(input.desired, DesiredApp::Absent(_))
+        && input.stays_until.is_some_and(|t| input.now < t)
+        && !keeps
+        && !input.observed.instances.is_empty()
+    {
+        found.push(format!("`{step}` touches an app that may be put back yet"));
+    }
+    if !input.observed.foreign.is_empty() && !keeps {
+        found.push(format!("`{step}` touches an app of which another agent has containers"));
+    }
     if input.busy.is_some() {
         found.push(format!("`{step}` would be a second step at once"));
     }
@@ -73,7 +84,9 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
                 }
             }
             let served = matches!(input.proxy.live.map(|v| &v.upstreams), Some(Upstreams::Slots(n)) if *n > 0);
-            if slots.is_empty() && served {
+            let wrong = |i: &Instance| i.wrong_socket && input.observed.slots.values().flatten().any(|k| *k == i.key);
+            let leads_astray = input.observed.instances.iter().any(wrong);
+            if slots.is_empty() && served && !leads_astray {
                 found.push(format!("`{step}` takes the routes away while nginx uses them"));
             }
         }

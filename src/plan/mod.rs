@@ -44,6 +44,8 @@ pub struct AppInput<'a> {
     pub cooling: &'a Cooling,
     /// A volume of its that another mount can replace.
     pub nested: Option<&'a NestedMount>,
+    /// Until when it stays as it is though it is not wanted any more.
+    pub stays_until: Option<Timestamp>,
     /// The step under way, if one is.
     pub busy: Option<StepKind>,
     /// Instances that were asked to end, and until when they may take for it. That holds up nothing else.

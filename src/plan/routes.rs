@@ -64,6 +64,24 @@ pub(super) fn route(draft: &mut Draft<'_>, target: &Target, active: Option<&Rele
     }
 }
 
+/// Takes requests away from instances with something else than a socket in its place: whoever serves would be asked whatever
+/// that leads to. A healthy sibling gets them, if there is one.
+pub(super) fn leave_wrong_sockets(draft: &mut Draft<'_>) {
+    let observed = draft.observed();
+    let find = |key: &InstanceKey| observed.instances.iter().find(|i| i.key == *key);
+    let is_wrong = |key: &Option<InstanceKey>| key.as_ref().and_then(find).is_some_and(|i| i.wrong_socket);
+    let Some(wrong) = observed.slots.values().find(|key| is_wrong(key)) else { return };
+    let release = wrong.as_ref().map(|key| key.release.clone());
+    let pool = pool(draft, release.as_ref(), None);
+    let slots = if pool.is_empty() {
+        let fine = observed.slots.iter().filter(|(_, key)| !is_wrong(key));
+        fine.filter_map(|(slot, key)| Some((*slot, key.clone()?))).collect()
+    } else {
+        assign(draft, &pool, highest_slot(draft))
+    };
+    draft.step(Step::Switch(slots), "something else than a socket lies where requests go");
+}
+
 /// For an app whose wish is not known: replaces an unhealthy instance in its routes by a healthy sibling.
 pub(super) fn keep_serving(draft: &mut Draft<'_>, release: &ReleaseId) {
     let slots = highest_slot(draft);
@@ -83,7 +101,8 @@ fn pool<'a>(draft: &Draft<'a>, active: Option<&ReleaseId>, group: Option<&Group<
         Some(group) => group.good.clone(),
         None => draft.observed().instances.iter().filter(|i| i.key.release == *active).collect(),
     };
-    let routable = |i: &&&Instance| i.is_running() && i.address.is_some() && !draft.input.is_stopping(i);
+    let routable =
+        |i: &&&Instance| i.is_running() && i.address.is_some() && !i.wrong_socket && !draft.input.is_stopping(i);
     let known: Vec<&Instance> = of_release.iter().filter(routable).filter(|i| i.health.is_healthy()).copied().collect();
     // One that has not been asked yet stays where it is, and is not brought in.
     let unasked = of_release

@@ -58,6 +58,7 @@ impl PaperHost {
             conflict: None,
             cooling,
             nested: None,
+            stays_until: None,
             busy: None,
             stopping: &NONE_STOPPING,
             now: self.now,
@@ -153,6 +154,7 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
                 grace: release.container.stop_grace_period,
                 restarts: 0,
                 stale_socket: false,
+                wrong_socket: false,
                 port_taken: false,
             });
             observed.instances.sort_by(|a, b| a.key.cmp(&b.key));

@@ -69,6 +69,8 @@ pub enum Wait {
         /// It is killed then.
         until: Timestamp,
     },
+    /// An app was deleted from the store, and stays a moment, in which it may be put back.
+    Deletion(Timestamp),
     /// A release that failed is tried again: none has ever been proven here, so nothing is lost by it.
     Retry {
         /// Then.
@@ -84,7 +86,7 @@ pub enum Wait {
 
 impl Wait {
     /// Every kind.
-    pub const KINDS: [&'static str; 11] = [
+    pub const KINDS: [&'static str; 12] = [
         "busy",
         "health",
         "drain",
@@ -93,6 +95,7 @@ impl Wait {
         "recovery",
         "removal",
         "stopping",
+        "deletion",
         "retry",
         "image",
         "store",
@@ -107,6 +110,7 @@ impl Wait {
             | Self::CoolingDown { until, .. }
             | Self::Recovery { until, .. }
             | Self::Retry { until, .. }
+            | Self::Deletion(until)
             | Self::Image(until) => Some(*until),
             Self::Drain { again, .. } => Some(*again),
             Self::Proxy(_) | Self::Removal(_) => Some(now.plus(Duration::from_secs(1))),
@@ -124,6 +128,7 @@ impl Wait {
             | Self::Recovery { until, .. }
             | Self::Stopping { until, .. }
             | Self::Retry { until, .. }
+            | Self::Deletion(until)
             | Self::Image(until) => *until = tell(*until),
             Self::Busy(_) | Self::Proxy(_) | Self::Removal(_) | Self::Store(_) => {}
         }
@@ -141,6 +146,7 @@ impl Wait {
             Self::Recovery { .. } => "recovery",
             Self::Removal(_) => "removal",
             Self::Stopping { .. } => "stopping",
+            Self::Deletion(_) => "deletion",
             Self::Retry { .. } => "retry",
             Self::Image(_) => "image",
             Self::Store(_) => "store",
@@ -179,8 +185,9 @@ impl fmt::Display for Wait {
             Self::Store(why) => write!(f, "kept as it is until the store can be read: {why}"),
             Self::Removal(key) => write!(f, "Docker is removing {key}"),
             Self::Stopping { key, until } => {
-                write!(f, "{key} was asked to end, and is killed at {until} if it has not")
+                write!(f, "stopping {key}; it is killed at {until} unless it has ended")
             }
+            Self::Deletion(until) => write!(f, "it leaves at {until}, unless it is put back before"),
             Self::Retry { until, attempts } => write!(f, "tried again at {until}, after {attempts} failures"),
         }
     }
@@ -210,6 +217,13 @@ pub enum Block {
     RoutesRejected(String),
     /// The image is nowhere to be had.
     ImageMissing(String),
+    /// Containers of the app belong to another agent with this host's name.
+    Foreign {
+        /// One of them.
+        name: String,
+        /// By which id that agent is known, or why none is.
+        owner: String,
+    },
     /// A volume lies below a writable mount, so what it leads to could be exchanged.
     MountUnsafe(NestedMount),
     /// The plan was refused by its second reader: a mistake in demae.
@@ -218,7 +232,7 @@ pub enum Block {
 
 impl Block {
     /// Every kind.
-    pub const KINDS: [&'static str; 9] = [
+    pub const KINDS: [&'static str; 10] = [
         "invalid",
         "paused",
         "cordoned",
@@ -227,6 +241,7 @@ impl Block {
         "routes_rejected",
         "image_missing",
         "mount_unsafe",
+        "foreign",
         "refused",
     ];
 
@@ -241,6 +256,7 @@ impl Block {
             Self::RoutesRejected(_) => "routes_rejected",
             Self::ImageMissing(_) => "image_missing",
             Self::MountUnsafe(_) => "mount_unsafe",
+            Self::Foreign { .. } => "foreign",
             Self::Refused(_) => "refused",
         }
     }
@@ -262,6 +278,10 @@ impl Block {
             Self::MountUnsafe(_) => {
                 "mount a directory beside it, or mount the upper one with `:ro` everywhere".to_owned()
             }
+            Self::Foreign { .. } => {
+                "stop one of the two agents, or give it another name; to take its containers over, `demae adopt ID`"
+                    .to_owned()
+            }
             Self::Refused(_) => "please report this; the app is left as it is".to_owned(),
         }
     }
@@ -280,6 +300,10 @@ impl fmt::Display for Block {
             }
             Self::RoutesRejected(error) => write!(f, "nginx refuses this app: {error}"),
             Self::ImageMissing(error) => f.write_str(error),
+            Self::Foreign { name, owner } => write!(
+                f,
+                "container `{name}` has this host's name and belongs to another agent: {owner}; nothing is created beside it"
+            ),
             Self::MountUnsafe(NestedMount { path, above, owner }) => write!(
                 f,
                 "volume `{path}` lies below `{above}`, which app `{owner}` may write to: it could be led anywhere on this host"

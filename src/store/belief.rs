@@ -304,6 +304,10 @@ impl Belief {
         self.use_up(needed, &found);
         self.on_disk = found.revision;
         self.standing.believe(found, &snapshot);
+        if needed {
+            // What a person accepted is not held against what comes next.
+            self.standing.left.clear();
+        }
         (self.reader, self.contents, self.last_good) = (reader, contents, last_good);
         (self.key, self.proven) = (Some(key), true);
         Ok((Arc::new(snapshot), needed))
@@ -459,7 +463,11 @@ pub(super) fn recall(
     let read = shelf.ledger().map_err(LedgerError::Read);
     let parsed = read.and_then(|text| text.map(|text| Ledger::parse(&text, &viewer.host, prefix)).transpose());
     match parsed {
-        Ok(None) => (standing, Ok(None)),
+        Ok(None) => {
+            // What an earlier agent believed is gone, and its apps are here: nothing leaves unseen.
+            standing.strict = !viewer.traces.is_empty();
+            (standing, Ok(None))
+        }
         Ok(Some(ledger)) => {
             let is_of_host = |(key, _): &(&Vec<u8>, &Entry)| key.starts_with(b"hosts/");
             let hosts =
@@ -481,7 +489,7 @@ pub(super) fn recall(
 
 /// The last good snapshot as it holds while the store cannot be read. That an app was not wanted then is no reason to
 /// take it away now.
-fn unproven(snapshot: Snapshot) -> Snapshot {
+pub(super) fn unproven(snapshot: Snapshot) -> Snapshot {
     let keep = |(app, desired): (AppName, DesiredApp)| {
         let desired = match desired {
             DesiredApp::Absent(why) => DesiredApp::Kept(format!("{why}, as the store last said")),

@@ -10,13 +10,45 @@ use crate::model::{
     status::{NAME_TAKEN, StoreBlock},
 };
 
+/// Where a password comes from.
+#[derive(Debug, Clone)]
+pub enum Password {
+    /// The environment, or a flag.
+    Given(Secret),
+    /// A file, read for each connection: it may be changed while an agent runs.
+    File(PathBuf),
+}
+
+impl Password {
+    fn read(&self) -> Result<Secret, StoreError> {
+        match self {
+            Self::Given(secret) => Ok(secret.clone()),
+            Self::File(path) => {
+                let failed = |source| StoreError::File { path: path.clone(), source };
+                let text = std::fs::read_to_string(path).map_err(failed)?;
+                Ok(Secret::new(text.trim_end_matches(['\n', '\r'])))
+            }
+        }
+    }
+
+    /// What to look at if etcd refuses it.
+    fn place(&self) -> String {
+        match self {
+            Self::Given(_) => "check `ETCDCTL_PASSWORD` or the flag, and start the agent anew".to_owned(),
+            Self::File(path) => {
+                format!("put the right one into `{}`; it is read again at the next connection", path.display())
+            }
+        }
+    }
+}
+
 /// How etcd is reached: the names that etcdctl uses.
 #[derive(Debug, Clone)]
 pub struct EtcdConfig {
     /// Members, `host:port` or URLs.
     pub endpoints: Vec<String>,
     /// User and password, if the store asks for them.
-    pub user: Option<(String, Secret)>,
+    pub user: Option<(String, Password)>,
     /// The CA that signed the members' certificates.
     pub cacert: Option<PathBuf>,
     /// Our certificate and its key.
@@ -128,7 +160,7 @@ impl Connection {
             .with_keep_alive_while_idle(true)
             .with_require_leader(true);
         if let Some((user, password)) = &config.user {
-            options = options.with_user(user, password.expose()).with_auto_token_refresh(true);
+            options = options.with_user(user, password.read()?.expose()).with_auto_token_refresh(true);
         }
         if endpoint.starts_with("https://") || (!endpoint.contains("://") && config.cacert.is_some()) {
             let mut tls = match &config.cacert {
@@ -142,7 +174,15 @@ impl Connection {
         }
         match Client::connect([&endpoint], Some(options)).await {
             Ok(client) => Ok(Self { client, endpoint }),
-            Err(e) => Err(StoreError::Connect { endpoint, reason: say(&e) }),
+            Err(e) => {
+                let mut reason = say(&e);
+                if let Some((user, password)) = &config.user
+                    && reason.contains("authentication failed")
+                {
+                    reason = format!("{reason} (user `{user}`: {})", password.place());
+                }
+                Err(StoreError::Connect { endpoint, reason })
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use etcd_client::{Compare, CompareOp, Txn, TxnOp};
 
 use super::{
-    belief::{Viewer, recall},
+    belief::{Viewer, recall, unproven},
     client::{Connection, EtcdConfig, StoreError},
     ledger::{LedgerError, Shelf},
     read::{Contents, Reader, Reading, random_id, read},
@@ -38,6 +38,8 @@ pub struct Comparison {
     pub changing: BTreeSet<AppName>,
     /// What it says.
     pub snapshot: Snapshot,
+    /// What the agent goes by now: what the store says, or, while it does not take that, what it took last.
+    pub acting: Snapshot,
 }
 
 impl Comparison {
@@ -90,6 +92,7 @@ pub async fn compare(config: &EtcdConfig, viewer: &Viewer, shelf: &dyn Shelf) ->
             (Some(old), Some(new)) => old != new,
             _ => false,
         }),
+        acting: if block.is_some() { unproven(before) } else { after.clone() },
         known: standing.identity,
         lost,
         found,

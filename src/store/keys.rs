@@ -132,7 +132,13 @@ impl Key {
                 let set = SetName::try_from(set).map_err(|e| nobody(e.to_string()))?;
                 match EnvName::try_from(name) {
                     Ok(name) => Ok(Self::Env(set, name)),
-                    Err(e) => Err(BadKey::Set(set, Problem::new(shown, e.to_string()))),
+                    Err(e) => {
+                        let problem = Problem::new(shown, e.to_string());
+                        Err(BadKey::Set(
+                            set,
+                            problem.hint("a name cannot be put right: delete this key, and put the value to another"),
+                        ))
+                    }
                 }
             }
             "hosts" => {

@@ -1,6 +1,10 @@
 //! What an agent tells the fleet: its host and its apps, on a lease, so that it goes when the agent does.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use etcd_client::{GetOptions, PutOptions, Txn, TxnOp};
 use tokio::{sync::watch::Receiver, time::Instant};
@@ -21,6 +25,42 @@ use crate::{
 const GATHER: Duration = Duration::from_millis(500);
 /// Operations in one transaction; etcd takes 128.
 const BATCH: usize = 100;
+/// Bytes of keys and values in one transaction; etcd takes requests of 1.5 MiB, and one status is far smaller.
+const BATCH_BYTES: usize = 512 * 1024;
+
+/// How publishing goes, for whoever reports of it.
+#[derive(Debug, Default)]
+pub struct Publishing(Mutex<Option<Failing>>);
+
+/// Since when nothing could be published, and when that was last logged.
+#[derive(Debug, Clone, Copy)]
+struct Failing {
+    since: Instant,
+    logged: Instant,
+}
+
+impl Publishing {
+    /// How long nothing could be written that was to be.
+    pub fn failing_for(&self) -> Duration {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).map(|f| f.since.elapsed()).unwrap_or_default()
+    }
+
+    fn succeeded(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Takes a failure. True once a lease: what was published before is gone with it.
+    fn failed(&self) -> bool {
+        let now = Instant::now();
+        let mut failing = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let failing = failing.get_or_insert(Failing { since: now, logged: now });
+        let is_due = failing.logged.elapsed() > TTL;
+        if is_due {
+            failing.logged = now;
+        }
+        is_due
+    }
+}
 
 /// Publishes every status, until cancelled; then takes it back.
 ///
@@ -31,13 +71,20 @@ pub async fn publish(
     claim: Arc<Claim>,
     mut statuses: Receiver<(HostStatus, BTreeMap<String, String>)>,
     updates: Receiver<Update>,
+    publishing: Arc<Publishing>,
     token: CancellationToken,
 ) {
     let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(15));
     let mut turn = 0;
     loop {
-        let mut publisher =
-            Publisher { config: &config, claim: &claim, updates: &updates, told: BTreeMap::new(), written: None };
+        let mut publisher = Publisher {
+            config: &config,
+            claim: &claim,
+            updates: &updates,
+            publishing: &publishing,
+            told: BTreeMap::new(),
+            written: None,
+        };
         let ended = publisher.session(turn, &mut statuses, &token).await;
         // A session that wrote something was a good one: the name goes with the lease, and must not wait for long.
         if publisher.written.is_some() {
@@ -46,7 +93,15 @@ pub async fn publish(
         match ended {
             Ok(()) => return,
             Err(error) => {
-                tracing::debug!("publishing pauses: {error}");
+                // A name that another agent has is told by whoever reads the store.
+                if publishing.failed() && !matches!(error, StoreError::Doubt(_)) {
+                    tracing::warn!(
+                        "no status could be published for {} s, and what was is gone from the store: {error}",
+                        TTL.as_secs()
+                    );
+                } else {
+                    tracing::debug!("publishing pauses: {error}");
+                }
                 if matches!(error, StoreError::Doubt(_)) {
                     // Whoever reads the store finds out whose the name is now.
                     claim.doubted.notify_one();
@@ -65,6 +120,7 @@ struct Publisher<'c> {
     config: &'c EtcdConfig,
     claim: &'c Claim,
     updates: &'c Receiver<Update>,
+    publishing: &'c Publishing,
     told: BTreeMap<String, String>,
     /// The revision at which the key of the host was written last; nothing before it was looked for.
     written: Option<i64>,
@@ -117,6 +173,7 @@ impl Publisher<'_> {
                     }
                     let wanted = self.keys(&statuses.borrow_and_update());
                     self.write(&mut connection, lease, wanted).await?;
+                    self.publishing.succeeded();
                     write_at = None;
                 }
             }
@@ -150,8 +207,9 @@ impl Publisher<'_> {
         keys
     }
 
-    /// Writes what differs from what was told, and nothing else. Each transaction writes the key of the host, and only if
-    /// nobody else has since: so an agent that lost its name writes nothing more.
+    /// Writes what differs from what was published, and nothing else. The key of the host goes first, by itself; each
+    /// transaction after it holds only while nobody else has written that key since: so an agent that lost its name writes
+    /// nothing more, and statuses of apps never keep the host from being seen.
     async fn write(
         &mut self,
         connection: &mut Connection,
@@ -162,38 +220,64 @@ impl Publisher<'_> {
         let put =
             |(k, v): (&String, &String)| TxnOp::put(k.clone(), v.clone(), Some(PutOptions::new().with_lease(lease)));
         let is_new = |(k, v): &(&String, &String)| self.told.get(*k) != Some(*v);
-        let gone = self.told.keys().filter(|k| !wanted.contains_key(*k)).map(|k| TxnOp::delete(k.clone(), None));
-        let fresh = wanted.iter().filter(|(k, _)| **k != host).filter(is_new).map(put);
-        let operations: Vec<TxnOp> = gone.chain(fresh).collect();
-        let named: Vec<TxnOp> = wanted.get_key_value(&host).map(put).into_iter().collect();
-        let mut batches: Vec<Vec<TxnOp>> = operations.chunks(BATCH).map(<[TxnOp]>::to_vec).collect();
-        if batches.is_empty() && wanted.get_key_value(&host).is_some_and(|of_host| is_new(&of_host)) {
-            batches.push(Vec::new());
+        let gone = self.told.keys().filter(|k| !wanted.contains_key(*k));
+        let gone = gone.map(|k| (TxnOp::delete(k.clone(), None), k.len()));
+        let fresh = wanted.iter().filter(|(k, _)| **k != host).filter(is_new);
+        let fresh = fresh.map(|(k, v)| (put((k, v)), k.len() + v.len()));
+        let batches = batches(gone.chain(fresh));
+        if let Some(of_host) = wanted.get_key_value(&host)
+            && (self.written.is_none() || is_new(&of_host))
+        {
+            let written = match self.written {
+                Some(revision) => revision,
+                None => self.claim.look(connection, &self.config.prefix).await?,
+            };
+            self.written = Some(self.commit(connection, written, vec![put(of_host)]).await?);
+            self.claim.holds();
         }
         for batch in batches {
             let written = match self.written {
                 Some(revision) => revision,
                 None => self.claim.look(connection, &self.config.prefix).await?,
             };
-            let txn = Txn::new()
-                .when([self.claim.unchanged(&self.config.prefix, written)])
-                .and_then([batch, named.clone()].concat());
-            let answer = connection.client.txn(txn).await.map_err(connection.failed("publishing"))?;
-            if !answer.succeeded() {
-                // Whose it is now, the next session finds out.
-                let reason = "somebody else wrote to the key of this host".to_owned();
-                return Err(StoreError::Call {
-                    endpoint: connection.endpoint.clone(),
-                    operation: "publishing",
-                    reason,
-                });
-            }
-            self.claim.holds();
-            self.written = answer.header().map(etcd_client::ResponseHeader::revision);
+            self.commit(connection, written, batch).await?;
         }
         self.told = wanted;
         Ok(())
     }
+
+    /// One transaction, while the key of the host is as it was at this revision; its own revision.
+    async fn commit(
+        &self,
+        connection: &mut Connection,
+        written: i64,
+        operations: Vec<TxnOp>,
+    ) -> Result<i64, StoreError> {
+        let txn = Txn::new().when([self.claim.unchanged(&self.config.prefix, written)]).and_then(operations);
+        let answer = connection.client.txn(txn).await.map_err(connection.failed("publishing"))?;
+        if !answer.succeeded() {
+            // Whose it is now, the next session finds out.
+            let reason = "another agent wrote to the key of this host".to_owned();
+            let endpoint = connection.endpoint.clone();
+            return Err(StoreError::Call { endpoint, operation: "publishing", reason });
+        }
+        Ok(answer.header().map_or(written, etcd_client::ResponseHeader::revision))
+    }
+}
+
+/// Operations, each with its size in bytes, in transactions that etcd takes.
+fn batches(operations: impl Iterator<Item = (TxnOp, usize)>) -> Vec<Vec<TxnOp>> {
+    let mut batches: Vec<(Vec<TxnOp>, usize)> = Vec::new();
+    for (operation, size) in operations {
+        match batches.last_mut() {
+            Some((batch, bytes)) if batch.len() < BATCH && *bytes + size <= BATCH_BYTES => {
+                batch.push(operation);
+                *bytes += size;
+            }
+            _ => batches.push((vec![operation], size)),
+        }
+    }
+    batches.into_iter().map(|(batch, _)| batch).collect()
 }
 
 /// What all agents told of their apps. For `demae status` where no agent answers.

@@ -28,6 +28,8 @@ use crate::model::{
 /// Keys of one page. With the largest value etcd takes (1.5 MiB) a page of this size fits the decoding limit below in
 /// any store of ordinary size.
 const PAGE: i64 = 500;
+/// Most bytes of a host's labels.
+const MOST_LABELS: usize = 64 * 1024;
 /// Largest answer that is decoded: the client's own limit of 4 MiB is reached by a thousand specs.
 pub(super) const LARGEST: usize = 256 << 20;
 
@@ -186,24 +188,6 @@ pub(super) fn random_id() -> std::io::Result<String> {
     Ok(hex(&bytes))
 }
 
-/// Reads once, for commands that look and leave; and which store it was.
-///
-/// # Errors
-/// If no member answers; the last error.
-pub async fn read_once(
-    config: &super::client::EtcdConfig,
-    host: &HostName,
-    labels: &BTreeMap<String, String>,
-) -> Result<(Snapshot, Identity), StoreError> {
-    super::each_member(config, async |connection: Connection| {
-        let Reading { contents, identity, key, .. } = read(&connection, &config.prefix, None).await?;
-        // Without a key any will do: nothing is made by it.
-        let key = key.unwrap_or_else(|| ReleaseKey::new(""));
-        Ok((Reader::new(host.clone(), labels.clone()).snapshot(&contents, &key), identity))
-    })
-    .await
-}
-
 /// A spec, or all that is wrong with it.
 type ReadSpec = Arc<Result<Spec, Problems>>;
 
@@ -302,6 +286,11 @@ impl Reader {
                 Err(BadKey::Nobody(problem)) => unreadable.push(problem),
             }
         }
+        for problems in keys.env_problems.values_mut().chain(keys.apps.values_mut().map(|app| &mut app.problems)) {
+            *problems = std::mem::take(problems).bounded();
+        }
+        let all: Problems = std::mem::take(unreadable).into_iter().collect();
+        unreadable.extend(all.bounded().iter().cloned());
         keys.labels_unknown = given_labels.is_none();
         let mut labels = self.labels.clone();
         labels.extend(given_labels.iter().flatten().map(|(k, v)| (k.clone(), v.clone())));
@@ -339,6 +328,11 @@ fn host_labels(value: &[u8]) -> Result<BTreeMap<String, String>, Problem> {
     let Value::Map(entries) = node.value else {
         return Err(Problem::new("", "write a mapping such as `role: web`").at(node.line, node.column));
     };
+    // They are published with the host, and a store takes requests of 1.5 MiB.
+    if value.len() > MOST_LABELS {
+        let message = format!("{} bytes of labels are more than {MOST_LABELS}", value.len());
+        return Err(Problem::new("", message).at(node.line, node.column));
+    }
     let mut labels = BTreeMap::new();
     for (key, node) in entries {
         let Value::Scalar { text, .. } = node.value else {

@@ -1,9 +1,13 @@
 //! Whether a store is to be believed: whether it is the one that was read before, and whether it takes away more than a
 //! person is likely to have meant.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 use super::{
     landmark::Landmark,
@@ -92,7 +96,12 @@ pub struct Standing {
     pub held: Option<StoreBlock>,
     /// Whether nothing may leave unseen: what an earlier agent believed is lost.
     pub strict: bool,
+    /// Apps that left lately, and when: many deletions one after the other are as many as at once.
+    pub left: BTreeMap<AppName, Instant>,
 }
+
+/// Within this time what leaves is counted together.
+const TOGETHER: Duration = Duration::from_secs(300);
 
 /// What was read, to be judged.
 #[derive(Debug, Clone, Copy)]
@@ -239,7 +248,9 @@ impl Standing {
         if new.mode == HostMode::Drained {
             return None;
         }
-        let many = leaving.len() > brake.apps && leaving.len() * 100 > self.here.len() * brake.percent;
+        let lately = self.left.iter().filter(|(app, at)| at.elapsed() < TOGETHER && !leaving.contains(*app)).count();
+        let (count, of) = (leaving.len() + lately, self.here.len() + lately);
+        let many = !leaving.is_empty() && count > brake.apps && count * 100 > of * brake.percent;
         if !(many || self.strict && !leaving.is_empty()) {
             return None;
         }
@@ -247,12 +258,15 @@ impl Standing {
         let more = if leaving.len() > names.len() { " …" } else { "" };
         Some(StoreBlock {
             kind: MASS_REMOVAL.to_owned(),
-            message: format!(
-                "{} of the {} apps of this host would leave at once: {}{more}",
-                leaving.len(),
-                self.here.len(),
-                names.join(", ")
-            ),
+            message: if lately == 0 {
+                format!("{count} of the {of} apps of this host would leave at once: {}{more}", names.join(", "))
+            } else {
+                format!(
+                    "{count} of the {of} apps of this host would leave within {} minutes, {lately} of them have: {}{more}",
+                    TOGETHER.as_secs() / 60,
+                    names.join(", ")
+                )
+            },
             remedy: "put the keys back, or let them leave with `demae confirm`; nothing changes until then".to_owned(),
         })
     }
@@ -266,13 +280,20 @@ impl Standing {
     /// Takes a store and what it says.
     pub fn believe(&mut self, identity: Identity, snapshot: &Snapshot) {
         // Whether a paused or broken app belongs here is not known from it alone, but from when it was neither.
+        let before = std::mem::take(&mut self.here);
         let is_here = |app: &AppName, desired: &DesiredApp| match desired {
-            DesiredApp::Run(target) => !target.cordoned || self.here.contains(app),
+            DesiredApp::Run(target) => !target.cordoned || before.contains(app),
             DesiredApp::Invalid { last_good: Some(_), .. } => true,
             DesiredApp::Absent(_) => false,
-            _ => self.here.contains(app),
+            _ => before.contains(app),
         };
         self.here = snapshot.apps.iter().filter(|(app, d)| is_here(app, d)).map(|(app, _)| app.clone()).collect();
+        self.left.retain(|app, at| at.elapsed() < TOGETHER && !self.here.contains(app));
+        // That a host is drained is one decision.
+        if snapshot.mode != HostMode::Drained {
+            let gone = before.difference(&self.here).map(|app| (app.clone(), Instant::now()));
+            self.left.extend(gone);
+        }
         self.identity = Some(identity);
         self.held = None;
         self.strict = false;

@@ -246,9 +246,11 @@ impl History {
             pulse: watch::channel(tokio::time::Instant::now()).0,
             ready: watch::channel(false).0,
             doubted: self.store.doubted.clone(),
+            publishing: Arc::default(),
         };
         let hands = Arc::new(Hands::new(host, self.scene.clone()));
-        let options = Options { resync: RESYNC, parallel: 8, once: false, planner: self.planner };
+        let (delete_grace, planner) = (Duration::from_secs(3), self.planner);
+        let options = Options { resync: RESYNC, parallel: 8, delete_grace, once: false, planner };
         let agent = Agent::new(hands, options, outlets, updates_in);
         let running = agent.run(news, token.clone());
         let agent = tokio::spawn(given_time(self.scene.clone(), async move {

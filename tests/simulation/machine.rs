@@ -344,7 +344,7 @@ impl Machine for Hands {
             }
         }
         self.answer().await?;
-        Ok((listed, traces))
+        Ok(Inventory { containers: listed, foreign: Vec::new(), traces })
     }
 
     async fn observe_app(&self, app: &AppName, wanted: Option<&Wanted>) -> Result<ObservedApp, ObserveError> {

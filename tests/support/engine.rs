@@ -25,6 +25,8 @@ pub struct Engine {
     live_restore: bool,
     /// The bridge of its containers, if they have a network.
     bridge: Option<String>,
+    /// Whether it publishes ports by rules of the kernel, with no process in between.
+    without_proxy: bool,
     containerd: Child,
     dockerd: Option<Child>,
 }
@@ -54,6 +56,15 @@ impl Engine {
         engine
     }
 
+    /// Starts one that publishes ports by rules of the kernel alone. Only for a test in a network namespace of its own, whose
+    /// rules it changes.
+    pub fn without_userland_proxy() -> Self {
+        let mut engine = Self::prepare(false);
+        engine.without_proxy = true;
+        engine.start();
+        engine
+    }
+
     /// Starts one whose images and containers lie on a small disk.
     pub fn on_a_small_disk() -> (Self, Disk) {
         let mut engine = Self::prepare(false);
@@ -79,7 +90,7 @@ impl Engine {
         let mut command = Command::new("containerd");
         command.args(["--log-level", "warn", "--config", &at("containerd.toml")]);
         let containerd = quiet(&mut command, &dir.path().join("containerd.log"));
-        let engine = Self { dir, live_restore, bridge: None, containerd, dockerd: None };
+        let engine = Self { dir, live_restore, bridge: None, without_proxy: false, containerd, dockerd: None };
         let socket = engine.path("containerd.sock");
         assert!(within(PATIENCE, || socket.exists()), "containerd does not start: {}", engine.log("containerd.log"));
         engine
@@ -151,6 +162,11 @@ impl Engine {
                 command.arg(format!("--bridge={bridge}"));
                 command
             }
+            None if self.without_proxy => {
+                let mut command = Command::new("dockerd");
+                command.arg("--userland-proxy=false");
+                command
+            }
             None => {
                 // `unshare` becomes the engine, so that a signal reaches it.
                 let mut command = Command::new("unshare");
@@ -161,7 +177,9 @@ impl Engine {
         command.args(["--host", &self.host(), "--containerd", &at("containerd.sock")]);
         command.args(["--config-file", &at("daemon.json"), "--pidfile", &at("dockerd.pid")]);
         command.args(["--data-root", &at("data"), "--exec-root", &at("exec"), "--storage-driver", "vfs"]);
-        command.args(["--iptables=false", "--ip6tables=false", "--ip-forward=false"]);
+        if !self.without_proxy {
+            command.args(["--iptables=false", "--ip6tables=false", "--ip-forward=false"]);
+        }
         if self.live_restore {
             command.arg("--live-restore");
         }

@@ -12,6 +12,11 @@ pub fn docker(args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
+/// A program to run, for tests that start none otherwise.
+pub fn command(program: &str) -> Command {
+    Command::new(program)
+}
+
 /// Runs a program that must do well.
 pub fn run(command: &mut Command) {
     let status = command.status().expect("it runs");

@@ -177,7 +177,8 @@ fn is_host_part_free_of_values(renderer: &Renderer, values: &Values) {
     let vhosts = BTreeMap::from([(values.app.clone(), vhost(values, Upstreams::Slots(1)))]);
     let layout = Layout::new("/var/lib/demae", "/run/demae");
     let part = |vhosts: &BTreeMap<AppName, Vhost>, taken: &BTreeMap<String, (PathBuf, String)>| {
-        let text = renderer.host(7, vhosts.values(), taken, &layout).expect("the host's template renders");
+        let vhosts: Vec<&Vhost> = vhosts.values().collect();
+        let text = renderer.host(7, &vhosts, taken, &layout).expect("the host's template renders");
         directives(&text).expect("the host's part is a file")
     };
     let nothing = BTreeMap::new();

@@ -34,6 +34,24 @@ pub(super) async fn leftovers(patient: &Patient<'_>, snapshot: Option<&Snapshot>
     }
 }
 
+/// Containers of this host's name that another agent made.
+pub(super) async fn foreign(patient: &Patient<'_>, found: &mut Findings) {
+    // If Docker does not answer, that was told of above.
+    let Ok((_, foreign)) = patient.world.docker.list_all(None).await else { return };
+    if let Some(first) = foreign.first() {
+        found.fail(
+            "foreign containers",
+            format!(
+                "{} containers with this host's name belong to another agent, `{}` among them: {}",
+                foreign.len(),
+                first.name,
+                first.owner
+            ),
+            "stop one of the two agents, or give it another name (`host` in its file); to take its containers over, `demae adopt ID`",
+        );
+    }
+}
+
 /// Containers that look like demae's, and are somebody else's.
 pub(super) async fn copies(patient: &Patient<'_>, found: &mut Findings) {
     // If Docker does not answer, that was told of above.

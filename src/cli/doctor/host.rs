@@ -9,6 +9,8 @@ use crate::{host::files, model::problem::chain};
 const OLDEST_API: (u32, u32) = (1, 41);
 /// The first nginx that keeps connections of clients open over a reload when told to.
 const KEEPS_CONNECTIONS: (u32, u32, u32) = (1, 27, 4);
+/// From this version on nginx keeps connections to upstreams unless told not to.
+const KEEPS_UPSTREAMS: (u32, u32, u32) = (1, 29, 7);
 /// Less than this is near its end, in bytes and in percent.
 const LITTLE_SPACE: (u64, u64) = (1 << 30, 5);
 
@@ -65,6 +67,11 @@ pub(super) async fn nginx(patient: &Patient<'_>, found: &mut Findings) {
         }
         Err(e) => found.fail("nginx", chain(&e), "see that `nginx.binary` is nginx"),
     }
+    if let (Ok(version), Some(dir)) = (world.nginx.version().await, &setup.settings.templates)
+        && version >= KEEPS_UPSTREAMS
+    {
+        templates(dir, found);
+    }
     let observed = world.nginx.observe().await;
     match (&observed.live, &observed.error) {
         (None, Some(error)) if observed.unreadable => {
@@ -91,6 +98,70 @@ pub(super) async fn nginx(patient: &Patient<'_>, found: &mut Findings) {
                 .ok("nginx files", format!("generation {} is served, for {} apps", live.generation, live.vhosts.len()));
         }
     }
+}
+
+/// Templates of the host's own that leave nginx to keep connections to instances: it finds them again by the path of the
+/// route, and sends requests to the instance from before.
+fn templates(dir: &Path, found: &mut Findings) {
+    let names = match files::list(dir) {
+        Ok(names) => names,
+        Err(e) => return found.fail("templates", chain(&e), "let the agent's user read it"),
+    };
+    for name in names.iter().filter(|name| name.ends_with(".conf.hbs")) {
+        let text = fs::read_to_string(dir.join(name)).unwrap_or_default();
+        let says = |word: &str| text.contains(word);
+        if says("upstream ") && !says("upstream_keepalive_off") && !says("keepalive 0") {
+            found.fail(
+                "templates",
+                format!(
+                    "`{}` lets this nginx keep connections to instances that are replaced",
+                    dir.join(name).display()
+                ),
+                "put `{{#if upstream_keepalive_off}}keepalive 0;{{/if}}` at the end of its `upstream` block",
+            );
+        }
+    }
+}
+
+/// Whether a symlink that an app puts in the place of its socket would be followed.
+pub(super) fn sockets(patient: &Patient<'_>, found: &mut Findings) {
+    let dir = patient.world.layout.sockets();
+    if !dir.is_dir() {
+        return;
+    }
+    match mount_options(&dir) {
+        Some(options) if options.split(',').any(|option| option == "nosymfollow") => {
+            found.ok("sockets", format!("no symlink below `{}` is followed", dir.display()));
+        }
+        Some(_) => found.warn(
+            "sockets",
+            format!(
+                "`{}` is not mounted with `nosymfollow`: an app may put a symlink in the place of its socket",
+                dir.display()
+            ),
+            "enable deploy/var-lib-demae-sockets.mount, or mount it so by other means (Linux 5.10 or later)",
+        ),
+        None => found.warn(
+            "sockets",
+            format!("how `{}` is mounted cannot be told", dir.display()),
+            "see that /proc is mounted",
+        ),
+    }
+}
+
+/// The options of the mount that a directory lies on, as proc(5) has them.
+fn mount_options(dir: &Path) -> Option<String> {
+    let dir = fs::canonicalize(dir).ok()?;
+    let text = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let mounts = text.lines().filter_map(|line| {
+        let mut fields = line.split(' ').skip(4);
+        Some((Path::new(fields.next()?).to_owned(), fields.next()?.to_owned()))
+    });
+    // Of several at one place the last one counts.
+    mounts
+        .filter(|(at, _)| dir.starts_with(at))
+        .max_by_key(|(at, _)| at.components().count())
+        .map(|(_, options)| options)
 }
 
 pub(super) async fn directories(patient: &Patient<'_>, found: &mut Findings) {

@@ -90,12 +90,14 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
             host::nginx(&patient, &mut found).await;
         }
         host::directories(&patient, &mut found).await;
+        host::sockets(&patient, &mut found);
         host::ports(&patient, &mut found);
         store::members(&patient, &mut found).await;
         let snapshot = store::standing(&patient, &mut found).await;
         if patient.docker_answers {
             apps::leftovers(&patient, snapshot.as_ref(), &mut found).await;
             apps::copies(&patient, &mut found).await;
+            apps::foreign(&patient, &mut found).await;
         }
         if let Some(snapshot) = &snapshot {
             apps::mounts(&patient, snapshot, &mut found).await;

@@ -56,7 +56,7 @@ impl Docker {
     /// If the engine cannot; a name taken by somebody else gets the container another name. One that is taken by nobody yet
     /// is an error too: an agent that was killed may have asked for it, and it is about to be there.
     pub async fn create(&self, request: &CreateRequest<'_>) -> Result<ContainerId, DockerError> {
-        let body = Self::body(&self.host, request);
+        let body = ContainerCreateBody { labels: Some(self.labels(request)), ..Self::body(&self.host, request) };
         let base = format!("demae.{}.{}.{}", self.host, request.app, request.key);
         for attempt in 0..10 {
             let name = if attempt == 0 { base.clone() } else { format!("{base}.{attempt}") };
@@ -91,14 +91,20 @@ impl Docker {
         let labels = found.config.and_then(|c| c.labels).unwrap_or_default();
         // What may differ between two calls for the same instance.
         let varies = |name: &str| name == label::PORT || name == label::CHECK_HOST;
-        let same = Self::labels(&self.host, request).iter().all(|(k, v)| varies(k) || labels.get(k) == Some(v));
+        let same = self.labels(request).iter().all(|(k, v)| varies(k) || labels.get(k) == Some(v));
         match found.id.filter(|_| same) {
             Some(found) => Ok(NameOwner::Us(id(&found)?)),
             None => Ok(NameOwner::Other),
         }
     }
 
-    fn labels(host: &HostName, r: &CreateRequest<'_>) -> HashMap<String, String> {
+    fn labels(&self, r: &CreateRequest<'_>) -> HashMap<String, String> {
+        let mut labels = Self::labels_of(&self.host, r);
+        labels.extend(self.owner.iter().map(|owner| (label::AGENT.to_owned(), owner.id().to_owned())));
+        labels
+    }
+
+    fn labels_of(host: &HostName, r: &CreateRequest<'_>) -> HashMap<String, String> {
         let json = |value: Result<String, serde_json::Error>| value.unwrap_or_default();
         let mut labels: HashMap<String, String> =
             r.release.container.labels.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
@@ -185,7 +191,7 @@ impl Docker {
             user: c.user.clone(),
             working_dir: c.working_dir.clone(),
             env: Some(env),
-            labels: Some(Self::labels(host, r)),
+            labels: Some(Self::labels_of(host, r)),
             exposed_ports: some(exposed),
             healthcheck: Some(health(r.release)),
             stop_signal: c.stop_signal.clone(),

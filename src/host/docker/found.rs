@@ -43,7 +43,7 @@ pub struct Found {
     pub health: Option<Health>,
     /// Whether Docker keeps it running.
     pub settled: bool,
-    /// Whether the kernel ended it for want of memory.
+    /// Whether it was OOM-killed.
     pub out_of_memory: bool,
     /// Whether it was ended before its release was proven.
     pub leaving: bool,

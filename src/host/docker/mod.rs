@@ -30,10 +30,11 @@ use bollard::{
 };
 use futures_util::{Stream, StreamExt as _, stream};
 
+pub use crate::model::observed::Foreign;
 pub use create::{CreateRequest, create_body, facts};
 pub use found::Found;
 use found::LEAVING;
-pub use list::Listed;
+pub use list::{Instances, Listed};
 pub use meter::{Failure, Meter, NoMeter, Operation};
 
 use crate::model::{
@@ -55,6 +56,7 @@ mod label {
     pub(super) const HEALTH: &str = "demae.healthcheck";
     pub(super) const IMAGE: &str = "demae.image";
     pub(super) const CHECK_HOST: &str = "demae.check-host";
+    pub(super) const AGENT: &str = "demae.agent";
 }
 
 /// Why a call failed.
@@ -147,6 +149,17 @@ pub struct Docker {
     meter: Arc<dyn Meter>,
     /// Longest time for an ordinary call.
     longest: Duration,
+    owner: Option<Arc<dyn Owner>>,
+}
+
+/// Which containers of this host's name belong to this agent. Two agents may have one name by mistake, with a store each.
+pub trait Owner: Send + Sync {
+    /// The id that is written on what this agent makes.
+    fn id(&self) -> &str;
+    /// Whether containers of the agent with this id were taken over.
+    fn has_adopted(&self, id: &str) -> bool;
+    /// Whether this agent's directories know an app: for containers that an older demae made, which names no agent.
+    fn knows(&self, app: &AppName) -> bool;
 }
 
 impl fmt::Debug for Docker {
@@ -158,7 +171,8 @@ impl fmt::Debug for Docker {
 impl Docker {
     /// The engine behind a unix socket. It need not run, nor need the socket be there yet.
     pub fn behind(socket: &str, host: HostName) -> Self {
-        Self { socket: socket.to_owned(), client: OnceLock::new(), host, meter: Arc::new(NoMeter), longest: CALL }
+        let (client, meter) = (OnceLock::new(), Arc::new(NoMeter));
+        Self { socket: socket.to_owned(), client, host, meter, longest: CALL, owner: None }
     }
 
     /// bollard makes no client without a socket, so it is made when it is first needed and can be.
@@ -180,6 +194,11 @@ impl Docker {
     /// Lets somebody hear how long calls take.
     pub fn metered(self, meter: Arc<dyn Meter>) -> Self {
         Self { meter, ..self }
+    }
+
+    /// Leaves alone what another agent of this host's name made. Without it, all of this host's name is this agent's.
+    pub fn owned(self, owner: Arc<dyn Owner>) -> Self {
+        Self { owner: Some(owner), ..self }
     }
 
     /// Waits no longer than this for the answer to an ordinary call: a person is waiting too.

@@ -33,7 +33,7 @@ use crate::{
     failpoint,
     model::{
         name::AppName,
-        problem::chain,
+        problem::{bounded, chain},
         proxy::{Manifest, ObservedProxy, Vhost},
         spec::{HealthCheck, Ingress, Probe},
         time::Timestamp,
@@ -51,6 +51,8 @@ const REPEATED: Duration = Duration::from_secs(5);
 const CONNECTED: Duration = Duration::from_secs(6);
 /// Between two questions to nginx while waiting for it.
 const ASK_AGAIN: Duration = Duration::from_millis(2);
+/// Most bytes of an error of nginx's that are shown.
+const MOST_ERROR: usize = 1000;
 /// What the manifest of a set is called.
 const MANIFEST: &str = "manifest.json";
 
@@ -573,9 +575,9 @@ fn emergency(text: &str) -> String {
         Some((_, rest)) => {
             let rest = rest.trim();
             let numbered = rest.split_once(": ").filter(|(n, _)| n.bytes().all(|b| b.is_ascii_digit() || b == b'#'));
-            format!("[emerg] {}", numbered.map_or(rest, |(_, text)| text))
+            bounded(format!("[emerg] {}", numbered.map_or(rest, |(_, text)| text)), MOST_ERROR)
         }
-        None => line.strip_prefix("nginx: ").unwrap_or(line).to_owned(),
+        None => bounded(line.strip_prefix("nginx: ").unwrap_or(line), MOST_ERROR),
     }
 }
 

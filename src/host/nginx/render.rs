@@ -274,21 +274,21 @@ impl Renderer {
     }
 
     /// The part that all apps share. `taken` are directives that the host's own files set already.
-    pub fn host<'v>(
+    pub fn host(
         &self,
         generation: u64,
-        vhosts: impl IntoIterator<Item = &'v Vhost> + Clone,
+        vhosts: &[&Vhost],
         taken: &BTreeMap<String, (PathBuf, String)>,
         layout: &Layout,
     ) -> Result<String, String> {
-        let names = || vhosts.clone().into_iter().flat_map(|v| &v.hosts);
+        let names = || vhosts.iter().flat_map(|v| &v.hosts);
         let longest = names().map(|h| h.as_str().len()).max().unwrap_or(0).max(PROBE_HOST.len());
         let count = names().count() + 2;
         // nginx's own default of 64 holds names of up to 46 characters; 512 holds the longest there can be.
         let bucket = (longest > 40).then_some(if longest > 100 { 512 } else { 128 });
         let max_size = (count > 400).then(|| (count * 4).next_power_of_two());
         let free = |name: &str| !taken.contains_key(name);
-        let around = Neighbours::of(vhosts.clone());
+        let around = Neighbours::of(vhosts.iter().copied());
         let rootless = around.with_paths.difference(&around.with_root);
         let has_catch_all = around.with_root.iter().any(VirtualHost::is_catch_all);
         let view = HostView {

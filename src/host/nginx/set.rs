@@ -130,7 +130,7 @@ impl Set<'_> {
     fn shared(&self, generation: u64, parts: &Parts) -> Result<String, NginxError> {
         let vhosts: Vec<&Vhost> = parts.values().map(|part| &part.vhost).collect();
         let layout = &self.nginx.layout;
-        self.renderer.host(generation, vhosts, &self.tree.settings, layout).map_err(NginxError::Template)
+        self.renderer.host(generation, &vhosts, &self.tree.settings, layout).map_err(NginxError::Template)
     }
 
     /// The last good text of an app, unless it is the one that was refused.

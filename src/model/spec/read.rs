@@ -22,6 +22,9 @@ use crate::model::{
 /// Largest request body unless the spec says otherwise, in bytes. nginx's own 1 MiB refuses a photo; without any limit one
 /// client could fill the disk that nginx keeps bodies on.
 const MAX_BODY_SIZE: u64 = 100 * 1024 * 1024;
+/// Most bytes of labels, and of a command that checks health: both are labels of the container.
+const MOST_LABELS: usize = 16 * 1024;
+const MOST_TEST: usize = 4 * 1024;
 /// Most virtual hosts of one app: each costs all apps of its host time and memory in nginx.
 const MOST_HOSTS: usize = 1000;
 
@@ -110,6 +113,11 @@ impl Reader {
             } else {
                 out.insert(name, value);
             }
+        }
+        // The engine hands them out with each list of containers.
+        let bytes: usize = out.iter().map(|(name, value)| name.len() + value.len()).sum();
+        if let (true, Some(node)) = (bytes > MOST_LABELS, f.get("labels")) {
+            self.problem("labels", node, format!("{bytes} bytes of labels are more than {MOST_LABELS}"));
         }
         out
     }
@@ -261,6 +269,11 @@ impl Reader {
         let node = f.get("test")?;
         if let Value::Seq(_) = node.value {
             let words = self.items(f, "test", |t| Ok::<_, String>(t.to_owned()));
+            let bytes: usize = words.iter().map(String::len).sum();
+            if bytes > MOST_TEST {
+                let message = format!("a command of {bytes} bytes is longer than {MOST_TEST}; put it into the image");
+                self.problem("healthcheck.test", node, message);
+            }
             return match words.first().map(String::as_str) {
                 Some("NONE") => Some(Probe::Running),
                 Some("CMD" | "CMD-SHELL") if words.len() > 1 => Some(Probe::Command(words)),
@@ -271,6 +284,11 @@ impl Reader {
             };
         }
         let text = self.text("healthcheck.test", node)?;
+        if text.len() > MOST_TEST {
+            let message =
+                format!("a command of {} bytes is longer than {MOST_TEST}; put it into the image", text.len());
+            self.problem("healthcheck.test", node, message);
+        }
         Some(Probe::Command(vec!["CMD-SHELL".to_owned(), text.to_owned()]))
     }
 

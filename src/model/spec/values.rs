@@ -145,7 +145,8 @@ pub(super) fn constraint(text: &str) -> Result<Constraint, String> {
         }
     };
     let (label, value) = (label.trim(), value.trim());
-    if label.is_empty() || value.is_empty() || printable(label).is_err() || printable(value).is_err() {
+    let fits = |text: &str| text.len() <= 200 && printable(text).is_ok();
+    if !fits(label) || !fits(value) {
         return Err(format!(
             "`{}` is not a constraint; write `label == value` or `label != value`",
             text.escape_debug()

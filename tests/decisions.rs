@@ -1,0 +1,298 @@
+//! Single decisions of the planner, as tables: what is seen, and what is done about it.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use demae::{
+    model::{
+        desired::{DesiredApp, Target},
+        mounts::NestedMount,
+        name::{AppName, ReleaseId},
+        observed::{Address, Foreign, Health, ObservedApp, Phase},
+        problem::Problem,
+        proxy::Vhost,
+        release::{Release, ReleaseKey},
+        spec::Spec,
+        time::Timestamp,
+    },
+    plan::{
+        AppInput, AppPlan, Cooling, ProxyView, Stopping,
+        app::plan_app,
+        check::violations,
+        simulate::PaperHost,
+        step::{Handle, Planned, Step, StepKind},
+        wait::Wait,
+    },
+};
+
+fn target(text: &str, version: &str) -> Target {
+    let spec = Spec::parse(text.as_bytes()).expect("a spec");
+    let image = format!("web:{version}").as_str().try_into().expect("an image");
+    let endpoint = spec.ingress.as_ref().map(|i| i.endpoint.clone());
+    let key = ReleaseKey::new("key");
+    let release =
+        Release::new(&key, image, spec.container.clone(), BTreeMap::new(), spec.health.clone(), endpoint, None);
+    Target {
+        release: Arc::new(release),
+        replicas: spec.deploy.replicas_per_host,
+        ingress: spec.ingress,
+        order: spec.deploy.order,
+        pull_policy: spec.pull_policy,
+        created: 1,
+        cordoned: false,
+    }
+}
+
+const PORT: &str = "ingress: {hosts: [a.test], port: 8080, drain: 5s}\n";
+
+/// One app on a host, and what surrounds it.
+struct Scene {
+    host: PaperHost,
+    desired: DesiredApp,
+    cooling: Cooling,
+    stopping: Stopping,
+    nested: Option<NestedMount>,
+    stays_until: Option<Timestamp>,
+    old_workers: bool,
+}
+
+impl Scene {
+    /// With this release serving, or nothing if there is none.
+    fn new(serving: Option<Target>) -> Self {
+        let app = AppName::try_from("web").expect("a name");
+        let host = PaperHost::new(app, ObservedApp::default(), None, Timestamp::from_millis(1_000_000_000));
+        let (desired, cooling, stopping) = (DesiredApp::Absent(String::new()), Cooling::new(), Stopping::new());
+        let mut scene = Self { host, desired, cooling, stopping, nested: None, stays_until: None, old_workers: false };
+        if let Some(target) = serving {
+            scene.desired = DesiredApp::Run(target);
+            scene.settle();
+        }
+        scene
+    }
+
+    fn input(&self) -> AppInput<'_> {
+        AppInput {
+            stopping: &self.stopping,
+            nested: self.nested.as_ref(),
+            stays_until: self.stays_until,
+            proxy: ProxyView { old_workers: self.old_workers, ..self.host.input(&self.desired, &self.cooling).proxy },
+            ..self.host.input(&self.desired, &self.cooling)
+        }
+    }
+
+    fn plan(&self) -> AppPlan {
+        let input = self.input();
+        let plan = plan_app(&input);
+        assert_eq!(violations(&input, &plan), Vec::<String>::new(), "{plan:#?}");
+        plan
+    }
+
+    fn kind(&self) -> Option<StepKind> {
+        self.plan().step.map(|planned| planned.step.kind())
+    }
+
+    /// Takes all steps there are, with everybody well.
+    fn settle(&mut self) {
+        for _ in 0..100 {
+            let plan = self.plan();
+            self.host.serve(&plan.vhost);
+            match plan.step {
+                Some(planned) => self.host.apply(&planned.step),
+                None if plan.is_converged() => return,
+                None => self.host.pass(Duration::from_secs(1)),
+            }
+        }
+        panic!("it does not settle: {:#?}", self.plan());
+    }
+
+    /// Takes steps until one of this kind is next.
+    fn until(&mut self, kind: StepKind) {
+        for _ in 0..100 {
+            let plan = self.plan();
+            self.host.serve(&plan.vhost);
+            match plan.step {
+                Some(planned) if planned.step.kind() == kind => return,
+                Some(planned) => self.host.apply(&planned.step),
+                None => self.host.pass(Duration::from_millis(500)),
+            }
+        }
+        panic!("no {kind:?} comes: {:#?}", self.plan());
+    }
+}
+
+#[test]
+fn an_instance_that_is_ending_holds_up_nothing() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    scene.desired = DesiredApp::Run(target(PORT, "v2"));
+    scene.until(StepKind::Stop);
+    let Some(Planned { step: Step::Stop { handle, .. }, .. }) = scene.plan().step else { panic!("a stop is next") };
+    scene.stopping.insert(handle.id.clone(), scene.host.now.plus(Duration::from_secs(60)));
+    let plan = scene.plan();
+    assert!(plan.step.is_none() && plan.waits.iter().any(|w| matches!(w, Wait::Stopping { .. })), "{plan:#?}");
+    // The next release begins while it ends.
+    scene.desired = DesiredApp::Run(target(PORT, "v3"));
+    assert_eq!(scene.kind(), Some(StepKind::WriteEnvFile));
+    // Whoever would stop it again is caught.
+    let twice = Step::Stop { handle, grace: Duration::ZERO };
+    let plan = AppPlan { step: Some(Planned { step: twice, reason: "a mutation" }), ..AppPlan::default() };
+    assert!(violations(&scene.input(), &plan).iter().any(|v| v.contains("asked to end already")));
+}
+
+#[test]
+fn an_instance_behind_a_port_outlives_uploads_that_older_workers_read() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    scene.desired = DesiredApp::Run(target(PORT, "v2"));
+    scene.until(StepKind::Stop);
+    let old = scene
+        .host
+        .observed
+        .instances
+        .iter()
+        .position(|i| i.key.release != scene.desired.target().expect("one").release.id);
+    let old = old.expect("the old one is there");
+    scene.old_workers = true;
+    let left = scene.host.live_changed;
+    for (seconds, connections, stops) in [
+        (1, 0, false),
+        // Connected when its drain is over: cut.
+        (5, 1, true),
+        (6, 1, true),
+        // Nobody is connected, and a worker may still be reading.
+        (6, 0, false),
+        (300, 0, false),
+        // One that came later is waited for.
+        (300, 1, false),
+        (601, 0, true),
+        (601, 1, true),
+    ] {
+        scene.host.now = left.plus(Duration::from_secs(seconds));
+        scene.host.observed.instances[old].connections = Some(connections);
+        let stop = scene.kind() == Some(StepKind::Stop);
+        assert_eq!(stop, stops, "after {seconds} s with {connections} connections");
+    }
+    scene.host.now = left.plus(Duration::from_secs(60));
+    scene.host.observed.instances[old].connections = Some(0);
+    let instance = &scene.host.observed.instances[old];
+    let step =
+        Step::Stop { handle: Handle { key: instance.key.clone(), id: instance.id.clone() }, grace: Duration::ZERO };
+    let plan = AppPlan { step: Some(Planned { step, reason: "a mutation" }), ..AppPlan::default() };
+    assert!(violations(&scene.input(), &plan).iter().any(|v| v.contains("older nginx worker")));
+    scene.old_workers = false;
+    assert_eq!(scene.kind(), Some(StepKind::Stop), "without older workers nothing is on its way");
+}
+
+/// The candidate of the scene ends with this code.
+fn fail(scene: &mut Scene, code: i64) -> (String, u32) {
+    scene.until(StepKind::Start);
+    let step = scene.plan().step.expect("a start").step;
+    scene.host.apply(&step);
+    let wanted = scene.desired.target().expect("it is wanted").release.id.clone();
+    let of_it = scene.host.observed.instances.iter_mut().filter(|i| i.key.release == wanted);
+    of_it.for_each(|i| i.phase = Phase::Exited(code));
+    let step = scene.plan().step.expect("a verdict").step;
+    let Step::RecordVerdict { cause, attempts, .. } = &step else { panic!("a verdict: {step}") };
+    let told = (cause.clone(), *attempts);
+    scene.host.apply(&step);
+    told
+}
+
+#[test]
+fn a_first_release_is_tried_again_ever_later_and_a_later_one_is_not() {
+    let mut scene = Scene::new(None);
+    scene.desired = DesiredApp::Run(target(PORT, "v1"));
+    let mut pauses = Vec::new();
+    for attempt in 1..=4 {
+        assert_eq!(fail(&mut scene, 1).1, attempt);
+        let failed = scene.host.now;
+        // What failed goes first.
+        scene.until(StepKind::Create);
+        pauses.push(scene.host.now.since(failed).as_secs());
+    }
+    assert!(pauses.windows(2).all(|p| p[1] > p[0]) && pauses[0] <= 6, "{pauses:?}");
+
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    scene.desired = DesiredApp::Run(target(PORT, "v2"));
+    fail(&mut scene, 1);
+    for _ in 0..20 {
+        let plan = scene.plan();
+        plan.step.iter().for_each(|planned| scene.host.apply(&planned.step));
+    }
+    scene.host.now = scene.host.now.plus(Duration::from_secs(3600));
+    let plan = scene.plan();
+    assert!(plan.step.is_none() && plan.blocks.iter().any(|b| b.kind() == "halted"), "{plan:#?}");
+    // What the verdict depended on changes, and with it the verdict ends.
+    let stop_first = format!("{PORT}deploy: {{update_config: {{order: stop-first}}}}\n");
+    scene.desired = DesiredApp::Run(target(&stop_first, "v2"));
+    assert!(scene.plan().blocks.is_empty() && scene.plan().step.is_some(), "{:#?}", scene.plan());
+}
+
+#[test]
+fn an_end_that_says_what_is_wrong_is_explained() {
+    let cause = |code: i64, more: &str| {
+        let mut scene = Scene::new(None);
+        scene.desired = DesiredApp::Run(target(&format!("{PORT}{more}"), "v1"));
+        fail(&mut scene, code).0
+    };
+    assert!(cause(100, "").contains("`init: false`"), "{}", cause(100, ""));
+    assert!(!cause(100, "init: false\n").contains("`init: false`") && !cause(1, "").contains("init"));
+}
+
+#[test]
+fn what_may_be_put_back_is_not_taken_away_yet() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    scene.desired = DesiredApp::Absent("it was deleted".into());
+    scene.stays_until = Some(scene.host.now.plus(Duration::from_secs(3)));
+    let plan = scene.plan();
+    assert!(plan.step.is_none() && plan.vhost == demae::plan::VhostWish::Keep, "{plan:#?}");
+    assert!(plan.waits.iter().any(|w| matches!(w, Wait::Deletion(_))), "{plan:#?}");
+    scene.host.now = scene.host.now.plus(Duration::from_secs(3));
+    assert_eq!(scene.plan().vhost, demae::plan::VhostWish::Remove);
+}
+
+#[test]
+fn nothing_is_made_where_another_agent_or_another_mount_stands_in_the_way() {
+    let mut scene = Scene::new(None);
+    scene.desired = DesiredApp::Run(target(PORT, "v1"));
+    assert!(scene.kind().is_some());
+    scene.host.observed.foreign = vec![Foreign { name: "demae.a.web".into(), owner: "the one with the id 1".into() }];
+    let plan = scene.plan();
+    assert!(plan.step.is_none() && plan.blocks.iter().any(|b| b.kind() == "foreign"), "{plan:#?}");
+    scene.host.observed.foreign.clear();
+    let owner = AppName::try_from("other").expect("a name");
+    scene.nested = Some(NestedMount { path: "/srv/a/b".into(), above: "/srv/a".into(), owner });
+    let plan = scene.plan();
+    assert!(plan.step.is_none() && plan.blocks.iter().any(|b| b.kind() == "mount_unsafe"), "{plan:#?}");
+}
+
+#[test]
+fn the_last_healthy_instance_stays_for_a_broken_spec_too() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    let last_good = scene.desired.target().cloned();
+    scene.desired = DesiredApp::Invalid { problems: Problem::new("spec", "this is not YAML").into(), last_good };
+    let instance = scene.host.observed.instances[0].clone();
+    scene.host.live = None::<Vhost>;
+    let step = Step::Stop { handle: Handle { key: instance.key, id: instance.id }, grace: Duration::ZERO };
+    let plan = AppPlan { step: Some(Planned { step, reason: "a mutation" }), ..AppPlan::default() };
+    assert!(violations(&scene.input(), &plan).iter().any(|v| v.contains("last healthy")));
+}
+
+#[test]
+fn an_unhealthy_instance_is_replaced_for_that_reason() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    let since = scene.host.now;
+    scene.host.now = since.plus(Duration::from_secs(60));
+    scene.host.observed.instances[0].health = Health::Unhealthy { since, answer: "503".into() };
+    let planned = scene.plan().step.expect("a step");
+    assert_eq!((planned.step.kind(), planned.reason), (StepKind::Create, demae::plan::app::REPLACES_UNHEALTHY));
+}
+
+#[test]
+fn a_container_whose_port_is_taken_is_removed_by_a_plan() {
+    let mut scene = Scene::new(None);
+    scene.desired = DesiredApp::Run(target(PORT, "v1"));
+    scene.until(StepKind::Start);
+    assert!(matches!(scene.host.observed.instances[0].address, Some(Address::Port(_))));
+    scene.host.observed.instances[0].port_taken = true;
+    assert_eq!(scene.kind(), Some(StepKind::Remove));
+    let release: ReleaseId = scene.host.observed.instances[0].key.release.clone();
+    assert!(!scene.host.observed.verdicts.contains_key(&release), "that is no fault of the release");
+}
