@@ -27,8 +27,8 @@ stack: install ## The whole stack by docker-compose.yml: deploys under load, das
 	@scripts/install.sh stack
 	@scripts/stack.sh
 
-soak: install ## The long forms: a thousand switches, every kill point, many histories
-	DEMAE_ETCD_ROUNDS=20 DEMAE_SOCKET_SWITCHES=1000 DEMAE_PORT_SWITCHES=100 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=20000 \
+soak: install ## The long forms: a thousand switches, twenty deploys of slow apps, every kill point, many histories
+	DEMAE_ETCD_ROUNDS=20 DEMAE_SOCKET_SWITCHES=1000 DEMAE_PORT_SWITCHES=100 DEMAE_DEFAULT_DEPLOYS=20 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=20000 \
 	scripts/test.sh --soak
 
 simulate: install ## A million events in the life of agents, played; optimised, so built anew: 10 min in all

@@ -2,7 +2,7 @@
 //!
 //! With the argument `check` it only asks whether another one listens on `SOCKET`.
 //!
-//! Environment: `ONLY_HOST` (any other one is answered with 400), `SICK_AFTER_MS` (`/healthz` answers 503 from then on), `SOCKET` (a path) or `PORT` (8080 unless given) to listen on, `VERSION` to tell, `GREETING` to tell,
+//! Environment: `ALSO_SOCKET` or `ALSO_PORT` (a second place to listen, told as `way=second`), `ONLY_HOST` (any other one is answered with 400), `SICK_AFTER_MS` (`/healthz` answers 503 from then on), `SOCKET` (a path) or `PORT` (8080 unless given) to listen on, `VERSION` to tell, `GREETING` to tell,
 //! `START_MS` to be slow at the start, `MOOD` to be `sick` (`/healthz` answers 503), `exit` (ends at once, code 3),
 //! `deaf` (never listens), `late` (ends at once, code 1, until `/ready/now` is there) or `greedy` (takes 256 MB before it listens).
 //!
@@ -66,6 +66,7 @@ fn main() {
     if mood == "sick" {
         SICK.store(true, Ordering::Relaxed);
     }
+    also();
     match env::var("SOCKET") {
         Ok(path) => {
             let listener = UnixListener::bind(&path).unwrap_or_else(|e| panic!("cannot bind {path}: {e}"));
@@ -86,6 +87,30 @@ fn main() {
                 });
             }
         }
+    }
+}
+
+/// Listens in a second place, if there is one.
+fn also() {
+    fn begin(input: impl Read + Send + 'static, output: impl Write + Send + 'static) {
+        let serving = move || serve(input, output);
+        drop(thread::Builder::new().name("second".into()).spawn(serving));
+    }
+    if let Ok(path) = env::var("ALSO_SOCKET") {
+        let listener = UnixListener::bind(&path).unwrap_or_else(|e| panic!("cannot bind {path}: {e}"));
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                begin(stream.try_clone().expect("a socket"), stream);
+            }
+        });
+    }
+    if let Some(port) = env::var("ALSO_PORT").ok().and_then(|p| p.parse::<u16>().ok()) {
+        let listener = TcpListener::bind(("0.0.0.0", port)).unwrap_or_else(|e| panic!("cannot bind {port}: {e}"));
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                begin(stream.try_clone().expect("a socket"), stream);
+            }
+        });
     }
 }
 
@@ -220,8 +245,9 @@ fn eat(megabytes: usize) {
 fn hello(received: usize) -> String {
     let get = |name| env::var(name).unwrap_or_default();
     format!(
-        "version={} release={} replica={} greeting={} received={received}\n",
+        "version={} way={} release={} replica={} greeting={} received={received}\n",
         version(),
+        thread::current().name().unwrap_or("first"),
         get("DEMAE_RELEASE"),
         get("DEMAE_REPLICA"),
         get("GREETING")

@@ -5,7 +5,7 @@ set -euo pipefail
 
 features=(--all-features)
 if [ "${1:-}" = "--soak" ]; then
-    long=(--test switches --test crash --test doubt --test properties)
+    long=(--test switches --test health --test crash --test doubt --test properties --test isolation)
     if cargo nextest --version >/dev/null 2>&1; then
         exec env NEXTEST_PROFILE=soak cargo nextest run "${features[@]}" "${long[@]}" --no-capture --no-fail-fast
     fi

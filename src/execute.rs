@@ -7,14 +7,14 @@ use crate::{
     host::{
         docker::{CreateRequest, DockerError, facts},
         files::{self, FileError},
-        health::{Question, Reach},
+        health::{Question, Reach, more_questions},
         nginx::{NginxError, Proof},
         ports::NoPort,
     },
     model::{
         env,
         name::{AppName, ContainerId},
-        observed::{Address, InstanceKey, ObservedApp, Verdict},
+        observed::{Address, Instance, InstanceKey, ObservedApp, Verdict},
         problem::bounded,
         release::Release,
         spec::{ContainerSpec, Endpoint, MOUNTABLE, VolumeSource},
@@ -111,10 +111,15 @@ impl World {
                 self.create(app, key, release, image, (*drain, host.as_deref())).await
             }
             Step::Start(handle) => self.start(app, handle, observed).await,
-            Step::ClearSocket(handle) => Ok(files::remove_file(Path::new(&socket(observed, &handle.key)?))?),
+            Step::ClearSocket(handle) => {
+                for path in sockets(observed, &handle.key)? {
+                    files::remove_file(Path::new(&path))?;
+                }
+                Ok(())
+            }
             Step::Switch(slots) => self.switch(app, slots, observed),
             Step::Prove { release, ingress, check } => {
-                if let Some(proof) = ingress.as_ref().and_then(|ingress| Proof::of(ingress, check)) {
+                for proof in ingress.iter().flat_map(|ingress| Proof::all(ingress, check)) {
                     self.nginx.ask_app(&proof).await?;
                 }
                 self.private_dir(&self.layout.state().join("proven"))?;
@@ -176,7 +181,7 @@ impl World {
         image: &str,
         (drain, check_host): (Duration, Option<&str>),
     ) -> Result<(), StepError> {
-        let (mut socket_dir, mut port) = (None, None);
+        let (mut socket_dir, mut port, mut more_ports) = (None, None, Vec::new());
         match &release.endpoint {
             Some(Endpoint::Socket(_)) => {
                 let dir = self.layout.socket_dir(app, key);
@@ -184,35 +189,45 @@ impl World {
                 socket_dir = Some(dir.to_string_lossy().into_owned());
             }
             Some(Endpoint::Port(_)) => {
-                let taken: HashSet<u16> = self.docker.list(None).await?.iter().filter_map(|l| l.port).collect();
-                port = Some(self.ports.take(&format!("{}.{app}.{key}", self.host), &taken)?);
+                let taken: HashSet<u16> = self.docker.list(None).await?.into_iter().flat_map(|l| l.ports).collect();
+                let take = |number: usize| self.ports.take(&format!("{}.{app}.{key}.{number}", self.host), &taken);
+                port = Some(take(0)?);
+                for number in 1..=release.more_endpoints.len() {
+                    more_ports.push(take(number)?);
+                }
             }
             None => {}
         }
         check_mounts(&release.container)?;
         failpoint::boundary("prepared");
         let socket_dir = socket_dir.as_deref();
-        let request = CreateRequest { app, key, release, image, socket_dir, port, drain, check_host };
+        let more_ports = more_ports.as_slice();
+        let request = CreateRequest { app, key, release, image, socket_dir, port, more_ports, drain, check_host };
         self.docker.create(&request).await?;
         Ok(())
     }
 
     async fn start(&self, app: &AppName, handle: &Handle, observed: &ObservedApp) -> Result<(), StepError> {
         let address = observed.instances.iter().find(|i| i.id == handle.id).and_then(|i| i.address.clone());
-        if let Some(Address::Socket(path)) = &address {
+        if matches!(address, Some(Address::Socket(_))) {
             self.expect(app, &handle.id, observed).await;
             self.open_socket_dir(app, handle).await?;
             // A dead socket would keep the app from binding its own. One that is listened on belongs to a paused app, and
             // its queue may be full: whoever waits for room there waits for the very start that comes next.
-            if is_dead(Path::new(path)) {
-                files::remove_file(Path::new(path))?;
+            for path in sockets(observed, &handle.key)? {
+                if is_dead(Path::new(&path)) {
+                    files::remove_file(Path::new(&path))?;
+                }
             }
         }
         match self.docker.start(&handle.id).await {
             Err(e) if e.is_port_taken() => {
                 // The port is in its body, so the container must be made anew, with another one. The next plan removes it.
-                if let Some(Address::Port(port)) = address {
-                    self.ports.rest(port);
+                let instance = observed.instances.iter().find(|i| i.id == handle.id);
+                for address in instance.into_iter().flat_map(Instance::addresses) {
+                    if let Address::Port(port) = address {
+                        self.ports.rest(*port);
+                    }
                 }
                 Err(e.into())
             }
@@ -261,16 +276,22 @@ impl World {
         let dir = self.layout.app_routes(app);
         files::make_dir(&self.layout.routes(), 0o755)?;
         files::make_dir(&dir, 0o755)?;
+        let mut kept = HashSet::new();
         for (slot, key) in slots {
-            let target = socket(observed, key)?;
-            let link = self.layout.route(app, *slot);
-            // Renaming what is right already would move the beginning of the drain.
-            if std::fs::read_link(&link).ok().as_deref() != Some(Path::new(&target)) {
-                files::symlink(Path::new(&target), &link)?;
+            for (endpoint, target) in sockets(observed, key)?.iter().enumerate() {
+                let link = self.layout.route_to(app, *slot, endpoint);
+                // Renaming what is right already would move the beginning of the drain.
+                if files::read_link(&link)?.as_deref() != Some(Path::new(target)) {
+                    files::symlink(Path::new(target), &link)?;
+                }
+                kept.insert(link);
             }
         }
-        for slot in observed.slots.keys().filter(|s| !slots.contains_key(s)) {
-            files::remove_file(&self.layout.route(app, *slot))?;
+        for name in files::list(&dir)? {
+            let link = dir.join(name);
+            if !kept.contains(&link) {
+                files::remove_file(&link)?;
+            }
         }
         Ok(())
     }
@@ -289,10 +310,12 @@ impl World {
     async fn remove(&self, app: &AppName, handle: &Handle, observed: &ObservedApp) -> Result<(), StepError> {
         self.docker.remove(&handle.id).await?;
         failpoint::boundary("removed");
-        match observed.instances.iter().find(|i| i.id == handle.id).and_then(|i| i.address.as_ref()) {
-            Some(Address::Port(port)) => self.ports.rest(*port),
-            Some(Address::Socket(_)) => files::remove_dir(&self.layout.socket_dir(app, &handle.key))?,
-            None => {}
+        let instance = observed.instances.iter().find(|i| i.id == handle.id);
+        for address in instance.into_iter().flat_map(Instance::addresses) {
+            match address {
+                Address::Port(port) => self.ports.rest(*port),
+                Address::Socket(_) => files::remove_dir(&self.layout.socket_dir(app, &handle.key))?,
+            }
         }
         Ok(())
     }
@@ -334,6 +357,7 @@ impl World {
                 started: self.clock.now(),
                 restarts: instance.restarts,
                 reach: Reach { group, own: None },
+                more: more_questions(&instance.more, None, &[]),
                 host: String::new(),
             };
             prober.ask(app, id, question);
@@ -370,11 +394,15 @@ fn check_mounts(container: &ContainerSpec) -> Result<(), StepError> {
     Ok(())
 }
 
-fn socket(observed: &ObservedApp, key: &InstanceKey) -> Result<String, StepError> {
-    match observed.instances.iter().find(|i| i.key == *key).and_then(|i| i.address.as_ref()) {
-        Some(Address::Socket(path)) => Ok(path.clone()),
-        _ => Err(StepError::Gone(key.clone())),
-    }
+/// The sockets of an instance, in the order of the places where it listens.
+fn sockets(observed: &ObservedApp, key: &InstanceKey) -> Result<Vec<String>, StepError> {
+    let instance = observed.instances.iter().find(|i| i.key == *key);
+    let sockets = instance.into_iter().flat_map(Instance::addresses).filter_map(|address| match address {
+        Address::Socket(path) => Some(path.clone()),
+        Address::Port(_) => None,
+    });
+    let sockets: Vec<String> = sockets.collect();
+    if sockets.is_empty() { Err(StepError::Gone(key.clone())) } else { Ok(sockets) }
 }
 
 /// The end of a text, for people.

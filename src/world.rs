@@ -13,7 +13,7 @@ use crate::{
         docker::{Docker, DockerError, Found, Instances},
         drain,
         files::{self, FileError},
-        health::{Prober, Question, Reach},
+        health::{Prober, Question, Reach, more_questions},
         layout::Layout,
         nginx::Nginx,
         ports::{self, Ports},
@@ -84,11 +84,28 @@ impl World {
                 self.instance(f, group, count)
             })
             .collect();
+        self.check_routes(app, &mut observed)?;
         if let Some(prober) = &self.prober {
             let alive: Vec<_> = observed.instances.iter().filter(|i| i.is_alive()).map(|i| &i.id).collect();
             prober.keep(app, &alive);
         }
         Ok(observed)
+    }
+
+    /// A slot leads to an instance only if it does so for all places where that listens: a switch may have been cut short.
+    fn check_routes(&self, app: &AppName, observed: &mut ObservedApp) -> Result<(), FileError> {
+        for (slot, key) in &mut observed.slots {
+            let Some(instance) = observed.instances.iter().find(|i| Some(&i.key) == key.as_ref()) else { continue };
+            for (at, address) in instance.more.iter().enumerate() {
+                let route = files::read_link(&self.layout.route_to(app, *slot, at + 1))?;
+                if let Address::Socket(path) = address
+                    && route.as_deref() != Some(Path::new(path))
+                {
+                    *key = None;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The image of a release, looked for only where no instance that lives tells it: no engine gives up the image of
@@ -186,6 +203,15 @@ impl World {
             (Some(Endpoint::Port(_)), Some(port)) => Some(Address::Port(port)),
             _ => None,
         };
+        let more = found.more.iter().filter_map(|(endpoint, port)| match endpoint {
+            Endpoint::Socket(path) => {
+                let name = Path::new(path).file_name().unwrap_or_default();
+                let path = self.layout.socket_dir(&found.app, &found.key).join(name);
+                Some(Address::Socket(path.to_string_lossy().into_owned()))
+            }
+            Endpoint::Port(_) => port.map(Address::Port),
+        });
+        let more: Vec<Address> = more.collect();
         let running = found.phase == Phase::Running;
         let alive = found.is_alive();
         let asked = match (&address, &self.prober) {
@@ -198,27 +224,28 @@ impl World {
                 let host = check.host.clone().or_else(|| found.check_host.clone());
                 let host = host.unwrap_or_else(|| "localhost".to_owned());
                 let (address, reach) = (address.clone(), Reach { group, own });
-                prober.ask(&found.app, &found.id, Question { address, check, started, restarts, reach, host })
+                let inside = found.more.iter().filter_map(|(endpoint, _)| match endpoint {
+                    Endpoint::Port(inside) => Some(*inside),
+                    Endpoint::Socket(_) => None,
+                });
+                let inside = inside.collect::<Vec<u16>>();
+                let more = more_questions(&more, found.ip, &inside);
+                prober.ask(&found.app, &found.id, Question { address, check, started, restarts, reach, host, more })
             }
             _ => Health::Unknown,
         };
         let health = found.health.clone().unwrap_or(asked);
         let connections = match &address {
-            Some(address) if running && count => self.connections(&found, address),
+            Some(address) if running && count => self.all_connections(&found, address, &more),
             _ => None,
         };
-        let wrong_socket = match &address {
-            Some(Address::Socket(path)) => files::expect_socket(Path::new(path)).is_err(),
-            _ => false,
-        };
-        let port_taken = match address {
-            Some(Address::Port(port)) => !alive && ports::is_taken(port),
-            _ => false,
-        };
-        let stale_socket = match &address {
-            Some(Address::Socket(path)) => !running && Path::new(path).symlink_metadata().is_ok(),
-            _ => false,
-        };
+        let is_wrong =
+            |a: &Address| matches!(a, Address::Socket(path) if files::expect_socket(Path::new(path)).is_err());
+        let wrong_socket = address.iter().chain(&more).any(is_wrong);
+        let all = || address.iter().chain(&more);
+        let port_taken = !alive && all().any(|a| matches!(a, Address::Port(port) if ports::is_taken(*port)));
+        let lies_there = |a: &Address| matches!(a, Address::Socket(path) if Path::new(path).symlink_metadata().is_ok());
+        let stale_socket = !running && all().any(lies_there);
         Instance {
             key: found.key,
             id: found.id,
@@ -232,6 +259,7 @@ impl World {
             started: found.started,
             restarts: found.restarts,
             address,
+            more,
             connections,
             check: found.check,
             drain: found.drain,
@@ -242,9 +270,18 @@ impl World {
         }
     }
 
+    /// Connections to all places where an instance listens; `None` where any cannot be counted.
+    fn all_connections(&self, found: &Found, address: &Address, more: &[Address]) -> Option<usize> {
+        let mut total = self.connections(found, found.endpoint.as_ref(), address)?;
+        for ((endpoint, _), address) in found.more.iter().zip(more) {
+            total += self.connections(found, Some(endpoint), address)?;
+        }
+        Some(total)
+    }
+
     /// Connections to an instance; `None` where they cannot be counted, which is not none.
-    fn connections(&self, found: &Found, address: &Address) -> Option<usize> {
-        match (address, &found.endpoint, found.pid) {
+    fn connections(&self, found: &Found, endpoint: Option<&Endpoint>, address: &Address) -> Option<usize> {
+        match (address, endpoint, found.pid) {
             (Address::Socket(path), _, Some(pid)) => {
                 drain::socket_connections(Path::new(path), self.nginx.known_master(), pid).ok()
             }
@@ -253,5 +290,71 @@ impl World {
             }
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        host::nginx::{Local, NginxConfig, Profile, Settings},
+        model::time::Timestamp,
+    };
+
+    fn world(dir: &Path) -> World {
+        let host = HostName::try_from("a").expect("a name");
+        let (layout, clock) = (Layout::new(dir.join("state"), dir.join("run")), Arc::new(Clock::default()));
+        let settings = Settings {
+            listen: Vec::new(),
+            default_server: true,
+            profile: Profile::Default,
+            templates: None,
+            trusted: Vec::new(),
+        };
+        let (conf, pid) = (dir.join("nginx.conf"), dir.join("nginx.pid"));
+        let config = NginxConfig { conf, pid, address: "127.0.0.1:1".into(), group: None, settings };
+        World {
+            docker: Docker::behind("/nowhere/docker.sock", host.clone()),
+            nginx: Nginx::new(Box::new(Local { binary: "nginx".into() }), config, layout.clone(), clock.clone()),
+            ports: Ports::new(20_000..=20_001),
+            prober: None,
+            host,
+            clock,
+            layout,
+        }
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a test writes files of its own")]
+    fn what_cannot_be_read_is_not_taken_for_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let world = world(dir.path());
+        let app = AppName::try_from("web").expect("a name");
+        let seen = || world.traces(&app).map_err(|e| crate::model::problem::chain(&e));
+        assert_eq!(seen(), Ok(ObservedApp::default()), "nothing there is nothing there");
+        let put = |path: &Path, text: &str| {
+            std::fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
+            std::fs::write(path, text).expect("a file");
+        };
+        let proven = world.layout.proven(&app);
+        put(&proven, "0123456789ab\n");
+        assert_eq!(seen().map(|o| o.proven.map(|r| r.to_string())), Ok(Some("0123456789ab".to_owned())));
+        assert!(seen().is_ok_and(|o| o.proven_at.is_some_and(|at| at > Timestamp::default())));
+        put(&proven, "");
+        let told = seen().expect_err("an empty one names no release");
+        assert!(told.contains("proven/web") && told.contains("remove it"), "{told}");
+        std::fs::remove_file(&proven).expect("removed");
+        std::fs::create_dir(&proven).expect("a directory");
+        assert!(seen().is_err(), "something else lies there");
+        std::fs::remove_dir(&proven).expect("removed");
+
+        let verdict = world.layout.verdicts(&app).join("0123456789ab.json");
+        put(&verdict, "{");
+        let told = seen().expect_err("a verdict that is cut");
+        assert!(told.contains("0123456789ab.json") && told.contains("tried again"), "{told}");
+        std::fs::remove_file(&verdict).expect("removed");
+
+        put(&world.layout.app_routes(&app), "no directory");
+        assert!(seen().is_err(), "routes that cannot be listed");
     }
 }

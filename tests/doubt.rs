@@ -113,7 +113,7 @@ fn a_wiped_store_stops_nothing_and_may_come_back() {
         "{printed}"
     );
     let planned = said(&lab.demae(&["plan"]));
-    assert!(planned.contains("an agent does nothing of this now, the store has no `cluster` key"), "{planned}");
+    assert!(planned.contains("the store is not taken now, and this is what an agent does by what it took last: the store has no `cluster` key"), "{planned}");
     let shown = lab.demae(&["store", "accept"]);
     assert!(!shown.status.success(), "nobody is there to be asked");
     assert!(said(&shown).contains("would leave this host: web"), "{}", said(&shown));

@@ -279,3 +279,63 @@ fn all_other_hosts_and_paths_below_a_host_have_apps_of_their_own() {
     lab.del("apps/rest/");
     until("unknown hosts are unknown again", || version("customer.example", "/") == "404");
 }
+
+#[test]
+fn an_app_with_several_ways_in_is_deployed_as_one() {
+    let lab = Lab::new();
+    let image = lab.image("v1");
+    let check = "healthcheck: {http: /healthz, interval: 1s, start_period: 10s}\nstop_grace_period: 2s\n";
+    let user = support::lab::user_line();
+    let by_port = format!(
+        "image: \"{image}\"\nenvironment: {{ALSO_PORT: \"9090\"}}\n{check}ingress:\n  - {{hosts: [p.test], port: 8080, drain: 5s}}\n  - {{hosts: [padmin.test], port: 9090}}\n"
+    );
+    let by_socket = format!(
+        "image: \"{image}\"\n{user}environment: {{SOCKET: /run/app/a.sock, ALSO_SOCKET: /run/app/b.sock}}\n{check}ingress:\n  - {{hosts: [s.test], socket: /run/app/a.sock, drain: 5s}}\n  - {{hosts: [sadmin.test], socket: /run/app/b.sock}}\n"
+    );
+    lab.deploy("port", "apps/port/spec", &by_port);
+    lab.deploy("socket", "apps/socket/spec", &by_socket);
+    let way = |host: &str| {
+        let (_, body) = lab.get(host, "/").expect("an answer");
+        let word =
+            |name: &str| body.split(name).nth(1).and_then(|r| r.split_whitespace().next()).unwrap_or("").to_owned();
+        (word("version="), word("way="))
+    };
+    for (host, wanted) in
+        [("p.test", "first"), ("padmin.test", "second"), ("s.test", "first"), ("sadmin.test", "second")]
+    {
+        let first = way(host).1 != "second";
+        assert_eq!(first, wanted == "first", "{host}");
+    }
+    let reloads = lab.metric("demae_nginx_reloads_total", "done");
+    for (app, hosts) in [("socket", ["s.test", "sadmin.test"]), ("port", ["p.test", "padmin.test"])] {
+        let load = hosts.map(|host| {
+            support::load::Load::start(
+                lab.ingress,
+                host,
+                vec![support::load::Client::get(false), support::load::Client::post(false)],
+            )
+        });
+        lab.deploy(app, &format!("apps/{app}/image"), &lab.image("v2"));
+        for load in load {
+            let tally = load.stop();
+            assert_eq!((tally.failed, tally.stale), (0, 0), "{app}: {:#?}", tally.reasons);
+        }
+        for host in hosts {
+            assert_eq!(way(host).0, "v2", "{host}");
+        }
+        if app == "socket" {
+            assert_eq!(lab.metric("demae_nginx_reloads_total", "done"), reloads, "two symlinks, and no reload");
+        }
+    }
+    // One that does not listen in all places is not healthy.
+    let half = by_port.replace("image: ", "x-a: b\nimage: ").replace("{ALSO_PORT: \"9090\"}", "{ALSO_PORT: \"9091\"}");
+    let half = half.replace("start_period: 10s", "start_period: 500ms, retries: 1");
+    lab.put("apps/port/spec", &half);
+    let failed = lab.wait_app("port", "refused", |s| s.state == State::Blocked);
+    assert!(failed.reason.contains("nothing listens on port 9090"), "{}", failed.reason);
+    assert_eq!(way("padmin.test").0, "v2", "the old one serves");
+    for app in ["port", "socket"] {
+        lab.del(&format!("apps/{app}/"));
+    }
+    until("nothing is left", || lab.containers().is_empty() && lab.traces().is_empty());
+}

@@ -88,6 +88,7 @@ fn target(version: u8, replicas: u16, endpoint: Option<Endpoint>, order: Order) 
         request_buffering: true,
         path: None,
         strip_path: false,
+        more: Vec::new(),
     });
     let key = ReleaseKey::new("key");
     let release = Release::new(&key, image, ContainerSpec::default(), env, health, endpoint, None);

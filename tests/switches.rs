@@ -35,6 +35,12 @@ fn switch(lab: &Lab, app: &str, count: usize) {
     lab.deploy(app, &format!("apps/{app}/image"), &images[count / 10 % 2]);
 }
 
+/// A spec without its health check: as most people begin.
+fn with_default_check(spec: &str) -> String {
+    let lines = spec.lines().filter(|line| !line.starts_with("healthcheck:"));
+    lines.map(|line| format!("{line}\n")).collect()
+}
+
 fn expect_none_lost(tally: &Tally, what: &str) {
     println!(
         "{what}: requests: {}  failed: {}  stale: {}  slowest: {:?}",
@@ -51,7 +57,7 @@ fn socket_mode_loses_nothing() {
     // Many switches are shared among apps that switch side by side, each under a load of its own.
     let apps: Vec<String> = (0..if count < 100 { 1 } else { 4 }).map(|n| format!("web{n}")).collect();
     for app in &apps {
-        let spec = lab.socket_spec(&lab.image("v1"), &format!("{app}.test"), "");
+        let spec = with_default_check(&lab.socket_spec(&lab.image("v1"), &format!("{app}.test"), ""));
         lab.deploy(app, &format!("apps/{app}/spec"), &spec);
     }
     let reloads = lab.metric("demae_nginx_reloads_total", "done");
@@ -87,7 +93,8 @@ fn socket_mode_loses_nothing() {
 #[test]
 fn port_mode_loses_nothing_on_new_connections() {
     let lab = Lab::new();
-    lab.deploy("web", "apps/web/spec", &lab.port_spec(&lab.image("v1"), "web.test", ""));
+    let spec = with_default_check(&lab.port_spec(&lab.image("v1"), "web.test", ""));
+    lab.deploy("web", "apps/web/spec", &spec);
     let quick = Duration::from_millis(2);
     let clients =
         vec![Client::get(false).pausing(quick), Client::post(false).pausing(quick), Client::slow(false, 2000)];

@@ -22,7 +22,7 @@ use crate::{
         desired::DesiredApp,
         mounts::NestedMount,
         name::{AppName, ReleaseId},
-        observed::{Address, Health, ObservedApp, Verdict, Wanted},
+        observed::{Address, Health, Instance, ObservedApp, Verdict, Wanted},
         problem::bounded,
         proxy::ObservedProxy,
         status::{AppStatus, State},
@@ -275,6 +275,7 @@ impl AppState {
             changed: proxy.changed(app),
             left: proxy.left(app),
             trouble,
+            templates: &proxy.templates,
         };
         let input = AppInput {
             app,
@@ -474,9 +475,9 @@ impl AppState {
     /// Ports of the loopback address that its containers have.
     pub(super) fn ports(&self) -> impl Iterator<Item = u16> {
         let instances = self.observed.iter().flat_map(|o| &o.instances);
-        instances.filter_map(|i| match i.address {
-            Some(Address::Port(port)) => Some(port),
-            _ => None,
+        instances.flat_map(Instance::addresses).filter_map(|address| match address {
+            Address::Port(port) => Some(*port),
+            Address::Socket(_) => None,
         })
     }
 
@@ -560,4 +561,40 @@ impl AppState {
 
 fn release(desired: &DesiredApp) -> Option<&ReleaseId> {
     desired.target().map(|t| &t.release.id)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{
+        model::{name::ContainerId, observed::InstanceKey},
+        plan::step::{Handle, Planned},
+    };
+
+    /// Would take the virtual host away, and stop a container that is not there.
+    fn wrong(_: &AppInput<'_>) -> AppPlan {
+        let release = ReleaseId::try_from("0123456789ab").expect("a release");
+        let id = ContainerId::try_from("ab").expect("an id");
+        let handle = Handle { key: InstanceKey { release, number: 1 }, id };
+        let step = Step::Stop { handle, grace: Duration::ZERO };
+        let step = Some(Planned { step, reason: "a mutation" });
+        AppPlan { step, vhost: VhostWish::Remove, ..AppPlan::default() }
+    }
+
+    #[test]
+    fn a_refused_plan_changes_nothing_in_nginx_either() {
+        let app = AppName::try_from("web").expect("a name");
+        let now = Timestamp::from_millis(1_000_000);
+        let metrics = Arc::new(Metrics::new().expect("metrics"));
+        let events = Events::new("host".try_into().expect("a name"), metrics.clone());
+        let mut state = AppState::new(app, DesiredApp::Absent("it was deleted".into()), now);
+        state.take_observed(ObservedApp::default(), now);
+        let proxy = ObservedProxy::default();
+        let around = Around { proxy: &proxy, trouble: None, conflict: None, nested: None };
+        assert_eq!(state.plan(wrong, around, now, (&metrics, &events)), None);
+        assert_eq!(state.wish(), VhostWish::Keep);
+        assert!(state.is_blocked() && state.busy.is_none() && state.stopping.is_empty());
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt as _,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
@@ -52,6 +52,26 @@ pub struct Question {
     pub reach: Reach,
     /// For which host.
     pub host: String,
+    /// Where else it must take connections.
+    pub more: Vec<More>,
+}
+
+/// Another place where an instance listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum More {
+    /// A unix socket at this path.
+    Socket(String),
+    /// An address of its own; nothing while it has none.
+    Own(Option<SocketAddr>),
+}
+
+/// What is asked of the other places where an instance listens: at its own address, by the ports inside.
+pub fn more_questions(addresses: &[Address], ip: Option<IpAddr>, inside: &[u16]) -> Vec<More> {
+    let question = |(at, address): (usize, &Address)| match address {
+        Address::Socket(path) => More::Socket(path.clone()),
+        Address::Port(_) => More::Own(ip.zip(inside.get(at).copied()).map(SocketAddr::from)),
+    };
+    addresses.iter().enumerate().map(question).collect()
 }
 
 /// How an instance is reached: nginx may come later, or with other workers, and another start may have another address.
@@ -77,6 +97,7 @@ struct Asked {
     health: Arc<Mutex<Health>>,
     question: Question,
     reach: Arc<Mutex<Reach>>,
+    more: Arc<Mutex<Vec<More>>>,
     /// Asks before its time.
     hurry: Arc<Notify>,
     task: AbortHandle,
@@ -114,6 +135,7 @@ impl Prober {
                 reach.own = question.reach.own;
                 known.hurry.notify_one();
             }
+            known.more.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&question.more);
             if question.reach.group.is_some() && reach.group != question.reach.group {
                 reach.group = question.reach.group;
                 if let Address::Socket(path) = &question.address
@@ -133,6 +155,7 @@ impl Prober {
     fn begin(&self, app: &AppName, question: Question, was_healthy: bool) -> Asked {
         let health = Arc::new(Mutex::new(Health::Unknown));
         let reach = Arc::new(Mutex::new(question.reach));
+        let more = Arc::new(Mutex::new(question.more.clone()));
         let hurry = Arc::new(Notify::new());
         let asking = Asking {
             app: app.clone(),
@@ -142,10 +165,11 @@ impl Prober {
             news: self.news.clone(),
             clock: self.clock.clone(),
             reach: reach.clone(),
+            more: more.clone(),
             hurry: hurry.clone(),
         };
         let task = self.tasks.spawn(asking.run()).abort_handle();
-        Asked { health, question, reach, hurry, task }
+        Asked { health, question, reach, more, hurry, task }
     }
 
     /// Forgets all answers, and asks everybody again at once: the agent stood still, and whoever was healthy then may hang
@@ -185,6 +209,7 @@ struct Asking {
     news: UnboundedSender<AppName>,
     clock: Arc<Clock>,
     reach: Arc<Mutex<Reach>>,
+    more: Arc<Mutex<Vec<More>>>,
     hurry: Arc<Notify>,
 }
 
@@ -233,8 +258,15 @@ impl Asking {
     async fn keep_open(&self) {
         let Address::Socket(path) = &self.question.address else { return };
         loop {
-            if let Err(e) = open_to_group(Path::new(path), self.reach().group) {
-                tracing::warn!(app = %self.app, "nginx may not be able to connect: {e}");
+            let more = self.more.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let more = more.iter().filter_map(|more| match more {
+                More::Socket(path) => Some(path),
+                More::Own(_) => None,
+            });
+            for path in std::iter::once(path).chain(more) {
+                if let Err(e) = open_to_group(Path::new(path), self.reach().group) {
+                    tracing::warn!(app = %self.app, "nginx may not be able to connect: {e}");
+                }
             }
             self.rest(SUSPECT).await;
         }
@@ -273,7 +305,27 @@ impl Asking {
         *self.reach.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Asks by the check of the app, then whether all other places take connections.
     async fn ask(&self) -> Result<(), String> {
+        self.ask_first().await?;
+        let (timeout, group) = (self.question.check.timeout, self.reach().group);
+        let more = self.more.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for more in more {
+            match more {
+                More::Socket(path) => {
+                    let path = Path::new(&path);
+                    files::expect_socket(path).map_err(|e| chain(&e))?;
+                    open_to_group(path, group)?;
+                    probe::connect_unix(path, timeout).await?;
+                }
+                More::Own(Some(own)) => probe::connect_tcp(own, timeout).await?,
+                More::Own(None) => return Err("it has no address in its network yet".to_owned()),
+            }
+        }
+        Ok(())
+    }
+
+    async fn ask_first(&self) -> Result<(), String> {
         let (timeout, host) = (self.question.check.timeout, self.question.host.as_str());
         match (&self.question.address, &self.question.check.probe) {
             (Address::Socket(path), probe) => {

@@ -76,6 +76,14 @@ impl Layout {
         self.app_routes(app).join(format!("{slot}.sock"))
     }
 
+    /// The route of a slot to one of the places where the app listens: to the first by the path that it has alone.
+    pub fn route_to(&self, app: &AppName, slot: u16, endpoint: usize) -> PathBuf {
+        match endpoint {
+            0 => self.route(app, slot),
+            more => self.app_routes(app).join(format!("{slot}.{more}.sock")),
+        }
+    }
+
     /// All socket directories.
     pub fn sockets(&self) -> PathBuf {
         self.state.join("sockets")

@@ -69,7 +69,11 @@ impl Change {
         let (old, new) = (&before.release, &after.release);
         if old.image != new.image {
             Self::Image
-        } else if old.container != new.container || old.health != new.health || old.endpoint != new.endpoint {
+        } else if old.container != new.container
+            || old.health != new.health
+            || old.endpoint != new.endpoint
+            || old.more_endpoints != new.more_endpoints
+        {
             Self::Spec
         } else if old.env != new.env {
             Self::Environment

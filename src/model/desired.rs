@@ -200,8 +200,9 @@ fn resolve_app(
         return Err(problems.into_iter().collect::<Problems>().bounded());
     };
     let endpoint = spec.ingress.as_ref().map(|i| i.endpoint.clone());
-    let release =
-        Release::new(key, image, spec.container.clone(), env, spec.health.clone(), endpoint, restart.as_deref());
+    let endpoints = (endpoint, spec.ingress.as_ref().map(Ingress::more_endpoints).unwrap_or_default());
+    let (container, health) = (spec.container.clone(), spec.health.clone());
+    let release = Release::with_endpoints(key, image, container, env, health, endpoints, restart.as_deref());
     Ok(DesiredApp::Run(Target {
         release: Arc::new(release),
         replicas: spec.deploy.replicas_per_host,

@@ -104,6 +104,8 @@ pub struct Instance {
     pub restarts: u32,
     /// Where it takes requests.
     pub address: Option<Address>,
+    /// Where it takes requests beside that, in the order of its release.
+    pub more: Vec<Address>,
     /// Connections that nginx has to it, where that was counted.
     pub connections: Option<usize>,
     /// Its own check, from its labels: an old instance is asked as its release says.
@@ -129,6 +131,11 @@ impl Instance {
     /// Whether its process may exist.
     pub fn is_alive(&self) -> bool {
         matches!(self.phase, Phase::Running | Phase::Paused | Phase::Restarting)
+    }
+
+    /// Everywhere it takes requests.
+    pub fn addresses(&self) -> impl Iterator<Item = &Address> {
+        self.address.iter().chain(&self.more)
     }
 
     /// When it must be healthy at the latest.

@@ -37,6 +37,17 @@ pub struct Vhost {
     /// Whether the app gets the path without that.
     #[serde(default)]
     pub strip_path: bool,
+    /// Which of the places where the app listens requests go to, from 0.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub endpoint: u16,
+    /// What else is served of the app. None of these has more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more: Vec<Vhost>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks by reference")]
+fn is_first(endpoint: &u16) -> bool {
+    *endpoint == 0
 }
 
 /// Largest headers of an answer unless the spec says otherwise: a browser keeps 50 cookies of 4 KiB for a site at most, and
@@ -54,6 +65,11 @@ fn yes() -> bool {
 }
 
 impl Vhost {
+    /// Everything that is served of the app, this first.
+    pub fn all(&self) -> impl Iterator<Item = &Self> {
+        std::iter::once(self).chain(&self.more)
+    }
+
     /// The loopback ports that requests go to; none where they go by routes.
     pub fn ports(&self) -> &[u16] {
         match &self.upstreams {
@@ -235,6 +251,8 @@ mod tests {
             request_buffering: true,
             path: None,
             strip_path: false,
+            endpoint: 0,
+            more: Vec::new(),
         };
         let set = |port| Manifest { vhosts: [(app.clone(), vhost(port))].into(), ..Manifest::default() };
         let (mut first, mut second, mut third) = (set(1), set(2), set(2));

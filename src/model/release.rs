@@ -50,6 +50,8 @@ pub struct Release {
     pub health: HealthCheck,
     /// Where the app listens.
     pub endpoint: Option<Endpoint>,
+    /// Where it listens beside that.
+    pub more_endpoints: Vec<Endpoint>,
 }
 
 /// What the id is made over. A golden test holds its form: a change here would replace every container of every user.
@@ -61,6 +63,8 @@ struct Identity<'a> {
     env: BTreeMap<&'a str, &'a str>,
     health: &'a HealthCheck,
     endpoint: &'a Option<Endpoint>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    more_endpoints: &'a [Endpoint],
     restart: Option<&'a str>,
 }
 
@@ -75,6 +79,19 @@ impl Release {
         endpoint: Option<Endpoint>,
         restart: Option<&str>,
     ) -> Self {
+        Self::with_endpoints(key, image, container, env, health, (endpoint, Vec::new()), restart)
+    }
+
+    /// The same, of an app that listens in several places.
+    pub fn with_endpoints(
+        key: &ReleaseKey,
+        image: ImageRef,
+        container: ContainerSpec,
+        env: BTreeMap<EnvName, Secret>,
+        health: HealthCheck,
+        (endpoint, more_endpoints): (Option<Endpoint>, Vec<Endpoint>),
+        restart: Option<&str>,
+    ) -> Self {
         let identity = Identity {
             v: 1,
             image: image.as_str(),
@@ -82,6 +99,7 @@ impl Release {
             env: env.iter().map(|(k, v)| (k.as_str(), v.expose())).collect(),
             health: &health,
             endpoint: &endpoint,
+            more_endpoints: &more_endpoints,
             restart,
         };
         let text = serde_json::to_vec(&identity).unwrap_or_default();
@@ -90,7 +108,7 @@ impl Release {
         let hex: String = tag.iter().flat_map(|t| t.iter()).take(6).map(|b| format!("{b:02x}")).collect();
         #[expect(clippy::expect_used, reason = "six bytes in hexadecimal are a release id")]
         let id = ReleaseId::try_from(hex).expect("twelve hexadecimal digits");
-        Self { id, image, container, env, health, endpoint }
+        Self { id, image, container, env, health, endpoint, more_endpoints }
     }
 }
 

@@ -8,7 +8,10 @@ use std::time::Duration;
 use super::{
     AppInput, AppPlan,
     draft::Draft,
-    group::{Group, ending, handle, is_established, is_left, of_release, patience, verdict},
+    group::{
+        Group, ending, handle, is_established, is_left, of_release, patience, still_holds, verdict,
+        verdict_through_nginx,
+    },
     retire, routes,
     step::{Planned, Step, StepKind},
     wait::{Block, Wait},
@@ -17,7 +20,7 @@ use crate::model::{
     desired::{DesiredApp, Target},
     name::{ReleaseId, VirtualHost},
     observed::{Health, Instance, InstanceKey, Phase, Verdict},
-    spec::{Order, Probe, PullPolicy, SETTLE},
+    spec::{Ingress, Order, Probe, PullPolicy, SETTLE},
     time::Timestamp,
 };
 
@@ -169,7 +172,7 @@ impl<'a> Draft<'a> {
     fn verdict(&self, target: &Target) -> Option<(&'a Verdict, Option<Timestamp>)> {
         let observed = self.observed();
         let verdict = observed.verdicts.get(&target.release.id)?;
-        if !verdict.conditions.is_empty() && verdict.conditions != target.conditions() {
+        if !still_holds(self.input, target, verdict) {
             return None;
         }
         if observed.proven.is_some() {
@@ -254,9 +257,9 @@ impl<'a> Draft<'a> {
             && let Some(image) = image
         {
             let key = InstanceKey { release: release.id.clone(), number: group.free_number() };
-            let drain = target.ingress.as_ref().map_or(Duration::ZERO, |i| i.drain);
-            let host = target.ingress.as_ref().and_then(|i| i.hosts.iter().find(|h| !h.is_catch_all()));
-            let host = host.map(VirtualHost::example);
+            let drain = target.ingress.as_ref().map_or(Duration::ZERO, Ingress::longest_drain);
+            let named = |i: &&VirtualHost| !i.is_catch_all();
+            let host = target.ingress.as_ref().and_then(|i| i.hosts.iter().find(named)).map(VirtualHost::example);
             let step = Step::Create { key, release: release.clone(), image, drain, host };
             // A candidate that was given up is a reason to pause, though creating it did not fail.
             if !self.is_cooling(StepKind::Discard) {
@@ -328,7 +331,7 @@ impl<'a> Draft<'a> {
                 && let Some(first) = group.good.first()
             {
                 let cause = format!("it is healthy, and does not answer through nginx: {}", cooled.error);
-                self.step(verdict(self.input, target, first, cause, None), "the release failed");
+                self.step(verdict_through_nginx(self.input, target, first, cause), "the release failed");
                 return;
             }
             let release = target.release.id.clone();

@@ -10,7 +10,7 @@ use super::{
 use crate::model::{
     desired::Target,
     name::ReleaseId,
-    observed::{Address, Health, Instance, ObservedApp, Phase},
+    observed::{Address, Health, Instance, ObservedApp, Phase, Verdict},
     proxy::Upstreams,
 };
 
@@ -119,7 +119,35 @@ pub(super) fn verdict(
     cause: String,
     exit_code: Option<i64>,
 ) -> Step {
-    let conditions = target.conditions();
+    record(input, target, instance, (cause, exit_code), target.conditions())
+}
+
+/// The verdict on a release that does not answer through nginx: it depends on the templates of the host too.
+pub(super) fn verdict_through_nginx(input: &AppInput<'_>, target: &Target, instance: &Instance, cause: String) -> Step {
+    record(input, target, instance, (cause, None), conditions_in_nginx(input, target))
+}
+
+fn conditions_in_nginx(input: &AppInput<'_>, target: &Target) -> String {
+    format!("{} {}", target.conditions(), input.proxy.templates)
+}
+
+/// Whether what a verdict depends on is as it was.
+pub(super) fn still_holds(input: &AppInput<'_>, target: &Target, verdict: &Verdict) -> bool {
+    match verdict.conditions.as_str() {
+        // From a demae that did not say.
+        "" => true,
+        conditions if conditions.contains(' ') => conditions == conditions_in_nginx(input, target),
+        conditions => conditions == target.conditions(),
+    }
+}
+
+fn record(
+    input: &AppInput<'_>,
+    target: &Target,
+    instance: &Instance,
+    (cause, exit_code): (String, Option<i64>),
+    conditions: String,
+) -> Step {
     let before = input.observed.verdicts.get(&target.release.id).filter(|v| v.conditions == conditions);
     let attempts = before.map_or(0, |v| v.attempts).saturating_add(1);
     let release = target.release.clone();

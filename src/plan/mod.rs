@@ -84,6 +84,8 @@ pub struct ProxyView<'a> {
     pub left: Option<&'a [u16]>,
     /// Why nginx as a whole cannot be changed now.
     pub trouble: Option<&'a str>,
+    /// Stands for the templates and settings of this host.
+    pub templates: &'a str,
 }
 
 /// Steps of one app that failed lately.

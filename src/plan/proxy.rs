@@ -7,6 +7,7 @@ use crate::model::{
     desired::{DesiredApp, Snapshot},
     name::{AppName, UrlPath, VirtualHost},
     proxy::{Manifest, ObservedProxy, Vhost},
+    spec::Ingress,
     time::Timestamp,
 };
 
@@ -191,10 +192,15 @@ pub fn conflicts(snapshot: &Snapshot, proxy: &ObservedProxy) -> BTreeMap<AppName
     let mut owners: BTreeMap<Claim<'_>, &AppName> = BTreeMap::new();
     let mut claims: Vec<(i64, &AppName, Vec<Claim<'_>>)> = Vec::new();
     for (app, desired) in &snapshot.apps {
-        let served = || proxy.vhost(app).into_iter().flat_map(|v| v.hosts.iter().map(|h| (h, v.path.as_ref())));
+        let served = || {
+            proxy
+                .vhost(app)
+                .into_iter()
+                .flat_map(|v| v.all().flat_map(|v| v.hosts.iter().map(|h| (h, v.path.as_ref()))))
+        };
         let (wanted, created): (Vec<Claim<'_>>, i64) = match desired {
             DesiredApp::Run(target) | DesiredApp::Invalid { last_good: Some(target), .. } => {
-                let ingress = target.ingress.iter();
+                let ingress = target.ingress.iter().flat_map(Ingress::all);
                 (ingress.flat_map(|i| i.hosts.iter().map(|h| (h, i.path.as_ref()))).collect(), target.created)
             }
             // What is kept as it is keeps its virtual hosts too.

@@ -45,11 +45,14 @@ pub(super) fn route(draft: &mut Draft<'_>, target: &Target, active: Option<&Rele
     }
     match &first.address {
         Some(Address::Port(_)) => {
-            let ports = pool.iter().filter_map(|i| match i.address {
-                Some(Address::Port(port)) => Some(port),
-                _ => None,
-            });
-            draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Ports(ports.collect())));
+            let ports = |endpoint: usize| {
+                let ports = pool.iter().filter_map(|i| match i.addresses().nth(endpoint) {
+                    Some(Address::Port(port)) => Some(*port),
+                    _ => None,
+                });
+                Upstreams::Ports(ports.collect())
+            };
+            draft.plan.vhost = VhostWish::Set(vhost(ingress, ports));
             let met = draft.report();
             if met && !draft.observed().slots.is_empty() {
                 draft.step(Step::Switch(BTreeMap::new()), "the app is routed by port now");
@@ -119,25 +122,32 @@ fn highest_slot(draft: &Draft<'_>) -> u16 {
     draft.observed().slots.keys().next_back().copied().unwrap_or(0)
 }
 
-fn vhost(ingress: &Ingress, upstreams: Upstreams) -> Vhost {
-    Vhost {
-        hosts: ingress.hosts.clone(),
-        upstreams,
-        template: ingress.template.clone(),
-        max_body_size: ingress.max_body_size,
-        read_timeout: ingress.read_timeout.as_secs(),
-        response_header_size: ingress.response_header_size,
-        request_buffering: ingress.request_buffering,
-        path: ingress.path.clone(),
-        strip_path: ingress.strip_path,
-    }
+/// What nginx serves of an app, with the upstreams of each of its endpoints.
+fn vhost(ingress: &Ingress, upstreams: impl Fn(usize) -> Upstreams) -> Vhost {
+    let one = |way: &Ingress| {
+        let endpoint = ingress.endpoint_of(way);
+        Vhost {
+            hosts: way.hosts.clone(),
+            upstreams: upstreams(endpoint),
+            template: way.template.clone(),
+            max_body_size: way.max_body_size,
+            read_timeout: way.read_timeout.as_secs(),
+            response_header_size: way.response_header_size,
+            request_buffering: way.request_buffering,
+            path: way.path.clone(),
+            strip_path: way.strip_path,
+            endpoint: u16::try_from(endpoint).unwrap_or(0),
+            more: Vec::new(),
+        }
+    };
+    Vhost { more: ingress.more.iter().map(one).collect(), ..one(ingress) }
 }
 
 /// Before the first instance is up: nginx can learn of the app while its container starts, so that many new apps cost
 /// one reload and the first switch costs none.
 fn announce(draft: &mut Draft<'_>, target: &Target, ingress: &Ingress) {
     if matches!(ingress.endpoint, Endpoint::Socket(_)) {
-        draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Slots(target.replicas)));
+        draft.plan.vhost = VhostWish::Set(vhost(ingress, |_| Upstreams::Slots(target.replicas)));
         draft.report();
     }
 }
@@ -161,7 +171,7 @@ fn switch(draft: &mut Draft<'_>, ingress: &Ingress, pool: &[&Instance], slots: u
     let told = if there == 0 || there >= slots { slots } else { there };
     // Fewer or more only once all of them lead to who is well.
     let told = if switched || served == 0 { told } else { told.clamp(served.min(there), served) };
-    draft.plan.vhost = VhostWish::Set(vhost(ingress, Upstreams::Slots(told)));
+    draft.plan.vhost = VhostWish::Set(vhost(ingress, |_| Upstreams::Slots(told)));
     let met = draft.report();
     if met && !settled && there > known {
         draft.wait(Wait::Proxy("old nginx workers may still know a route that is going".to_owned()));

@@ -331,7 +331,8 @@ impl Machine for Hands {
                     _ => None,
                 };
                 let state = instance.phase.as_str().to_owned();
-                listed.push(Listed { app: app.clone(), id: instance.id.to_string(), state, port });
+                let ports = port.into_iter().collect();
+                listed.push(Listed { app: app.clone(), id: instance.id.to_string(), state, ports });
             }
             let on_disk = ObservedApp { instances: Vec::new(), image: None, ..observed.clone() };
             let nothing = on_disk.slots.is_empty()

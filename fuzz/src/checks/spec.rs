@@ -156,6 +156,7 @@ fn asks_for_nothing_denied(spec: &Spec) {
             socket_dir: Some(SOCKET_DIR),
             port: Some(20_001),
             drain: spec.ingress.as_ref().map_or(Duration::ZERO, |i| i.drain),
+            more_ports: &[],
             check_host: Some("a.example"),
         },
     );

@@ -114,6 +114,8 @@ fn vhost(values: &Values, upstreams: Upstreams) -> Vhost {
         request_buffering: true,
         path: None,
         strip_path: false,
+        endpoint: 0,
+        more: Vec::new(),
     }
 }
 

@@ -33,6 +33,8 @@ pub struct CreateRequest<'a> {
     pub socket_dir: Option<&'a str>,
     /// The loopback port for its port.
     pub port: Option<u16>,
+    /// Loopback ports for its other ports, in their order.
+    pub more_ports: &'a [u16],
     /// How long requests may take to leave it.
     pub drain: std::time::Duration,
     /// The host that its health check asks for, unless the check names one.
@@ -90,7 +92,7 @@ impl Docker {
         };
         let labels = found.config.and_then(|c| c.labels).unwrap_or_default();
         // What may differ between two calls for the same instance.
-        let varies = |name: &str| name == label::PORT || name == label::CHECK_HOST;
+        let varies = |name: &str| [label::PORT, label::MORE_PORTS, label::CHECK_HOST].contains(&name);
         let same = self.labels(request).iter().all(|(k, v)| varies(k) || labels.get(k) == Some(v));
         match found.id.filter(|_| same) {
             Some(found) => Ok(NameOwner::Us(id(&found)?)),
@@ -119,6 +121,14 @@ impl Docker {
         ]);
         if let Some(port) = r.port {
             labels.insert(label::PORT.to_owned(), port.to_string());
+        }
+        if !r.more_ports.is_empty() {
+            let ports: Vec<String> = r.more_ports.iter().map(u16::to_string).collect();
+            labels.insert(label::MORE_PORTS.to_owned(), ports.join(","));
+        }
+        if !r.release.more_endpoints.is_empty() {
+            let endpoints = json(serde_json::to_string(&r.release.more_endpoints));
+            labels.insert(label::MORE_ENDPOINTS.to_owned(), endpoints);
         }
         if let Some(host) = r.check_host {
             labels.insert(label::CHECK_HOST.to_owned(), host.to_owned());
@@ -152,9 +162,15 @@ impl Docker {
                 mounts.push(mount(MountType::BIND, dir, inside, false));
             }
             (Some(Endpoint::Port(inside)), _, Some(port)) => {
-                let binding = PortBinding { host_ip: Some("127.0.0.1".into()), host_port: Some(port.to_string()) };
-                published.insert(format!("{inside}/tcp"), Some(vec![binding]));
-                exposed.push(format!("{inside}/tcp"));
+                let more = r.release.more_endpoints.iter().zip(r.more_ports).filter_map(|(e, port)| match e {
+                    Endpoint::Port(inside) => Some((*inside, *port)),
+                    Endpoint::Socket(_) => None,
+                });
+                for (inside, port) in std::iter::once((*inside, port)).chain(more) {
+                    let binding = PortBinding { host_ip: Some("127.0.0.1".into()), host_port: Some(port.to_string()) };
+                    published.insert(format!("{inside}/tcp"), Some(vec![binding]));
+                    exposed.push(format!("{inside}/tcp"));
+                }
             }
             _ => {}
         }

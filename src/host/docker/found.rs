@@ -1,6 +1,6 @@
 //! From what the engine says of a container to what it is.
 
-use std::{net::IpAddr, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use bollard::models::{ContainerInspectResponse, ContainerStateStatusEnum, HealthStatusEnum, RestartPolicyNameEnum};
 
@@ -55,6 +55,8 @@ pub struct Found {
     pub endpoint: Option<Endpoint>,
     /// The published port.
     pub port: Option<u16>,
+    /// Where it listens beside that, each with its published port if it is one.
+    pub more: Vec<(Endpoint, Option<u16>)>,
     /// Its own address, while it runs in a network.
     pub ip: Option<IpAddr>,
     /// The host that its check asks for, unless the check names one.
@@ -111,11 +113,22 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
     };
     let host_config = details.host_config.unwrap_or_default();
     let settled = host_config.restart_policy.and_then(|p| p.name) == Some(RestartPolicyNameEnum::UNLESS_STOPPED);
-    let port = host_config
+    let published: BTreeMap<String, u16> = host_config
         .port_bindings
         .into_iter()
         .flatten()
-        .find_map(|(_, bindings)| bindings?.into_iter().find_map(|b| b.host_port?.parse().ok()));
+        .filter_map(|(inside, bindings)| Some((inside, bindings?.into_iter().find_map(|b| b.host_port?.parse().ok())?)))
+        .collect();
+    let port_of = |endpoint: &Endpoint| match endpoint {
+        Endpoint::Port(inside) => published.get(&format!("{inside}/tcp")).copied(),
+        Endpoint::Socket(_) => None,
+    };
+    let port = endpoint.as_ref().and_then(port_of);
+    let more: Vec<Endpoint> = match get(label::MORE_ENDPOINTS) {
+        None => Vec::new(),
+        Some(text) => serde_json::from_str(text).map_err(|_| bad(label::MORE_ENDPOINTS))?,
+    };
+    let more = more.into_iter().map(|endpoint| (endpoint.clone(), port_of(&endpoint))).collect();
     Ok(Found {
         app: app.clone(),
         key: InstanceKey { release, number },
@@ -131,6 +144,7 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
         restarts: details.restart_count.and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
         endpoint,
         port,
+        more,
         ip: details
             .network_settings
             .and_then(|n| n.networks)

@@ -45,8 +45,8 @@ pub struct Listed {
     pub id: String,
     /// Its state in Docker's words.
     pub state: String,
-    /// Its published port.
-    pub port: Option<u16>,
+    /// Its published ports.
+    pub ports: Vec<u16>,
 }
 
 impl Docker {
@@ -163,7 +163,8 @@ fn name(container: &ContainerSummary) -> &str {
 fn listing(container: &ContainerSummary) -> Option<Listed> {
     let labels = container.labels.as_ref()?;
     let app = AppName::try_from(labels.get(label::APP)?.as_str()).ok()?;
-    let port = labels.get(label::PORT).and_then(|p| p.parse().ok());
+    let ports = [label::PORT, label::MORE_PORTS].into_iter().filter_map(|name| labels.get(name));
+    let ports = ports.flat_map(|ports| ports.split(',')).filter_map(|p| p.parse().ok()).collect();
     let state = container.state.map(|s| s.to_string()).unwrap_or_default();
-    Some(Listed { app, id: container.id.clone()?, state, port })
+    Some(Listed { app, id: container.id.clone()?, state, ports })
 }

@@ -56,6 +56,8 @@ mod label {
     pub(super) const HEALTH: &str = "demae.healthcheck";
     pub(super) const IMAGE: &str = "demae.image";
     pub(super) const CHECK_HOST: &str = "demae.check-host";
+    pub(super) const MORE_ENDPOINTS: &str = "demae.more-endpoints";
+    pub(super) const MORE_PORTS: &str = "demae.more-ports";
     pub(super) const AGENT: &str = "demae.agent";
 }
 

@@ -107,10 +107,18 @@ pub struct Proof {
 }
 
 impl Proof {
+    /// A question for each way into an app.
+    pub fn all(ingress: &Ingress, check: &HealthCheck) -> Vec<Self> {
+        // Only where the health check asks, its path is known to be one.
+        let other = HealthCheck { probe: Probe::Tcp, ..check.clone() };
+        let check_of = |way: &Ingress| if way.endpoint == ingress.endpoint { check } else { &other };
+        ingress.all().filter_map(|way| Self::of(way, check_of(way))).collect()
+    }
+
     /// Never stricter than the health check: its path and its limit where it has them, else any path and no limit. Nothing
     /// for an app that takes no requests.
-    pub fn of(ingress: &Ingress, check: &HealthCheck) -> Option<Self> {
-        let host = ingress.hosts.iter().find(|h| !h.is_catch_all()).or(ingress.hosts.first())?.example();
+    fn of(ingress: &Ingress, check: &HealthCheck) -> Option<Self> {
+        let host = ingress.example_host()?;
         let (asked, may_be_slow) = match &check.probe {
             Probe::Http(path) => (path.as_str(), false),
             _ => ("/", true),
@@ -359,7 +367,7 @@ impl Nginx {
             chosen.rejected.iter().map(|(app, r)| (app.clone(), r.error.clone())).collect();
         let vhosts = chosen.vhosts();
         // One that is gone is remembered for as long as anything is served by it.
-        let in_use = |name: &String| vhosts.values().any(|v| Renderer::template_of(v) == name);
+        let in_use = |name: &String| vhosts.values().flat_map(Vhost::all).any(|v| Renderer::template_of(v) == name);
         let lost = lost.iter().filter(|name| in_use(name)).cloned();
         let manifest = Manifest {
             generation,

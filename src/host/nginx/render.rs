@@ -164,7 +164,7 @@ impl Neighbours {
     /// Of a set of vhosts.
     pub fn of<'v>(vhosts: impl IntoIterator<Item = &'v Vhost>) -> Self {
         let mut found = Self::default();
-        for vhost in vhosts {
+        for vhost in vhosts.into_iter().flat_map(Vhost::all) {
             let hosts = vhost.hosts.iter().cloned();
             if vhost.path.is_some() { found.with_paths.extend(hosts) } else { found.with_root.extend(hosts) }
         }
@@ -281,7 +281,7 @@ impl Renderer {
         taken: &BTreeMap<String, (PathBuf, String)>,
         layout: &Layout,
     ) -> Result<String, String> {
-        let names = || vhosts.iter().flat_map(|v| &v.hosts);
+        let names = || vhosts.iter().flat_map(|v| v.all()).flat_map(|v| &v.hosts);
         let longest = names().map(|h| h.as_str().len()).max().unwrap_or(0).max(PROBE_HOST.len());
         let count = names().count() + 2;
         // nginx's own default of 64 holds names of up to 46 characters; 512 holds the longest there can be.
@@ -316,6 +316,24 @@ impl Renderer {
         around: &Neighbours,
         layout: &Layout,
     ) -> Result<BTreeMap<String, Vec<u8>>, String> {
+        let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+        for (number, one) in vhost.all().enumerate() {
+            for (name, text) in self.one(app, number, one, around, layout)? {
+                files.entry(name).or_default().extend(text);
+            }
+        }
+        Ok(files)
+    }
+
+    /// The files of one of the ways into an app. Each has an upstream of its own, named by its number after the first.
+    fn one(
+        &self,
+        app: &AppName,
+        number: usize,
+        vhost: &Vhost,
+        around: &Neighbours,
+        layout: &Layout,
+    ) -> Result<BTreeMap<String, Vec<u8>>, String> {
         let name = Self::template_of(vhost);
         if let Some(error) = self.broken.get(name).or_else(|| self.broken.get("demae-proxy")) {
             return Err(format!("template `{name}` is broken: {error}"));
@@ -328,7 +346,10 @@ impl Renderer {
             return Err("an app for all other hosts needs the default server, and `nginx.default_server` of this host is `false`".to_owned());
         }
         let servers: Vec<String> = match &vhost.upstreams {
-            Upstreams::Slots(n) => (1..=*n).map(|slot| format!("unix:{}", layout.route(app, slot).display())).collect(),
+            Upstreams::Slots(n) => {
+                let route = |slot| layout.route_to(app, slot, usize::from(vhost.endpoint));
+                (1..=*n).map(|slot| format!("unix:{}", route(slot).display())).collect()
+            }
             Upstreams::Ports(ports) => ports.iter().map(|port| format!("127.0.0.1:{port}")).collect(),
         };
         let named: Vec<&VirtualHost> = vhost.hosts.iter().collect();
@@ -347,8 +368,10 @@ impl Renderer {
             Vec::new()
         };
         let prefix = Some(path).filter(|_| vhost.strip_path);
+        // No app has such a name, since names have no `_`.
+        let named_for = if number == 0 { app.to_string() } else { format!("{app}_{}", number + 1) };
         let view = AppView {
-            app: app.as_str(),
+            app: &named_for,
             server_names: names(&named),
             hosts: vhost.hosts.iter().map(VirtualHost::as_str).collect(),
             servers,
@@ -404,7 +427,8 @@ pub(super) fn file_of(app: &AppName) -> String {
 fn path_file(host: &VirtualHost, app: Option<&AppName>) -> String {
     let host = host.as_str().replace('*', "_");
     let app = app.map_or("*", AppName::as_str);
-    format!("path-{host}-{app}.loc")
+    // Neither name has this sign, so none of one host is taken for one of another.
+    format!("path@{host}@{app}.loc")
 }
 
 fn names(hosts: &[&VirtualHost]) -> String {
@@ -469,6 +493,8 @@ mod tests {
             request_buffering: true,
             path: None,
             strip_path: false,
+            endpoint: 0,
+            more: Vec::new(),
         }
     }
 

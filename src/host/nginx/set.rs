@@ -120,9 +120,8 @@ impl Set<'_> {
     }
 
     fn render(&self, app: &AppName, vhost: &Vhost, around: &Neighbours) -> Result<BTreeMap<String, Vec<u8>>, String> {
-        let template = Renderer::template_of(vhost);
-        if self.lost.contains(template) {
-            return Err(self.renderer.lost(template));
+        if let Some(lost) = vhost.all().map(Renderer::template_of).find(|template| self.lost.contains(*template)) {
+            return Err(self.renderer.lost(lost));
         }
         self.renderer.app(app, vhost, around, &self.nginx.layout)
     }
@@ -316,7 +315,7 @@ impl Trial<'_, '_> {
     fn refuse_taken(&mut self, warnings: &[String]) -> bool {
         let mut changed = false;
         for name in warnings.iter().filter_map(|line| conflicting_name(line)) {
-            let holds = |part: &Part| part.vhost.hosts.iter().any(|h| h.as_str() == name);
+            let holds = |part: &Part| part.vhost.all().flat_map(|v| &v.hosts).any(|h| h.as_str() == name);
             let Some((app, part)) = self.parts.iter().find(|(_, part)| holds(part)) else { continue };
             let (app, vhost) = (app.clone(), part.vhost.clone());
             let place = match self.set.tree.server_names.get(name) {
@@ -398,7 +397,7 @@ impl Set<'_> {
 pub(super) fn parts_of(dir: &Path, saved: &Saved) -> Result<Parts, FileError> {
     let mut parts = Parts::new();
     for (app, vhost) in &saved.manifest.vhosts {
-        let own = |name: &&String| **name == file_of(app) || name.ends_with(&format!("-{app}.loc"));
+        let own = |name: &&String| **name == file_of(app) || name.ends_with(&format!("@{app}.loc"));
         let mut files = BTreeMap::new();
         for name in saved.files.keys().filter(own) {
             let text = files::read(&dir.join(name))?;

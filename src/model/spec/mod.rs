@@ -224,6 +224,42 @@ pub struct Ingress {
     pub path: Option<UrlPath>,
     /// Whether the app gets the path without that.
     pub strip_path: bool,
+    /// Further ways in, each with hosts and an endpoint of its own. None of them has more.
+    pub more: Vec<Ingress>,
+}
+
+impl Ingress {
+    /// Every way in, this one first.
+    pub fn all(&self) -> impl Iterator<Item = &Self> + Clone {
+        std::iter::once(self).chain(&self.more)
+    }
+
+    /// Where else the app listens, each endpoint once.
+    pub fn more_endpoints(&self) -> Vec<Endpoint> {
+        let mut found: Vec<Endpoint> = Vec::new();
+        for ingress in &self.more {
+            if ingress.endpoint != self.endpoint && !found.contains(&ingress.endpoint) {
+                found.push(ingress.endpoint.clone());
+            }
+        }
+        found
+    }
+
+    /// Which endpoint one of its ways in leads to: 0 for its own, and from 1 for the others.
+    pub fn endpoint_of(&self, way: &Self) -> usize {
+        self.more_endpoints().iter().position(|e| *e == way.endpoint).map_or(0, |at| at + 1)
+    }
+
+    /// The longest time that requests may take to leave an instance.
+    pub fn longest_drain(&self) -> Duration {
+        self.all().map(|i| i.drain).max().unwrap_or_default()
+    }
+
+    /// A host that it answers to; one for all other hosts only if there is no other.
+    pub fn example_host(&self) -> Option<String> {
+        let host = self.hosts.iter().find(|h| !h.is_catch_all()).or(self.hosts.first());
+        host.map(VirtualHost::example)
+    }
 }
 
 /// Where an app listens, inside its container.

@@ -25,6 +25,8 @@ const MAX_BODY_SIZE: u64 = 100 * 1024 * 1024;
 /// Most bytes of labels, and of a command that checks health: both are labels of the container.
 const MOST_LABELS: usize = 16 * 1024;
 const MOST_TEST: usize = 4 * 1024;
+/// Most ways into one app.
+const MOST_INGRESSES: usize = 16;
 /// Most virtual hosts of one app: each costs all apps of its host time and memory in nginx.
 const MOST_HOSTS: usize = 1000;
 
@@ -38,7 +40,7 @@ pub(super) fn spec(text: &[u8]) -> Result<Spec, Problems> {
 impl Reader {
     fn spec(&mut self, node: &Node) -> Spec {
         let f = self.fields("", node);
-        let ingress = f.get("ingress").map(|n| self.ingress(n));
+        let ingress = f.get("ingress").and_then(|n| self.ingresses(n));
         let health = self.health(&f, ingress.as_ref());
         let (deploy, memory, nano_cpus, pids) = self.deploy(&f);
         let container = ContainerSpec {
@@ -129,6 +131,42 @@ impl Reader {
         Logging { driver, options }
     }
 
+    /// One way in, or a list of them.
+    fn ingresses(&mut self, node: &Node) -> Option<Ingress> {
+        let Value::Seq(items) = &node.value else { return Some(self.ingress(node)) };
+        let mut all = items.iter().map(|item| self.ingress(item)).collect::<Vec<_>>().into_iter();
+        let mut first = all.next();
+        if first.is_none() {
+            self.problem("ingress", node, "the list is empty; leave `ingress` out for an app that takes no requests");
+        }
+        if let Some(first) = &mut first {
+            first.more = all.collect();
+            self.check_together(first, node);
+        }
+        first
+    }
+
+    fn check_together(&mut self, ingress: &Ingress, node: &Node) {
+        if ingress.more.len() >= MOST_INGRESSES {
+            self.problem("ingress", node, format!("at most {MOST_INGRESSES} ways in can be given"));
+        }
+        let dir = |endpoint: &Endpoint| match endpoint {
+            Endpoint::Socket(path) => path.rsplit_once('/').map(|(dir, _)| dir.to_owned()),
+            Endpoint::Port(_) => None,
+        };
+        if ingress.more.iter().any(|i| dir(&i.endpoint) != dir(&ingress.endpoint)) {
+            let message =
+                "all of them need a `port`, or all a `socket` in one directory, which is mounted from the host";
+            self.problem("ingress", node, message);
+        }
+        let mut seen = BTreeSet::new();
+        for way in ingress.all() {
+            for host in way.hosts.iter().filter(|host| !seen.insert((way.path.clone(), (*host).clone()))) {
+                self.problem("ingress.hosts", node, format!("`{host}` stands in two of them"));
+            }
+        }
+    }
+
     fn ingress(&mut self, node: &Node) -> Ingress {
         let f = self.fields("ingress", node);
         let mut hosts: Vec<VirtualHost> = Vec::new();
@@ -185,6 +223,9 @@ impl Reader {
         if let (None, true, Some(node)) = (&path, strip_path, f.get("strip_path")) {
             self.problem("ingress.strip_path", node, "there is no `path` to leave out");
         }
+        if let (true, Some(node)) = (hosts.iter().any(VirtualHost::is_catch_all), f.get("path")) {
+            self.problem("ingress.path", node, "`*` stands for whole hosts, and cannot be told apart by path");
+        }
         if let (Some(_), Some(node)) = (&path, f.get("template")) {
             let message = "an app below a `path` is part of the server of its host, and has no template of its own";
             self.problem("ingress.template", node, message);
@@ -210,6 +251,7 @@ impl Reader {
             request_buffering: self.boolean(&f, "request_buffering").unwrap_or(true),
             path,
             strip_path,
+            more: Vec::new(),
         }
     }
 

@@ -90,6 +90,10 @@ fn the_schema_knows_the_keys_that_the_reader_knows() {
         let mut at = &schema;
         for part in path.split('.').filter(|p| !p.is_empty()) {
             at = &at["properties"][part];
+            // One of a thing or a list of them: the thing stands once, under `$defs`.
+            if let Some(name) = at["oneOf"][0]["$ref"].as_str().and_then(|r| r.strip_prefix("#/$defs/")) {
+                at = &schema["$defs"][name];
+            }
         }
         let mut told: Vec<&str> = at["properties"]
             .as_object()
