@@ -2,7 +2,7 @@
 //!
 //! With the argument `check` it only asks whether another one listens on `SOCKET`.
 //!
-//! Environment: `ALSO_SOCKET` or `ALSO_PORT` (a second place to listen, told as `way=second`), `ONLY_HOST` (any other one is answered with 400), `SICK_AFTER_MS` (`/healthz` answers 503 from then on), `SOCKET` (a path) or `PORT` (8080 unless given) to listen on, `VERSION` to tell, `GREETING` to tell,
+//! Environment: `ALSO_SOCKET` or `ALSO_PORT` (a second place to listen, told as `way=second`), `ROOT_STATUS` (what `/` is answered with), `ONLY_HOST` (any other one is answered with 400), `SICK_AFTER_MS` (`/healthz` answers 503 from then on), `SOCKET` (a path) or `PORT` (8080 unless given) to listen on, `VERSION` to tell, `GREETING` to tell,
 //! `START_MS` to be slow at the start, `MOOD` to be `sick` (`/healthz` answers 503), `exit` (ends at once, code 3),
 //! `deaf` (never listens), `late` (ends at once, code 1, until `/ready/now` is there) or `greedy` (takes 256 MB before it listens).
 //!
@@ -162,6 +162,10 @@ fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
             continue;
         }
         let (path, query) = path.split_once('?').unwrap_or((&path, ""));
+        if let ("/", Ok(status)) = (path, env::var("ROOT_STATUS")) {
+            answer(&mut output, &status, "as a gateway with nothing behind it\n")?;
+            continue;
+        }
         match path {
             "/healthz" if SICK.load(Ordering::Relaxed) => answer(&mut output, "503 Service Unavailable", "sick\n")?,
             "/sicken" => {

@@ -7,7 +7,7 @@ use crate::{
     host::{
         docker::{CreateRequest, DockerError, facts},
         files::{self, FileError},
-        health::{Question, Reach, more_questions},
+        health::{Question, Reach, host_asked_for, more_questions},
         nginx::{NginxError, Proof},
         ports::NoPort,
     },
@@ -119,8 +119,11 @@ impl World {
             }
             Step::Switch(slots) => self.switch(app, slots, observed),
             Step::Prove { release, ingress, check } => {
+                let instance = observed.instances.iter().find(|i| i.key.release == *release && i.health.is_healthy());
                 for proof in ingress.iter().flat_map(|ingress| Proof::all(ingress, check)) {
-                    self.nginx.ask_app(&proof).await?;
+                    let several = instance.filter(|i| !i.more.is_empty()).map(|_| &proof.endpoint);
+                    let address = instance.and_then(|i| i.address_of(several));
+                    self.nginx.ask_app(&proof, address).await?;
                 }
                 self.private_dir(&self.layout.state().join("proven"))?;
                 Ok(files::write(&self.layout.proven(app), release.as_str().as_bytes(), 0o644)?)
@@ -278,8 +281,15 @@ impl World {
         files::make_dir(&dir, 0o755)?;
         let mut kept = HashSet::new();
         for (slot, key) in slots {
-            for (endpoint, target) in sockets(observed, key)?.iter().enumerate() {
-                let link = self.layout.route_to(app, *slot, endpoint);
+            let sockets = sockets(observed, key)?;
+            let alone = self.layout.route(app, *slot);
+            // nginx knows the release before this one: a way that led to a socket leads to the one of that name.
+            let before = files::read_link(&alone)?;
+            let same = |socket: &&String| before.as_ref().and_then(|b| b.file_name()) == Path::new(socket).file_name();
+            let first = sockets.iter().find(same).or(sockets.first()).cloned();
+            let named = sockets.iter().map(|socket| (self.layout.route_named(app, *slot, Path::new(socket)), socket));
+            let named = named.filter(|(link, _)| sockets.len() > 1 || link.is_symlink());
+            for (link, target) in first.iter().map(|socket| (alone.clone(), socket)).chain(named) {
                 // Renaming what is right already would move the beginning of the drain.
                 if files::read_link(&link)?.as_deref() != Some(Path::new(target)) {
                     files::symlink(Path::new(target), &link)?;
@@ -288,8 +298,11 @@ impl World {
             }
         }
         for name in files::list(&dir)? {
-            let link = dir.join(name);
-            if !kept.contains(&link) {
+            let link = dir.join(&name);
+            // A socket that only the release before has is asked until nginx knows of this one.
+            let slot = name.split_once('@').and_then(|(slot, _)| slot.parse().ok());
+            let is_of_before = slot.is_some_and(|slot| slots.contains_key(&slot)) && link.exists();
+            if !kept.contains(&link) && !is_of_before {
                 files::remove_file(&link)?;
             }
         }
@@ -358,7 +371,7 @@ impl World {
                 restarts: instance.restarts,
                 reach: Reach { group, own: None },
                 more: more_questions(&instance.more, None, &[]),
-                host: String::new(),
+                host: host_asked_for(&instance.check, instance.check_host.as_deref()),
             };
             prober.ask(app, id, question);
         }

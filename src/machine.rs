@@ -32,8 +32,8 @@ pub struct Inventory {
     pub containers: Vec<Listed>,
     /// Containers with this host's name that another agent made.
     pub foreign: Vec<Foreign>,
-    /// What apps have left on disk.
-    pub traces: BTreeMap<AppName, ObservedApp>,
+    /// What apps have left on disk; `None` where that cannot be read, which concerns that app alone.
+    pub traces: BTreeMap<AppName, Option<ObservedApp>>,
 }
 
 /// A host, its clock and its chance.

@@ -13,7 +13,7 @@ use crate::{
         docker::{Docker, DockerError, Found, Instances},
         drain,
         files::{self, FileError},
-        health::{Prober, Question, Reach, more_questions},
+        health::{Prober, Question, Reach, host_asked_for, more_questions},
         layout::Layout,
         nginx::Nginx,
         ports::{self, Ports},
@@ -96,11 +96,11 @@ impl World {
     fn check_routes(&self, app: &AppName, observed: &mut ObservedApp) -> Result<(), FileError> {
         for (slot, key) in &mut observed.slots {
             let Some(instance) = observed.instances.iter().find(|i| Some(&i.key) == key.as_ref()) else { continue };
-            for (at, address) in instance.more.iter().enumerate() {
-                let route = files::read_link(&self.layout.route_to(app, *slot, at + 1))?;
-                if let Address::Socket(path) = address
-                    && route.as_deref() != Some(Path::new(path))
-                {
+            let several = !instance.more.is_empty();
+            for address in instance.addresses().filter(|_| several) {
+                let Address::Socket(path) = address else { continue };
+                let route = self.layout.route_named(app, *slot, Path::new(path));
+                if files::read_link(&route)?.as_deref() != Some(Path::new(path)) {
                     *key = None;
                 }
             }
@@ -169,12 +169,16 @@ impl World {
         Ok(observed)
     }
 
-    /// What apps have left on disk, by app.
+    /// What apps have left on disk, by app; `None` of one of which it cannot be read: a look at that app tells why.
     ///
     /// # Errors
-    /// If a directory or a file cannot be read.
-    pub fn all_traces(&self) -> Result<BTreeMap<AppName, ObservedApp>, FileError> {
-        self.apps_on_disk()?.into_iter().map(|app| self.traces(&app).map(|traces| (app, traces))).collect()
+    /// If a directory of all apps cannot be listed.
+    pub fn all_traces(&self) -> Result<BTreeMap<AppName, Option<ObservedApp>>, FileError> {
+        let traces = |app: AppName| {
+            let traces = self.traces(&app).ok();
+            (app, traces)
+        };
+        Ok(self.apps_on_disk()?.into_iter().map(traces).collect())
     }
 
     /// Apps that have left anything on disk.
@@ -212,6 +216,12 @@ impl World {
             Endpoint::Port(_) => port.map(Address::Port),
         });
         let more: Vec<Address> = more.collect();
+        let all = found.endpoint.iter().chain(found.more.iter().map(|(endpoint, _)| endpoint));
+        let mut listens: Vec<Endpoint> = all.cloned().collect();
+        // A port that was not published has no address, so that one would be taken for another.
+        if listens.len() != address.iter().chain(&more).count() {
+            listens.clear();
+        }
         let running = found.phase == Phase::Running;
         let alive = found.is_alive();
         let asked = match (&address, &self.prober) {
@@ -221,8 +231,7 @@ impl World {
                     (Some(Endpoint::Port(port)), Some(ip)) => Some(SocketAddr::new(ip, *port)),
                     _ => None,
                 };
-                let host = check.host.clone().or_else(|| found.check_host.clone());
-                let host = host.unwrap_or_else(|| "localhost".to_owned());
+                let host = host_asked_for(&check, found.check_host.as_deref());
                 let (address, reach) = (address.clone(), Reach { group, own });
                 let inside = found.more.iter().filter_map(|(endpoint, _)| match endpoint {
                     Endpoint::Port(inside) => Some(*inside),
@@ -260,8 +269,10 @@ impl World {
             restarts: found.restarts,
             address,
             more,
+            listens,
             connections,
             check: found.check,
+            check_host: found.check_host,
             drain: found.drain,
             grace: found.grace,
             stale_socket,
@@ -352,6 +363,9 @@ mod tests {
         put(&verdict, "{");
         let told = seen().expect_err("a verdict that is cut");
         assert!(told.contains("0123456789ab.json") && told.contains("tried again"), "{told}");
+        put(&world.layout.proven(&AppName::try_from("other").expect("a name")), "0123456789ab\n");
+        let all: Vec<bool> = world.all_traces().expect("a list").into_values().map(|traces| traces.is_some()).collect();
+        assert_eq!(all, [true, false], "only the one app cannot be looked at");
         std::fs::remove_file(&verdict).expect("removed");
 
         put(&world.layout.app_routes(&app), "no directory");

@@ -132,6 +132,14 @@ fn slow_and_guarded_paths_are_no_fault_of_the_release() {
         ("basic", spec("basic.test", http, ", template: basic")),
         ("picky", format!("environment: {{ONLY_HOST: picky.test}}\n{}", spec("picky.test", http, ""))),
     ];
+    let socket = format!(
+        "image: \"{image}\"\n{}environment: {{ONLY_HOST: sock.test, SOCKET: /run/app/a.sock}}\nhealthcheck: {http}\n\
+         ingress: {{hosts: [sock.test], socket: /run/app/a.sock}}\nstop_grace_period: 1s\n",
+        support::lab::user_line()
+    );
+    let gateway =
+        format!("environment: {{ROOT_STATUS: \"502 Bad Gateway\"}}\n{}", spec("gateway.test", "{tcp: true}", ""));
+    let rows: Vec<(&str, String)> = rows.into_iter().chain([("sock", socket), ("gateway", gateway)]).collect();
     for (app, spec) in &rows {
         lab.put(&format!("apps/{app}/spec"), spec);
     }

@@ -93,7 +93,7 @@ fn vhost(ingress: &Ingress) -> Vhost {
         request_buffering: ingress.request_buffering,
         path: ingress.path.clone(),
         strip_path: ingress.strip_path,
-        endpoint: 0,
+        endpoint: None,
         more: Vec::new(),
     }
 }

@@ -327,13 +327,47 @@ fn an_app_with_several_ways_in_is_deployed_as_one() {
             assert_eq!(lab.metric("demae_nginx_reloads_total", "done"), reloads, "two symlinks, and no reload");
         }
     }
+    // In another order each host still leads where it led, at every moment.
+    let turned = |spec: &str| {
+        let (head, ways) = spec.split_once("ingress:\n").expect("a list");
+        let ways: Vec<&str> = ways.lines().rev().collect();
+        format!("{head}ingress:\n{}\n", ways.join("\n"))
+    };
+    for (app, spec, hosts) in
+        [("socket", &by_socket, ["s.test", "sadmin.test"]), ("port", &by_port, ["p.test", "padmin.test"])]
+    {
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let asked = std::thread::scope(|scope| {
+            let asking = scope.spawn(|| {
+                let mut asked = 0;
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    for (host, is_second) in hosts.iter().zip([false, true]) {
+                        assert_eq!(way(host).1 == "second", is_second, "{host} leads elsewhere");
+                        asked += 1;
+                    }
+                }
+                asked
+            });
+            let deployed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                lab.deploy(app, &format!("apps/{app}/spec"), &turned(spec));
+            }));
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            let asked = asking.join().expect("every answer is of the right place");
+            assert!(deployed.is_ok(), "{app} is deployed");
+            asked
+        });
+        assert!(asked > 100, "{asked} requests");
+    }
     // One that does not listen in all places is not healthy.
     let half = by_port.replace("image: ", "x-a: b\nimage: ").replace("{ALSO_PORT: \"9090\"}", "{ALSO_PORT: \"9091\"}");
     let half = half.replace("start_period: 10s", "start_period: 500ms, retries: 1");
     lab.put("apps/port/spec", &half);
     let failed = lab.wait_app("port", "refused", |s| s.state == State::Blocked);
     assert!(failed.reason.contains("nothing listens on port 9090"), "{}", failed.reason);
-    assert_eq!(way("padmin.test").0, "v2", "the old one serves");
+    for (host, is_second) in [("p.test", false), ("padmin.test", true)] {
+        let (version, way) = way(host);
+        assert_eq!((version.as_str(), way == "second"), ("v2", is_second), "the old one serves {host}");
+    }
     for app in ["port", "socket"] {
         lab.del(&format!("apps/{app}/"));
     }

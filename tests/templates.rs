@@ -182,3 +182,61 @@ fn nothing_is_taken_from_a_hand_written_server() {
     lab.deploy("third", "apps/third/spec", &lab.socket_spec(&lab.image("v1"), "third.test", ""));
     assert_eq!(lab.get("q.test", "/").expect("an answer").1, "by hand");
 }
+
+#[test]
+fn a_mistake_in_a_template_of_many_is_found_in_a_few_tests_and_costs_nobody() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..resyncing("") });
+    let dir = lab.path("templates");
+    fs::create_dir(&dir).expect("a directory");
+    fs::write(dir.join("own.conf.hbs"), template("add_header X-Template own;")).expect("a file");
+    lab.start_agent(&[]);
+    let image = lab.image("v1");
+    let apps: Vec<String> = (0..12).map(|n| format!("app-{n}")).collect();
+    for app in &apps {
+        let spec =
+            lab.socket_spec(&image, &format!("{app}.test"), "").replace("drain: 10s", "drain: 10s, template: own");
+        lab.put(&format!("apps/{app}/spec"), &spec);
+    }
+    for app in &apps {
+        lab.wait_app(app, "converged", |s| s.state == State::Converged);
+    }
+    fs::write(dir.join("own.conf.hbs"), template("client_max_bodysize 1m;")).expect("a file");
+    let mut untried = 0;
+    for app in &apps {
+        let told = lab.wait_app(app, "told that its template is refused", |s| s.state == State::Blocked);
+        assert!(told.reason.contains("client_max_bodysize"), "{}", told.reason);
+        untried += usize::from(told.reason.contains("not tried"));
+        assert_eq!(lab.get(&format!("{app}.test"), "/").map(|(status, _)| status), Ok(200), "{app} is served");
+    }
+    assert_eq!(untried, 4, "eight are tried one by one");
+    fs::write(dir.join("own.conf.hbs"), template("add_header X-Template mended;")).expect("a file");
+    for app in &apps {
+        lab.wait_app(app, "converged", |s| s.state == State::Converged);
+    }
+}
+
+#[test]
+fn a_path_that_a_template_has_already_costs_only_the_app_that_asks_for_it() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..resyncing("") });
+    let dir = lab.path("templates");
+    fs::create_dir(&dir).expect("a directory");
+    let text = include_str!("../deploy/nginx/default.conf.hbs");
+    let text = text.replacen("    location / {", "    location = /api { return 418; }\n    location / {", 1);
+    fs::write(dir.join("own.conf.hbs"), text).expect("a file");
+    lab.start_agent(&[]);
+    let spec = lab.socket_spec(&lab.image("v1"), "a.test", "").replace("drain: 10s", "drain: 10s, template: own");
+    lab.deploy("root", "apps/root/spec", &spec);
+    let below = lab.socket_spec(&lab.image("v1"), "a.test", "").replace("drain: 10s", "drain: 10s, path: /api");
+    lab.put("apps/below/spec", &below);
+    let told = lab.wait_app("below", "told that its path is taken", |s| s.state == State::Blocked);
+    assert!(told.reason.contains("app `root`") && told.reason.contains("duplicate location"), "{}", told.reason);
+    let status = |path: &str| lab.get("a.test", path).map(|(status, _)| status);
+    assert_eq!((status("/"), status("/api")), (Ok(200), Ok(418)));
+    // The text of the app can change all the same.
+    let reloads = || lab.metric("demae_nginx_reloads_total", "done");
+    let before = reloads();
+    lab.put("apps/root/spec", &spec.replace("drain: 10s", "drain: 10s, read_timeout: 50s"));
+    until("it is served by another text", || reloads() > before);
+    lab.wait_app("root", "converged", |s| s.state == State::Converged);
+    assert_eq!((status("/"), status("/api")), (Ok(200), Ok(418)));
+}

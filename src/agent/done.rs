@@ -200,8 +200,12 @@ impl<M: Machine> Agent<M> {
                 let nothing = ObservedApp::default();
                 for (app, state) in &mut self.apps {
                     let found = by_app.remove(app).unwrap_or_default();
-                    let traces = on_disk.get(app).unwrap_or(&nothing);
-                    state.dirty |= first || state.differs(&found, traces);
+                    let differs = match on_disk.get(app) {
+                        Some(None) => true,
+                        Some(Some(traces)) => state.differs(&found, traces),
+                        None => state.differs(&found, &nothing),
+                    };
+                    state.dirty |= first || differs;
                 }
                 self.listed = true;
                 self.relist_at = Instant::now() + self.machine.jittered(self.options.resync);

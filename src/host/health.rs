@@ -74,6 +74,11 @@ pub fn more_questions(addresses: &[Address], ip: Option<IpAddr>, inside: &[u16])
     addresses.iter().enumerate().map(question).collect()
 }
 
+/// The host that a check asks for: its own, or that of its app, or as a person at the machine would.
+pub fn host_asked_for(check: &HealthCheck, of_app: Option<&str>) -> String {
+    check.host.as_deref().or(of_app).unwrap_or("localhost").to_owned()
+}
+
 /// How an instance is reached: nginx may come later, or with other workers, and another start may have another address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reach {
@@ -122,6 +127,7 @@ impl Prober {
         if let Some(known) = of_app.get_mut(id)
             && known.question.address == question.address
             && known.question.check == question.check
+            && known.question.host == question.host
         {
             // Docker started it anew: its socket is another one, and was not opened to anybody yet.
             let (before, now) = (known.question.started, question.started);

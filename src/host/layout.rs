@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::model::{
     name::{AppName, ReleaseId},
     observed::InstanceKey,
+    spec::Endpoint,
 };
 
 /// Longest path of a unix socket that the kernel takes, without the final NUL.
@@ -76,12 +77,19 @@ impl Layout {
         self.app_routes(app).join(format!("{slot}.sock"))
     }
 
-    /// The route of a slot to one of the places where the app listens: to the first by the path that it has alone.
-    pub fn route_to(&self, app: &AppName, slot: u16, endpoint: usize) -> PathBuf {
+    /// The route of a slot to one of several sockets of an app, by the name that the socket has: another order of them
+    /// in another release leads nobody astray. The only one has the path of the slot.
+    pub fn route_to(&self, app: &AppName, slot: u16, endpoint: Option<&Endpoint>) -> PathBuf {
         match endpoint {
-            0 => self.route(app, slot),
-            more => self.app_routes(app).join(format!("{slot}.{more}.sock")),
+            Some(Endpoint::Socket(path)) => self.route_named(app, slot, Path::new(path)),
+            _ => self.route(app, slot),
         }
+    }
+
+    /// The route of a slot to the socket with the name that this one has.
+    pub fn route_named(&self, app: &AppName, slot: u16, socket: &Path) -> PathBuf {
+        let name = socket.file_name().unwrap_or_default().to_string_lossy();
+        self.app_routes(app).join(format!("{slot}@{name}"))
     }
 
     /// All socket directories.

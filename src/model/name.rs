@@ -108,11 +108,11 @@ name!(
 name!(
     /// A host name that nginx serves: exact, with `*.` in front, or `*` for every other host.
     VirtualHost, "virtual host",
-    "use a lower-case host name such as `web.example.com`, `*.example.com`, or `*` for all that no other app claims; at most 253 characters, labels at most 63 (international names in their `xn--` form), no wildcard for a whole top-level domain, and nothing below `demae.invalid`",
+    "use a lower-case host name such as `web.example.com`, `*.example.com`, or `*` for all that no other app claims; at most 253 characters, labels at most 63 (international names in their `xn--` form), no wildcard for a whole top-level domain, and neither `demae-proof` as the first label nor anything below `demae.invalid`",
     |t| {
         let rest = t.strip_prefix("*.").unwrap_or(t);
         let is_name = t.len() <= 253 && rest.split('.').all(|label| is_label(label, 63));
-        let reserved = rest == "demae.invalid" || rest.ends_with(".demae.invalid");
+        let reserved = rest == "demae.invalid" || rest.ends_with(".demae.invalid") || rest.starts_with("demae-proof.");
         t == "*" || is_name && !reserved && (rest == t || rest.contains('.'))
     }
 );
@@ -226,7 +226,16 @@ mod tests {
         for bad in ["a;b", "a }", "x; } server {", "a..b", "*.", "a.*.b", "UPPER.example", "über.example", "a\nb"] {
             assert!(VirtualHost::try_from(bad).is_err(), "{bad:?} was taken for a virtual host");
         }
-        for bad in ["*.com", "*", "*.", "generation.demae.invalid", "*.demae.invalid", "demae.invalid"] {
+        for bad in [
+            "*.com",
+            "*",
+            "*.",
+            "generation.demae.invalid",
+            "*.demae.invalid",
+            "demae.invalid",
+            "demae-proof.a.test",
+            "*.demae-proof.test",
+        ] {
             let taken = VirtualHost::try_from(bad).is_ok();
             assert_eq!(taken, bad == "*", "{bad:?} as a virtual host");
         }

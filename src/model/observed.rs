@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     name::{ContainerId, ImageRef, ReleaseId},
-    spec::HealthCheck,
+    spec::{Endpoint, HealthCheck},
     time::Timestamp,
 };
 
@@ -106,10 +106,14 @@ pub struct Instance {
     pub address: Option<Address>,
     /// Where it takes requests beside that, in the order of its release.
     pub more: Vec<Address>,
+    /// Where it listens inside, for each of its addresses; nothing where that is not known.
+    pub listens: Vec<Endpoint>,
     /// Connections that nginx has to it, where that was counted.
     pub connections: Option<usize>,
     /// Its own check, from its labels: an old instance is asked as its release says.
     pub check: HealthCheck,
+    /// The host that its check asks for, unless the check names one.
+    pub check_host: Option<String>,
     /// Its own drain time.
     pub drain: Duration,
     /// How long it may take to end.
@@ -136,6 +140,14 @@ impl Instance {
     /// Everywhere it takes requests.
     pub fn addresses(&self) -> impl Iterator<Item = &Address> {
         self.address.iter().chain(&self.more)
+    }
+
+    /// Where it takes the requests that are for a place inside: for the only place, or the first, unless that is named.
+    pub fn address_of(&self, endpoint: Option<&Endpoint>) -> Option<&Address> {
+        match endpoint {
+            None => self.address.as_ref(),
+            Some(endpoint) => self.addresses().nth(self.listens.iter().position(|e| e == endpoint)?),
+        }
     }
 
     /// When it must be healthy at the latest.

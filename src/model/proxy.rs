@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     name::{AppName, TemplateName, UrlPath, VirtualHost},
+    spec::Endpoint,
     time::Timestamp,
 };
 
@@ -37,17 +38,12 @@ pub struct Vhost {
     /// Whether the app gets the path without that.
     #[serde(default)]
     pub strip_path: bool,
-    /// Which of the places where the app listens requests go to, from 0.
-    #[serde(default, skip_serializing_if = "is_first")]
-    pub endpoint: u16,
+    /// Which of the places where the app listens requests go to, if there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<Endpoint>,
     /// What else is served of the app. None of these has more.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub more: Vec<Vhost>,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks by reference")]
-fn is_first(endpoint: &u16) -> bool {
-    *endpoint == 0
 }
 
 /// Largest headers of an answer unless the spec says otherwise: a browser keeps 50 cookies of 4 KiB for a site at most, and
@@ -251,7 +247,7 @@ mod tests {
             request_buffering: true,
             path: None,
             strip_path: false,
-            endpoint: 0,
+            endpoint: None,
             more: Vec::new(),
         };
         let set = |port| Manifest { vhosts: [(app.clone(), vhost(port))].into(), ..Manifest::default() };

@@ -1,6 +1,10 @@
 //! nginx as a whole: one set of vhosts for all apps, changed as one, seldom.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    fmt,
+    time::Duration,
+};
 
 use super::{Cooled, VhostWish};
 use crate::model::{
@@ -169,7 +173,32 @@ fn wanted(input: &ProxyInput<'_>) -> BTreeMap<AppName, Vhost> {
             }
         }
     }
+    hand_over(input, &mut wanted);
     wanted
+}
+
+/// Whoever stays as it is keeps only what no other app was given: an app that is going, or that wants other hosts and has
+/// nobody yet to serve them, is not served in the place of one that wants them now.
+fn hand_over(input: &ProxyInput<'_>, wanted: &mut BTreeMap<AppName, Vhost>) {
+    let is_kept = |app: &AppName| !matches!(input.wishes.get(app), Some(VhostWish::Set(_)));
+    let claims = |v: &Vhost| v.hosts.iter().map(|host| (host.clone(), v.path.clone())).collect::<Vec<_>>();
+    let (kept, given): (Vec<_>, Vec<_>) = wanted.iter().partition(|(app, _)| is_kept(app));
+    let given: BTreeSet<_> = given.into_iter().flat_map(|(_, v)| v.all().flat_map(claims)).collect();
+    let is_given = |v: &Vhost| claims(v).iter().any(|claim| given.contains(claim));
+    let kept: Vec<AppName> =
+        kept.into_iter().filter(|(_, v)| v.all().any(is_given)).map(|(app, _)| app.clone()).collect();
+    for app in kept {
+        let Some(vhost) = wanted.remove(&app) else { continue };
+        let mut left: VecDeque<Vhost> = vhost.all().map(|v| Vhost { more: Vec::new(), ..v.clone() }).collect();
+        for way in &mut left {
+            let path = way.path.clone();
+            way.hosts.retain(|host| !given.contains(&(host.clone(), path.clone())));
+        }
+        left.retain(|way| !way.hosts.is_empty());
+        if let Some(first) = left.pop_front() {
+            wanted.insert(app, Vhost { more: left.into(), ..first });
+        }
+    }
 }
 
 /// A virtual host that another app holds.
@@ -257,6 +286,47 @@ mod tests {
             created,
             cordoned: false,
         })
+    }
+
+    fn served(hosts: &[&str]) -> Vhost {
+        let hosts = hosts.iter().map(|host| VirtualHost::try_from(*host).expect("a host")).collect();
+        Vhost {
+            hosts,
+            upstreams: crate::model::proxy::Upstreams::Ports(vec![20_001]),
+            template: None,
+            max_body_size: 0,
+            read_timeout: 60,
+            response_header_size: 0,
+            request_buffering: true,
+            path: None,
+            strip_path: false,
+            endpoint: None,
+            more: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_virtual_host_of_an_app_that_is_going_is_handed_over_at_once() {
+        let name = |n: &str| AppName::try_from(n).expect("a name");
+        let vhosts = [(name("y"), served(&["y.test", "x.test"])), (name("z"), served(&["z.test"]))];
+        let live = Manifest { vhosts: vhosts.into(), ..Manifest::default() };
+        let observed = ObservedProxy { live: Some(live), serving: Some(0), ..ObservedProxy::default() };
+        let taker = served(&["x.test", "z.test"]);
+        let wishes =
+            [(name("b"), VhostWish::Set(taker.clone())), (name("y"), VhostWish::Keep), (name("z"), VhostWish::Keep)];
+        let wishes = BTreeMap::from(wishes);
+        let now = Timestamp::from_millis(1_000_000);
+        let input = ProxyInput {
+            wishes: &wishes,
+            observed: &observed,
+            cooling: None,
+            unasked: None,
+            held: None,
+            busy: false,
+            now,
+        };
+        let Some((ProxyStep::Publish(next), _)) = plan_proxy(&input).step else { panic!("a set is published") };
+        assert_eq!(next, BTreeMap::from([(name("b"), taker), (name("y"), served(&["y.test"]))]));
     }
 
     #[test]

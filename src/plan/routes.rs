@@ -43,16 +43,25 @@ pub(super) fn route(draft: &mut Draft<'_>, target: &Target, active: Option<&Rele
     if pool.iter().any(|i| i.health == Health::Unknown) && draft.observed().instances.iter().any(|i| would_leave(&i)) {
         return false;
     }
+    let endpoints = ingress.endpoints();
+    // A release before this one may listen elsewhere, or in more places: what of this one is asked of it would lead to
+    // another place than is meant. With one place on both sides, that one is meant.
+    let other = |i: &Instance| i.listens != endpoints && (endpoints.len() > 1 || !i.more.is_empty());
+    let live = draft.input.proxy.live.filter(|_| !is_target && pool.iter().any(|i| other(i)));
+    let served = |upstreams: &dyn Fn(Option<&Endpoint>) -> Upstreams| match live {
+        Some(live) => still(live, upstreams),
+        None => vhost(ingress, upstreams),
+    };
     match &first.address {
         Some(Address::Port(_)) => {
-            let ports = |endpoint: usize| {
-                let ports = pool.iter().filter_map(|i| match i.addresses().nth(endpoint) {
+            let ports = |endpoint: Option<&Endpoint>| {
+                let ports = pool.iter().filter_map(|i| match i.address_of(endpoint) {
                     Some(Address::Port(port)) => Some(*port),
                     _ => None,
                 });
                 Upstreams::Ports(ports.collect())
             };
-            draft.plan.vhost = VhostWish::Set(vhost(ingress, ports));
+            draft.plan.vhost = VhostWish::Set(served(&ports));
             let met = draft.report();
             if met && !draft.observed().slots.is_empty() {
                 draft.step(Step::Switch(BTreeMap::new()), "the app is routed by port now");
@@ -61,7 +70,7 @@ pub(super) fn route(draft: &mut Draft<'_>, target: &Target, active: Option<&Rele
         }
         Some(Address::Socket(_)) => {
             let slots = if is_target { target.replicas } else { highest_slot(draft).max(1) };
-            switch(draft, ingress, &pool, slots)
+            switch(draft, &pool, slots, &|told| served(&|_| Upstreams::Slots(told)))
         }
         None => false,
     }
@@ -123,12 +132,13 @@ fn highest_slot(draft: &Draft<'_>) -> u16 {
 }
 
 /// What nginx serves of an app, with the upstreams of each of its endpoints.
-fn vhost(ingress: &Ingress, upstreams: impl Fn(usize) -> Upstreams) -> Vhost {
+fn vhost(ingress: &Ingress, upstreams: &dyn Fn(Option<&Endpoint>) -> Upstreams) -> Vhost {
+    let several = !ingress.more_endpoints().is_empty();
     let one = |way: &Ingress| {
-        let endpoint = ingress.endpoint_of(way);
+        let endpoint = several.then(|| way.endpoint.clone());
         Vhost {
             hosts: way.hosts.clone(),
-            upstreams: upstreams(endpoint),
+            upstreams: upstreams(endpoint.as_ref()),
             template: way.template.clone(),
             max_body_size: way.max_body_size,
             read_timeout: way.read_timeout.as_secs(),
@@ -136,24 +146,30 @@ fn vhost(ingress: &Ingress, upstreams: impl Fn(usize) -> Upstreams) -> Vhost {
             request_buffering: way.request_buffering,
             path: way.path.clone(),
             strip_path: way.strip_path,
-            endpoint: u16::try_from(endpoint).unwrap_or(0),
+            endpoint,
             more: Vec::new(),
         }
     };
     Vhost { more: ingress.more.iter().map(one).collect(), ..one(ingress) }
 }
 
+/// What nginx serves already, with other upstreams.
+fn still(live: &Vhost, upstreams: &dyn Fn(Option<&Endpoint>) -> Upstreams) -> Vhost {
+    let one = |v: &Vhost| Vhost { upstreams: upstreams(v.endpoint.as_ref()), ..v.clone() };
+    Vhost { more: live.more.iter().map(one).collect(), ..one(live) }
+}
+
 /// Before the first instance is up: nginx can learn of the app while its container starts, so that many new apps cost
 /// one reload and the first switch costs none.
 fn announce(draft: &mut Draft<'_>, target: &Target, ingress: &Ingress) {
     if matches!(ingress.endpoint, Endpoint::Socket(_)) {
-        draft.plan.vhost = VhostWish::Set(vhost(ingress, |_| Upstreams::Slots(target.replicas)));
+        draft.plan.vhost = VhostWish::Set(vhost(ingress, &|_| Upstreams::Slots(target.replicas)));
         draft.report();
     }
 }
 
 /// Socket mode: symlinks first, then nginx learns of more slots; fewer the other way round.
-fn switch(draft: &mut Draft<'_>, ingress: &Ingress, pool: &[&Instance], slots: u16) -> bool {
+fn switch(draft: &mut Draft<'_>, pool: &[&Instance], slots: u16, vhost: &dyn Fn(u16) -> Vhost) -> bool {
     let there = highest_slot(draft);
     let served = match draft.input.proxy.live.map(|v| &v.upstreams) {
         Some(Upstreams::Slots(n)) => *n,
@@ -171,7 +187,7 @@ fn switch(draft: &mut Draft<'_>, ingress: &Ingress, pool: &[&Instance], slots: u
     let told = if there == 0 || there >= slots { slots } else { there };
     // Fewer or more only once all of them lead to who is well.
     let told = if switched || served == 0 { told } else { told.clamp(served.min(there), served) };
-    draft.plan.vhost = VhostWish::Set(vhost(ingress, |_| Upstreams::Slots(told)));
+    draft.plan.vhost = VhostWish::Set(vhost(told));
     let met = draft.report();
     if met && !settled && there > known {
         draft.wait(Wait::Proxy("old nginx workers may still know a route that is going".to_owned()));

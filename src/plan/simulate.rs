@@ -156,6 +156,8 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
                 restarts: 0,
                 stale_socket: false,
                 wrong_socket: false,
+                check_host: None,
+                listens: release.endpoint.iter().cloned().collect(),
                 port_taken: false,
             });
             observed.instances.sort_by(|a, b| a.key.cmp(&b.key));

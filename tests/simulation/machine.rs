@@ -341,7 +341,7 @@ impl Machine for Hands {
                 && on_disk.proven.is_none()
                 && on_disk.verdicts.is_empty();
             if !nothing {
-                traces.insert(app.clone(), on_disk);
+                traces.insert(app.clone(), Some(on_disk));
             }
         }
         self.answer().await?;

@@ -114,7 +114,7 @@ fn vhost(values: &Values, upstreams: Upstreams) -> Vhost {
         request_buffering: true,
         path: None,
         strip_path: false,
-        endpoint: 0,
+        endpoint: None,
         more: Vec::new(),
     }
 }

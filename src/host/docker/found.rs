@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
-use bollard::models::{ContainerInspectResponse, ContainerStateStatusEnum, HealthStatusEnum, RestartPolicyNameEnum};
+use bollard::models::{
+    ContainerInspectResponse, ContainerStateStatusEnum, EndpointSettings, HealthStatusEnum, RestartPolicyNameEnum,
+};
 
 use super::{DockerError, Result, label};
 use crate::host::clock::Clock;
@@ -145,18 +147,19 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
         endpoint,
         port,
         more,
-        ip: details
-            .network_settings
-            .and_then(|n| n.networks)
-            .into_iter()
-            .flatten()
-            .find_map(|(_, n)| n.ip_address?.parse().ok()),
+        ip: details.network_settings.and_then(|n| n.networks).into_iter().flatten().find_map(|(_, n)| own_address(&n)),
         check_host: get(label::CHECK_HOST).map(str::to_owned),
         pid: state.pid.and_then(|p| i32::try_from(p).ok()).filter(|p| *p > 0),
         check,
         drain: Duration::from_millis(drain),
         grace: Duration::from_secs(config.stop_timeout.and_then(|t| u64::try_from(t).ok()).unwrap_or(10)),
     })
+}
+
+/// The address of a container in one of its networks, by IPv6 where that is all it has.
+fn own_address(network: &EndpointSettings) -> Option<IpAddr> {
+    let parsed = |address: &Option<String>| address.as_ref()?.parse().ok();
+    parsed(&network.ip_address).or_else(|| parsed(&network.global_ipv6_address))
 }
 
 /// What Docker's own check says.

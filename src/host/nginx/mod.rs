@@ -33,9 +33,10 @@ use crate::{
     failpoint,
     model::{
         name::AppName,
+        observed::Address,
         problem::{bounded, chain},
         proxy::{Manifest, ObservedProxy, Vhost},
-        spec::{HealthCheck, Ingress, Probe},
+        spec::{Endpoint, HealthCheck, Ingress, Probe},
         time::Timestamp,
     },
 };
@@ -100,6 +101,10 @@ pub struct Proof {
     pub host: String,
     /// `GET` of this path.
     pub path: String,
+    /// Which path the app is asked for then.
+    pub inside: String,
+    /// Where it listens for that.
+    pub endpoint: Endpoint,
     /// Longest time for one answer. Longer than nginx takes to find out that it cannot connect.
     pub limit: Duration,
     /// Whether an answer that does not come within the limit is as good: nobody said how long this path may take.
@@ -123,16 +128,33 @@ impl Proof {
             Probe::Http(path) => (path.as_str(), false),
             _ => ("/", true),
         };
-        let path = match &ingress.path {
-            None => asked.to_owned(),
-            Some(below) if ingress.strip_path => format!("{below}{asked}"),
-            Some(below) if asked == below.as_str() || asked.starts_with(&format!("{below}/")) => asked.to_owned(),
+        let (path, inside, may_be_slow) = match &ingress.path {
+            None => (asked.to_owned(), asked, may_be_slow),
+            Some(below) if ingress.strip_path => (format!("{below}{asked}"), asked, may_be_slow),
+            Some(below) if asked == below.as_str() || asked.starts_with(&format!("{below}/")) => {
+                (asked.to_owned(), asked, may_be_slow)
+            }
             // What is asked of the app itself lies beside what it serves here.
-            Some(below) => return Some(Self { host, path: below.to_string(), limit: CONNECTED, may_be_slow: true }),
+            Some(below) => (below.to_string(), below.as_str(), true),
         };
         let limit = if may_be_slow { CONNECTED } else { (check.timeout + Duration::from_secs(1)).max(CONNECTED) };
-        Some(Self { host, path, limit, may_be_slow })
+        let (inside, endpoint) = (inside.to_owned(), ingress.endpoint.clone());
+        Some(Self { host, path, inside, endpoint, limit, may_be_slow })
     }
+}
+
+/// Whether an app answers with this status itself.
+async fn says_itself(proof: &Proof, address: Option<&Address>, status: u16) -> bool {
+    let answer = match address {
+        Some(Address::Socket(socket)) => {
+            probe::get_unix(Path::new(socket), &proof.host, &proof.inside, proof.limit).await
+        }
+        Some(Address::Port(port)) => {
+            probe::get_tcp(&format!("127.0.0.1:{port}"), &proof.host, &proof.inside, proof.limit).await
+        }
+        None => return false,
+    };
+    answer.is_ok_and(|answer| answer.status == status)
 }
 
 /// What to do about an error of nginx that many will meet.
@@ -425,11 +447,12 @@ impl Nginx {
     }
 
     /// Asks an app through nginx, as a client would, until it answers or the time is over. Whatever the app says is an
-    /// answer: whether it is well is asked of itself, and rules of a template may stand before it here.
+    /// answer: whether it is well is asked of itself, and rules of a template may stand before it here. A 502 or a 504 may
+    /// be nginx's or its own; the app, asked at `address`, tells which.
     ///
     /// # Errors
     /// [`NginxError::NoAnswer`] if nginx gets no answer of the app; another one if nothing can be said about the app.
-    pub async fn ask_app(&self, proof: &Proof) -> Result<(), NginxError> {
+    pub async fn ask_app(&self, proof: &Proof, address: Option<&Address>) -> Result<(), NginxError> {
         let Proof { host, path, limit, .. } = proof;
         let until = Instant::now() + REPEATED;
         // A template may limit the rate of requests.
@@ -439,6 +462,9 @@ impl Nginx {
             let error = match probe::get_tcp(&self.config.address, host, path, *limit).await {
                 Ok(answer) if answer.unknown_host => {
                     NginxError::Inconclusive(format!("nginx at {} does not know host `{host}`", self.config.address))
+                }
+                Ok(probe::Answer { status: status @ (502 | 504), .. }) if says_itself(proof, address, status).await => {
+                    return Ok(());
                 }
                 Ok(answer) if answer.status == 504 => NginxError::Inconclusive(format!(
                     "`GET {path}` for host `{host}` takes longer than nginx waits (status 504)"

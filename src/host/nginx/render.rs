@@ -347,7 +347,7 @@ impl Renderer {
         }
         let servers: Vec<String> = match &vhost.upstreams {
             Upstreams::Slots(n) => {
-                let route = |slot| layout.route_to(app, slot, usize::from(vhost.endpoint));
+                let route = |slot| layout.route_to(app, slot, vhost.endpoint.as_ref());
                 (1..=*n).map(|slot| format!("unix:{}", route(slot).display())).collect()
             }
             Upstreams::Ports(ports) => ports.iter().map(|port| format!("127.0.0.1:{port}")).collect(),
@@ -493,7 +493,7 @@ mod tests {
             request_buffering: true,
             path: None,
             strip_path: false,
-            endpoint: 0,
+            endpoint: None,
             more: Vec::new(),
         }
     }

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     host::files::{self, FileError},
     model::{
-        name::AppName,
+        name::{AppName, TemplateName, VirtualHost},
         problem::bounded,
         proxy::{Manifest, Rejected, Vhost},
         time::Timestamp,
@@ -24,6 +24,9 @@ use crate::{
 pub(super) const SHARED: &str = "00-demae.conf";
 /// Most bytes of a refusal that are kept and shown.
 const MOST_REASON: usize = 1000;
+
+/// How many apps of one template are refused one by one before what else is new of it is refused with them.
+const MOST_OF_TEMPLATE: usize = 8;
 
 /// What lies in the directory of a set.
 #[derive(serde::Serialize, serde::Deserialize)]
@@ -95,7 +98,7 @@ impl Set<'_> {
         files::remove_dir(&dir)?;
         files::make_dir(&dir, 0o755)?;
         let (parts, rejected, written) = (Parts::new(), BTreeMap::new(), Written::default());
-        let mut trial = Trial { set: self, dir, parts, rejected, written };
+        let mut trial = Trial { set: self, dir, parts, rejected, of_template: BTreeMap::new(), written };
         let around = Neighbours::of(wanted.values());
         for (app, vhost) in wanted {
             match self.render(app, vhost, &around) {
@@ -200,6 +203,8 @@ struct Trial<'a, 'b> {
     dir: PathBuf,
     parts: Parts,
     rejected: BTreeMap<AppName, Rejected>,
+    /// How many apps of each template are refused.
+    of_template: BTreeMap<Option<TemplateName>, usize>,
     written: Written,
 }
 
@@ -231,7 +236,8 @@ impl Trial<'_, '_> {
             let culprit = self.named(&error);
             tracing::warn!(app = culprit.as_ref().map(AppName::as_str), "nginx refuses the new configuration: {error}");
             match culprit {
-                Some(app) => self.refuse_part(&app, error),
+                Some(app) if self.goes_without_paths(&app, &error).await? => {}
+                Some(app) => self.refuse_with_likes(&app, &error),
                 None => return self.search(error).await,
             }
         }
@@ -241,6 +247,54 @@ impl Trial<'_, '_> {
         if let Some(part) = self.parts.get(app) {
             let vhost = part.vhost.clone();
             self.refuse(app, vhost, self.set.explained(error));
+        }
+    }
+
+    /// Refuses what is new below the hosts of an app, if nginx takes the app without it: it is named for the servers, and
+    /// what others have in them must not cost it anything.
+    async fn goes_without_paths(&mut self, app: &AppName, error: &str) -> Result<bool, NginxError> {
+        let Some(part) = self.parts.get(app) else { return Ok(false) };
+        let hosts: BTreeSet<&VirtualHost> = part.vhost.all().flat_map(|v| &v.hosts).collect();
+        let is_below = |v: &Vhost| v.path.is_some() && v.hosts.iter().any(|host| hosts.contains(host));
+        let others = self.parts.iter().filter(|(other, part)| *other != app && self.set.is_new(other, part));
+        let below = others.filter(|(_, part)| part.vhost.all().any(is_below));
+        let below: Vec<(AppName, Vhost)> = below.map(|(app, part)| (app.clone(), part.vhost.clone())).collect();
+        if below.is_empty() {
+            return Ok(false);
+        }
+        let before = (self.parts.clone(), self.rejected.clone());
+        for (other, vhost) in below {
+            self.refuse(&other, vhost, format!("it does not go with what app `{app}` has there: {error}"));
+        }
+        let goes = match self.offer().await? {
+            Ok(_) => true,
+            Err(error) => self.named(&error).is_none_or(|named| named != *app),
+        };
+        if !goes {
+            (self.parts, self.rejected) = before;
+        }
+        Ok(goes)
+    }
+
+    /// Refuses an app, and with the last of many also what else is new of their template: a mistake in a template is one
+    /// of all its apps, and nginx takes a while to read their files for each.
+    fn refuse_with_likes(&mut self, app: &AppName, error: &str) {
+        let Some(part) = self.parts.get(app) else { return };
+        let template = part.vhost.template.clone();
+        let refused = self.of_template.entry(template.clone()).or_default();
+        *refused += 1;
+        let is_last = *refused >= MOST_OF_TEMPLATE;
+        self.refuse_part(app, error.to_owned());
+        if !is_last {
+            return;
+        }
+        let is_like = |part: &Part| part.vhost.all().all(|v| v.template == template);
+        let likes = self.parts.iter().filter(|(app, part)| is_like(part) && self.set.is_new(app, part));
+        for app in likes.map(|(app, _)| app.clone()).collect::<Vec<_>>() {
+            self.refuse_part(
+                &app,
+                format!("{MOST_OF_TEMPLATE} apps of the same template are refused, so this one is not tried: {error}"),
+            );
         }
     }
 
@@ -315,8 +369,17 @@ impl Trial<'_, '_> {
     fn refuse_taken(&mut self, warnings: &[String]) -> bool {
         let mut changed = false;
         for name in warnings.iter().filter_map(|line| conflicting_name(line)) {
-            let holds = |part: &Part| part.vhost.all().flat_map(|v| &v.hosts).any(|h| h.as_str() == name);
-            let Some((app, part)) = self.parts.iter().find(|(_, part)| holds(part)) else { continue };
+            let has = |v: &Vhost| v.hosts.iter().any(|h| h.as_str() == name);
+            let holds = |part: &Part| part.vhost.all().any(has);
+            let has_server = |part: &Part| part.vhost.all().any(|v| v.path.is_none() && has(v));
+            let mut servers = self.parts.iter().filter(|(_, part)| has_server(part));
+            let holder = match (servers.next(), servers.next()) {
+                // Of two of our own neither is a hand-written one.
+                (Some(_), Some(_)) => continue,
+                (Some(one), None) => Some(one),
+                (None, _) => self.parts.iter().find(|(_, part)| holds(part)),
+            };
+            let Some((app, part)) = holder else { continue };
             let (app, vhost) = (app.clone(), part.vhost.clone());
             let place = match self.set.tree.server_names.get(name) {
                 Some(file) => format!("a hand-written server in `{}`", file.display()),

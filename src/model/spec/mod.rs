@@ -245,9 +245,9 @@ impl Ingress {
         found
     }
 
-    /// Which endpoint one of its ways in leads to: 0 for its own, and from 1 for the others.
-    pub fn endpoint_of(&self, way: &Self) -> usize {
-        self.more_endpoints().iter().position(|e| *e == way.endpoint).map_or(0, |at| at + 1)
+    /// Everywhere the app listens, each endpoint once.
+    pub fn endpoints(&self) -> Vec<Endpoint> {
+        std::iter::once(self.endpoint.clone()).chain(self.more_endpoints()).collect()
     }
 
     /// The longest time that requests may take to leave an instance.

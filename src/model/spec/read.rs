@@ -159,6 +159,17 @@ impl Reader {
                 "all of them need a `port`, or all a `socket` in one directory, which is mounted from the host";
             self.problem("ingress", node, message);
         }
+        for way in ingress.all().filter(|_| !ingress.more.is_empty()) {
+            let Endpoint::Socket(path) = &way.endpoint else { continue };
+            let name = path.rsplit('/').next().unwrap_or_default();
+            // It becomes a part of nginx's text.
+            if !name.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b)) {
+                let message = format!(
+                    "`{name}`: where there are several sockets, their names have letters, digits, `.`, `-` and `_`"
+                );
+                self.problem("ingress.socket", node, message);
+            }
+        }
         let mut seen = BTreeSet::new();
         for way in ingress.all() {
             for host in way.hosts.iter().filter(|host| !seen.insert((way.path.clone(), (*host).clone()))) {

@@ -48,7 +48,7 @@ fn every_problem_is_told_with_its_line_and_a_remedy() {
         line 2: `healthchek`: unknown key (did you mean `healthcheck`?)
         line 3: `ports`: this key is not supported (use `ingress.port`; nginx is the way in)
         line 5: `ingress`: say where the app listens: `socket: /run/app/web.sock` or `port: 8080`
-        line 5: `ingress.hosts[0]`: virtual host `x; } server {` is not valid: use a lower-case host name such as `web.example.com`, `*.example.com`, or `*` for all that no other app claims; at most 253 characters, labels at most 63 (international names in their `xn--` form), no wildcard for a whole top-level domain, and nothing below `demae.invalid`
+        line 5: `ingress.hosts[0]`: virtual host `x; } server {` is not valid: use a lower-case host name such as `web.example.com`, `*.example.com`, or `*` for all that no other app claims; at most 253 characters, labels at most 63 (international names in their `xn--` form), no wildcard for a whole top-level domain, and neither `demae-proof` as the first label nor anything below `demae.invalid`
         line 6: `ingress.sockt`: unknown key (did you mean `socket`?)
         line 7: `stop_grace_period`: `10` is not a duration; write it like `10s`, `1m30s` or `500ms`
         line 9: `deploy.replicas_per_host`: `many` is not a whole number from 1 to 100
