@@ -9,13 +9,13 @@ use demae::{
         name::{AppName, ReleaseId},
         observed::{Address, Foreign, Health, ObservedApp, Phase},
         problem::Problem,
-        proxy::Vhost,
+        proxy::{Upstreams, Vhost},
         release::{Release, ReleaseKey},
-        spec::Spec,
+        spec::{Endpoint, Spec},
         time::Timestamp,
     },
     plan::{
-        AppInput, AppPlan, Cooling, ProxyView, Stopping,
+        AppInput, AppPlan, Cooling, ProxyView, Stopping, VhostWish,
         app::plan_app,
         check::violations,
         simulate::PaperHost,
@@ -242,10 +242,28 @@ fn what_may_be_put_back_is_not_taken_away_yet() {
     scene.desired = DesiredApp::Absent("it was deleted".into());
     scene.stays_until = Some(scene.host.now.plus(Duration::from_secs(3)));
     let plan = scene.plan();
-    assert!(plan.step.is_none() && plan.vhost == demae::plan::VhostWish::Keep, "{plan:#?}");
+    assert!(plan.step.is_none() && plan.vhost == VhostWish::Keep, "{plan:#?}");
     assert!(plan.waits.iter().any(|w| matches!(w, Wait::Deletion(_))), "{plan:#?}");
     scene.host.now = scene.host.now.plus(Duration::from_secs(3));
-    assert_eq!(scene.plan().vhost, demae::plan::VhostWish::Remove);
+    assert_eq!(scene.plan().vhost, VhostWish::Remove);
+}
+
+#[test]
+fn a_release_with_fewer_places_to_listen_is_gone_back_to() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    let Some(alone) = scene.input().proxy.live.cloned() else { panic!("it is served") };
+    let list = "ingress:\n  - {hosts: [a.test], port: 8080, drain: 5s}\n  - {hosts: [b.test], port: 9000}\n";
+    scene.desired = DesiredApp::Run(target(list, "v2"));
+    // What the second release was served by, before it fell ill.
+    let way = |port: u16, inside: u16| Vhost {
+        upstreams: Upstreams::Ports(vec![port]),
+        endpoint: Some(Endpoint::Port(inside)),
+        ..alone.clone()
+    };
+    let both = Vhost { more: vec![way(20_778, 9000)], ..way(20_777, 8080) };
+    scene.host.serve(&VhostWish::Set(both));
+    let wanted = Vhost { endpoint: Some(Endpoint::Port(8080)), ..alone.clone() };
+    assert_eq!(scene.plan().vhost, VhostWish::Set(wanted), "nothing leads to a place that it lacks");
 }
 
 #[test]

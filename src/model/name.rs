@@ -28,7 +28,7 @@ fn is_label(text: &str, max: usize) -> bool {
 }
 
 macro_rules! name {
-    ($(#[$doc:meta])* $name:ident, $kind:literal, $rule:literal, $ok:expr) => {
+    ($(#[$doc:meta])* $name:ident, $kind:literal, $rule:expr, $ok:expr) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
@@ -105,15 +105,16 @@ name!(
             && !t.starts_with("DEMAE_") && t != "." && t != ".."
     }
 );
+/// How to write a virtual host.
+const HOST_RULE: &str = "use a lower-case host name such as `web.example.com`, `*.example.com`, or `*` for all that no other app claims; at most 253 characters, labels at most 63 (international names in their `xn--` form), no wildcard for a whole top-level domain, and neither `demae-proof` as the first label nor anything below `demae.invalid`";
+
 name!(
     /// A host name that nginx serves: exact, with `*.` in front, or `*` for every other host.
     VirtualHost, "virtual host",
-    "use a lower-case host name such as `web.example.com`, `*.example.com`, or `*` for all that no other app claims; at most 253 characters, labels at most 63 (international names in their `xn--` form), no wildcard for a whole top-level domain, and neither `demae-proof` as the first label nor anything below `demae.invalid`",
+    HOST_RULE,
     |t| {
         let rest = t.strip_prefix("*.").unwrap_or(t);
-        let is_name = t.len() <= 253 && rest.split('.').all(|label| is_label(label, 63));
-        let reserved = rest == "demae.invalid" || rest.ends_with(".demae.invalid") || rest.starts_with("demae-proof.");
-        t == "*" || is_name && !reserved && (rest == t || rest.contains('.'))
+        t == "*" || t.len() <= 253 && rest.split('.').all(|label| is_label(label, 63))
     }
 );
 name!(
@@ -185,6 +186,19 @@ impl ContainerId {
 }
 
 impl VirtualHost {
+    /// One that an app may ask for. What is served already may be more, since earlier versions of demae took more: a file
+    /// of demae's own that holds such a name must stay readable.
+    ///
+    /// # Errors
+    /// If it is no host name, stands for a whole top-level domain, or is one of demae's own.
+    pub fn asked_for(text: &str) -> Result<Self, NameError> {
+        let host = Self::try_from(text)?;
+        let rest = text.strip_prefix("*.").unwrap_or(text);
+        let reserved = rest == "demae.invalid" || rest.ends_with(".demae.invalid") || rest.starts_with("demae-proof.");
+        let fine = text == "*" || !reserved && (rest == text || rest.contains('.'));
+        if fine { Ok(host) } else { Err(NameError { kind: "virtual host", text: host.0, rule: HOST_RULE }) }
+    }
+
     /// Whether it stands for every host that no other app claims.
     pub fn is_catch_all(&self) -> bool {
         self.0 == "*"
@@ -236,8 +250,10 @@ mod tests {
             "demae-proof.a.test",
             "*.demae-proof.test",
         ] {
-            let taken = VirtualHost::try_from(bad).is_ok();
+            let taken = VirtualHost::asked_for(bad).is_ok();
             assert_eq!(taken, bad == "*", "{bad:?} as a virtual host");
+            let of_before = VirtualHost::try_from(bad).is_ok();
+            assert_eq!(of_before, bad != "*.", "{bad:?} in a file of an earlier version");
         }
         for bad in ["", "A=B", "a b", "a/b", "#a", "a\tb", "é", "DEMAE_APP"] {
             assert!(EnvName::try_from(bad).is_err(), "{bad:?} was taken for a variable name");

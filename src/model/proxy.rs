@@ -61,6 +61,23 @@ fn yes() -> bool {
 }
 
 impl Vhost {
+    /// All of these as one; nothing if there are none.
+    pub fn of_ways(ways: impl IntoIterator<Item = Self>) -> Option<Self> {
+        let mut ways = ways.into_iter();
+        let first = ways.next()?;
+        Some(Self { more: ways.collect(), ..first })
+    }
+
+    /// Each way into the app by itself.
+    pub fn ways(&self) -> impl Iterator<Item = Self> {
+        self.all().map(|v| Self { more: Vec::new(), ..v.clone() })
+    }
+
+    /// Whether requests go anywhere: nginx refuses an upstream without servers.
+    pub fn leads_somewhere(&self) -> bool {
+        !matches!(&self.upstreams, Upstreams::Ports(ports) if ports.is_empty())
+    }
+
     /// Everything that is served of the app, this first.
     pub fn all(&self) -> impl Iterator<Item = &Self> {
         std::iter::once(self).chain(&self.more)

@@ -78,7 +78,9 @@ impl<'a> Draft<'a> {
     /// Tells why nginx does not serve what is wished. True when it does.
     pub(super) fn report(&mut self) -> bool {
         let refused = match (&self.plan.vhost, self.input.proxy.rejected) {
-            (VhostWish::Set(wish), Some(rejected)) if *wish == rejected.vhost => Some(rejected.error.clone()),
+            (VhostWish::Set(wish) | VhostWish::Announce(wish), Some(rejected)) if *wish == rejected.vhost => {
+                Some(rejected.error.clone())
+            }
             _ => None,
         };
         let is_refused = refused.is_some();
@@ -104,7 +106,9 @@ impl VhostWish {
     fn is_met(&self, input: &AppInput<'_>) -> bool {
         match self {
             VhostWish::Keep => true,
-            VhostWish::Set(vhost) => input.proxy.serving && input.proxy.live == Some(vhost),
+            VhostWish::Set(vhost) | VhostWish::Announce(vhost) => {
+                input.proxy.serving && input.proxy.live == Some(vhost)
+            }
             VhostWish::Remove => input.proxy.serving && input.proxy.live.is_none(),
         }
     }

@@ -141,6 +141,8 @@ pub enum VhostWish {
     Keep,
     /// This.
     Set(Vhost),
+    /// This, though nobody answers there yet, unless another app is still served by one of its hosts.
+    Announce(Vhost),
     /// Nothing.
     Remove,
 }

@@ -1,7 +1,7 @@
 //! nginx as a whole: one set of vhosts for all apps, changed as one, seldom.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet},
     fmt,
     time::Duration,
 };
@@ -163,7 +163,8 @@ fn wanted(input: &ProxyInput<'_>) -> BTreeMap<AppName, Vhost> {
             VhostWish::Remove => {
                 wanted.remove(app);
             }
-            VhostWish::Set(vhost) => {
+            VhostWish::Announce(vhost) if is_served_elsewhere(input, app, vhost) => {}
+            VhostWish::Set(vhost) | VhostWish::Announce(vhost) => {
                 let same_templates = observed.live.as_ref().is_some_and(|m| m.templates == observed.templates);
                 let refused = same_templates
                     && observed.rejected(app).is_some_and(|r| r.vhost == *vhost && input.now < r.at.plus(OFFER_AGAIN));
@@ -177,26 +178,44 @@ fn wanted(input: &ProxyInput<'_>) -> BTreeMap<AppName, Vhost> {
     wanted
 }
 
+/// Whether another app is served by any of these hosts, and neither gives it up now.
+fn is_served_elsewhere(input: &ProxyInput<'_>, app: &AppName, vhost: &Vhost) -> bool {
+    let claims: BTreeSet<_> = vhost.all().flat_map(claims).collect();
+    let live = input.observed.live.iter().flat_map(|live| &live.vhosts);
+    let mut kept = live.filter(|(other, _)| {
+        *other != app && matches!(input.wishes.get(*other), None | Some(VhostWish::Keep | VhostWish::Announce(_)))
+    });
+    kept.any(|(_, v)| v.all().flat_map(self::claims).any(|claim| claims.contains(&claim)))
+}
+
+/// The hosts of a vhost, each with the path below it.
+fn claims(vhost: &Vhost) -> Vec<(VirtualHost, Option<UrlPath>)> {
+    vhost.hosts.iter().map(|host| (host.clone(), vhost.path.clone())).collect()
+}
+
 /// Whoever stays as it is keeps only what no other app was given: an app that is going, or that wants other hosts and has
 /// nobody yet to serve them, is not served in the place of one that wants them now.
 fn hand_over(input: &ProxyInput<'_>, wanted: &mut BTreeMap<AppName, Vhost>) {
-    let is_kept = |app: &AppName| !matches!(input.wishes.get(app), Some(VhostWish::Set(_)));
-    let claims = |v: &Vhost| v.hosts.iter().map(|host| (host.clone(), v.path.clone())).collect::<Vec<_>>();
-    let (kept, given): (Vec<_>, Vec<_>) = wanted.iter().partition(|(app, _)| is_kept(app));
+    let is_set = |app: &AppName| matches!(input.wishes.get(app), Some(VhostWish::Set(_)));
+    let (kept, given): (Vec<_>, Vec<_>) = wanted.iter().partition(|(app, _)| !is_set(app));
     let given: BTreeSet<_> = given.into_iter().flat_map(|(_, v)| v.all().flat_map(claims)).collect();
     let is_given = |v: &Vhost| claims(v).iter().any(|claim| given.contains(claim));
     let kept: Vec<AppName> =
         kept.into_iter().filter(|(_, v)| v.all().any(is_given)).map(|(app, _)| app.clone()).collect();
     for app in kept {
         let Some(vhost) = wanted.remove(&app) else { continue };
-        let mut left: VecDeque<Vhost> = vhost.all().map(|v| Vhost { more: Vec::new(), ..v.clone() }).collect();
-        for way in &mut left {
-            let path = way.path.clone();
-            way.hosts.retain(|host| !given.contains(&(host.clone(), path.clone())));
-        }
-        left.retain(|way| !way.hosts.is_empty());
-        if let Some(first) = left.pop_front() {
-            wanted.insert(app, Vhost { more: left.into(), ..first });
+        let left = vhost.ways().filter_map(|way| {
+            let is_left = |host: &&VirtualHost| !given.contains(&((*host).clone(), way.path.clone()));
+            let hosts: Vec<VirtualHost> = way.hosts.iter().filter(is_left).cloned().collect();
+            (!hosts.is_empty()).then_some(Vhost { hosts, ..way })
+        });
+        let left = Vhost::of_ways(left);
+        // It is served by its last good text then, with all of its hosts.
+        let is_refused = |v: &Vhost| input.observed.rejected(&app).is_some_and(|r| r.vhost == *v);
+        match left {
+            Some(left) if is_refused(&left) => drop(wanted.insert(app, vhost)),
+            Some(left) => drop(wanted.insert(app, left)),
+            None => {}
         }
     }
 }

@@ -61,7 +61,7 @@ pub(super) fn route(draft: &mut Draft<'_>, target: &Target, active: Option<&Rele
                 });
                 Upstreams::Ports(ports.collect())
             };
-            draft.plan.vhost = VhostWish::Set(served(&ports));
+            draft.plan.vhost = served(&ports);
             let met = draft.report();
             if met && !draft.observed().slots.is_empty() {
                 draft.step(Step::Switch(BTreeMap::new()), "the app is routed by port now");
@@ -132,7 +132,7 @@ fn highest_slot(draft: &Draft<'_>) -> u16 {
 }
 
 /// What nginx serves of an app, with the upstreams of each of its endpoints.
-fn vhost(ingress: &Ingress, upstreams: &dyn Fn(Option<&Endpoint>) -> Upstreams) -> Vhost {
+fn vhost(ingress: &Ingress, upstreams: &dyn Fn(Option<&Endpoint>) -> Upstreams) -> VhostWish {
     let several = !ingress.more_endpoints().is_empty();
     let one = |way: &Ingress| {
         let endpoint = several.then(|| way.endpoint.clone());
@@ -150,26 +150,34 @@ fn vhost(ingress: &Ingress, upstreams: &dyn Fn(Option<&Endpoint>) -> Upstreams) 
             more: Vec::new(),
         }
     };
-    Vhost { more: ingress.more.iter().map(one).collect(), ..one(ingress) }
+    wish_of(ingress.all().map(one))
+}
+
+/// What leads nowhere is left out: nginx would refuse it, and the rest of the app with it.
+fn wish_of(ways: impl Iterator<Item = Vhost>) -> VhostWish {
+    Vhost::of_ways(ways.filter(Vhost::leads_somewhere)).map_or(VhostWish::Keep, VhostWish::Set)
 }
 
 /// What nginx serves already, with other upstreams.
-fn still(live: &Vhost, upstreams: &dyn Fn(Option<&Endpoint>) -> Upstreams) -> Vhost {
-    let one = |v: &Vhost| Vhost { upstreams: upstreams(v.endpoint.as_ref()), ..v.clone() };
-    Vhost { more: live.more.iter().map(one).collect(), ..one(live) }
+fn still(live: &Vhost, upstreams: &dyn Fn(Option<&Endpoint>) -> Upstreams) -> VhostWish {
+    let one = |v: Vhost| Vhost { upstreams: upstreams(v.endpoint.as_ref()), ..v };
+    wish_of(live.ways().map(one))
 }
 
 /// Before the first instance is up: nginx can learn of the app while its container starts, so that many new apps cost
 /// one reload and the first switch costs none.
 fn announce(draft: &mut Draft<'_>, target: &Target, ingress: &Ingress) {
     if matches!(ingress.endpoint, Endpoint::Socket(_)) {
-        draft.plan.vhost = VhostWish::Set(vhost(ingress, &|_| Upstreams::Slots(target.replicas)));
+        draft.plan.vhost = match vhost(ingress, &|_| Upstreams::Slots(target.replicas)) {
+            VhostWish::Set(vhost) => VhostWish::Announce(vhost),
+            other => other,
+        };
         draft.report();
     }
 }
 
 /// Socket mode: symlinks first, then nginx learns of more slots; fewer the other way round.
-fn switch(draft: &mut Draft<'_>, pool: &[&Instance], slots: u16, vhost: &dyn Fn(u16) -> Vhost) -> bool {
+fn switch(draft: &mut Draft<'_>, pool: &[&Instance], slots: u16, vhost: &dyn Fn(u16) -> VhostWish) -> bool {
     let there = highest_slot(draft);
     let served = match draft.input.proxy.live.map(|v| &v.upstreams) {
         Some(Upstreams::Slots(n)) => *n,
@@ -187,7 +195,7 @@ fn switch(draft: &mut Draft<'_>, pool: &[&Instance], slots: u16, vhost: &dyn Fn(
     let told = if there == 0 || there >= slots { slots } else { there };
     // Fewer or more only once all of them lead to who is well.
     let told = if switched || served == 0 { told } else { told.clamp(served.min(there), served) };
-    draft.plan.vhost = VhostWish::Set(vhost(told));
+    draft.plan.vhost = vhost(told);
     let met = draft.report();
     if met && !settled && there > known {
         draft.wait(Wait::Proxy("old nginx workers may still know a route that is going".to_owned()));

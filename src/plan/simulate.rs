@@ -81,7 +81,7 @@ impl PaperHost {
     pub fn serve(&mut self, wish: &VhostWish) {
         let wanted = match wish {
             VhostWish::Keep => return,
-            VhostWish::Set(vhost) => Some(vhost.clone()),
+            VhostWish::Set(vhost) | VhostWish::Announce(vhost) => Some(vhost.clone()),
             VhostWish::Remove => None,
         };
         if self.live != wanted {

@@ -25,7 +25,7 @@ pub(super) const SHARED: &str = "00-demae.conf";
 /// Most bytes of a refusal that are kept and shown.
 const MOST_REASON: usize = 1000;
 
-/// How many apps of one template are refused one by one before what else is new of it is refused with them.
+/// How many apps of one template are refused one by one, with one error, before what else is new of it is refused too.
 const MOST_OF_TEMPLATE: usize = 8;
 
 /// What lies in the directory of a set.
@@ -203,8 +203,8 @@ struct Trial<'a, 'b> {
     dir: PathBuf,
     parts: Parts,
     rejected: BTreeMap<AppName, Rejected>,
-    /// How many apps of each template are refused.
-    of_template: BTreeMap<Option<TemplateName>, usize>,
+    /// How many apps of each template are refused with the same error.
+    of_template: BTreeMap<(Option<TemplateName>, String), usize>,
     written: Written,
 }
 
@@ -263,17 +263,29 @@ impl Trial<'_, '_> {
             return Ok(false);
         }
         let before = (self.parts.clone(), self.rejected.clone());
-        for (other, vhost) in below {
+        for (other, vhost) in below.clone() {
             self.refuse(&other, vhost, format!("it does not go with what app `{app}` has there: {error}"));
         }
-        let goes = match self.offer().await? {
-            Ok(_) => true,
-            Err(error) => self.named(&error).is_none_or(|named| named != *app),
-        };
-        if !goes {
+        if !self.goes_with(app).await? {
             (self.parts, self.rejected) = before;
+            return Ok(false);
         }
-        Ok(goes)
+        // Not all of them need be at fault.
+        for (other, _) in below {
+            let without = (self.parts.clone(), self.rejected.clone());
+            self.parts.extend(before.0.get(&other).map(|part| (other.clone(), part.clone())));
+            self.rejected.remove(&other);
+            if !self.goes_with(app).await? {
+                (self.parts, self.rejected) = without;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Whether nginx takes the parts as they are, or names another new one than this.
+    async fn goes_with(&mut self, app: &AppName) -> Result<bool, NginxError> {
+        let goes = self.offer().await?.err().map(|error| self.named(&error));
+        Ok(goes.is_none_or(|named| named.is_some_and(|named| named != *app)))
     }
 
     /// Refuses an app, and with the last of many also what else is new of their template: a mistake in a template is one
@@ -281,7 +293,9 @@ impl Trial<'_, '_> {
     fn refuse_with_likes(&mut self, app: &AppName, error: &str) {
         let Some(part) = self.parts.get(app) else { return };
         let template = part.vhost.template.clone();
-        let refused = self.of_template.entry(template.clone()).or_default();
+        // An error that is another one for each app, as for a file that some lack, says nothing of the next.
+        let alike = error.replace(&file_of(app), "");
+        let refused = self.of_template.entry((template.clone(), alike)).or_default();
         *refused += 1;
         let is_last = *refused >= MOST_OF_TEMPLATE;
         self.refuse_part(app, error.to_owned());
@@ -369,7 +383,12 @@ impl Trial<'_, '_> {
     fn refuse_taken(&mut self, warnings: &[String]) -> bool {
         let mut changed = false;
         for name in warnings.iter().filter_map(|line| conflicting_name(line)) {
-            let has = |v: &Vhost| v.hosts.iter().any(|h| h.as_str() == name);
+            // `.a.test` stands for `a.test` and `*.a.test`.
+            let is_it = |host: &str| match name.strip_prefix('.') {
+                Some(rest) => host.strip_prefix("*.").unwrap_or(host) == rest,
+                None => host == name,
+            };
+            let has = |v: &Vhost| v.hosts.iter().any(|host| is_it(host.as_str()));
             let holds = |part: &Part| part.vhost.all().any(has);
             let has_server = |part: &Part| part.vhost.all().any(|v| v.path.is_none() && has(v));
             let mut servers = self.parts.iter().filter(|(_, part)| has_server(part));

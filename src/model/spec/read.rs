@@ -183,7 +183,7 @@ impl Reader {
         let mut hosts: Vec<VirtualHost> = Vec::new();
         // A set beside the list: a text has room for fifty thousand hosts.
         let mut seen = BTreeSet::new();
-        for host in self.items(&f, "hosts", |t| VirtualHost::try_from(t)) {
+        for host in self.items(&f, "hosts", VirtualHost::asked_for) {
             if seen.insert(host.clone()) {
                 hosts.push(host);
             } else {
