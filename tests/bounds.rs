@@ -115,7 +115,9 @@ fn a_flood_of_silent_connections_costs_the_agent_nothing() {
 #[test]
 fn what_lies_in_the_place_of_a_socket_is_not_followed() {
     let lab = Lab::with(&Setup { top: "resync = \"1s\"\n", ..Setup::default() });
-    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    // A replacement takes a while to listen.
+    let spec = lab.socket_spec(&lab.image("v1"), "web.test", "").replace("{SOCKET:", "{START_MS: \"4000\", SOCKET:");
+    lab.deploy("web", "apps/web/spec", &spec);
     let outside = lab.path("outside.sock");
     let listener = std::os::unix::net::UnixListener::bind(&outside).expect("a socket");
     fs::set_permissions(&outside, std::os::unix::fs::PermissionsExt::from_mode(0o666)).expect("rights");
@@ -136,6 +138,11 @@ fn what_lies_in_the_place_of_a_socket_is_not_followed() {
     std::os::unix::fs::symlink(&outside, &socket).expect("a symlink");
     let status = lab.wait_app("web", "another instance", |s| s.state != State::Converged);
     assert!(!status.reason.is_empty());
+    until("a replacement is there", || lab.containers().len() == 2);
+    for _ in 0..20 {
+        let answer = lab.get("web.test", "/");
+        assert!(answer.is_ok_and(|(_, body)| body != "outside"), "the symlink was followed");
+    }
     let is_own = || lab.get("web.test", "/").is_ok_and(|(code, body)| code == 200 && body.contains("version="));
     until("requests go to a socket of the app again", is_own);
     // nginx does not follow the symlink any more, nor does anything of demae's.
