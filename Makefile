@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help install demo test lint stack soak simulate fuzz bench
+.PHONY: help install demo test lint stack soak simulate fuzz bench upgrade
 
 help: ## Show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,11 @@ fuzz: install ## libFuzzer on all that reads or writes what others wrote; 10 min
 	@scripts/install.sh fuzz
 	@scripts/fuzz.sh
 
-bench: install ## Put to first answer and to converged, beside the floor, in one run; what a scrape costs
+bench: install ## A deploy, many at once, and the start of an agent, each beside its bare steps; what a scrape costs
 	@cargo bench --quiet --bench deploy
+	@cargo bench --quiet --bench many
+	@cargo bench --quiet --bench start
 	@cargo bench --quiet --bench scrape
+
+upgrade: install ## From the agent of another commit to this one and back, 20 apps under load: make upgrade FROM=<commit>
+	@scripts/upgrade.sh "$(FROM)"

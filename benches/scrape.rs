@@ -1,5 +1,5 @@
-//! What a scrape costs, and whom it holds up: the agent's own listener, with the metrics of many apps, scraped over
-//! loopback; beside it what a deploy does to metrics, without and with scrapes under way.
+//! The cost of a scrape, and what it delays: the agent's own listener with the metrics of many apps, scraped over
+//! loopback; and the cost of counting a deploy, with and without concurrent scrapes.
 //!
 //! `DEMAE_BENCH_APPS=200`, `DEMAE_BENCH_SCRAPES=300`.
 #![expect(clippy::print_stdout, reason = "a program for people")]
@@ -20,8 +20,8 @@ use std::{
 use demae::{
     events::Events,
     host::docker::{Meter as _, Operation},
-    http::{self, Shown},
-    metrics::{AppSeries, AppView, Metrics, ReleaseView, View, Vitals},
+    http::{self, HttpState},
+    metrics::{AppSeries, AppView, HostGauges, Metrics, ReleaseView, View},
     model::{
         change::Change,
         desired::HostMode,
@@ -52,22 +52,22 @@ fn main() {
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
     let (address, end) = runtime.block_on(serve(host, metrics.clone(), view));
 
-    // What a deploy does to metrics: a call to Docker, a step, and at its end what it took.
+    // The metrics of a deploy: a call to Docker, a step, and at its end the durations.
     let deploy = |n: usize| {
         metrics.called(Operation::Create, Duration::from_millis(7), None);
         metrics.stepped(StepKind::Create, None, Duration::from_millis(8));
         series[n % apps].converged(Change::Image, Duration::from_millis(300));
     };
-    let alone = worst(&deploy, || false, 200_000);
+    let alone = measure(&deploy, || false, 200_000);
 
     let quiet: Vec<Duration> = (0..scrapes).map(|_| scrape(address).0).collect();
     let (mut took, mut size, mut count) = (Vec::new(), 0, 0);
     let done = AtomicBool::new(false);
-    let beside = std::thread::scope(|scope| {
-        let measuring = scope.spawn(|| worst(&deploy, || done.load(Ordering::Relaxed), usize::MAX));
+    let concurrent = std::thread::scope(|scope| {
+        let measuring = scope.spawn(|| measure(&deploy, || done.load(Ordering::Relaxed), usize::MAX));
         for _ in 0..scrapes {
-            let (this, text) = scrape(address);
-            took.push(this);
+            let (duration, text) = scrape(address);
+            took.push(duration);
             (size, count) = (text.len(), text.lines().filter(|l| !l.starts_with('#')).count());
         }
         done.store(true, Ordering::Relaxed);
@@ -81,15 +81,15 @@ fn main() {
         println!("a scrape {what}: median {:.1} ms, 99 % {:.1} ms, slowest {:.1} ms", at(50), at(99), at(100));
     }
     println!(
-        "counting a deploy, median: {} ns alone, {} ns beside scrapes: x {:.2}",
+        "counting a deploy, median: {} ns alone, {} ns with concurrent scrapes: x {:.2}",
         alone.0,
-        beside.0,
-        ratio(beside.0, alone.0)
+        concurrent.0,
+        ratio(concurrent.0, alone.0)
     );
-    println!("counting a deploy, 99.9 %: {} ns alone, {} ns beside scrapes", alone.1, beside.1);
+    println!("counting a deploy, 99.9 %: {} ns alone, {} ns with concurrent scrapes", alone.1, concurrent.1);
 }
 
-/// One scrape, as Prometheus makes it, and what it brought.
+/// One scrape, as by Prometheus: its duration, and its text.
 fn scrape(address: SocketAddr) -> (Duration, String) {
     let began = Instant::now();
     let (status, text) = load::get(address, "localhost", "/metrics").expect("metrics");
@@ -97,10 +97,10 @@ fn scrape(address: SocketAddr) -> (Duration, String) {
     (began.elapsed(), text)
 }
 
-/// How long counting takes, in nanoseconds: the median, and what 999 of 1000 stay below.
-fn worst(deploy: &impl Fn(usize), done: impl Fn() -> bool, most: usize) -> (u128, u128) {
+/// The cost of counting, in nanoseconds: the median and the 99.9th percentile.
+fn measure(deploy: &impl Fn(usize), done: impl Fn() -> bool, max: usize) -> (u128, u128) {
     let mut took = Vec::new();
-    while took.len() < most && !done() {
+    while took.len() < max && !done() {
         let began = Instant::now();
         deploy(took.len());
         took.push(began.elapsed().as_nanos());
@@ -153,11 +153,11 @@ async fn serve(host: HostName, metrics: Arc<Metrics>, view: View) -> (SocketAddr
         apps: Vec::new(),
         unreadable: Vec::new(),
     };
-    let shown = Shown {
+    let http_state = HttpState {
         events: Events::new(host, metrics.clone()),
         metrics,
         view: watch::channel(Arc::new(view)).1,
-        vitals: watch::channel(Vitals::default()).1,
+        host_gauges: watch::channel(HostGauges::default()).1,
         status: watch::channel(status).1,
         pulse: watch::channel(tokio::time::Instant::now()).1,
         ready: watch::channel(true).1,
@@ -166,6 +166,6 @@ async fn serve(host: HostName, metrics: Arc<Metrics>, view: View) -> (SocketAddr
     let listener = http::bind(([127, 0, 0, 1], 0).into()).await.expect("a port");
     let address = listener.local_addr().expect("an address");
     #[expect(clippy::disallowed_methods, reason = "it ends with the program")]
-    tokio::spawn(http::serve(listener, shown));
+    tokio::spawn(http::serve(listener, http_state));
     (address, end)
 }

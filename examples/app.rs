@@ -1,16 +1,18 @@
-//! A tiny web app to deploy: static, without dependencies, with the moods that a test needs.
+//! A tiny web app to deploy: static, without dependencies, with the failure modes that tests need.
 //!
-//! With the argument `check` it only asks whether another one listens on `SOCKET`.
+//! With the argument `check` it only checks whether another one listens on `SOCKET`.
 //!
-//! Environment: `ALSO_SOCKET` or `ALSO_PORT` (a second place to listen, told as `way=second`), `ROOT_STATUS` (what `/` is answered with), `ONLY_HOST` (any other one is answered with 400), `SICK_AFTER_MS` (`/healthz` answers 503 from then on), `SOCKET` (a path) or `PORT` (8080 unless given) to listen on, `VERSION` to tell, `GREETING` to tell,
-//! `START_MS` to be slow at the start, `MOOD` to be `sick` (`/healthz` answers 503), `exit` (ends at once, code 3),
-//! `deaf` (never listens), `late` (ends at once, code 1, until `/ready/now` is there) or `greedy` (takes 256 MB before it listens).
+//! Environment: `ALSO_SOCKET` or `ALSO_PORT` (a second endpoint, reported as `way=second`), `ROOT_STATUS` (status of
+//! `/`), `ONLY_HOST` (any other host gets 400), `SICK_AFTER_MS` (from then on `/healthz` answers 503), `SOCKET` (a
+//! path) or `PORT` (default 8080) to listen on, `VERSION` and `GREETING` (reported by `/`), `START_MS` (start delay),
+//! `MOOD`: `sick` (`/healthz` answers 503), `exit` (exits at once, code 3), `deaf` (never listens), `late` (exits at
+//! once, code 1, until `/ready/now` exists) or `greedy` (allocates 256 MB before it listens).
 //!
-//! Paths: `/` tells version and release, `/healthz`, `/slow?MS`, `/stream?N` (N lines, one every 100 ms),
-//! `/env?NAME` (a variable, to see that it arrived), `/echo` (a connection that is upgraded and echoes bytes),
-//! `/seen` (what it got: the request line, the headers, and how long the body was), `/cookies?N` (answers with N bytes of
-//! `Set-Cookie`), `/location` (a redirect), `/long?N` (a body of N bytes), `/early` (answers before the body has come),
-//! `/sicken` (from now on `/healthz` answers 503), `/eat?MB` (takes so much memory and keeps it), `/die` (ends, code 4).
+//! Paths: `/` (version and release), `/healthz`, `/slow?MS`, `/stream?N` (N lines, one every 100 ms), `/env?NAME` (an
+//! environment variable), `/echo` (upgrades the connection and echoes bytes), `/seen` (the received request line,
+//! headers and body length), `/cookies?N` (N bytes of `Set-Cookie`), `/location` (a redirect), `/long?N` (a body of N
+//! bytes), `/early` (answers before the body arrives), `/sicken` (from now on `/healthz` answers 503), `/eat?MB`
+//! (allocates memory for good), `/die` (exits, code 4).
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -90,7 +92,7 @@ fn main() {
     }
 }
 
-/// Listens in a second place, if there is one.
+/// Listens on a second endpoint, if one is set.
 fn also() {
     fn begin(input: impl Read + Send + 'static, output: impl Write + Send + 'static) {
         let serving = move || serve(input, output);
@@ -118,7 +120,7 @@ fn version() -> String {
     env::var("VERSION").unwrap_or_else(|_| "?".into())
 }
 
-/// One connection: requests until the other side has had enough.
+/// Serves a connection until the client closes it.
 fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
     let mut input = BufReader::new(input);
     loop {
@@ -154,7 +156,7 @@ fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
         if chunked {
             length = skip_chunks(&mut input)?;
         } else {
-            // Of any length: it is not kept.
+            // Of any length: the body is discarded.
             std::io::copy(&mut (&mut input).take(length as u64), &mut std::io::sink())?;
         }
         if env::var("ONLY_HOST").is_ok_and(|only| only != host) {
@@ -211,7 +213,7 @@ fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
     }
 }
 
-/// Reads a body in chunks to its end; its length.
+/// Reads a chunked body; returns its length.
 fn skip_chunks(input: &mut impl BufRead) -> std::io::Result<usize> {
     let mut length = 0;
     loop {
@@ -226,7 +228,7 @@ fn skip_chunks(input: &mut impl BufRead) -> std::io::Result<usize> {
     }
 }
 
-/// An answer with so many bytes of headers, in cookies of at most 4 KiB.
+/// A response with `bytes` of headers, in cookies of at most 4 KiB.
 fn cookies(output: &mut impl Write, bytes: usize) -> std::io::Result<()> {
     let mut head = String::from("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n");
     let mut left = bytes;
@@ -239,7 +241,7 @@ fn cookies(output: &mut impl Write, bytes: usize) -> std::io::Result<()> {
     output.flush()
 }
 
-/// Takes so many megabytes, and never gives them back. They are written to, so that the kernel must hand them out.
+/// Allocates memory for good. The pages are written to, so that the kernel must provide them.
 fn eat(megabytes: usize) {
     for _ in 0..megabytes {
         std::mem::forget(std::hint::black_box(vec![1u8; 1 << 20]));

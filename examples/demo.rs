@@ -1,7 +1,7 @@
-//! The tour: a whole demae on this machine, deploys under load, every request counted.
+//! The tour: a complete demae on this machine, deploys under load, every request counted.
 //!
 //! Starts `demae dev`, puts v1, then v2 while clients send requests without pause, then a v3 that never gets healthy,
-//! then v2 with another variable; in socket mode, and again in port mode. Ends non-zero if a request failed.
+//! then v2 with another variable; in socket mode, and again in port mode. Exits non-zero if a request failed.
 #![expect(
     clippy::print_stdout,
     clippy::disallowed_methods,
@@ -24,12 +24,12 @@ use std::{
 use demae::model::status::{AppStatus, HostStatus, State};
 use load::{Client, Load, Tally};
 
-const PATIENCE: Duration = Duration::from_secs(90);
+const TIMEOUT: Duration = Duration::from_secs(90);
 
 fn main() -> ExitCode {
-    let mut stage = Stage::open();
-    stage.build_images();
-    stage.start();
+    let mut demo = Demo::open();
+    demo.build_images();
+    demo.start();
     let mut total = Tally::default();
 
     say("\n== socket mode: nginx finds the app through a symlink, and a switch is one rename ==");
@@ -39,22 +39,22 @@ fn main() -> ExitCode {
     let mut clients: Vec<Client> =
         clients.map(|(keep_alive, post)| Client { post, ..Client::get(keep_alive) }.pausing(pause)).to_vec();
     clients.extend([Client::slow(true, 2000), Client::slow(false, 2000)]);
-    stage.act("shop", socket, clients, &mut total);
+    demo.run_sequence("shop", socket, clients, &mut total);
 
     say("\n== port mode: a loopback port, and a reload that is proven before the old instance drains ==");
     say("(clients open a connection for each request: before nginx 1.27.4 a reload may cost requests on connections");
-    say(" that are used again, unless `nginx.profile` is `strict`; docs/failure-modes.md has the figures)");
+    say(" that are reused, unless `nginx.profile` is `strict`; docs/failure-modes.md has the figures)");
     let port = "ingress: {hosts: [api.localhost], port: 8080, drain: 30s}\n";
     let clients =
         vec![Client::get(false).pausing(pause), Client::post(false).pausing(pause), Client::slow(false, 2000)];
-    stage.act("api", port, clients, &mut total);
+    demo.run_sequence("api", port, clients, &mut total);
 
     let failed = total.failed + total.stale;
     for reason in &total.reasons {
         say(&format!("  {reason}"));
     }
-    drop(stage);
-    say(&format!("\nslowest request (but for those that are slow on purpose): {:?}", total.slowest));
+    drop(demo);
+    say(&format!("\nslowest request (except the deliberately slow ones): {:?}", total.slowest));
     say(&format!("requests: {}  failed: {failed}", total.requests));
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
@@ -63,7 +63,7 @@ fn say(text: &str) {
     println!("{text}");
 }
 
-struct Stage {
+struct Demo {
     root: PathBuf,
     dir: PathBuf,
     tag: String,
@@ -71,11 +71,11 @@ struct Stage {
     dev: Option<Child>,
 }
 
-impl Stage {
+impl Demo {
     fn open() -> Self {
         let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/demo");
         let tag = format!("{:x}", std::process::id());
-        // Sockets live below it, and the kernel takes 107 bytes of path.
+        // Sockets are below it, and the kernel limits their paths to 107 bytes.
         let dir = std::env::temp_dir().join(format!("demae-demo-{tag}"));
         fs::create_dir_all(&root).expect("a directory");
         Self { root, dir, tag, env: BTreeMap::new(), dev: None }
@@ -85,7 +85,7 @@ impl Stage {
         format!("demae-demo-{}:{version}", self.tag)
     }
 
-    /// Three tiny images FROM scratch, around the static example app.
+    /// Builds three tiny images FROM scratch with the static example app.
     fn build_images(&self) {
         say("building the example app, static, and three images around it");
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/app.rs");
@@ -155,12 +155,12 @@ impl Stage {
         status.apps.into_iter().find(|a| a.app == app)
     }
 
-    fn wait(&self, app: &str, what: &str, fits: impl Fn(&AppStatus) -> bool) -> AppStatus {
+    fn wait(&self, app: &str, what: &str, matches: impl Fn(&AppStatus) -> bool) -> AppStatus {
         let mut found = None;
         wait(
             &format!("`{app}` is {what}"),
             || {
-                found = self.status(app).filter(|s| fits(s));
+                found = self.status(app).filter(|s| matches(s));
                 found.is_some()
             },
             || self.log(),
@@ -168,7 +168,7 @@ impl Stage {
         found.expect("a status")
     }
 
-    /// Puts, waits, and shows what happened when.
+    /// Puts a key, waits for convergence, and prints the timeline.
     fn deploy(&self, app: &str, key: &str, value: &str) -> AppStatus {
         let before = self.status(app).and_then(|s| s.release);
         self.put(key, value);
@@ -177,8 +177,8 @@ impl Stage {
         status
     }
 
-    /// The four acts for one app.
-    fn act(&self, app: &str, ingress: &str, clients: Vec<Client>, total: &mut Tally) {
+    /// The whole sequence for one app.
+    fn run_sequence(&self, app: &str, ingress: &str, clients: Vec<Client>, total: &mut Tally) {
         let check = "healthcheck: {http: /healthz, start_period: 2s, interval: 500ms}\nstop_grace_period: 2s\n";
         let spec = format!("image: {}\n{}{check}{ingress}", self.image("v1"), user());
         for line in spec.lines() {
@@ -195,7 +195,7 @@ impl Stage {
         self.put(&format!("apps/{app}/image"), &self.image("v3"));
         let broken = self.wait(app, "blocked", |s| s.state == State::Blocked);
         show(&broken);
-        say(&format!("    v3 takes over nowhere; the verdict: {}", broken.reason));
+        say(&format!("    v3 gets no traffic; the verdict: {}", broken.reason));
         if let Some(verdict) = &broken.verdict {
             say(&format!("    the last line of its log: {}", verdict.log_tail.lines().last().unwrap_or("none")));
         }
@@ -222,11 +222,11 @@ impl Stage {
     }
 }
 
-impl Drop for Stage {
+impl Drop for Demo {
     fn drop(&mut self) {
         if let Some(mut dev) = self.dev.take() {
             say("\ncleaning up");
-            // It may have ended by itself, and then has cleaned up.
+            // It may have exited, and cleaned up, by itself.
             let _ = Command::new("kill").args(["-INT", &dev.id().to_string()]).status();
             let _ = dev.wait();
         }
@@ -241,13 +241,13 @@ impl Drop for Stage {
     }
 }
 
-/// The moments of a change, in milliseconds since it was seen in the store.
+/// Prints the timeline of a change, in milliseconds since it was read from the store.
 fn show(status: &AppStatus) {
     let moments: Vec<String> = status.timeline.iter().map(|m| format!("{} {}", m.what, m.ms)).collect();
     say(&format!("    ms: put 0, {}", moments.join(", ")));
 }
 
-/// Whoever runs the demo without being root runs the apps as themselves, so that nginx may reach their sockets.
+/// Without root the apps run as the current user, so that nginx may reach their sockets.
 fn user() -> String {
     use std::os::unix::fs::MetadataExt as _;
     match fs::metadata("/proc/self") {
@@ -261,13 +261,13 @@ fn run(command: &mut Command) {
     assert!(status.as_ref().is_ok_and(std::process::ExitStatus::success), "{command:?}: {status:?}");
 }
 
-fn wait(what: &str, mut holds: impl FnMut() -> bool, log: impl Fn() -> String) {
+fn wait(what: &str, mut condition: impl FnMut() -> bool, log: impl Fn() -> String) {
     let began = Instant::now();
-    while !holds() {
-        if began.elapsed() > PATIENCE {
+    while !condition() {
+        if began.elapsed() > TIMEOUT {
             let log = log();
             let lines: Vec<&str> = log.lines().collect();
-            panic!("not within {PATIENCE:?}: {what}\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
+            panic!("not within {TIMEOUT:?}: {what}\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
         }
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -1,8 +1,8 @@
-//! What is done to the whole stack once it is up: deploys under load, counted; the result read back from Prometheus;
-//! etcd taken away for two minutes; mishaps; and every query of every dashboard asked.
+//! Exercises the whole stack once it is up: deploys under load, counted; the results read back from Prometheus; etcd
+//! stopped for two minutes; mishaps; and every query of every dashboard.
 //!
-//! `scripts/stack.sh` brings the stack up, says where it is by variables, and takes it down. Ends non-zero if anything
-//! is not as it should be.
+//! `scripts/stack.sh` brings the stack up, passes its addresses by variables, and takes it down. Exits non-zero if any
+//! check fails.
 #![expect(
     clippy::print_stdout,
     clippy::disallowed_methods,
@@ -33,7 +33,7 @@ use load::{Client, Load, Tally};
 use mishaps::{Site, wait};
 use registry::Registry;
 
-/// How long etcd is away.
+/// How long etcd is down.
 const OUTAGE: Duration = Duration::from_secs(120);
 
 fn main() -> ExitCode {
@@ -51,14 +51,14 @@ fn main() -> ExitCode {
         user: "",
     };
     let mut failed = 0;
-    let mut check = |holds: bool, what: &str| {
-        println!("{} {what}", if holds { "ok  " } else { "FAIL" });
-        failed += u32::from(!holds);
+    let mut check = |passed: bool, what: &str| {
+        println!("{} {what}", if passed { "ok  " } else { "FAIL" });
+        failed += u32::from(!passed);
     };
     let began = now();
     stack.wait_healthy();
     site.wait_app("hello", "converged: the example that the stack brings", |s| s.state == State::Converged);
-    // A rate sees only what happened between two scrapes.
+    // A rate covers only what happened between two scrapes.
     site.scraped("up{job=\"demae\"}", 1.0);
     println!("all services are healthy, the example serves, and Prometheus scrapes the agent");
 
@@ -75,12 +75,12 @@ fn main() -> ExitCode {
     site.deploy("shop", "env/shop/GREETING", "hello");
     site.scraped("demae_app_release_info{app=\"shop\",role=\"serving\",version=\"v2\"}", 1.0);
     let tally = load.stop();
-    check(lost(&tally) == 0 && tally.versions.len() == 2, &told(&tally));
+    check(lost(&tally) == 0 && tally.versions.len() == 2, &summary(&tally));
     site.deploy("api", "apps/api/image", &stack.image("v2"));
     site.scraped("sum(demae_convergence_seconds_count{app=\"shop\",change=\"image\"})", 1.0);
     site.scraped("sum(demae_convergence_seconds_count{app=\"api\",change=\"image\"})", 1.0);
 
-    println!("\n== what Prometheus says of it ==");
+    println!("\n== results in Prometheus ==");
     for (what, query) in [
         (
             "v2 of shop: from put to first answer, s",
@@ -95,7 +95,7 @@ fn main() -> ExitCode {
         let value = stack.prometheus.value(query);
         check(value.is_some(), &format!("{what}: {}", value.map_or("no data".to_owned(), |v| format!("{v:.3}"))));
     }
-    // What the rules say is of after the deploys once they were evaluated again.
+    // Rules reflect the deploys once they were evaluated again.
     let after = now();
     wait("the rules were evaluated again", || {
         stack.prometheus.value("min(timestamp(prefix:demae_oldest_change_seconds:max))") > Some(after + 1.0)
@@ -104,7 +104,7 @@ fn main() -> ExitCode {
     check(fired.is_empty(), &format!("alerts that fired during the deploys, or after them: {fired:?}"));
     check(pending.is_empty(), &format!("alerts that would fire if this went on: {pending:?}"));
 
-    println!("\n== etcd is away for {} s ==", OUTAGE.as_secs());
+    println!("\n== etcd is down for {} s ==", OUTAGE.as_secs());
     let stale = || stack.prometheus.firing().iter().any(|a| a == "DemaeStoreStale");
     let load = Load::start(stack.ingress, "shop.test", clients());
     stack.service("etcd", "stop");
@@ -121,7 +121,7 @@ fn main() -> ExitCode {
     wait("the alert is gone", || !stale());
     println!("     {:3} s after its return: no alert", back.elapsed().as_secs());
     let tally = load.stop();
-    check(lost(&tally) == 0, &format!("meanwhile: {}", told(&tally)));
+    check(lost(&tally) == 0, &format!("meanwhile: {}", summary(&tally)));
     site.deploy("shop", "env/shop/GREETING", "again");
     check(stack.prometheus.firing().is_empty(), "a deploy after its return converges, and nothing fires");
 
@@ -138,7 +138,7 @@ fn main() -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Those of the demo: connections that are kept and new ones, GET and POST, some slow.
+/// The same as in the demo: kept and new connections, GET and POST, some slow.
 fn clients() -> Vec<Client> {
     let pause = Duration::from_millis(5);
     let clients = [(true, false), (false, false), (true, true), (false, true)];
@@ -150,7 +150,7 @@ fn lost(tally: &Tally) -> u64 {
     tally.failed + tally.stale
 }
 
-fn told(tally: &Tally) -> String {
+fn summary(tally: &Tally) -> String {
     let mut text = format!("requests: {}  failed: {}  by version: {:?}", tally.requests, lost(tally), tally.versions);
     for reason in &tally.reasons {
         text.push_str(&format!("\n     {reason}"));
@@ -158,7 +158,7 @@ fn told(tally: &Tally) -> String {
     text
 }
 
-/// Where the stack is.
+/// Addresses of the stack.
 struct Stack {
     project: String,
     host: String,

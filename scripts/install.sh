@@ -17,6 +17,7 @@ need ip iproute2
 need docker-registry docker-registry
 need prometheus prometheus
 need openssl openssl
+need strace strace
 # By itself, where no systemd is.
 need systemd-tmpfiles systemd-standalone-tmpfiles
 if [ "${1:-}" = fuzz ]; then

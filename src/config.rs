@@ -1,4 +1,4 @@
-//! How an agent is set up: flags win over the environment, that over the file, that over what is built in.
+//! Configuration of an agent: flags override the environment, which overrides the file, which overrides defaults.
 
 use std::{
     collections::BTreeMap,
@@ -21,12 +21,12 @@ use crate::{
     webhook::WebhookConfig,
 };
 
-/// Where the file is, unless `--config` names another.
+/// Path of the file, unless `--config` names another.
 pub const FILE: &str = "/etc/demae/agent.toml";
-/// Where the agent listens, unless told otherwise. Outside of 9100-9999, which belong to exporters.
+/// Default listen address. Outside of 9100-9999, which belong to exporters.
 pub const LISTEN: &str = "127.0.0.1:7330";
 
-/// The file, as it is written. Every key may be left out.
+/// The configuration file. Every key is optional.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct File {
@@ -105,39 +105,39 @@ struct PortsFile {
     range: Option<String>,
 }
 
-/// Flags and environment variables, which win over the file.
+/// Flags and environment variables, which override the file.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Flags {
-    /// The agent's file
+    /// The agent's configuration file
     #[arg(long, env = "DEMAE_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Name of this host; the first label of its host name unless given
     #[arg(long, env = "DEMAE_HOST", value_name = "NAME")]
     pub host: Option<String>,
-    /// A label of this host, over those of the file
+    /// A label of this host; overrides the file
     #[arg(long = "label", value_name = "NAME=VALUE")]
     pub labels: Vec<String>,
-    /// Where routes, sockets and nginx files lie
+    /// Directory of routes, sockets and nginx files
     #[arg(long, env = "DEMAE_STATE_DIR", value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
-    /// Where env-files lie
+    /// Directory of env-files
     #[arg(long, env = "DEMAE_RUN_DIR", value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
-    /// Where metrics, health and status are served
+    /// Listen address for metrics, health and status
     #[arg(long, alias = "web.listen-address", env = "DEMAE_LISTEN", value_name = "ADDRESS")]
     pub listen: Option<SocketAddr>,
     /// What is logged: `info`, `debug`, `demae::store=debug`
     #[arg(long, env = "DEMAE_LOG", value_name = "FILTER")]
     pub log: Option<String>,
-    /// How etcd is reached.
+    /// The connection to etcd.
     #[command(flatten)]
     pub etcd: EtcdFlags,
 }
 
-/// How etcd is reached, by the names that etcdctl uses.
+/// The connection to etcd, by the names that etcdctl uses.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct EtcdFlags {
-    /// Members of etcd
+    /// Endpoints of etcd
     #[arg(long, env = "ETCDCTL_ENDPOINTS", value_delimiter = ',', value_name = "ENDPOINT,…")]
     pub endpoints: Vec<String>,
     /// User, or user:password
@@ -149,19 +149,19 @@ pub struct EtcdFlags {
     /// CA that signed the members' certificates
     #[arg(long, env = "ETCDCTL_CACERT", value_name = "FILE")]
     pub cacert: Option<PathBuf>,
-    /// Our certificate
+    /// Client certificate
     #[arg(long, env = "ETCDCTL_CERT", value_name = "FILE")]
     pub cert: Option<PathBuf>,
-    /// The key of our certificate
+    /// Key of the client certificate
     #[arg(long, env = "ETCDCTL_KEY", value_name = "FILE")]
     pub key: Option<PathBuf>,
-    /// Longest time for a connection
+    /// Timeout of a connection
     #[arg(long, env = "ETCDCTL_DIAL_TIMEOUT", value_name = "DURATION")]
     pub dial_timeout: Option<String>,
-    /// Longest time for one answer
+    /// Timeout of one request
     #[arg(long, env = "ETCDCTL_COMMAND_TIMEOUT", value_name = "DURATION")]
     pub command_timeout: Option<String>,
-    /// What all keys begin with
+    /// Prefix of all keys
     #[arg(long, env = "DEMAE_PREFIX", value_name = "PREFIX")]
     pub prefix: Option<String>,
 }
@@ -177,7 +177,7 @@ pub enum ConfigError {
         /// Why.
         source: std::io::Error,
     },
-    /// The file is not what it should be.
+    /// The file is invalid.
     #[error("`{}`: {message}", path.display())]
     Parse {
         /// Which.
@@ -185,7 +185,7 @@ pub enum ConfigError {
         /// Where and why.
         message: String,
     },
-    /// A value is not what it should be.
+    /// A value is invalid.
     #[error("`{name}`: {message}")]
     Value {
         /// Which.
@@ -214,13 +214,13 @@ pub struct Config {
     pub listen: SocketAddr,
     /// What is logged.
     pub log: String,
-    /// Between two looks at everything.
+    /// Interval of a full resync.
     pub resync: Duration,
-    /// How long an app stays as it is after it was deleted from the store.
+    /// How long an app is kept after it was deleted from the store.
     pub delete_grace: Duration,
-    /// Steps at a time.
+    /// Maximum steps in parallel.
     pub parallel: usize,
-    /// How etcd is reached.
+    /// The connection to etcd.
     pub etcd: EtcdConfig,
     /// Docker's socket.
     pub docker_socket: String,
@@ -228,35 +228,35 @@ pub struct Config {
     pub nginx: NginxSetup,
     /// Loopback ports for apps.
     pub ports: RangeInclusive<u16>,
-    /// Who is told of events.
+    /// Receiver of events.
     pub webhook: Option<WebhookConfig>,
-    /// How many apps may leave at once.
+    /// Limit for mass removals.
     pub brake: Brake,
 }
 
 /// The nginx of this host.
 #[derive(Debug, Clone)]
 pub struct NginxSetup {
-    /// The program.
+    /// The binary.
     pub binary: String,
-    /// The container it runs in, if it does.
+    /// Its container, if it runs in one.
     pub container: Option<String>,
     /// Its main file.
     pub conf: PathBuf,
     /// Its pid file, unless the main file names one.
     pub pid: PathBuf,
-    /// Where the agent reaches it.
+    /// The address at which the agent reaches it.
     pub address: String,
-    /// The group its workers run as, if that cannot be seen.
+    /// The group of its workers, if it cannot be detected.
     pub group: Option<u32>,
-    /// What is in its text.
+    /// What its configuration contains.
     pub settings: Settings,
-    /// Certificates that it serves and that demae's own files do not name.
+    /// Certificates that it serves, besides those in demae's own files.
     pub certificates: Vec<PathBuf>,
 }
 
 impl Config {
-    /// Reads the file, if there is one, and puts flags and environment over it.
+    /// Loads the file, if there is one, and applies flags and environment.
     ///
     /// # Errors
     /// What is wrong, and where.
@@ -329,7 +329,7 @@ fn read(path: &Path) -> Result<File, ConfigError> {
         .map_err(|e| ConfigError::Parse { path: path.to_owned(), message: e.to_string().trim_end().to_owned() })
 }
 
-/// How etcd is reached, for commands that need nothing else.
+/// The connection to etcd, for commands that need nothing else.
 ///
 /// # Errors
 /// What is wrong, and where.
@@ -355,7 +355,7 @@ fn etcd(flags: &EtcdFlags, file: EtcdFile) -> Result<EtcdConfig, ConfigError> {
                 Some((name, password)) => (name.to_owned(), Some(password.to_owned())),
                 None => (user, None),
             };
-            // Unreadable now is told now; it is read again for each connection.
+            // Fail early if it is unreadable; it is read again for each connection.
             if let Some(path) = &file.password_file {
                 std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
             }
@@ -392,12 +392,12 @@ fn brake(file: &BrakeFile) -> Result<Brake, ConfigError> {
     let default = Brake::default();
     let brake = Brake { apps: file.apps.unwrap_or(default.apps), percent: file.percent.unwrap_or(default.percent) };
     if brake.percent > 100 {
-        return Err(bad("brake.percent")(format!("`{}` is more than all; use 0 to 100", brake.percent)));
+        return Err(bad("brake.percent")(format!("`{}` is not a percentage; use 0 to 100", brake.percent)));
     }
     Ok(brake)
 }
 
-/// What a webhook is told of unless the file says: what people want to know, and not each step.
+/// Default events of a webhook: those that people want to know, not each step.
 const WEBHOOK_EVENTS: [&str; 4] = ["verdict", "block", "unblock", "converged"];
 
 fn webhook(file: WebhookFile) -> Result<WebhookConfig, ConfigError> {
@@ -430,7 +430,7 @@ fn webhook(file: WebhookFile) -> Result<WebhookConfig, ConfigError> {
     Ok(WebhookConfig { url, secret, events })
 }
 
-/// Only a unix socket will do: the agent mounts directories and reads `/proc` of the same machine.
+/// Requires a unix socket: the agent mounts directories and reads `/proc` of the same machine.
 fn docker_socket(configured: Option<String>) -> Result<String, ConfigError> {
     let chosen = configured.or_else(|| std::env::var("DOCKER_HOST").ok().filter(|h| !h.is_empty()));
     match chosen {
@@ -467,7 +467,7 @@ fn duration(name: &'static str, text: Option<&str>) -> Result<Option<Duration>, 
     text.map(|t| text::duration(t).map_err(bad(name))).transpose()
 }
 
-/// Addresses and networks, as nginx's `set_real_ip_from` and `geo` take them.
+/// Checks addresses and networks for nginx's `set_real_ip_from` and `geo`.
 fn networks(name: &'static str, given: Vec<String>) -> Result<Vec<String>, ConfigError> {
     for text in &given {
         let (address, bits) = text.split_once('/').map_or((text.as_str(), None), |(a, b)| (a, Some(b)));
@@ -494,7 +494,7 @@ mod tests {
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "a test writes its own file")]
-    fn the_shipped_file_is_read_and_flags_win() {
+    fn shipped_file_is_valid_and_flags_override_it() {
         let shipped = include_str!("../deploy/agent.toml");
         let plain: String = shipped
             .lines()
@@ -515,7 +515,7 @@ mod tests {
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "a test writes its own file")]
-    fn a_wrong_key_is_told_with_its_line() {
+    fn unknown_key_is_reported_with_its_line() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("agent.toml");
         std::fs::write(&path, "host = \"a\"\n[nginx]\nprofil = \"strict\"\n").expect("a file");

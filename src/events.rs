@@ -1,4 +1,4 @@
-//! What happened on this host lately, for whoever wants to follow. Telling never waits for a reader.
+//! Recent events of this host, and a stream of new ones. Emitting never waits for a reader.
 
 use std::{
     collections::VecDeque,
@@ -17,13 +17,13 @@ use crate::{
     },
 };
 
-/// How many events are kept for a reader who comes later: a day of a quiet host, the deploys of an hour of a busy one.
-const KEPT: usize = 1000;
+/// Number of events kept: a day of a quiet host, the deploys of an hour of a busy one.
+const CAPACITY: usize = 1000;
 
-/// Most bytes of the message of one.
+/// Longest message of an event, in bytes.
 const MOST_MESSAGE: usize = 2048;
 
-/// Everything that happened lately. Cheap to clone.
+/// The event stream. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Events {
     shared: Arc<Shared>,
@@ -34,50 +34,56 @@ struct Shared {
     host: HostName,
     run: i64,
     metrics: Arc<Metrics>,
-    kept: Mutex<Kept>,
+    buffer: Mutex<Buffer>,
     out: broadcast::Sender<Arc<Event>>,
 }
 
 #[derive(Debug, Default)]
-struct Kept {
+struct Buffer {
     seq: u64,
     events: VecDeque<Arc<Event>>,
 }
 
 impl Events {
-    /// Nothing has happened yet.
+    /// An empty stream.
     pub fn new(host: HostName, metrics: Arc<Metrics>) -> Self {
-        let (out, _) = broadcast::channel(KEPT);
+        let (out, _) = broadcast::channel(CAPACITY);
         Self {
-            shared: Arc::new(Shared { host, run: Timestamp::now().as_millis(), metrics, kept: Mutex::default(), out }),
+            shared: Arc::new(Shared {
+                host,
+                run: Timestamp::now().as_millis(),
+                metrics,
+                buffer: Mutex::default(),
+                out,
+            }),
         }
     }
 
-    /// Tells of something. A reader who is too slow misses it, and is told so.
-    pub fn tell(&self, app: Option<&AppName>, what: What, message: String) {
-        self.shared.metrics.told(&what);
-        let mut kept = self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.seq += 1;
+    /// Emits an event. A reader that is too slow misses it, and gets a `lost` event.
+    pub fn emit(&self, app: Option<&AppName>, what: What, message: String) {
+        self.shared.metrics.event_emitted(&what);
+        let mut buffer = self.shared.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        buffer.seq += 1;
         let host = self.shared.host.clone();
         let at = Timestamp::now();
-        let (run, seq) = (self.shared.run, kept.seq);
+        let (run, seq) = (self.shared.run, buffer.seq);
         let message = bounded(message, MOST_MESSAGE);
         let event = Arc::new(Event { version: VERSION, run, seq, at, host, app: app.cloned(), what, message });
-        if kept.events.len() == KEPT {
-            kept.events.pop_front();
+        if buffer.events.len() == CAPACITY {
+            buffer.events.pop_front();
         }
-        kept.events.push_back(event.clone());
-        // Sent while nobody else can tell, so that order and numbers agree. Without a reader there is nobody to hear.
+        buffer.events.push_back(event.clone());
+        // Sent under the lock, so order and numbers agree. Fails without readers.
         let _ = self.shared.out.send(event);
     }
 
-    /// What happened so far, and what happens from now on, without a gap between the two.
+    /// The kept events, and a receiver for the next ones, without a gap between the two.
     pub fn follow(&self) -> (Vec<Arc<Event>>, broadcast::Receiver<Arc<Event>>) {
-        let kept = self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        (kept.events.iter().cloned().collect(), self.shared.out.subscribe())
+        let buffer = self.shared.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        (buffer.events.iter().cloned().collect(), self.shared.out.subscribe())
     }
 
-    /// Stands in the stream of a reader for events that it missed.
+    /// The event that replaces those that a reader missed.
     pub fn lost(&self, count: u64) -> Event {
         Event {
             version: VERSION,
@@ -101,25 +107,25 @@ mod tests {
         Events::new(HostName::try_from("h").expect("a name"), metrics)
     }
 
-    fn tell(events: &Events, n: u64) {
-        events.tell(None, What::Store { reachable: true }, n.to_string());
+    fn emit(events: &Events, n: u64) {
+        events.emit(None, What::Store { reachable: true }, n.to_string());
     }
 
     #[tokio::test]
-    async fn a_reader_gets_what_was_and_what_comes_without_a_gap() {
+    async fn reader_gets_past_and_future_events_without_gap() {
         let events = events();
-        (0..KEPT as u64 + 5).for_each(|n| tell(&events, n));
+        (0..CAPACITY as u64 + 5).for_each(|n| emit(&events, n));
         let (known, mut coming) = events.follow();
-        assert_eq!((known.len(), known.last().map(|e| e.seq)), (KEPT, Some(KEPT as u64 + 5)));
-        tell(&events, 0);
-        assert_eq!(coming.recv().await.map(|e| e.seq), Ok(KEPT as u64 + 6));
+        assert_eq!((known.len(), known.last().map(|e| e.seq)), (CAPACITY, Some(CAPACITY as u64 + 5)));
+        emit(&events, 0);
+        assert_eq!(coming.recv().await.map(|e| e.seq), Ok(CAPACITY as u64 + 6));
     }
 
     #[tokio::test]
-    async fn telling_waits_for_no_reader() {
+    async fn emit_does_not_wait_for_readers() {
         let events = events();
         let (_, mut slow) = events.follow();
-        (0..2 * KEPT as u64).for_each(|n| tell(&events, n));
+        (0..2 * CAPACITY as u64).for_each(|n| emit(&events, n));
         assert!(matches!(slow.recv().await, Err(broadcast::error::RecvError::Lagged(n)) if n > 0));
     }
 }

@@ -1,13 +1,13 @@
-//! Does one step. One match, no decisions: a step carries all it needs, may be done twice, and leaves a trace.
+//! Performs one step. One match, no decisions: a step carries all it needs, is idempotent, and leaves a trace.
 
-use std::{collections::HashSet, path::Path, time::Duration};
+use std::{collections::HashSet, net::SocketAddr, path::Path, time::Duration};
 
 use crate::{
     failpoint,
     host::{
-        docker::{CreateRequest, DockerError, facts},
+        docker::{CreateRequest, DockerError, injected_env},
         files::{self, FileError},
-        health::{Question, Reach, host_asked_for, more_questions},
+        health::{ProbeTarget, Reach, extra_endpoints, host_header},
         nginx::{NginxError, Proof},
         ports::NoPort,
     },
@@ -20,17 +20,20 @@ use crate::{
         spec::{ContainerSpec, Endpoint, MOUNTABLE, VolumeSource},
         time::Timestamp,
     },
-    plan::step::{Handle, Leftovers, Step},
+    plan::{
+        simulate::NewContainer,
+        step::{Handle, Leftovers, Step},
+    },
     world::World,
 };
 
-/// How long an instance may take to end of which nothing more is known.
-const GRACE: Duration = Duration::from_secs(5);
-/// Most bytes of the cause of a verdict: health checks quote what they are answered.
-const MOST_CAUSE: usize = 1_000;
-/// Most of a log that is kept as evidence.
+/// Grace period of an instance that is not known.
+const DEFAULT_GRACE: Duration = Duration::from_secs(5);
+/// Longest cause of a verdict, in bytes: health checks quote responses.
+const MAX_CAUSE: usize = 1_000;
+/// Longest log tail that is kept as evidence, in bytes.
 const LOG_TAIL: usize = 2_000;
-/// Shortest value of a variable that is searched for in evidence: shorter ones are found in any text.
+/// Shortest value that is redacted from evidence: shorter ones occur in any text.
 const SHORTEST_SECRET: usize = 4;
 
 /// Why a step failed.
@@ -48,23 +51,23 @@ pub enum StepError {
     /// Ports.
     #[error(transparent)]
     Port(#[from] NoPort),
-    /// A volume is not where its path says.
+    /// A volume's path leads to a place that apps may not mount.
     #[error(
-        "volume `{path}` is really `{real}` of the host, which no app may mount: remove the symlink, or name a directory that lies where apps may have them"
+        "volume `{path}` is really `{real}` of the host, which no app may mount: remove the symlink, or use a directory that apps may mount"
     )]
     Mount {
-        /// As the spec names it.
+        /// The path in the spec.
         path: String,
-        /// Where it leads.
+        /// The path that it resolves to.
         real: String,
     },
-    /// The instance is not as it was when the step was planned.
+    /// The instance changed since the step was planned.
     #[error("{0} has no address any more")]
     Gone(InstanceKey),
 }
 
 impl StepError {
-    /// Whether trying again can help without a person.
+    /// Whether a retry can help without a person.
     pub fn is_temporary(&self) -> bool {
         match self {
             Self::Docker(e) => e.is_temporary(),
@@ -73,7 +76,7 @@ impl StepError {
         }
     }
 
-    /// Whether a container could not be made since its image is gone.
+    /// Whether a container could not be created because its image is missing.
     pub fn is_image_gone(&self) -> bool {
         matches!(self, Self::Docker(e) if e.is_image_gone())
     }
@@ -99,16 +102,21 @@ impl StepError {
 }
 
 impl World {
-    /// Does a step for an app, on what was observed of it.
+    /// Performs a step for an app, on its last observation. Returns the container that it created.
     ///
     /// # Errors
-    /// If it could not be done; it may be tried again.
-    pub async fn perform(&self, app: &AppName, step: &Step, observed: &ObservedApp) -> Result<(), StepError> {
-        match step {
+    /// If it failed; it may be retried.
+    pub async fn perform(
+        &self,
+        app: &AppName,
+        step: &Step,
+        observed: &ObservedApp,
+    ) -> Result<Option<NewContainer>, StepError> {
+        let done = match step {
             Step::Pull(image) => Ok(self.docker.pull(image).await?),
             Step::WriteEnvFile(release) => self.write_env_file(app, release),
             Step::Create { key, release, image, drain, host } => {
-                self.create(app, key, release, image, (*drain, host.as_deref())).await
+                return self.create(app, key, release, image, (*drain, host.as_deref())).await;
             }
             Step::Start(handle) => self.start(app, handle, observed).await,
             Step::ClearSocket(handle) => {
@@ -123,7 +131,7 @@ impl World {
                 for proof in ingress.iter().flat_map(|ingress| Proof::all(ingress, check)) {
                     let several = instance.filter(|i| !i.more.is_empty()).map(|_| &proof.endpoint);
                     let address = instance.and_then(|i| i.address_of(several));
-                    self.nginx.ask_app(&proof, address).await?;
+                    self.nginx.probe_app(&proof, address).await?;
                 }
                 self.private_dir(&self.layout.state().join("proven"))?;
                 Ok(files::write(&self.layout.proven(app), release.as_str().as_bytes(), 0o644)?)
@@ -132,7 +140,7 @@ impl World {
             Step::Stop { handle, grace } => self.stop(handle, *grace, observed).await,
             Step::Remove(handle) => self.remove(app, handle, observed).await,
             Step::Discard { handle, .. } => {
-                let grace = observed.instances.iter().find(|i| i.id == handle.id).map_or(GRACE, |i| i.grace);
+                let grace = observed.instances.iter().find(|i| i.id == handle.id).map_or(DEFAULT_GRACE, |i| i.grace);
                 self.stop(handle, grace, observed).await?;
                 failpoint::boundary("stopped");
                 self.remove(app, handle, observed).await
@@ -140,7 +148,7 @@ impl World {
             Step::RecordVerdict { handle, release, cause, exit_code, attempts, conditions } => {
                 let verdict = Verdict {
                     release: handle.key.release.clone(),
-                    cause: bounded(cause.as_str(), MOST_CAUSE),
+                    cause: bounded(cause.as_str(), MAX_CAUSE),
                     exit_code: *exit_code,
                     log_tail: tail(&redact(self.docker.log_tail(&handle.id).await, release)).to_owned(),
                     at: Timestamp::now(),
@@ -148,11 +156,14 @@ impl World {
                     conditions: conditions.clone(),
                 };
                 self.private_dir(&self.layout.verdicts(app))?;
-                let text = serde_json::to_vec_pretty(&verdict).unwrap_or_default();
+                let text = serde_json::to_vec_pretty(&verdict)
+                    .map_err(std::io::Error::other)
+                    .map_err(|e| FileError::cannot_write(&self.layout.verdict(app, &handle.key.release), e))?;
                 Ok(files::write(&self.layout.verdict(app, &handle.key.release), &text, 0o600)?)
             }
-            Step::CleanUp(left) => Ok(self.clean_up(app, left)?),
-        }
+            Step::CleanUp(leftovers) => Ok(self.clean_up(app, leftovers)?),
+        };
+        done.map(|()| None)
     }
 
     fn private_dir(&self, path: &Path) -> Result<(), FileError> {
@@ -162,18 +173,17 @@ impl World {
     fn write_env_file(&self, app: &AppName, release: &Release) -> Result<(), StepError> {
         let path = self.layout.env_file(app, &release.id);
         let key = InstanceKey { release: release.id.clone(), number: 1 };
-        let given = release.env.iter().map(|(k, v)| (k.as_str().to_owned(), v.expose().to_owned()));
-        // The number of a replica is not the release's.
-        let added = facts(app, &key, self.host.as_str()).filter(|(k, _)| *k != "DEMAE_REPLICA");
-        let all: Vec<(String, String)> = given.chain(added.map(|(k, v)| (k.to_owned(), v))).collect();
+        let own = release.env.iter().map(|(k, v)| (k.as_str().to_owned(), v.expose().to_owned()));
+        // The replica number is not part of the release.
+        let added = injected_env(app, &key, self.host.as_str()).filter(|(k, _)| *k != "DEMAE_REPLICA");
+        let all: Vec<(String, String)> = own.chain(added.map(|(k, v)| (k.to_owned(), v))).collect();
         let text = env::env_file(all.iter().map(|(k, v)| (k.as_str(), v.as_str())));
-        for dir in [self.layout.run().join("env"), self.layout.app_env(app)] {
-            self.private_dir(&dir)?;
+        let own = path.parent().map(Path::to_owned);
+        // The run directory does not outlive the machine, so nothing in it is synced.
+        for dir in [Some(self.layout.run().join("env")), Some(self.layout.app_env(app)), own].into_iter().flatten() {
+            files::make_dir_unsynced(&dir, 0o700)?;
         }
-        if let Some(dir) = path.parent() {
-            self.private_dir(dir)?;
-        }
-        Ok(files::write(&path, text.as_bytes(), 0o600)?)
+        Ok(files::replace(&path, text.as_bytes(), 0o600)?)
     }
 
     async fn create(
@@ -183,7 +193,7 @@ impl World {
         release: &Release,
         image: &str,
         (drain, check_host): (Duration, Option<&str>),
-    ) -> Result<(), StepError> {
+    ) -> Result<Option<NewContainer>, StepError> {
         let (mut socket_dir, mut port, mut more_ports) = (None, None, Vec::new());
         match &release.endpoint {
             Some(Endpoint::Socket(_)) => {
@@ -193,10 +203,11 @@ impl World {
             }
             Some(Endpoint::Port(_)) => {
                 let taken: HashSet<u16> = self.docker.list(None).await?.into_iter().flat_map(|l| l.ports).collect();
-                let take = |number: usize| self.ports.take(&format!("{}.{app}.{key}.{number}", self.host), &taken);
-                port = Some(take(0)?);
+                let allocate =
+                    |number: usize| self.ports.allocate(&format!("{}.{app}.{key}.{number}", self.host), &taken);
+                port = Some(allocate(0)?);
                 for number in 1..=release.more_endpoints.len() {
-                    more_ports.push(take(number)?);
+                    more_ports.push(allocate(number)?);
                 }
             }
             None => {}
@@ -206,30 +217,40 @@ impl World {
         let socket_dir = socket_dir.as_deref();
         let more_ports = more_ports.as_slice();
         let request = CreateRequest { app, key, release, image, socket_dir, port, more_ports, drain, check_host };
-        self.docker.create(&request).await?;
-        Ok(())
+        let Some(id) = self.docker.create(&request).await? else { return Ok(None) };
+        let address = match &release.endpoint {
+            Some(Endpoint::Socket(path)) => Some(self.socket_address(app, key, path)),
+            Some(Endpoint::Port(_)) => port.map(Address::Port),
+            None => None,
+        };
+        Ok(Some(NewContainer { id, address }))
     }
 
     async fn start(&self, app: &AppName, handle: &Handle, observed: &ObservedApp) -> Result<(), StepError> {
         let address = observed.instances.iter().find(|i| i.id == handle.id).and_then(|i| i.address.clone());
         if matches!(address, Some(Address::Socket(_))) {
-            self.expect(app, &handle.id, observed).await;
+            self.start_probes(app, &handle.id, observed).await;
             self.open_socket_dir(app, handle).await?;
-            // A dead socket would keep the app from binding its own. One that is listened on belongs to a paused app, and
-            // its queue may be full: whoever waits for room there waits for the very start that comes next.
+            // A dead socket would keep the app from binding its own. A socket with a listener belongs to a paused app,
+            // whose queue may be full: waiting for room there would wait for the start that comes next.
             for path in sockets(observed, &handle.key)? {
                 if is_dead(Path::new(&path)) {
                     files::remove_file(Path::new(&path))?;
                 }
             }
         }
-        match self.docker.start(&handle.id).await {
+        let started = self.docker.start(&handle.id).await;
+        if started.is_ok() && matches!(address, Some(Address::Port(_))) {
+            self.start_probes(app, &handle.id, observed).await;
+        }
+        match started {
             Err(e) if e.is_port_taken() => {
-                // The port is in its body, so the container must be made anew, with another one. The next plan removes it.
+                // The port is part of the container, so it must be recreated with another one. The next plan removes
+                // it.
                 let instance = observed.instances.iter().find(|i| i.id == handle.id);
                 for address in instance.into_iter().flat_map(Instance::addresses) {
                     if let Address::Port(port) = address {
-                        self.ports.rest(*port);
+                        self.ports.quarantine(*port);
                     }
                 }
                 Err(e.into())
@@ -238,33 +259,35 @@ impl World {
         }
     }
 
-    /// The directory of a socket, closed, in directories that a group may be let into. What is there already is left as it
-    /// is: requests to other instances pass through it, to be closed for a moment is enough to lose one.
+    /// Creates the directory of a socket, closed, in directories that a group may be let into. Existing ones are left
+    /// as they are: requests to other instances pass through, and closing them for a moment is enough to lose one.
     fn make_socket_dir(&self, app: &AppName, dir: &Path) -> Result<(), FileError> {
         for dir in [&*self.layout.sockets(), &*self.layout.app_sockets(app), dir] {
+            // A crash that loses it loses the container as well, or the container is made anew.
             if !dir.is_dir() {
-                files::make_dir(dir, 0o700)?;
+                files::make_dir_unsynced(dir, 0o700)?;
             }
         }
         Ok(())
     }
 
-    /// The directory of a socket: the container's user may write in it, nginx's group may pass, nobody else may.
+    /// Opens the directory of a socket: the container's user may write to it, nginx's group may pass, no other user
+    /// may.
     async fn open_socket_dir(&self, app: &AppName, handle: &Handle) -> Result<(), StepError> {
         let dir = self.layout.socket_dir(app, &handle.key);
         let group = if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None };
         self.make_socket_dir(app, &dir)?;
-        // While nginx is away, what is open to it stays open.
+        // While nginx is down, what is open to it stays open.
         if group.is_some() {
             for above in [self.layout.sockets(), self.layout.app_sockets(app)] {
-                files::hand_over(&above, None, group, 0o750)?;
+                files::set_owner(&above, None, group, 0o750)?;
             }
         }
         match (self.docker.user_of(&handle.id).await?, group) {
-            (Some(user), Some(group)) => files::hand_over(&dir, Some(user), Some(group), 0o2750)?,
-            // A user known only by name inside the image, or an nginx that is nobody else than the agent: whoever else is on
-            // this host does not get through the directories above.
-            (None, Some(group)) => files::hand_over(&dir, None, Some(group), 0o2777)?,
+            (Some(user), Some(group)) => files::set_owner(&dir, Some(user), Some(group), 0o2750)?,
+            // The user is known only by name inside the image, or nginx runs as the agent's user: other users of this
+            // host do not get through the directories above.
+            (None, Some(group)) => files::set_owner(&dir, None, Some(group), 0o2777)?,
             (_, None) => files::make_dir(&dir, 0o777)?,
         }
         Ok(())
@@ -282,15 +305,17 @@ impl World {
         let mut kept = HashSet::new();
         for (slot, key) in slots {
             let sockets = sockets(observed, key)?;
-            let alone = self.layout.route(app, *slot);
-            // nginx knows the release before this one: a way that led to a socket leads to the one of that name.
-            let before = files::read_link(&alone)?;
-            let same = |socket: &&String| before.as_ref().and_then(|b| b.file_name()) == Path::new(socket).file_name();
+            let slot_link = self.layout.route(app, *slot);
+            // nginx still serves the previous release: an upstream with a socket of some name leads to the new socket
+            // of that name.
+            let previous = files::read_link(&slot_link)?;
+            let same =
+                |socket: &&String| previous.as_ref().and_then(|p| p.file_name()) == Path::new(socket).file_name();
             let first = sockets.iter().find(same).or(sockets.first()).cloned();
             let named = sockets.iter().map(|socket| (self.layout.route_named(app, *slot, Path::new(socket)), socket));
             let named = named.filter(|(link, _)| sockets.len() > 1 || link.is_symlink());
-            for (link, target) in first.iter().map(|socket| (alone.clone(), socket)).chain(named) {
-                // Renaming what is right already would move the beginning of the drain.
+            for (link, target) in first.iter().map(|socket| (slot_link.clone(), socket)).chain(named) {
+                // Replacing a correct link would restart the drain.
                 if files::read_link(&link)?.as_deref() != Some(Path::new(target)) {
                     files::symlink(Path::new(target), &link)?;
                 }
@@ -299,10 +324,10 @@ impl World {
         }
         for name in files::list(&dir)? {
             let link = dir.join(&name);
-            // A socket that only the release before has is asked until nginx knows of this one.
+            // A socket that only the previous release has is requested until nginx has loaded the new one.
             let slot = name.split_once('@').and_then(|(slot, _)| slot.parse().ok());
-            let is_of_before = slot.is_some_and(|slot| slots.contains_key(&slot)) && link.exists();
-            if !kept.contains(&link) && !is_of_before {
+            let is_still_used = slot.is_some_and(|slot| slots.contains_key(&slot)) && link.exists();
+            if !kept.contains(&link) && !is_still_used {
                 files::remove_file(&link)?;
             }
         }
@@ -310,7 +335,7 @@ impl World {
     }
 
     async fn stop(&self, handle: &Handle, grace: Duration, observed: &ObservedApp) -> Result<(), StepError> {
-        // A candidate may be wanted again before it is removed. Its end must not be taken for its own failure then.
+        // A candidate may be wanted again before it is removed. Its exit must not count as its own failure then.
         let is_candidate = observed.proven.as_ref() != Some(&handle.key.release)
             && observed.instances.iter().any(|i| i.id == handle.id && !i.settled && !i.leaving);
         if is_candidate {
@@ -326,25 +351,28 @@ impl World {
         let instance = observed.instances.iter().find(|i| i.id == handle.id);
         for address in instance.into_iter().flat_map(Instance::addresses) {
             match address {
-                Address::Port(port) => self.ports.rest(*port),
+                Address::Port(port) => self.ports.quarantine(*port),
                 Address::Socket(_) => files::remove_dir(&self.layout.socket_dir(app, &handle.key))?,
             }
         }
         Ok(())
     }
 
-    fn clean_up(&self, app: &AppName, left: &Leftovers) -> Result<(), FileError> {
-        for release in &left.env_files {
+    fn clean_up(&self, app: &AppName, leftovers: &Leftovers) -> Result<(), FileError> {
+        for release in &leftovers.env_files {
             files::remove_dir(&self.layout.app_env(app).join(release.as_str()))?;
         }
-        for key in &left.socket_dirs {
+        for key in &leftovers.socket_dirs {
             files::remove_dir(&self.layout.socket_dir(app, key))?;
         }
-        for release in &left.verdicts {
+        for release in &leftovers.verdicts {
             files::remove_file(&self.layout.verdict(app, release))?;
         }
-        files::remove_dir_if_empty(&self.layout.verdicts(app));
-        if left.everything {
+        // Else an app that leaves later would leave them behind: there would be nothing to clean up any more.
+        for dir in [self.layout.app_env(app), self.layout.app_sockets(app), self.layout.verdicts(app)] {
+            files::remove_dir_if_empty(&dir);
+        }
+        if leftovers.everything {
             files::remove_file(&self.layout.proven(app))?;
             for dir in [
                 self.layout.app_routes(app),
@@ -358,44 +386,53 @@ impl World {
         Ok(())
     }
 
-    /// Begins to ask an instance that is about to start: a socket can be asked before Docker's call returns. A port cannot:
-    /// it has no address of its own before, and a connection that is begun too early costs a second.
-    async fn expect(&self, app: &AppName, id: &ContainerId, observed: &ObservedApp) {
+    /// Starts probes of an instance: behind a socket before it is started, since it may answer before Docker's call returns;
+    /// behind a port after that, since a connection that is attempted too early costs a second.
+    async fn start_probes(&self, app: &AppName, id: &ContainerId, observed: &ObservedApp) {
         let Some(instance) = observed.instances.iter().find(|i| i.id == *id) else { return };
         if let (Some(prober), Some(address)) = (&self.prober, &instance.address) {
             let group = if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None };
-            let question = Question {
+            let container_addr = match (address, instance.listens.first()) {
+                // A port is probed at the container's own address, which it has once it is started.
+                (Address::Port(_), Some(Endpoint::Port(inside))) => match self.docker.address_of(id).await {
+                    Ok(Some(ip)) => Some(SocketAddr::new(ip, *inside)),
+                    // The next observation will tell.
+                    _ => return,
+                },
+                _ => None,
+            };
+            let target = ProbeTarget {
                 address: address.clone(),
                 check: instance.check.clone(),
                 started: self.clock.now(),
                 restarts: instance.restarts,
-                reach: Reach { group, own: None },
-                more: more_questions(&instance.more, None, &[]),
-                host: host_asked_for(&instance.check, instance.check_host.as_deref()),
+                reach: Reach { group, container_addr },
+                more: extra_endpoints(&instance.more, None, &[]),
+                host: host_header(&instance.check, instance.check_host.as_deref()),
             };
-            prober.ask(app, id, question);
+            prober.probe(app, id, target);
         }
     }
 }
 
-/// Whether nobody listens on a socket that is there. Does not wait.
+/// Whether a socket exists without a listener. Does not block.
 fn is_dead(socket: &Path) -> bool {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-    let ask = || {
+    let connected = || {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let asking = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        connect(&asking, &SocketAddrUnix::new(socket)?)
+        let client = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect(&client, &SocketAddrUnix::new(socket)?)
     };
-    ask() == Err(rustix::io::Errno::CONNREFUSED)
+    connected() == Err(rustix::io::Errno::CONNREFUSED)
 }
 
-/// Docker follows symlinks, and an app that may write below a mounted directory can make one there.
+/// Docker follows symlinks, and an app may create one below a mounted directory.
 fn check_mounts(container: &ContainerSpec) -> Result<(), StepError> {
     for volume in &container.volumes {
         let VolumeSource::Host(path) = &volume.source else { continue };
-        // One that is not there is refused by Docker.
+        // Docker refuses a missing path.
         let Ok(real) = std::fs::canonicalize(path) else { continue };
-        // Some systems keep these places elsewhere, behind symlinks of their own.
+        // Some systems have symlinks of their own in these paths.
         let mut places = MOUNTABLE.iter().filter_map(|place| std::fs::canonicalize(place).ok());
         let is_socket = real.extension().is_some_and(|e| e == "sock");
         let below = |place: &Path| place.parent().is_some() && real != place && real.starts_with(place);
@@ -407,7 +444,7 @@ fn check_mounts(container: &ContainerSpec) -> Result<(), StepError> {
     Ok(())
 }
 
-/// The sockets of an instance, in the order of the places where it listens.
+/// The sockets of an instance, in the order of its endpoints.
 fn sockets(observed: &ObservedApp, key: &InstanceKey) -> Result<Vec<String>, StepError> {
     let instance = observed.instances.iter().find(|i| i.key == *key);
     let sockets = instance.into_iter().flat_map(Instance::addresses).filter_map(|address| match address {
@@ -418,18 +455,18 @@ fn sockets(observed: &ObservedApp, key: &InstanceKey) -> Result<Vec<String>, Ste
     if sockets.is_empty() { Err(StepError::Gone(key.clone())) } else { Ok(sockets) }
 }
 
-/// The end of a text, for people.
+/// The end of a text.
 fn tail(text: &str) -> &str {
     let from = text.len().saturating_sub(LOG_TAIL);
     let from = (from..text.len()).find(|i| text.is_char_boundary(*i)).unwrap_or(text.len());
     text[from..].trim_end()
 }
 
-/// Takes the values of the environment out of a text: a program that fails likes to print them.
+/// Redacts the values of the environment: a failing program likes to print them.
 fn redact(mut text: String, release: &Release) -> String {
     let mut secrets: Vec<&str> =
         release.env.values().flat_map(|v| std::iter::once(v.expose()).chain(v.expose().lines())).collect();
-    // Longest first, so that no secret is left in pieces.
+    // Longest first, so that no part of a secret is left.
     secrets.sort_by_key(|s| std::cmp::Reverse(s.len()));
     for secret in secrets.into_iter().filter(|s| s.len() >= SHORTEST_SECRET) {
         text = text.replace(secret, "***");

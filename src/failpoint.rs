@@ -1,8 +1,8 @@
-//! Lets a test end the agent between any two steps, as `kill -9` would, or hold it still there, as a machine does that was
-//! suspended. Compiled in only with the feature `failpoints`.
+//! Lets a test kill the agent between any two steps, as `kill -9` would, or stop it there, as a suspended machine
+//! would. Compiled in only with the feature `failpoints`.
 
-/// A boundary between two steps. With `DEMAE_FAILPOINT=n` the process aborts at the n-th it comes to; with
-/// `DEMAE_STANDSTILL=switch` it stands still at the first of that name, until somebody sends SIGCONT.
+/// A boundary between two steps. With `DEMAE_FAILPOINT=n` the process aborts at its n-th boundary; with
+/// `DEMAE_STANDSTILL=switch` it stops at the first boundary of that name, until SIGCONT.
 #[cfg(feature = "failpoints")]
 pub fn boundary(what: &str) {
     use std::sync::{
@@ -24,14 +24,14 @@ pub fn boundary(what: &str) {
             use rustix::process::{Signal, getpid, kill_process};
             tracing::warn!("failpoint {here}: standing still at `{what}`");
             if let Err(e) = kill_process(getpid(), Signal::STOP) {
-                tracing::error!("it does not stand still: {e}");
+                tracing::error!("cannot stop the process: {e}");
             }
-            // Another thread may be the one that takes the signal, and this one must not slip by meanwhile.
+            // Another thread may receive the signal first; this one must not go on meanwhile.
             std::thread::sleep(std::time::Duration::from_millis(50));
         });
     }
 }
 
-/// Nothing, without the feature.
+/// Does nothing without the feature.
 #[cfg(not(feature = "failpoints"))]
 pub fn boundary(_what: &str) {}

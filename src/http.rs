@@ -29,56 +29,56 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     events::Events,
-    metrics::{Metrics, View, Vitals},
-    model::{event::Event, status::HostStatus, time::Timestamp},
+    metrics::{HostGauges, Metrics, View},
+    model::{event::Event, status::HostStatus, text::json, time::Timestamp},
 };
 
-/// The loop must have gone round within this time for the agent to be alive.
+/// The loop must have completed a round within this time for the agent to be alive.
 const ALIVE: std::time::Duration = std::time::Duration::from_secs(30);
 
-/// Most connections at a time. Each takes a file of the process, which has 1,024 where nobody says otherwise.
+/// Most concurrent connections. Each takes a file descriptor of the process, which has 1,024 by default.
 const MOST_CONNECTIONS: usize = 256;
-/// Longest time for the head of a request, and between two requests.
+/// Timeout for the head of a request, and between two requests.
 const LONGEST_HEAD: std::time::Duration = std::time::Duration::from_secs(5);
-/// Before a connection is tried to be taken again.
-const AGAIN: std::time::Duration = std::time::Duration::from_millis(100);
-/// Longest wait for an answer under way when the agent ends.
+/// Pause after a failed accept.
+const ACCEPT_RETRY: std::time::Duration = std::time::Duration::from_millis(100);
+/// Longest wait for a response in flight at shutdown.
 const LAST_ANSWER: std::time::Duration = std::time::Duration::from_secs(1);
 
-/// What the listener shows.
+/// State that the listener serves.
 #[derive(Debug, Clone)]
-pub struct Shown {
+pub struct HttpState {
     /// Metrics.
     pub metrics: Arc<Metrics>,
-    /// What metrics show of the loop.
+    /// Gauges of the loop, for metrics.
     pub view: watch::Receiver<Arc<View>>,
-    /// What metrics show of this machine.
-    pub vitals: watch::Receiver<Vitals>,
-    /// What happens.
+    /// Gauges of this machine, for metrics.
+    pub host_gauges: watch::Receiver<HostGauges>,
+    /// The event stream.
     pub events: Events,
     /// Status of host and apps.
     pub status: watch::Receiver<HostStatus>,
-    /// When the loop last went round.
+    /// When the loop last completed a round.
     pub pulse: watch::Receiver<Instant>,
     /// Whether etcd and Docker have been read.
     pub ready: watch::Receiver<bool>,
-    /// Ends streams that would go on for ever.
+    /// Ends endless streams at shutdown.
     pub end: CancellationToken,
 }
 
 /// Serves until cancelled.
 ///
 /// # Errors
-/// If the listener breaks.
-pub async fn serve(listener: TcpListener, shown: Shown) -> std::io::Result<()> {
-    let end = shown.end.clone();
+/// If the listener fails.
+pub async fn serve(listener: TcpListener, state: HttpState) -> std::io::Result<()> {
+    let end = state.end.clone();
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/status", get(status))
         .route("/events", get(events))
-        .with_state(shown);
+        .with_state(state);
     let (places, tasks) = (Arc::new(Semaphore::new(MOST_CONNECTIONS)), TaskTracker::new());
     loop {
         let accepted = tokio::select! {
@@ -88,13 +88,13 @@ pub async fn serve(listener: TcpListener, shown: Shown) -> std::io::Result<()> {
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(e) => {
-                // Out of files, for one. Others are served meanwhile, and end.
-                tracing::debug!("a connection cannot be taken: {e}");
-                tokio::time::sleep(AGAIN).await;
+                // Out of file descriptors, for one. Other connections end meanwhile.
+                tracing::debug!("cannot accept a connection: {e}");
+                tokio::time::sleep(ACCEPT_RETRY).await;
                 continue;
             }
         };
-        // One too many is closed at once: the agent needs its files for Docker and etcd.
+        // Excess connections are closed at once: the agent needs its descriptors for Docker and etcd.
         let Ok(place) = places.clone().try_acquire_owned() else { continue };
         tasks.spawn(connection(stream, router.clone(), end.clone(), place));
     }
@@ -111,7 +111,7 @@ async fn connection(stream: TcpStream, router: Router, end: CancellationToken, _
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     tokio::pin!(serving);
     tokio::select! {
-        // How it ended is the client's business.
+        // An error is the client's.
         _ = &mut serving => {}
         () = end.cancelled() => {
             serving.as_mut().graceful_shutdown();
@@ -123,17 +123,18 @@ async fn connection(stream: TcpStream, router: Router, end: CancellationToken, _
 /// Binds the address.
 ///
 /// # Errors
-/// In words, if it cannot be had.
+/// In words, if it cannot be bound.
 pub async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
     TcpListener::bind(address)
         .await
         .map_err(|e| format!("cannot listen on {address}: {e}; choose another with `--listen`"))
 }
 
-async fn metrics(State(shown): State<Shown>) -> impl IntoResponse {
-    let (view, vitals) = (shown.view.borrow().clone(), shown.vitals.borrow().clone());
-    // Text of a thousand apps takes milliseconds; the loop's thread is not kept from its work for that.
-    let rendered = tokio::task::spawn_blocking(move || shown.metrics.render(&view, &vitals, Timestamp::now())).await;
+async fn metrics(State(state): State<HttpState>) -> impl IntoResponse {
+    let (view, host_gauges) = (state.view.borrow().clone(), state.host_gauges.borrow().clone());
+    // Rendering a thousand apps takes milliseconds, so it does not run on the loop's thread.
+    let rendered =
+        tokio::task::spawn_blocking(move || state.metrics.render(&view, &host_gauges, Timestamp::now())).await;
     let failed = |e: String| (StatusCode::INTERNAL_SERVER_ERROR, e).into_response();
     match rendered {
         Ok(Ok(text)) => ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
@@ -142,34 +143,34 @@ async fn metrics(State(shown): State<Shown>) -> impl IntoResponse {
     }
 }
 
-async fn healthz(State(shown): State<Shown>) -> impl IntoResponse {
-    let age = shown.pulse.borrow().elapsed();
+async fn healthz(State(state): State<HttpState>) -> impl IntoResponse {
+    let age = state.pulse.borrow().elapsed();
     if age <= ALIVE {
         (StatusCode::OK, "alive\n".to_owned())
     } else {
-        (StatusCode::SERVICE_UNAVAILABLE, format!("the loop has not gone round for {} s\n", age.as_secs()))
+        (StatusCode::SERVICE_UNAVAILABLE, format!("the main loop has not run for {} s\n", age.as_secs()))
     }
 }
 
-async fn readyz(State(shown): State<Shown>) -> impl IntoResponse {
-    if *shown.ready.borrow() {
+async fn readyz(State(state): State<HttpState>) -> impl IntoResponse {
+    if *state.ready.borrow() {
         (StatusCode::OK, "etcd, Docker and nginx have been read\n")
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "etcd, Docker or nginx has not been read yet\n")
     }
 }
 
-async fn status(State(shown): State<Shown>) -> impl IntoResponse {
-    Json(shown.status.borrow().clone())
+async fn status(State(state): State<HttpState>) -> impl IntoResponse {
+    Json(state.status.borrow().clone())
 }
 
-/// One line of JSON for each event: those that are kept, and with `?follow` those that come.
-async fn events(State(shown): State<Shown>, RawQuery(query): RawQuery) -> impl IntoResponse {
+/// One line of JSON per event: the kept ones, and with `?follow` the next ones.
+async fn events(State(state): State<HttpState>, RawQuery(query): RawQuery) -> impl IntoResponse {
     let follow = query.as_deref().is_some_and(|q| q.split('&').any(|part| part == "follow"));
-    let (kept, coming) = shown.events.follow();
+    let (kept, coming) = state.events.follow();
     let past = stream::iter(kept).map(|event| line(&event));
     let body = if follow {
-        let future = stream::unfold((coming, shown.events, shown.end), next);
+        let future = stream::unfold((coming, state.events, state.end), next);
         Body::from_stream(past.chain(future).map(Ok::<_, std::convert::Infallible>))
     } else {
         Body::from_stream(past.map(Ok::<_, std::convert::Infallible>))
@@ -193,7 +194,7 @@ async fn next((mut coming, events, end): Following) -> Option<(Bytes, Following)
 }
 
 fn line(event: &Event) -> Bytes {
-    let mut text = serde_json::to_vec(event).unwrap_or_default();
+    let mut text = json(event).into_bytes();
     text.push(b'\n');
     Bytes::from(text)
 }

@@ -1,5 +1,5 @@
-//! The seam to the host: all that the loop sees of its host, and does to it. In service that is [`World`]; histories that no
-//! real host would live through in an afternoon are played on a model of one.
+//! The interface to the host: everything that the loop observes of it and does to it. In production that is [`World`];
+//! the simulation implements it by a model.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,99 +11,114 @@ use futures_util::Stream;
 use crate::{
     execute::StepError,
     host::{
-        docker::{DockerError, Foreign, Listed},
+        docker::{ContainerEvent, DockerError, Foreign, Listed, Lists},
         nginx::{NginxError, Published},
     },
     model::{
-        name::{AppName, HostName},
-        observed::{ObservedApp, Wanted},
+        name::{AppName, ContainerId, HostName},
+        observed::{Health, ObservedApp, Wanted},
         proxy::{ObservedProxy, Vhost},
         time::Timestamp,
     },
-    plan::step::Step,
+    plan::{simulate::NewContainer, step::Step},
     retry,
     world::{ObserveError, World},
 };
 
-/// Every container of demae's on a host, and what apps have left on disk.
+/// All containers and files of demae on a host.
 #[derive(Debug, Default)]
 pub struct Inventory {
-    /// Containers of this agent.
+    /// This agent's containers.
     pub containers: Vec<Listed>,
-    /// Containers with this host's name that another agent made.
+    /// Containers of another agent with this host's name.
     pub foreign: Vec<Foreign>,
-    /// What apps have left on disk; `None` where that cannot be read, which concerns that app alone.
+    /// Whether these are all: of a container whose image cannot be inspected it is unknown whether it is demae's.
+    pub is_complete: bool,
+    /// Files of apps; `None` where they cannot be read, which concerns that app alone.
     pub traces: BTreeMap<AppName, Option<ObservedApp>>,
 }
 
-/// A host, its clock and its chance.
+/// A host, its clock and its source of randomness.
 pub trait Machine: Send + Sync + 'static {
     /// Its name.
     fn host(&self) -> &HostName;
 
-    /// Now, by a clock that nobody sets. All that is observed is timed by it.
+    /// Now, by the monotonic clock. All observations are timed by it.
     fn now(&self) -> Timestamp;
 
-    /// A time of that clock as people's clocks show it.
+    /// A time of that clock as wall-clock time.
     fn wall(&self, at: Timestamp) -> Timestamp;
 
-    /// A duration, give or take a little, so that many hosts do not act at once.
+    /// A duration with jitter, so that many hosts do not act at once.
     fn jittered(&self, duration: Duration) -> Duration {
         retry::jittered(duration)
     }
 
-    /// Forgets what instances last answered, and asks them again at once: nobody could ask them for a while.
-    fn forget_health(&self);
+    /// Discards all health results and probes every instance again at once.
+    fn reset_health(&self);
 
-    /// Everything, in little detail.
+    /// Lists everything, without details.
     ///
     /// # Errors
-    /// If a part of it cannot be seen.
+    /// If any part cannot be observed.
     fn list(&self) -> impl Future<Output = Result<Inventory, ObserveError>> + Send;
 
-    /// Everything of one app; its image too, if no instance tells it.
+    /// Everything of one app; its image too, if no instance tells it. `listed` are its containers, if a list has just named
+    /// them and no other agent has any on this host.
     ///
     /// # Errors
-    /// If a part of it cannot be seen.
+    /// If any part cannot be observed.
     fn observe_app(
         &self,
         app: &AppName,
         wanted: Option<&Wanted>,
+        listed: Option<Vec<String>>,
     ) -> impl Future<Output = Result<ObservedApp, ObserveError>> + Send;
 
-    /// nginx.
+    /// The state of nginx.
     fn observe_proxy(&self) -> impl Future<Output = ObservedProxy> + Send;
 
     /// How many of nginx's workers still finish requests of an older configuration; `None` if they cannot be counted.
     fn old_workers(&self) -> impl Future<Output = Option<usize>> + Send;
 
-    /// Whether nginx runs, as far as was seen last.
+    /// The connections of instances that were counted at the last observation of the app; `None` for one that cannot be
+    /// counted.
+    fn recount(
+        &self,
+        app: &AppName,
+        ids: &[ContainerId],
+    ) -> impl Future<Output = Vec<(ContainerId, Option<usize>)>> + Send;
+
+    /// Whether nginx ran at the last observation.
     fn has_nginx(&self) -> bool;
 
-    /// Hints that something happened to an app, until they break off.
-    fn events(&self) -> impl Stream<Item = Result<AppName, DockerError>> + Send;
+    /// Streams what happens to containers, until the stream breaks off.
+    fn events(&self) -> impl Stream<Item = Result<ContainerEvent, DockerError>> + Send;
 
-    /// Does one step for an app, on what was observed of it.
+    /// The last result of the probes of an instance, if it is probed. Asks nothing.
+    fn probed(&self, app: &AppName, id: &ContainerId) -> Option<Health>;
+
+    /// Performs one step for an app, on its last observation. Returns the container that it created.
     ///
     /// # Errors
-    /// If it could not be done; it may be tried again.
+    /// If it failed; it may be retried.
     fn perform(
         &self,
         app: &AppName,
         step: &Step,
         observed: &ObservedApp,
-    ) -> impl Future<Output = Result<(), StepError>> + Send;
+    ) -> impl Future<Output = Result<Option<NewContainer>, StepError>> + Send;
 
-    /// Makes a set of virtual hosts the one that nginx serves.
+    /// Publishes a set of virtual hosts and reloads nginx.
     ///
     /// # Errors
-    /// If it does not get to serve it.
+    /// If nginx does not serve it in the end.
     fn publish(&self, vhosts: &BTreeMap<AppName, Vhost>) -> impl Future<Output = Result<Published, NginxError>> + Send;
 
-    /// Makes nginx serve the live set.
+    /// Reloads nginx, so that it serves the live set.
     ///
     /// # Errors
-    /// If it does not get to serve it.
+    /// If nginx does not serve it in the end.
     fn reload(&self) -> impl Future<Output = Result<(), NginxError>> + Send;
 
     /// How many loopback ports are in use, and how many there are.
@@ -123,19 +138,24 @@ impl Machine for World {
         self.clock.wall(at)
     }
 
-    fn forget_health(&self) {
+    fn reset_health(&self) {
         if let Some(prober) = &self.prober {
-            prober.forget();
+            prober.reset();
         }
     }
 
     async fn list(&self) -> Result<Inventory, ObserveError> {
-        let (containers, foreign) = self.docker.list_all(None).await?;
-        Ok(Inventory { containers, foreign, traces: self.all_traces()? })
+        let Lists { listed: containers, foreign, is_complete } = self.docker.list_all(None).await?;
+        Ok(Inventory { containers, foreign, is_complete, traces: self.all_traces()? })
     }
 
-    async fn observe_app(&self, app: &AppName, wanted: Option<&Wanted>) -> Result<ObservedApp, ObserveError> {
-        self.observe_app(app, wanted).await
+    async fn observe_app(
+        &self,
+        app: &AppName,
+        wanted: Option<&Wanted>,
+        listed: Option<Vec<String>>,
+    ) -> Result<ObservedApp, ObserveError> {
+        self.observe_app(app, wanted, listed).await
     }
 
     async fn observe_proxy(&self) -> ObservedProxy {
@@ -146,15 +166,28 @@ impl Machine for World {
         self.nginx.old_workers().await.ok()
     }
 
+    async fn recount(&self, app: &AppName, ids: &[ContainerId]) -> Vec<(ContainerId, Option<usize>)> {
+        self.recount(app, ids)
+    }
+
     fn has_nginx(&self) -> bool {
         self.nginx.known_master().is_some()
     }
 
-    fn events(&self) -> impl Stream<Item = Result<AppName, DockerError>> + Send {
+    fn events(&self) -> impl Stream<Item = Result<ContainerEvent, DockerError>> + Send {
         self.docker.events()
     }
 
-    async fn perform(&self, app: &AppName, step: &Step, observed: &ObservedApp) -> Result<(), StepError> {
+    fn probed(&self, app: &AppName, id: &ContainerId) -> Option<Health> {
+        self.prober.as_ref()?.health(app, id)
+    }
+
+    async fn perform(
+        &self,
+        app: &AppName,
+        step: &Step,
+        observed: &ObservedApp,
+    ) -> Result<Option<NewContainer>, StepError> {
         self.perform(app, step, observed).await
     }
 

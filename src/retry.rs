@@ -1,10 +1,10 @@
-//! How long to wait before trying again. The one file that knows the `backoff` crate.
+//! Backoff between retries. The only user of the `backoff` crate.
 
 use std::time::Duration;
 
 use backoff::{ExponentialBackoff, ExponentialBackoffBuilder, backoff::Backoff};
 
-/// Growing pauses, without an end: a controller never gives up.
+/// Exponential backoff without an end: a controller never gives up.
 #[derive(Debug)]
 pub struct Retry {
     policy: ExponentialBackoff,
@@ -17,29 +17,29 @@ impl Retry {
         Self { policy: policy(first, longest, 0.0), longest }
     }
 
-    /// The next pause, give or take a fifth. Jitter is added after the limit, so the limit is held here.
+    /// The next pause, with 20 % jitter. Jitter is added after the limit, so the limit is enforced here.
     pub fn pause(&mut self) -> Duration {
         jittered(self.step()).min(self.longest)
     }
 
-    /// The next pause as it is, for whoever has a chance of its own.
+    /// The next pause without jitter, for callers with their own randomness.
     pub fn step(&mut self) -> Duration {
         self.policy.next_backoff().unwrap_or(self.longest)
     }
 
-    /// Begins again with the first pause.
+    /// Resets to the first pause.
     pub fn reset(&mut self) {
         self.policy.reset();
     }
 }
 
-/// The pause after `attempts` failures in a row, for what keeps only their count: 1 s, 2 s, 4 s … 5 min, the curve
-/// that Kubernetes' kubelet uses for crash loops, begun ten times sooner since most failures of a deploy are short.
+/// The pause after `attempts` consecutive failures, for callers that keep only the count: 1 s, 2 s, 4 s … 5 min, the
+/// curve of the kubelet's crash loop backoff, begun ten times sooner since most failures of a deploy are short.
 pub fn pause_after(attempts: u32) -> Duration {
     Duration::from_secs(1u64 << attempts.saturating_sub(1).min(9)).min(Duration::from_secs(300))
 }
 
-/// A duration, give or take a fifth, so that many agents do not act at once.
+/// A duration with 20 % jitter, so many agents do not act at once.
 pub fn jittered(duration: Duration) -> Duration {
     policy(duration, duration * 2, 0.2).next_backoff().unwrap_or(duration)
 }

@@ -1,4 +1,4 @@
-//! The first signal asks for an orderly end, the second one ends at once.
+//! The first signal requests an orderly shutdown, the second one ends at once.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -6,7 +6,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 /// A token that is cancelled by SIGTERM or SIGINT. A second signal cancels the second token.
 ///
 /// # Errors
-/// If signals cannot be listened for.
+/// If signal handlers cannot be installed.
 pub fn on_signals(tasks: &TaskTracker) -> std::io::Result<(CancellationToken, CancellationToken)> {
     let (orderly, at_once) = (CancellationToken::new(), CancellationToken::new());
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -16,7 +16,7 @@ pub fn on_signals(tasks: &TaskTracker) -> std::io::Result<(CancellationToken, Ca
             tokio::select! {
                 _ = term.recv() => {}
                 _ = int.recv() => {}
-                // Ended by other means; nothing is left to listen for.
+                // Shut down by other means.
                 () = token.cancelled() => return,
             }
             token.cancel();

@@ -1,5 +1,5 @@
-//! Logs: for people on a terminal, JSON otherwise. Each deploy is a tree of spans: every line of a step tells the deploy
-//! that it belongs to. With the feature `otel` the same spans can be exported.
+//! Logging: human-readable on a terminal, JSON otherwise. Each deploy is a tree of spans, so every line of a step names
+//! its deploy. With the feature `otel` the same spans can be exported.
 
 use std::io::IsTerminal as _;
 
@@ -11,18 +11,18 @@ use tracing_subscriber::{
     util::SubscriberInitExt as _,
 };
 
-/// Libraries that print what they send and receive at `debug` and below; an environment is among it. No filter of a
-/// user can bring that back.
-const TALKATIVE: [&str; 7] = ["bollard", "hyper", "hyper_util", "h2", "tonic", "tower", "rustls"];
+/// Libraries that log what they send and receive at `debug` and below, environments included. No user filter can enable
+/// that.
+const LEAKY_TARGETS: [&str; 7] = ["bollard", "hyper", "hyper_util", "h2", "tonic", "tower", "rustls"];
 
 struct NoSecrets;
 
 impl<S: Subscriber> Filter<S> for NoSecrets {
     fn enabled(&self, meta: &Metadata<'_>, _: &Context<'_, S>) -> bool {
-        let talkative = TALKATIVE
+        let leaky = LEAKY_TARGETS
             .iter()
             .any(|t| meta.target().strip_prefix(t).is_some_and(|r| r.is_empty() || r.starts_with("::")));
-        !(talkative && *meta.level() > Level::INFO)
+        !(leaky && *meta.level() > Level::INFO)
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {
@@ -30,8 +30,8 @@ impl<S: Subscriber> Filter<S> for NoSecrets {
     }
 }
 
-/// Logging, for as long as it lives. What was not exported yet is exported when it goes.
-#[must_use = "spans are exported until this goes"]
+/// Guard of the logging setup. Pending spans are exported when it is dropped.
+#[must_use = "spans are exported until this is dropped"]
 pub struct Telemetry {
     #[cfg(feature = "otel")]
     exporter: Option<opentelemetry_sdk::trace::SdkTracerProvider>,
@@ -84,10 +84,10 @@ mod otel {
     use tracing::Subscriber;
     use tracing_subscriber::{Layer, filter::Targets, registry::LookupSpan};
 
-    /// Where spans go: OpenTelemetry's own variable, so that demae is set up as other programs are.
+    /// OpenTelemetry's own variable for the receiver of spans.
     const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 
-    /// The exporter; none if nothing says where spans are to go.
+    /// The exporter; `None` if no endpoint is set.
     pub(super) fn exporter() -> Result<Option<SdkTracerProvider>, String> {
         if std::env::var_os(ENDPOINT).is_none_or(|v| v.is_empty()) {
             return Ok(None);
@@ -102,7 +102,7 @@ mod otel {
         Ok(Some(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build()))
     }
 
-    /// Hands demae's own spans to the exporter, and no library's: those may hold what they send.
+    /// Exports demae's own spans only: those of libraries may hold what they send.
     pub(super) fn layer<S>(provider: &SdkTracerProvider) -> impl Layer<S> + use<S>
     where
         S: Subscriber + for<'a> LookupSpan<'a>,

@@ -1,5 +1,5 @@
-//! Tells events to somebody elsewhere, by HTTP. It follows the events as any other reader does, so whatever happens
-//! here costs a deploy nothing: who is slow or away misses events, and that is counted.
+//! Delivers events to a webhook, by HTTP. It reads the event stream like any other reader, so it cannot block a deploy:
+//! a slow or unreachable receiver misses events, which are counted.
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,43 +21,47 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     events::Events,
     metrics::{Delivery, Metrics},
-    model::{env::Secret, event::Event, text::hex},
+    model::{
+        env::Secret,
+        event::Event,
+        text::{hex, json},
+    },
     retry::Retry,
 };
 
-/// Longest wait for one answer.
+/// Timeout of one request.
 const ANSWER: Duration = Duration::from_secs(5);
-/// How often one event is tried, over about a minute.
+/// Attempts per event, over about a minute.
 const ATTEMPTS: u32 = 6;
-/// Between two attempts, at first and at most.
+/// First and longest backoff between two attempts.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-/// How many events wait behind the one that is tried.
+/// Length of the queue behind the event in flight.
 const QUEUE: usize = 1000;
-/// How long what waits is told when the agent ends: less than the agent waits for its last words.
-const LAST_WORDS: Duration = Duration::from_millis(1500);
-/// Most of an answer that is read: nothing of it is needed, but a connection is used again only when it was.
+/// How long queued events are still delivered at shutdown: less than the agent waits for its tasks.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(1500);
+/// Most of a response body that is read: its content is ignored, but a connection is only reused when it was read.
 const MAX_ANSWER: usize = 64 * 1024;
 
-/// Whom to tell, and of what.
+/// The receiver, and the events that it gets.
 #[derive(Debug, Clone)]
 pub struct WebhookConfig {
-    /// Where.
+    /// Its URL.
     pub url: Uri,
-    /// What signatures are made with; nothing is signed without.
+    /// The key of signatures; requests are unsigned without one.
     pub secret: Option<Secret>,
-    /// Types of events.
+    /// Types of events to deliver.
     pub events: Vec<String>,
 }
 
-/// Why there is no webhook.
+/// Why the webhook cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum WebhookError {
-    /// The certificates of this system, which others' are checked by, cannot be read.
+    /// The system's root certificates cannot be read.
     #[error("cannot read this system's certificates, which `webhook.url` needs for https")]
     Roots(#[source] std::io::Error),
 }
 
-/// Tells events until cancelled.
+/// Delivers events until cancelled.
 pub struct Webhook {
     config: WebhookConfig,
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
@@ -66,7 +70,7 @@ pub struct Webhook {
 }
 
 impl Webhook {
-    /// Follows events from now on.
+    /// Subscribes to events from now on.
     ///
     /// # Errors
     /// If the URL is https and this system has no certificates to check others by.
@@ -81,15 +85,15 @@ impl Webhook {
         Ok(Self { config, client, metrics, coming: events.follow().1 })
     }
 
-    /// Tells events, one after the other, until cancelled; then for a moment those that wait.
+    /// Delivers events one by one until cancelled; then, for a moment, the queued ones.
     pub async fn run(self, token: CancellationToken) {
         let Self { config, client, metrics, mut coming } = self;
         let (into, waiting) = mpsc::channel(QUEUE);
-        let teller = Teller { config: config.clone(), client, metrics: metrics.clone() };
-        let choosing = async {
+        let sender = WebhookSender { config: config.clone(), client, metrics: metrics.clone() };
+        let filtering = async {
             loop {
                 let received = tokio::select! {
-                    // What was told before the end is told.
+                    // Events emitted before the shutdown are delivered.
                     biased;
                     received = coming.recv() => received,
                     () = token.cancelled() => break,
@@ -98,7 +102,7 @@ impl Webhook {
                     Ok(event) if !config.events.iter().any(|t| t == event.what.as_str()) => {}
                     Ok(event) => {
                         if let Err(TrySendError::Full(event)) = into.try_send(event) {
-                            tracing::warn!("event {} is not told to the webhook: {QUEUE} others wait", event.seq);
+                            tracing::warn!("event {} is dropped for the webhook: {QUEUE} events are queued", event.seq);
                             metrics.delivered(Delivery::Dropped, 1);
                         }
                     }
@@ -109,30 +113,30 @@ impl Webhook {
                     Err(RecvError::Closed) => break,
                 }
             }
-            // The teller ends when it has told the last one.
+            // The sender ends after the last event.
             drop(into);
         };
-        tokio::join!(choosing, teller.run(waiting, &token));
+        tokio::join!(filtering, sender.run(waiting, &token));
     }
 }
 
-/// Tells what it is given.
-struct Teller {
+/// Delivers queued events.
+struct WebhookSender {
     config: WebhookConfig,
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     metrics: Arc<Metrics>,
 }
 
-impl Teller {
+impl WebhookSender {
     async fn run(&self, mut waiting: mpsc::Receiver<Arc<Event>>, token: &CancellationToken) {
         let until = async {
             token.cancelled().await;
-            tokio::time::sleep(LAST_WORDS).await;
+            tokio::time::sleep(SHUTDOWN_TIMEOUT).await;
         };
         tokio::pin!(until);
         let mut under_way = 0;
         loop {
-            let telling = async {
+            let sending = async {
                 let Some(event) = waiting.recv().await else { return false };
                 under_way = 1;
                 self.metrics.delivered(self.deliver(&event).await, 1);
@@ -140,7 +144,7 @@ impl Teller {
                 true
             };
             tokio::select! {
-                more = telling => {
+                more = sending => {
                     if !more {
                         return;
                     }
@@ -153,22 +157,22 @@ impl Teller {
             left += 1;
         }
         if left > 0 {
-            tracing::warn!("{left} events are not told to the webhook: the agent ends");
+            tracing::warn!("{left} events were not sent to the webhook: the agent is shutting down");
             self.metrics.delivered(Delivery::Dropped, left);
         }
     }
 
     async fn deliver(&self, event: &Event) -> Delivery {
-        let body = Bytes::from(serde_json::to_vec(event).unwrap_or_default());
+        let body = Bytes::from(json(event));
         let mut retry = Retry::new(PAUSES.0, PAUSES.1);
         for attempt in 1..=ATTEMPTS {
             match self.attempt(event, body.clone()).await {
                 Ok(()) => return Delivery::Delivered,
                 Err((reason, again)) => {
-                    tracing::debug!(attempt, "the webhook was not told: {reason}");
+                    tracing::debug!(attempt, "webhook delivery failed: {reason}");
                     if !again || attempt == ATTEMPTS {
                         tracing::warn!(
-                            "event {} ({}) was not told to the webhook: {reason}",
+                            "event {} ({}) was not delivered to the webhook: {reason}",
                             event.seq,
                             event.what.as_str()
                         );
@@ -181,13 +185,13 @@ impl Teller {
         Delivery::Failed
     }
 
-    /// One attempt; the reason if it failed, and whether another one can help.
+    /// One attempt. On failure: the reason, and whether a retry can help.
     async fn attempt(&self, event: &Event, body: Bytes) -> Result<(), (String, bool)> {
         let mut request = Request::post(self.config.url.clone())
             .header(header::CONTENT_TYPE, "application/json")
             .header(header::USER_AGENT, concat!("demae/", env!("CARGO_PKG_VERSION")))
             .header("x-demae-event", event.what.as_str())
-            // The same for each attempt, so that whoever is told twice can see it.
+            // The same for each attempt, so the receiver can detect duplicates.
             .header("x-demae-delivery", format!("{}-{}-{}", event.host, event.at.as_millis(), event.seq));
         if let Some(secret) = &self.config.secret {
             request = request.header("x-demae-signature-256", signature(secret, &body));
@@ -196,7 +200,7 @@ impl Teller {
         let asking = async {
             let answer = self.client.request(request).await.map_err(|e| (crate::model::problem::chain(&e), true))?;
             let status = answer.status();
-            // What is said does not matter; whether it was said decides over the connection.
+            // The content does not matter, but the connection is only reused when it was read.
             let _ = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
             let passing = status.is_server_error()
                 || matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS);
@@ -212,12 +216,12 @@ impl Teller {
 /// `sha256=` and the HMAC-SHA-256 of the body in hexadecimal: the form that GitHub's webhooks made common.
 fn signature(secret: &Secret, body: &[u8]) -> String {
     let mac = Hmac::<Sha256>::new_from_slice(secret.expose().as_bytes());
-    // HMAC takes keys of any length, so there is always one.
+    // HMAC takes keys of any length, so this cannot fail.
     let tag = mac.map(|mac| mac.chain_update(body).finalize().into_bytes());
-    format!("sha256={}", tag.map(|tag| hex(&tag)).unwrap_or_default())
+    format!("sha256={}", tag.map_or_else(|_| String::new(), |tag| hex(&tag)))
 }
 
-/// For plain http: nothing is checked, since nothing is encrypted.
+/// For plain http: there are no certificates to verify.
 fn no_roots() -> rustls::ClientConfig {
     let roots = rustls::RootCertStore::empty();
     rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth()
@@ -229,7 +233,7 @@ mod tests {
 
     /// The example of GitHub's documentation, "Validating webhook deliveries".
     #[test]
-    fn signatures_are_those_that_receivers_know() {
+    fn signature_matches_the_example_of_github() {
         assert_eq!(
             signature(&Secret::new("It's a Secret to Everybody"), b"Hello, World!"),
             "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"

@@ -1,49 +1,51 @@
-//! Looks at this host: from containers, files and nginx to values a plan can be made of. Changes nothing.
+//! Observes this host: turns containers, files and nginx into values that a plan is made from. Changes nothing.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::SocketAddr,
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use crate::{
     host::{
         clock::Clock,
         docker::{Docker, DockerError, Found, Instances},
-        drain,
+        drain::{CountedEndpoint, Counter},
         files::{self, FileError},
-        health::{Prober, Question, Reach, host_asked_for, more_questions},
+        health::{ProbeTarget, Prober, Reach, extra_endpoints, host_header},
         layout::Layout,
         nginx::Nginx,
         ports::{self, Ports},
     },
     model::{
-        name::{AppName, HostName, ReleaseId},
-        observed::{Address, Health, Instance, ObservedApp, Phase, Verdict, Wanted},
+        name::{AppName, ContainerId, HostName, ReleaseId},
+        observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict, Wanted},
         spec::Endpoint,
     },
 };
 
-/// This host, and all that can be done to it.
+/// This host, with everything that observes or changes it.
 pub struct World {
-    /// Which host.
+    /// Its name.
     pub host: HostName,
-    /// Containers.
+    /// The Docker engine.
     pub docker: Docker,
     /// nginx.
     pub nginx: Nginx,
-    /// Files.
+    /// Paths of files.
     pub layout: Layout,
     /// Loopback ports.
     pub ports: Ports,
-    /// Time.
+    /// The monotonic clock.
     pub clock: Arc<Clock>,
-    /// Health checks; `None` for whoever only looks.
+    /// Health checks; `None` in commands that observe once.
     pub prober: Option<Prober>,
+    /// How connections are counted, of the instances that were counted at the last observation of each app.
+    pub counters: Mutex<HashMap<AppName, HashMap<ContainerId, Counter>>>,
 }
 
-/// Why something could not be seen. Nothing is concluded from it.
+/// Why something could not be observed. Nothing is concluded from it.
 #[derive(Debug, thiserror::Error)]
 pub enum ObserveError {
     /// Docker.
@@ -55,31 +57,39 @@ pub enum ObserveError {
 }
 
 impl ObserveError {
-    /// Whether Docker is not there, or did not answer in time.
+    /// Whether Docker could not be reached, or did not answer in time.
     pub fn is_docker_away(&self) -> bool {
         matches!(self, Self::Docker(DockerError::Unreachable { .. }))
     }
 }
 
 impl World {
-    /// Everything of one app. The image is looked for only where no instance tells it.
+    /// Everything of one app, with these containers if a list has just named them. The image is inspected only if no
+    /// instance tells its id.
     ///
     /// # Errors
-    /// If anything of it cannot be seen; a part is never taken for the whole.
-    pub async fn observe_app(&self, app: &AppName, wanted: Option<&Wanted>) -> Result<ObservedApp, ObserveError> {
-        let Instances { own: found, foreign } = self.docker.instances(app, &self.clock).await?;
+    /// If anything cannot be observed; a part never counts as the whole.
+    pub async fn observe_app(
+        &self,
+        app: &AppName,
+        wanted: Option<&Wanted>,
+        listed: Option<Vec<String>>,
+    ) -> Result<ObservedApp, ObserveError> {
+        let Instances { own: found, foreign } = self.docker.instances(app, listed, &self.clock).await?;
         let image = match wanted {
             Some(wanted) => self.image(&found, wanted).await?,
             None => None,
         };
         let group = if found.is_empty() { None } else { self.nginx_group().await };
         let mut observed = ObservedApp { image, foreign, ..self.traces(app)? };
-        // Only who may be leaving is counted: not a single instance of a wanted app, nor one that a route leads to.
-        let several = found.len() > 1;
+        // Connections are counted only for instances that may be leaving: not for a single instance of a wanted app,
+        // nor for one with a route.
+        let has_several = found.len() > 1;
+        self.counters.lock().unwrap_or_else(PoisonError::into_inner).remove(app);
         observed.instances = found
             .into_iter()
             .map(|f| {
-                let leaving = wanted.is_none_or(|w| f.key.release != w.release) || several;
+                let leaving = wanted.is_none_or(|w| f.key.release != w.release) || has_several;
                 let count = leaving && !observed.slots.values().flatten().any(|k| *k == f.key);
                 self.instance(f, group, count)
             })
@@ -87,17 +97,17 @@ impl World {
         self.check_routes(app, &mut observed)?;
         if let Some(prober) = &self.prober {
             let alive: Vec<_> = observed.instances.iter().filter(|i| i.is_alive()).map(|i| &i.id).collect();
-            prober.keep(app, &alive);
+            prober.retain(app, &alive);
         }
         Ok(observed)
     }
 
-    /// A slot leads to an instance only if it does so for all places where that listens: a switch may have been cut short.
+    /// Clears a slot unless the routes of all endpoints lead to its instance: a switch may have been interrupted.
     fn check_routes(&self, app: &AppName, observed: &mut ObservedApp) -> Result<(), FileError> {
         for (slot, key) in &mut observed.slots {
             let Some(instance) = observed.instances.iter().find(|i| Some(&i.key) == key.as_ref()) else { continue };
-            let several = !instance.more.is_empty();
-            for address in instance.addresses().filter(|_| several) {
+            let has_several = !instance.more.is_empty();
+            for address in instance.addresses().filter(|_| has_several) {
                 let Address::Socket(path) = address else { continue };
                 let route = self.layout.route_named(app, *slot, Path::new(path));
                 if files::read_link(&route)?.as_deref() != Some(Path::new(path)) {
@@ -108,8 +118,8 @@ impl World {
         Ok(())
     }
 
-    /// The image of a release, looked for only where no instance that lives tells it: no engine gives up the image of
-    /// one that does, unless it was given up while that one was dead.
+    /// The image of a release; inspected only if no live instance has it: an engine keeps the image of a live
+    /// container, unless the image was removed while the container was dead.
     async fn image(&self, found: &[Found], wanted: &Wanted) -> Result<Option<String>, ObserveError> {
         let mut known = None;
         for found in found.iter().filter(|f| f.key.release == wanted.release) {
@@ -118,7 +128,7 @@ impl World {
             }
             known = known.or(Some(found.image.as_str()));
         }
-        // The tag may be of another image by now; what the release began with comes first.
+        // The tag may point to another image by now; the release's first image takes precedence.
         if let Some(known) = known
             && let Some(id) = self.docker.image(known).await?
         {
@@ -127,7 +137,7 @@ impl World {
         Ok(self.docker.image(&wanted.image.tagged()).await?)
     }
 
-    /// Only what lies on disk.
+    /// Only an app's files.
     ///
     /// # Errors
     /// If any of it cannot be read.
@@ -140,8 +150,8 @@ impl World {
             let target = files::read_link(&routes.join(&name))?;
             observed.slots.insert(slot, target.as_deref().and_then(Layout::instance_of));
         }
-        // Without a directory no route has ever changed.
-        observed.slots_changed = self.clock.steady(files::modified(&routes)?.unwrap_or_default());
+        // Without a directory no route was ever changed.
+        observed.slots_changed = self.clock.to_monotonic(files::modified(&routes)?.unwrap_or_default());
         for release in files::list(&layout.app_env(app))?.into_iter().filter_map(|n| ReleaseId::try_from(n).ok()) {
             if files::modified(&layout.env_file(app, &release))?.is_some() {
                 observed.env_files.insert(release);
@@ -152,24 +162,25 @@ impl World {
         let path = layout.proven(app);
         if let Some(text) = files::read(&path)? {
             let release = ReleaseId::try_from(String::from_utf8_lossy(&text).trim());
-            let why = "; without it the release is proven anew";
+            let why = "; without it the release is proven again";
             observed.proven = Some(release.map_err(|e| FileError::unreadable(&path, &e.to_string(), why))?);
             observed.proven_at = files::modified(&path)?;
         }
         for name in files::list(&layout.verdicts(app))? {
             let path = layout.verdicts(app).join(&name);
-            // It may have gone since the list.
+            // It may have been removed since the list.
             let Some(text) = files::read(&path)? else { continue };
             let verdict = serde_json::from_slice::<Verdict>(&text);
             let why = "; without it the release is tried again";
             let verdict = verdict.map_err(|e| FileError::unreadable(&path, &e.to_string(), why))?;
-            let verdict = Verdict { at: self.clock.steady(verdict.at), ..verdict };
+            let verdict = Verdict { at: self.clock.to_monotonic(verdict.at), ..verdict };
             observed.verdicts.insert(verdict.release.clone(), verdict);
         }
         Ok(observed)
     }
 
-    /// What apps have left on disk, by app; `None` of one of which it cannot be read: a look at that app tells why.
+    /// Files of all apps, by app; `None` for an app whose files cannot be read: the observation of that app reports
+    /// why.
     ///
     /// # Errors
     /// If a directory of all apps cannot be listed.
@@ -181,7 +192,7 @@ impl World {
         Ok(self.apps_on_disk()?.into_iter().map(traces).collect())
     }
 
-    /// Apps that have left anything on disk.
+    /// Apps that have any files.
     ///
     /// # Errors
     /// If a directory cannot be listed.
@@ -197,69 +208,73 @@ impl World {
         if rustix::process::geteuid().is_root() { self.nginx.group().await } else { None }
     }
 
+    /// Where an instance takes requests that binds this path inside its container.
+    pub(crate) fn socket_address(&self, app: &AppName, key: &InstanceKey, inside: &str) -> Address {
+        let name = Path::new(inside).file_name().unwrap_or_default();
+        Address::Socket(self.layout.socket_dir(app, key).join(name).to_string_lossy().into_owned())
+    }
+
     fn instance(&self, found: Found, group: Option<u32>, count: bool) -> Instance {
         let address = match (&found.endpoint, found.port) {
-            (Some(Endpoint::Socket(path)), _) => {
-                let name = Path::new(path).file_name().unwrap_or_default();
-                let path = self.layout.socket_dir(&found.app, &found.key).join(name);
-                Some(Address::Socket(path.to_string_lossy().into_owned()))
-            }
+            (Some(Endpoint::Socket(path)), _) => Some(self.socket_address(&found.app, &found.key, path)),
             (Some(Endpoint::Port(_)), Some(port)) => Some(Address::Port(port)),
             _ => None,
         };
         let more = found.more.iter().filter_map(|(endpoint, port)| match endpoint {
-            Endpoint::Socket(path) => {
-                let name = Path::new(path).file_name().unwrap_or_default();
-                let path = self.layout.socket_dir(&found.app, &found.key).join(name);
-                Some(Address::Socket(path.to_string_lossy().into_owned()))
-            }
+            Endpoint::Socket(path) => Some(self.socket_address(&found.app, &found.key, path)),
             Endpoint::Port(_) => port.map(Address::Port),
         });
         let more: Vec<Address> = more.collect();
         let all = found.endpoint.iter().chain(found.more.iter().map(|(endpoint, _)| endpoint));
         let mut listens: Vec<Endpoint> = all.cloned().collect();
-        // A port that was not published has no address, so that one would be taken for another.
+        // An unpublished port has no address, which would shift the pairs.
         if listens.len() != address.iter().chain(&more).count() {
             listens.clear();
         }
         let running = found.phase == Phase::Running;
         let alive = found.is_alive();
-        let asked = match (&address, &self.prober) {
+        let probed = match (&address, &self.prober) {
             (Some(address), Some(prober)) if alive => {
                 let (check, started, restarts) = (found.check.clone(), found.started, found.restarts);
-                let own = match (&found.endpoint, found.ip) {
+                let container_addr = match (&found.endpoint, found.ip) {
                     (Some(Endpoint::Port(port)), Some(ip)) => Some(SocketAddr::new(ip, *port)),
                     _ => None,
                 };
-                let host = host_asked_for(&check, found.check_host.as_deref());
-                let (address, reach) = (address.clone(), Reach { group, own });
+                let host = host_header(&check, found.check_host.as_deref());
+                let (address, reach) = (address.clone(), Reach { group, container_addr });
                 let inside = found.more.iter().filter_map(|(endpoint, _)| match endpoint {
                     Endpoint::Port(inside) => Some(*inside),
                     Endpoint::Socket(_) => None,
                 });
                 let inside = inside.collect::<Vec<u16>>();
-                let more = more_questions(&more, found.ip, &inside);
-                prober.ask(&found.app, &found.id, Question { address, check, started, restarts, reach, host, more })
+                let more = extra_endpoints(&more, found.ip, &inside);
+                prober.probe(
+                    &found.app,
+                    &found.id,
+                    ProbeTarget { address, check, started, restarts, reach, host, more },
+                )
             }
             _ => Health::Unknown,
         };
-        let health = found.health.clone().unwrap_or(asked);
-        let connections = match &address {
-            Some(address) if running && count => self.all_connections(&found, address, &more),
-            _ => None,
-        };
-        let is_wrong =
+        let health = found.health.clone().unwrap_or(probed);
+        let counter = if running && count { counter(&found, address.as_ref(), &more) } else { None };
+        let connections = counter.as_ref().and_then(|counter| counter.count(self.nginx.known_master()));
+        if let Some(counter) = counter {
+            let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+            counters.entry(found.app.clone()).or_default().insert(found.id.clone(), counter);
+        }
+        let is_not_socket =
             |a: &Address| matches!(a, Address::Socket(path) if files::expect_socket(Path::new(path)).is_err());
-        let wrong_socket = address.iter().chain(&more).any(is_wrong);
+        let wrong_socket = address.iter().chain(&more).any(is_not_socket);
         let all = || address.iter().chain(&more);
         let port_taken = !alive && all().any(|a| matches!(a, Address::Port(port) if ports::is_taken(*port)));
-        let lies_there = |a: &Address| matches!(a, Address::Socket(path) if Path::new(path).symlink_metadata().is_ok());
-        let stale_socket = !running && all().any(lies_there);
+        let exists = |a: &Address| matches!(a, Address::Socket(path) if Path::new(path).symlink_metadata().is_ok());
+        let stale_socket = !running && all().any(exists);
         Instance {
             key: found.key,
             id: found.id,
             image: found.image,
-            ordered: found.ordered,
+            requested_image: found.requested_image,
             phase: found.phase,
             health,
             settled: found.settled,
@@ -278,30 +293,35 @@ impl World {
             stale_socket,
             wrong_socket,
             port_taken,
+            idle_at: None,
         }
     }
 
-    /// Connections to all places where an instance listens; `None` where any cannot be counted.
-    fn all_connections(&self, found: &Found, address: &Address, more: &[Address]) -> Option<usize> {
-        let mut total = self.connections(found, found.endpoint.as_ref(), address)?;
-        for ((endpoint, _), address) in found.more.iter().zip(more) {
-            total += self.connections(found, Some(endpoint), address)?;
-        }
-        Some(total)
+    /// Counts the connections of instances of an app again, as they were counted at the last observation; `None` if they cannot be
+    /// counted, which is not zero.
+    pub fn recount(&self, app: &AppName, ids: &[ContainerId]) -> Vec<(ContainerId, Option<usize>)> {
+        let counters =
+            self.counters.lock().unwrap_or_else(PoisonError::into_inner).get(app).cloned().unwrap_or_default();
+        let nginx = self.nginx.known_master();
+        let count = |id: &ContainerId| counters.get(id).and_then(|counter| counter.count(nginx));
+        ids.iter().map(|id| (id.clone(), count(id))).collect()
     }
+}
 
-    /// Connections to an instance; `None` where they cannot be counted, which is not none.
-    fn connections(&self, found: &Found, endpoint: Option<&Endpoint>, address: &Address) -> Option<usize> {
-        match (address, endpoint, found.pid) {
-            (Address::Socket(path), _, Some(pid)) => {
-                drain::socket_connections(Path::new(path), self.nginx.known_master(), pid).ok()
-            }
-            (Address::Port(port), Some(Endpoint::Port(inside)), Some(pid)) => {
-                drain::port_connections(pid, *inside, *port).ok()
-            }
-            _ => None,
+/// How the connections of an instance are counted; `None` if it takes none, or its process is unknown.
+fn counter(found: &Found, first: Option<&Address>, more: &[Address]) -> Option<Counter> {
+    let endpoints = found.endpoint.iter().chain(found.more.iter().map(|(endpoint, _)| endpoint));
+    let addresses: Vec<&Address> = first.into_iter().chain(more).collect();
+    let one = |(address, endpoint): (&&Address, &Endpoint)| match (address, endpoint) {
+        (Address::Socket(path), _) => Some(CountedEndpoint::Socket(path.into())),
+        (Address::Port(published), Endpoint::Port(inside)) => {
+            Some(CountedEndpoint::Port { inside: *inside, published: *published })
         }
-    }
+        (Address::Port(_), Endpoint::Socket(_)) => None,
+    };
+    let endpoints: Option<Vec<CountedEndpoint>> = addresses.iter().zip(endpoints).map(one).collect();
+    let endpoints = endpoints.filter(|counted| !counted.is_empty() && counted.len() == addresses.len())?;
+    Some(Counter { container: found.pid?, endpoints })
 }
 
 #[cfg(test)]
@@ -325,6 +345,7 @@ mod tests {
         let (conf, pid) = (dir.join("nginx.conf"), dir.join("nginx.pid"));
         let config = NginxConfig { conf, pid, address: "127.0.0.1:1".into(), group: None, settings };
         World {
+            counters: Mutex::default(),
             docker: Docker::behind("/nowhere/docker.sock", host.clone()),
             nginx: Nginx::new(Box::new(Local { binary: "nginx".into() }), config, layout.clone(), clock.clone()),
             ports: Ports::new(20_000..=20_001),
@@ -337,12 +358,12 @@ mod tests {
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "a test writes files of its own")]
-    fn what_cannot_be_read_is_not_taken_for_nothing() {
+    fn unreadable_traces_are_an_error_not_absence() {
         let dir = tempfile::tempdir().expect("a directory");
         let world = world(dir.path());
         let app = AppName::try_from("web").expect("a name");
         let seen = || world.traces(&app).map_err(|e| crate::model::problem::chain(&e));
-        assert_eq!(seen(), Ok(ObservedApp::default()), "nothing there is nothing there");
+        assert_eq!(seen(), Ok(ObservedApp::default()), "no files is a valid observation");
         let put = |path: &Path, text: &str| {
             std::fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
             std::fs::write(path, text).expect("a file");
@@ -352,20 +373,20 @@ mod tests {
         assert_eq!(seen().map(|o| o.proven.map(|r| r.to_string())), Ok(Some("0123456789ab".to_owned())));
         assert!(seen().is_ok_and(|o| o.proven_at.is_some_and(|at| at > Timestamp::default())));
         put(&proven, "");
-        let told = seen().expect_err("an empty one names no release");
-        assert!(told.contains("proven/web") && told.contains("remove it"), "{told}");
+        let error = seen().expect_err("an empty one names no release");
+        assert!(error.contains("proven/web") && error.contains("remove it"), "{error}");
         std::fs::remove_file(&proven).expect("removed");
         std::fs::create_dir(&proven).expect("a directory");
-        assert!(seen().is_err(), "something else lies there");
+        assert!(seen().is_err(), "a directory in place of the file");
         std::fs::remove_dir(&proven).expect("removed");
 
         let verdict = world.layout.verdicts(&app).join("0123456789ab.json");
         put(&verdict, "{");
-        let told = seen().expect_err("a verdict that is cut");
-        assert!(told.contains("0123456789ab.json") && told.contains("tried again"), "{told}");
+        let error = seen().expect_err("a truncated verdict");
+        assert!(error.contains("0123456789ab.json") && error.contains("tried again"), "{error}");
         put(&world.layout.proven(&AppName::try_from("other").expect("a name")), "0123456789ab\n");
         let all: Vec<bool> = world.all_traces().expect("a list").into_values().map(|traces| traces.is_some()).collect();
-        assert_eq!(all, [true, false], "only the one app cannot be looked at");
+        assert_eq!(all, [true, false], "only that app is unreadable");
         std::fs::remove_file(&verdict).expect("removed");
 
         put(&world.layout.app_routes(&app), "no directory");

@@ -1,7 +1,7 @@
-# etcd, nginx and Prometheus from Debian's packages, for a machine that reaches no registry: scripts/stack-images.sh
-# builds it. Programs lie where the official images have them, so that one compose file serves both.
+# etcd, nginx and Prometheus from Debian's packages, for a machine without access to a registry: scripts/stack-images.sh
+# builds it. Programs are where the official images have them, so that one compose file serves both.
 FROM debian:bookworm-slim
-# etcd and Prometheus are single programs; their packages would bring users, services and fonts that nobody needs here.
+# etcd and Prometheus are single programs; their packages would bring users, services and fonts that are not needed here.
 RUN set -eu; \
     apt-get update -qq; \
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx curl >/dev/null; \

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs in the stack's `prepare` service, before all others: writes their configuration from the files beside this one,
-# with each @NAME@ replaced by that variable, and makes the directories that services which are not root write in.
+# with each @NAME@ replaced by that variable, and creates the directories that non-root services write to.
 set -eu
 umask 022
 
@@ -11,7 +11,7 @@ fill() { # FILE DIRECTORY
         -e "s|@ETCD_PORT@|$ETCD_PORT|g" -e "s|@NGINX_PORT@|$NGINX_PORT|g" \
         -e "s|@AGENT_PORT@|$AGENT_PORT|g" -e "s|@APP_PORTS@|$APP_PORTS|g" \
         "/stack/$1" >"/config/$2/.$1.new"
-    # Whole or not at all: the services may be running.
+    # Atomic: the services may be running.
     mv "/config/$2/.$1.new" "/config/$2/$1"
 }
 
@@ -19,7 +19,7 @@ fill agent.toml agent
 fill nginx.conf nginx
 fill prometheus.yml prometheus
 
-# Not the volume itself: an empty one takes the owner of the directory that an image has in its place.
+# Not the volume itself: an empty volume takes the owner of the image's directory at that path.
 own() { # DIRECTORY USER
     [ -d "$1" ] && return
     mkdir -m 0700 "$1"

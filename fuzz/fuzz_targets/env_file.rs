@@ -1,4 +1,4 @@
 #![no_main]
-//! libFuzzer's way into `checks::env_file`.
+//! libFuzzer target for `checks::env_file`.
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| demae_fuzz::checks::env_file(data));

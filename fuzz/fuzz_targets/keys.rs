@@ -1,4 +1,4 @@
 #![no_main]
-//! libFuzzer's way into `checks::keys`.
+//! libFuzzer target for `checks::keys`.
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| demae_fuzz::checks::keys(data));

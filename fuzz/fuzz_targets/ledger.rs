@@ -1,4 +1,4 @@
 #![no_main]
-//! libFuzzer's way into `checks::ledger`.
+//! libFuzzer target for `checks::ledger`.
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| demae_fuzz::checks::ledger(data));

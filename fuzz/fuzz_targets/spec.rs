@@ -1,4 +1,4 @@
 #![no_main]
-//! libFuzzer's way into `checks::spec`.
+//! libFuzzer target for `checks::spec`.
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| demae_fuzz::checks::spec(data));

@@ -1,4 +1,4 @@
 #![no_main]
-//! libFuzzer's way into `checks::templates`.
+//! libFuzzer target for `checks::templates`.
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| demae_fuzz::checks::templates(data));

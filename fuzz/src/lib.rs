@@ -1,3 +1,3 @@
-//! demae, held to what must be so for any bytes. A workspace of its own: only who fuzzes builds libFuzzer.
+//! Properties of demae that must hold for any input. A workspace of its own: only fuzzing builds libFuzzer.
 
 pub mod checks;

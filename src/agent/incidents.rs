@@ -1,17 +1,17 @@
-//! How often the instances of an app ended or fell ill by themselves lately: one that is up may be so for the hundredth time.
+//! Recent crashes and health failures of an app's instances: an instance that is up may have restarted a hundred times.
 
 use std::{collections::VecDeque, time::Duration};
 
-use crate::model::time::{Timestamp, humane};
+use crate::model::time::{Timestamp, human};
 
-/// How long one is remembered.
+/// How long an incident counts.
 const REMEMBERED: Duration = Duration::from_secs(600);
-/// So many within that time are reported.
+/// This many within that time are reported.
 const MANY: usize = 3;
-/// Most that are kept.
+/// Most incidents kept.
 const MOST: usize = 100;
 
-/// When it happened, the last one last.
+/// Times of incidents, oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Incidents(VecDeque<Timestamp>);
 
@@ -23,18 +23,18 @@ impl Incidents {
         }
     }
 
-    /// Forgets what is long past.
+    /// Drops incidents outside of the window.
     pub(super) fn age(&mut self, now: Timestamp) {
         while self.0.front().is_some_and(|at| now.since(*at) > REMEMBERED) {
             self.0.pop_front();
         }
     }
 
-    /// What status says of them, if they are many.
-    pub(super) fn told(&self) -> Option<String> {
+    /// A sentence for the status, if there are many.
+    pub(super) fn summary(&self) -> Option<String> {
         let count = self.0.len();
         (count >= MANY)
-            .then(|| format!("unstable: it ended or became unhealthy {count} times within {}", humane(REMEMBERED)))
+            .then(|| format!("unstable: it ended or became unhealthy {count} times within {}", human(REMEMBERED)))
     }
 }
 
@@ -43,14 +43,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_many_incidents_within_the_window_are_reported() {
+    fn incidents_are_reported_only_above_threshold_within_window() {
         let at = |seconds: i64| Timestamp::from_millis(seconds * 1000);
         let mut incidents = Incidents::default();
         (0..2).for_each(|n| incidents.push(at(n)));
-        assert_eq!(incidents.told(), None);
+        assert_eq!(incidents.summary(), None);
         incidents.push(at(2));
-        assert!(incidents.told().is_some_and(|told| told.starts_with("unstable")));
+        assert!(incidents.summary().is_some_and(|summary| summary.starts_with("unstable")));
         incidents.age(at(602));
-        assert_eq!(incidents.told(), None, "the first two are long past");
+        assert_eq!(incidents.summary(), None, "the first two are long past");
     }
 }

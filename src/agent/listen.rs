@@ -1,27 +1,33 @@
-//! Docker's events, as hints. They are lost now and then, so they are never believed further than *look again*.
+//! Docker's events, as hints. Events can be lost, so they only trigger an observation.
 
 use std::{sync::Arc, time::Duration};
 
 use futures_util::StreamExt as _;
 use tokio::sync::mpsc;
 
-use crate::{host::docker::DockerError, machine::Machine, model::name::AppName};
+use crate::{
+    host::docker::{ContainerEvent, DockerError},
+    machine::Machine,
+    model::name::AppName,
+};
 
-/// Between two tries to hear events, at first and at last.
+/// First and longest backoff between two subscriptions to events.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// What woke the loop, if not a task.
+/// A trigger of the loop from outside.
 #[derive(Debug)]
 pub(super) enum Hint {
-    /// Look at this app.
+    /// Observe this app.
     App(AppName),
-    /// Look at everything.
+    /// A container of this app ended: what is held is stale.
+    Ended(AppName),
+    /// Observe everything.
     All,
 }
 
-/// Turns SIGHUP into a look at everything: what an operator sends after changing a template by hand.
-pub(super) async fn hang_up(hints: mpsc::UnboundedSender<Hint>) {
+/// Turns SIGHUP into a full observation; operators send it after changing a template by hand.
+pub(super) async fn on_sighup(hints: mpsc::UnboundedSender<Hint>) {
     let Ok(mut signals) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) else { return };
     while signals.recv().await.is_some() {
         if hints.send(Hint::All).is_err() {
@@ -30,12 +36,12 @@ pub(super) async fn hang_up(hints: mpsc::UnboundedSender<Hint>) {
     }
 }
 
-/// Turns events of Docker into hints, for as long as the agent lives. After every gap: look at everything.
-pub(super) async fn listen(machine: Arc<impl Machine>, hints: mpsc::UnboundedSender<Hint>) {
+/// Turns events of Docker into hints until the agent ends, with a full observation after every gap.
+pub(super) async fn listen_to_docker(machine: Arc<impl Machine>, hints: mpsc::UnboundedSender<Hint>) {
     let mut pause = FIRST_PAUSE;
     loop {
         let mut events = std::pin::pin!(machine.events());
-        // The request goes out with the first look; what happened before it is only found by looking at everything.
+        // The subscription starts with the first poll; only a full observation finds what happened before it.
         let mut first = true;
         loop {
             let next = if first {
@@ -53,9 +59,9 @@ pub(super) async fn listen(machine: Arc<impl Machine>, hints: mpsc::UnboundedSen
                 events.next().await
             };
             match next {
-                Some(Ok(app)) => {
+                Some(Ok(ContainerEvent { app, is_end })) => {
                     pause = FIRST_PAUSE;
-                    if hints.send(Hint::App(app)).is_err() {
+                    if hints.send(if is_end { Hint::Ended(app) } else { Hint::App(app) }).is_err() {
                         return;
                     }
                 }

@@ -1,17 +1,22 @@
-//! The loop: look, decide, do one step, look again.
+//! The reconcile loop: observe, plan, perform one step, observe again.
 //!
-//! News of any kind (a change in the store, an event of Docker, a health check, a step that ended, a timer) only says
-//! *look again at this app*. What is decided follows from what is then seen, so a lost event costs time, never safety.
+//! Every trigger (a change in the store, a Docker event, a timer) only says *observe this app again*. Decisions follow
+//! from what is then observed, so a lost event costs time, never safety. Within a deploy, the known result of a step and
+//! a probe that finds an instance healthy stand in for that (`amend.rs`).
 
-mod account;
+mod amend;
 mod app;
-mod done;
+mod completion;
+mod drain;
+mod freshness;
 mod incidents;
 mod listen;
+mod listing;
 mod prediction;
 mod proxy;
 mod report;
 mod standstill;
+mod telemetry;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -29,7 +34,7 @@ use crate::{
     failpoint,
     host::docker::Foreign,
     machine::Machine,
-    metrics::{Metrics, View, Vitals},
+    metrics::{HostGauges, Metrics, View},
     model::{
         desired::{DesiredApp, Snapshot},
         mounts::{self, NestedMount},
@@ -39,82 +44,87 @@ use crate::{
     },
     plan::{
         AppInput, AppPlan,
-        proxy::{Conflict, conflicts},
+        proxy::{Conflict, ProxyInput, ProxyPlan, conflicts},
         step::Step,
     },
     store::{Publishing, Update},
 };
-use app::{AppState, Around};
-use done::Done;
-use listen::{Hint, hang_up, listen};
+use app::{AppState, PlanContext};
+use completion::Completion;
+use listen::{Hint, listen_to_docker, on_sighup};
 use proxy::ProxyState;
 
-/// Steps at a time. Measured on two cores: four at a time start 50 containers in 4.8 s, eight in 4.4 s, sixteen in
-/// 4.2 s; one at a time takes 10.2 s.
+/// Steps in flight at a time. Measured on two cores: four at a time start 50 containers in 4.8 s, eight in 4.4 s,
+/// sixteen in 4.2 s; one at a time takes 10.2 s.
 pub const PARALLEL_STEPS: usize = 8;
-/// Pulls at a time; each uses the whole line anyway.
+/// Pulls in flight at a time; a single one saturates the network link.
 const PARALLEL_PULLS: usize = 3;
-/// Stops at a time. Most of their time they only wait for a program to end, and that must hold up nobody.
+/// Stops in flight at a time. They mostly wait for a program to exit, and must not block other steps.
 const PARALLEL_STOPS: usize = 64;
-/// Longest wait for steps under way when the agent ends. Whatever is cut is found and finished by the next start.
-const LAST_STEPS: Duration = Duration::from_secs(8);
-/// Apps that have not been looked at yet hold back changes of nginx for this long at most.
-const FIRST_LOOK: Duration = Duration::from_secs(5);
+/// Longest wait for steps in flight at shutdown. The next start finds and finishes what was cut off.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
+/// Apps that have not been observed yet hold back changes of nginx for this long at most.
+const FIRST_OBSERVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Where the agent tells what it knows.
+/// Where the agent publishes its state.
 #[derive(Debug)]
 pub struct Outlets {
     /// Metrics.
     pub metrics: Arc<Metrics>,
     /// What metrics show of the loop.
     pub view: watch::Sender<Arc<View>>,
-    /// What metrics show of this machine.
-    pub vitals: watch::Sender<Vitals>,
-    /// What happens, one thing at a time.
+    /// Gauges of this machine, for metrics.
+    pub host_gauges: watch::Sender<HostGauges>,
+    /// The event stream.
     pub events: Events,
     /// For `/status`.
     pub status: watch::Sender<HostStatus>,
     /// For the store.
     pub publish: watch::Sender<(HostStatus, BTreeMap<String, String>)>,
-    /// When the loop last went round.
+    /// When the loop last completed a round.
     pub pulse: watch::Sender<Instant>,
     /// Whether etcd and Docker have been read.
     pub ready: watch::Sender<bool>,
-    /// For whoever reads the store: that it is to be read in full, at once.
-    pub doubted: Arc<Notify>,
-    /// How publishing goes.
+    /// Asks the store watcher for a full read at once.
+    pub resync_requested: Arc<Notify>,
+    /// State of publishing to the store.
     pub publishing: Arc<Publishing>,
 }
 
 /// How the agent runs.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Between two looks at everything.
+    /// Interval between two full observations.
     pub resync: Duration,
     /// Steps at a time.
     pub parallel: usize,
-    /// How long an app stays as it is after it was deleted from the store: within this time a put undoes that.
+    /// How long a deleted app stays as it is: a put within this time undoes the deletion.
     pub delete_grace: Duration,
-    /// End once everything is converged, or nothing but a person can help.
+    /// Exit once everything is converged, or only an operator can help.
     pub once: bool,
-    /// Who decides. Always [`plan_app`](crate::plan::app::plan_app), except where it is to be seen that a wrong decision is noticed.
+    /// The planner: [`plan_app`](crate::plan::app::plan_app), except in tests that check that wrong plans are refused.
     pub planner: Planner,
+    /// The planner of nginx: [`plan_proxy`](crate::plan::proxy::plan_proxy), with the same exception.
+    pub proxy_planner: ProxyPlanner,
 }
 
-/// Decides about one app.
+/// Plans one app.
 pub type Planner = fn(&AppInput<'_>) -> AppPlan;
+
+/// Plans nginx.
+pub type ProxyPlanner = fn(&ProxyInput<'_>) -> ProxyPlan;
 
 /// How the loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
     /// Everything was converged.
     Converged,
-    /// A person must act.
+    /// An operator must act.
     Blocked,
-    /// It was told to end.
-    Told,
-    /// A mistake in demae: a part of it panicked.
-    Broken,
+    /// It was asked to shut down.
+    Shutdown,
+    /// A bug in demae: one of its tasks panicked.
+    TaskPanicked,
 }
 
 /// The agent of one host.
@@ -130,20 +140,20 @@ pub struct Agent<M> {
     apps: BTreeMap<AppName, AppState>,
     proxy: ProxyState,
     docker_error: Option<String>,
-    /// Containers with this host's name that another agent made.
+    /// Containers with this host's name that another agent created.
     foreign: Vec<Foreign>,
-    /// Whether Docker was not there, or did not answer, when it was asked last.
+    /// Whether Docker was unreachable or unresponsive at the last call.
     docker_away: bool,
     listed: bool,
     listing: bool,
     relist: bool,
     relist_at: Instant,
     began: Instant,
-    /// When this round of the loop began, by the clock that runs on while the machine is suspended.
+    /// When this round of the loop began, by the clock that keeps running while the machine is suspended.
     round: Timestamp,
-    /// Until when the store is waited for, and how often it had been read by then, or that been tried.
+    /// Deadline for a requested re-read of the store, and the number of read attempts when it was requested.
     rereading: Option<(Instant, u64)>,
-    jobs: JoinSet<Done>,
+    jobs: JoinSet<Completion>,
     steps: Arc<Semaphore>,
     pulls: Arc<Semaphore>,
     stops: Arc<Semaphore>,
@@ -151,14 +161,14 @@ pub struct Agent<M> {
     store_block: Option<StoreBlock>,
 }
 
-/// What is wanted of an app that a snapshot does not know.
-fn unknown(snapshot: Option<&Snapshot>) -> DesiredApp {
+/// Desired state of an app that a snapshot does not list.
+fn desired_if_unlisted(snapshot: Option<&Snapshot>) -> DesiredApp {
     let why = "the store has no such app".to_owned();
-    if snapshot.is_some_and(|s| s.proven) { DesiredApp::Absent(why) } else { DesiredApp::Kept(why) }
+    if snapshot.is_some_and(|s| s.proven) { DesiredApp::Absent(why) } else { DesiredApp::Unknown(why) }
 }
 
 impl<M: Machine> Agent<M> {
-    /// Nothing is done yet.
+    /// A new agent; it does nothing until it runs.
     pub fn new(machine: Arc<M>, options: Options, outlets: Outlets, updates: watch::Receiver<Update>) -> Self {
         let now = Instant::now();
         let round = machine.now();
@@ -171,7 +181,7 @@ impl<M: Machine> Agent<M> {
             conflicts: BTreeMap::new(),
             nested: BTreeMap::new(),
             apps: BTreeMap::new(),
-            proxy: ProxyState { dirty: true, ..ProxyState::default() },
+            proxy: ProxyState::default(),
             docker_error: None,
             foreign: Vec::new(),
             docker_away: false,
@@ -191,64 +201,72 @@ impl<M: Machine> Agent<M> {
         }
     }
 
-    /// Runs until told to end; with `once`, until nothing is left to do.
+    /// Runs until cancelled; with `once`, until nothing is left to do.
     ///
-    /// `news` brings apps whose health changed.
+    /// `news` yields apps whose health changed.
     pub async fn run(mut self, mut news: mpsc::UnboundedReceiver<AppName>, token: CancellationToken) -> Ended {
         let (hints, mut hinted) = mpsc::unbounded_channel();
         let mut listeners = JoinSet::new();
-        listeners.spawn(listen(self.machine.clone(), hints.clone()));
-        listeners.spawn(hang_up(hints));
+        listeners.spawn(listen_to_docker(self.machine.clone(), hints.clone()));
+        listeners.spawn(on_sighup(hints));
         let mut watchdog = tokio::time::interval(Duration::from_secs(5));
         let mut updates = self.updates.clone();
-        self.take_update();
+        self.apply_update();
         loop {
             self.begin_round();
             self.act();
-            self.tell();
+            self.report();
             if self.options.once
-                && let Some(ended) = self.is_over()
+                && let Some(ended) = self.once_result()
             {
                 self.finish().await;
                 return ended;
             }
             let wake = self.wake_at();
-            // In this order, so that the same history is always told the same way, and a flood of hints holds up nothing.
+            // Biased: the same history is handled in the same order, and a flood of hints blocks nothing.
             tokio::select! {
                 biased;
                 () = token.cancelled() => {
                     self.finish().await;
-                    return Ended::Told;
+                    return Ended::Shutdown;
                 }
                 _ = watchdog.tick() => {
                     self.outlets.pulse.send_replace(Instant::now());
-                    // Outside of systemd nobody listens.
+                    // Fails outside of systemd.
                     let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
-                    // nginx that was stopped or started anew is looked at soon, not only with everything else.
+                    // Notices a stopped or restarted nginx soon, not only at the next full observation.
                     let away = self.proxy.observed.serving.is_none() || !self.machine.has_nginx();
-                    self.proxy.dirty |= self.proxy.seen && away;
+                    if self.proxy.fresh.is_valid() && away {
+                        self.proxy.fresh.hint();
+                    }
                 }
                 changed = updates.changed() => {
                     if changed.is_err() {
-                        tracing::error!("the watch of the store ended badly, and the agent with it");
+                        tracing::error!("the store watch ended unexpectedly; the agent ends");
                         self.finish().await;
-                        return Ended::Broken;
+                        return Ended::TaskPanicked;
                     }
                     updates.mark_unchanged();
-                    self.take_update();
+                    self.apply_update();
                 }
                 Some(done) = self.jobs.join_next() => match done {
-                    Ok(done) => self.take(done),
+                    Ok(done) => self.on_completion(done),
                     Err(e) => {
-                        // Which app it worked for is lost with it. Starting again finds everything.
-                        tracing::error!("a task of the agent ended badly, and the agent with it: {e}");
+                        // The app that the task worked for is lost with it; a restart recovers everything.
+                        tracing::error!("a task of the agent panicked; the agent ends: {e}");
                         self.finish().await;
-                        return Ended::Broken;
+                        return Ended::TaskPanicked;
                     }
                 },
-                Some(app) = news.recv() => self.look_at(&app),
+                Some(app) = news.recv() => self.on_probed(&app),
                 Some(hint) = hinted.recv() => match hint {
-                    Hint::App(app) => self.look_at(&app),
+                    Hint::App(app) => self.request_observe(&app),
+                    Hint::Ended(app) => {
+                        self.request_observe(&app);
+                        if let Some(state) = self.apps.get_mut(&app) {
+                            state.fresh.invalidate();
+                        }
+                    }
                     Hint::All => self.relist = true,
                 },
                 () = tokio::time::sleep_until(wake) => {}
@@ -257,20 +275,20 @@ impl<M: Machine> Agent<M> {
         }
     }
 
-    /// Lets the steps under way end. What is cut is found and finished by the next start.
+    /// Lets steps in flight finish. The next start finds and finishes what is cut off.
     async fn finish(&mut self) {
-        // Whoever waits for a turn gets none any more.
+        // Steps that wait for a permit no longer get one.
         for permits in [&self.steps, &self.pulls, &self.stops] {
             permits.close();
         }
         let waiting = async { while self.jobs.join_next().await.is_some() {} };
-        if tokio::time::timeout(LAST_STEPS, waiting).await.is_err() {
-            tracing::warn!("leaving {} steps unfinished; the next start finishes them", self.jobs.len());
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, waiting).await.is_err() {
+            tracing::warn!("{} steps are left unfinished; the next start finishes them", self.jobs.len());
         }
         self.jobs.abort_all();
     }
 
-    fn take_update(&mut self) {
+    fn apply_update(&mut self) {
         let (snapshot, seen) = {
             let update = self.updates.borrow_and_update();
             (update.snapshot.clone(), update.seen)
@@ -280,56 +298,67 @@ impl<M: Machine> Agent<M> {
             return;
         }
         let now = self.machine.now();
-        // What an agent finds when it starts is no change that anybody waits for.
+        // State found at startup is not a change with a latency to measure.
         let seen = seen.filter(|_| self.snapshot.as_ref().is_some_and(|s| s.proven));
-        let unknown = unknown(Some(&snapshot));
+        let unlisted = desired_if_unlisted(Some(&snapshot));
         for (app, desired) in &snapshot.apps {
             let state =
-                self.apps.entry(app.clone()).or_insert_with(|| AppState::new(app.clone(), unknown.clone(), now));
-            state.want(desired.clone(), seen, now, self.options.delete_grace);
+                self.apps.entry(app.clone()).or_insert_with(|| AppState::new(app.clone(), unlisted.clone(), now));
+            state.set_desired(desired.clone(), seen, now, self.options.delete_grace);
         }
         for (_, state) in self.apps.iter_mut().filter(|(app, _)| !snapshot.apps.contains_key(*app)) {
-            state.want(unknown.clone(), seen, now, self.options.delete_grace);
+            state.set_desired(unlisted.clone(), seen, now, self.options.delete_grace);
         }
         let nested = mounts::nested(&snapshot);
         for (app, state) in &mut self.apps {
-            state.dirty |= nested.get(app) != self.nested.get(app);
+            if nested.get(app) != self.nested.get(app) {
+                state.fresh.hint();
+            }
         }
         self.nested = nested;
         self.snapshot = Some(snapshot);
     }
 
-    fn look_at(&mut self, app: &AppName) {
+    /// The health of an instance changed.
+    fn on_probed(&mut self, app: &AppName) {
+        let (machine, now) = (&self.machine, self.machine.now());
+        let is_amended = |state: &mut AppState| state.amend_health(|id| machine.probed(app, id), now);
+        if !self.apps.get_mut(app).is_some_and(is_amended) {
+            self.request_observe(app);
+        }
+    }
+
+    fn request_observe(&mut self, app: &AppName) {
         if let Some(state) = self.apps.get_mut(app) {
-            state.dirty = true;
+            state.fresh.hint();
         } else {
-            // A container of an app that is not known: only a full look tells what it is.
+            // A container of an unknown app: this needs a full list.
             self.relist = true;
         }
     }
 
-    /// nginx changed, so that what apps wait for may be there; what was seen of them still holds.
+    /// nginx changed, so what apps wait for may hold now; their observations are still valid.
     fn replan_all(&mut self) {
         for state in self.apps.values_mut() {
-            state.replan = true;
+            state.fresh.request_plan();
         }
     }
 
-    /// Everything that can be started now.
+    /// Starts everything that can be started now.
     fn act(&mut self) {
         let now = self.round;
         if (self.relist || Instant::now() >= self.relist_at) && !self.listing {
             self.relist = false;
             self.listing = true;
             let machine = self.machine.clone();
-            self.jobs.spawn(async move { Done::Listed(machine.list().await) });
+            self.jobs.spawn(async move { Completion::Listed(machine.list().await) });
         }
-        // A change that was begun before a standstill may take long, and apps are not kept waiting for its end.
-        if self.proxy.dirty && !self.proxy.observing && (!self.proxy.busy || self.proxy.stale) {
-            self.proxy.dirty = false;
-            self.proxy.observing = true;
+        // A change of nginx that began before a standstill may take long, and apps must not wait for it.
+        let fresh = &mut self.proxy.fresh;
+        if fresh.is_observe_due() && !fresh.is_observing() && (!self.proxy.busy || !fresh.is_valid()) {
+            fresh.begin();
             let machine = self.machine.clone();
-            self.jobs.spawn(async move { Done::ProxyObserved(Box::new(machine.observe_proxy().await)) });
+            self.jobs.spawn(async move { Completion::ProxyObserved(Box::new(machine.observe_proxy().await)) });
         }
         let Some(snapshot) = self.snapshot.clone() else { return };
         if !self.listed {
@@ -348,16 +377,25 @@ impl<M: Machine> Agent<M> {
         let Some(state) = self.apps.get_mut(app) else { return };
         if state.wake.is_some_and(|at| at <= now) {
             state.wake = None;
-            state.dirty = true;
-            if self.proxy.observed.old_workers != Some(0) && !self.proxy.counting {
-                self.proxy.counting = true;
+            if let Some(ids) = state.drains(now) {
+                let (machine, app) = (self.machine.clone(), app.clone());
+                self.jobs.spawn(async move {
+                    let counts = machine.recount(&app, &ids).await;
+                    Completion::Counted(app, counts)
+                });
+            } else {
+                state.fresh.hint();
+            }
+            if self.proxy.observed.old_workers != Some(0) && !self.proxy.counting_workers {
+                self.proxy.counting_workers = true;
                 let machine = self.machine.clone();
-                self.jobs.spawn(async move { Done::OldWorkers(machine.old_workers().await) });
+                let generation = self.proxy.observed.generation();
+                self.jobs.spawn(async move { Completion::OldWorkers(generation, machine.old_workers().await) });
             }
         }
-        // What was just seen is planned on before the next look: else hints without a pause would keep an app from it.
+        // Plan on a fresh observation before the next one: else a flood of hints would starve the app.
         let Some(step) = self.plan(app, now) else {
-            self.look(app, now);
+            self.observe_if_due(app, now);
             return;
         };
         let Some(state) = self.apps.get_mut(app) else { return };
@@ -370,56 +408,61 @@ impl<M: Machine> Agent<M> {
             _ => &self.steps,
         };
         let permits = permits.clone();
-        let turn = state.turn.take().filter(|turn| Arc::ptr_eq(turn.semaphore(), &permits));
+        let permit = state.permit.take().filter(|permit| Arc::ptr_eq(permit.semaphore(), &permits));
         let performing = async move {
-            let turn = match turn {
-                Some(turn) => turn,
+            let permit = match permit {
+                Some(permit) => permit,
                 None => match permits.acquire_owned().await {
-                    Ok(turn) => turn,
-                    // The agent ends.
-                    Err(_) => return Done::Late(app, None),
+                    Ok(permit) => permit,
+                    // The agent is shutting down.
+                    Err(_) => return Completion::NotStarted(app, None),
                 },
             };
             failpoint::boundary(step.kind().as_str());
-            if standstill::is_late(now, machine.now()) {
-                tracing::info!(app = %app, step = step.kind().as_str(), "decided anew, as it comes late: {step}");
-                return Done::Late(app, Some((Box::new(step), turn)));
+            if standstill::is_expired(now, machine.now()) {
+                tracing::info!(
+                    app = %app,
+                    step = step.kind().as_str(),
+                    "decision expired before the step started, planning again: {step}"
+                );
+                return Completion::NotStarted(app, Some((Box::new(step), permit)));
             }
             let began = Instant::now();
             let result = machine.perform(&app, &step, &observed).await;
             failpoint::boundary(step.kind().as_str());
-            Done::Stepped(app, Box::new(step), result, began.elapsed(), tracing::Span::current())
+            Completion::Stepped(app, Box::new(step), result, began.elapsed(), tracing::Span::current())
         };
         self.jobs.spawn(performing.instrument(span));
     }
 
-    /// The next step for an app, if what was seen of it is good enough to decide.
+    /// The next step for an app, if its observation is valid.
     fn plan(&mut self, app: &AppName, now: Timestamp) -> Option<Step> {
         let state = self.apps.get_mut(app)?;
-        if !state.is_plannable() || !self.proxy.seen || self.proxy.stale || self.rereading.is_some() {
+        if !state.fresh.is_plannable() || !self.proxy.fresh.is_valid() || self.rereading.is_some() {
             return None;
         }
-        let around = Around {
+        let context = PlanContext {
             proxy: &self.proxy.observed,
             trouble: self.proxy.trouble.as_deref(),
             conflict: self.conflicts.get(app).cloned(),
             nested: self.nested.get(app),
         };
-        let told = (self.outlets.metrics.as_ref(), &self.outlets.events);
-        state.plan(self.options.planner, around, now, told)
+        let outputs = (self.outlets.metrics.as_ref(), &self.outlets.events);
+        state.plan(self.options.planner, context, now, outputs)
     }
 
-    /// Looks at an app, if that is due.
-    fn look(&mut self, app: &AppName, now: Timestamp) {
+    /// Observes an app, if that is due.
+    fn observe_if_due(&mut self, app: &AppName, now: Timestamp) {
         let Some(state) = self.apps.get_mut(app) else { return };
-        if state.dirty && !state.observing && state.busy.is_none() && state.look_after <= now {
-            state.dirty = false;
-            state.observing = true;
+        let fresh = &mut state.fresh;
+        if fresh.is_observe_due() && !fresh.is_observing() && state.busy.is_none() && state.observe_after <= now {
+            let listed = state.listed();
+            state.fresh.begin();
             let wanted = state.wanted();
             let (machine, app) = (self.machine.clone(), app.clone());
             self.jobs.spawn(async move {
-                let observed = machine.observe_app(&app, wanted.as_ref()).await;
-                Done::Observed(app, observed)
+                let observed = machine.observe_app(&app, wanted.as_ref(), listed).await;
+                Completion::Observed(app, observed)
             });
         }
     }
@@ -427,15 +470,16 @@ impl<M: Machine> Agent<M> {
     fn wake_at(&self) -> Instant {
         let now = self.machine.now();
         let soon = |at: Timestamp| Instant::now() + at.since(now).max(Duration::from_millis(5));
-        // Nothing is done for any app before everything was listed, and the store read.
-        let able = self.listed && self.snapshot.is_some();
-        let apps = self.apps.values().filter(|s| able && !s.observing && s.busy.is_none());
-        let apps = apps.filter_map(|s| if s.dirty { Some(s.look_after) } else { s.wake }).min().map(soon);
+        // No app is acted on before the first list of containers and the first snapshot.
+        let is_ready = self.listed && self.snapshot.is_some();
+        let apps = self.apps.values().filter(|s| is_ready && !s.fresh.is_observing() && s.busy.is_none());
+        let apps =
+            apps.filter_map(|s| if s.fresh.is_observe_due() { Some(s.observe_after) } else { s.wake }).min().map(soon);
         let relist = if self.listing { None } else { Some(self.relist_at) };
-        let proxy = self.proxy.wake.filter(|_| able && !self.proxy.observing).map(soon);
-        let can_plan = able && self.proxy.seen && !self.proxy.stale && self.rereading.is_none();
-        let replan = (can_plan && self.apps.values().any(AppState::is_plannable)).then(Instant::now);
-        let reread = self.rereading.map(|_| Instant::now() + standstill::REREAD_LOOK);
+        let proxy = self.proxy.wake.filter(|_| is_ready && !self.proxy.fresh.is_observing()).map(soon);
+        let can_plan = is_ready && self.proxy.fresh.is_valid() && self.rereading.is_none();
+        let replan = (can_plan && self.apps.values().any(|s| s.fresh.is_plannable())).then(Instant::now);
+        let reread = self.rereading.map(|_| Instant::now() + standstill::REREAD_POLL);
         [apps, relist, proxy, reread, replan]
             .into_iter()
             .flatten()
@@ -443,14 +487,16 @@ impl<M: Machine> Agent<M> {
             .unwrap_or_else(|| Instant::now() + Duration::from_secs(60))
     }
 
-    /// With `once`: whether nothing is left to do.
-    fn is_over(&self) -> Option<Ended> {
-        // Nothing is changed over a store that is not believed, so nothing is left to wait for but a person.
-        let resting = self.apps.values().all(|s| s.is_planned() && !s.dirty && !s.replan && s.is_at_rest());
+    /// With `once`: the result, if nothing is left to do.
+    fn once_result(&self) -> Option<Ended> {
+        // While the store is quarantined nothing changes, and only an operator can resolve that.
+        let is_resting =
+            |s: &AppState| s.is_planned() && !s.fresh.is_observe_due() && !s.fresh.is_plan_due() && s.is_at_rest();
+        let resting = self.apps.values().all(is_resting);
         if self.jobs.is_empty() && self.listed && self.store_block.is_some() && (self.snapshot.is_none() || resting) {
             return Some(Ended::Blocked);
         }
-        let idle = self.jobs.is_empty() && self.listed && self.snapshot.is_some() && self.proxy.seen;
+        let idle = self.jobs.is_empty() && self.listed && self.snapshot.is_some() && self.proxy.fresh.is_valid();
         let proxy = self.proxy.observed.is_serving_live() && self.snapshot.as_ref().is_some_and(|s| s.proven);
         if !idle || !resting || !proxy {
             return None;

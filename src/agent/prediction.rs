@@ -1,85 +1,120 @@
-//! Holds the model of a host to the host: what a step is said to leave behind, against what is seen after it. Compiled in
-//! only with the feature `failpoints`, so that every test on a real host is a test of the model too.
+//! Compares the model of each step with the host: the predicted state with what is observed after the step. Compiled in
+//! only with the feature `failpoints`, so every test on a real host also tests the model.
 
 #[cfg(feature = "failpoints")]
-pub(super) use checked::Prediction;
+pub(super) use checked::{Prediction, ProxyPrediction};
 #[cfg(not(feature = "failpoints"))]
-pub(super) use unchecked::Prediction;
+pub(super) use unchecked::{Prediction, ProxyPrediction};
 
 #[cfg(feature = "failpoints")]
 mod checked {
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use crate::{
+        host::nginx::Published,
         model::{
-            name::ContainerId,
+            name::AppName,
             observed::{Instance, InstanceKey, ObservedApp},
+            proxy::{ObservedProxy, Vhost},
             time::Timestamp,
         },
         plan::{
-            simulate::{self, address, contradiction, leave_behind},
+            simulate::{NewContainer, apply_step, contradiction, proxy_contradiction},
             step::Step,
         },
     };
 
-    /// What was seen before a step, and what the model says of after it.
+    /// The prediction for the next observation of nginx: a generation, its vhosts, and the apps that were refused.
+    #[derive(Debug, Default)]
+    pub(crate) struct ProxyPrediction(Option<(u64, BTreeMap<AppName, Vhost>, BTreeSet<AppName>)>);
+
+    impl ProxyPrediction {
+        /// Predicts the live set after it was published.
+        pub(crate) fn predict(&mut self, wanted: Option<&BTreeMap<AppName, Vhost>>, published: Option<&Published>) {
+            self.0 = wanted.zip(published).map(|(wanted, published)| {
+                (published.generation, wanted.clone(), published.rejected.keys().cloned().collect())
+            });
+        }
+
+        /// Discards the prediction: the step failed somewhere.
+        pub(crate) fn discard(&mut self) {
+            self.0 = None;
+        }
+
+        /// Compares an observation with the prediction.
+        pub(crate) fn compare(&mut self, seen: &ObservedProxy) {
+            let Some((generation, wanted, rejected)) = self.0.take() else { return };
+            if let Some(what) = proxy_contradiction(generation, &wanted, &rejected, seen) {
+                tracing::error!("model and host differ: {what}");
+            }
+        }
+    }
+
+    /// The state at the last observation, and the predicted state after the steps since.
     #[derive(Debug)]
-    struct Made {
-        step: Step,
+    struct Predicted {
+        steps: Vec<Step>,
         before: ObservedApp,
         after: ObservedApp,
     }
 
-    /// What is about to be seen.
+    /// The prediction for the next observation.
     #[derive(Debug, Default)]
     pub(crate) struct Prediction {
-        made: Option<Made>,
-        /// Which instances Docker has made for this process.
-        asked: BTreeSet<InstanceKey>,
+        predicted: Option<Predicted>,
+        /// Instances that this process created.
+        created_here: BTreeSet<InstanceKey>,
     }
 
     impl Prediction {
-        /// A step succeeded, on what was seen before it.
-        pub(crate) fn make(&mut self, step: &Step, before: Option<&ObservedApp>, now: Timestamp) {
-            // One that was refused is still the call of the agent before, which had the name.
+        /// Predicts the state after a step that succeeded.
+        pub(crate) fn predict(
+            &mut self,
+            step: &Step,
+            created: Option<&NewContainer>,
+            before: Option<&ObservedApp>,
+            now: Timestamp,
+        ) {
+            // A 409 means an earlier agent's create call is still in flight under that name.
             if let Step::Create { key, .. } = step {
-                self.asked.insert(key.clone());
+                self.created_here.insert(key.clone());
             }
             let Some(before) = before.cloned() else { return };
             let mut after = before.clone();
-            let made = match step {
-                Step::Create { key, release, .. } => ContainerId::try_from("0".repeat(64))
-                    .ok()
-                    .map(|id| simulate::Made { id, address: address(key, release, 0) }),
-                _ => None,
+            apply_step(&mut after, step, created.cloned(), now);
+            let (mut steps, before) = match self.predicted.take() {
+                Some(earlier) => (earlier.steps, earlier.before),
+                None => (Vec::new(), before),
             };
-            leave_behind(&mut after, step, made, now);
-            self.made = Some(Made { step: step.clone(), before, after });
+            steps.push(step.clone());
+            self.predicted = Some(Predicted { steps, before, after });
         }
 
-        /// Something else may have happened since.
-        pub(crate) fn drop(&mut self) {
-            self.made = None;
+        /// Discards the prediction: something else may have happened since.
+        pub(crate) fn discard(&mut self) {
+            self.predicted = None;
         }
 
-        /// This was seen.
+        /// Compares an observation with the prediction.
         pub(crate) fn compare(&mut self, seen: &ObservedApp) {
-            let Some(Made { step, before, after }) = self.made.take() else { return };
-            match contradiction(&step, &after, &self.without_late(&before, seen)) {
-                Some(what) => tracing::error!(step = %step, "model and host differ: {what}"),
-                None => tracing::debug!(step = %step, "model and host agree"),
+            let Some(Predicted { steps, before, after }) = self.predicted.take() else { return };
+            let Some(last) = steps.last() else { return };
+            match contradiction(last, &after, &self.without_unrelated(&before, seen)) {
+                Some(what) => tracing::error!(step = %last, "model and host differ: {what}"),
+                None => steps.iter().for_each(|step| tracing::debug!(step = %step, "model and host agree")),
             }
         }
 
-        /// What was seen, without the instances that came up meanwhile and that this process did not ask for: Docker ends a
-        /// call whose caller was killed, at any moment.
-        fn without_late(&self, before: &ObservedApp, seen: &ObservedApp) -> ObservedApp {
-            let is_late =
-                |i: &Instance| !self.asked.contains(&i.key) && before.instances.iter().all(|b| b.key != i.key);
-            let late: BTreeSet<_> = seen.instances.iter().filter(|i| is_late(i)).map(|i| i.key.clone()).collect();
+        /// The observation without instances that an earlier agent created: Docker may finish a call at any time after
+        /// its caller was killed.
+        fn without_unrelated(&self, before: &ObservedApp, seen: &ObservedApp) -> ObservedApp {
+            let is_unrelated =
+                |i: &Instance| !self.created_here.contains(&i.key) && before.instances.iter().all(|b| b.key != i.key);
+            let unrelated: BTreeSet<_> =
+                seen.instances.iter().filter(|i| is_unrelated(i)).map(|i| i.key.clone()).collect();
             let mut seen = seen.clone();
-            seen.instances.retain(|i| !late.contains(&i.key));
-            seen.socket_dirs.retain(|key| !late.contains(key));
+            seen.instances.retain(|i| !unrelated.contains(&i.key));
+            seen.socket_dirs.retain(|key| !unrelated.contains(key));
             seen
         }
     }
@@ -87,21 +122,51 @@ mod checked {
 
 #[cfg(not(feature = "failpoints"))]
 mod unchecked {
+    use std::collections::BTreeMap;
+
     use crate::{
-        model::{observed::ObservedApp, time::Timestamp},
-        plan::step::Step,
+        host::nginx::Published,
+        model::{
+            name::AppName,
+            observed::ObservedApp,
+            proxy::{ObservedProxy, Vhost},
+            time::Timestamp,
+        },
+        plan::{simulate::NewContainer, step::Step},
     };
 
-    /// Nothing, without the feature.
+    /// Empty without the feature.
+    #[derive(Debug, Default)]
+    pub(crate) struct ProxyPrediction(());
+
+    impl ProxyPrediction {
+        #[expect(clippy::unused_self, reason = "it has nothing to remember")]
+        pub(crate) fn predict(&mut self, _wanted: Option<&BTreeMap<AppName, Vhost>>, _published: Option<&Published>) {}
+
+        #[expect(clippy::unused_self, reason = "it has nothing to remember")]
+        pub(crate) fn discard(&mut self) {}
+
+        #[expect(clippy::unused_self, reason = "it has nothing to remember")]
+        pub(crate) fn compare(&mut self, _seen: &ObservedProxy) {}
+    }
+
+    /// Empty without the feature.
     #[derive(Debug, Default)]
     pub(crate) struct Prediction(());
 
     impl Prediction {
         #[expect(clippy::unused_self, reason = "it has nothing to remember")]
-        pub(crate) fn make(&mut self, _step: &Step, _before: Option<&ObservedApp>, _now: Timestamp) {}
+        pub(crate) fn predict(
+            &mut self,
+            _step: &Step,
+            _created: Option<&NewContainer>,
+            _before: Option<&ObservedApp>,
+            _now: Timestamp,
+        ) {
+        }
 
         #[expect(clippy::unused_self, reason = "it has nothing to remember")]
-        pub(crate) fn drop(&mut self) {}
+        pub(crate) fn discard(&mut self) {}
 
         #[expect(clippy::unused_self, reason = "it has nothing to remember")]
         pub(crate) fn compare(&mut self, _seen: &ObservedApp) {}

@@ -1,13 +1,19 @@
-//! What the loop keeps of nginx, and what it does to it.
+//! State of nginx in the loop, and the steps that change it.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
 use super::{
-    Agent, FIRST_LOOK,
+    Agent, FIRST_OBSERVE_TIMEOUT,
     app::AppState,
-    done::{Done, ProxyEnd},
+    completion::{Completion, ProxyStepResult},
+    freshness::Freshness,
+    prediction::ProxyPrediction,
     standstill,
 };
 use crate::{
@@ -15,36 +21,34 @@ use crate::{
     machine::Machine,
     model::{name::AppName, proxy::ObservedProxy, time::Timestamp},
     plan::{
-        Cooled, VhostWish,
-        proxy::{ProxyInput, ProxyStep, plan_proxy},
+        Backoff, VhostWish,
+        check::proxy_violations,
+        proxy::{ProxyInput, ProxyPlan, ProxyStep},
     },
 };
 
-/// What is known of nginx, and what is under way.
+/// State of nginx: last observation, last plan, the step in flight.
 #[derive(Default)]
 pub(super) struct ProxyState {
     pub(super) observed: ObservedProxy,
-    pub(super) seen: bool,
-    pub(super) observing: bool,
-    /// Whether what was seen may not hold any more.
-    pub(super) stale: bool,
-    /// Whether the look under way was begun before that.
-    pub(super) outdated: bool,
-    pub(super) dirty: bool,
-    pub(super) counting: bool,
+    pub(super) fresh: Freshness,
+    pub(super) counting_workers: bool,
     pub(super) busy: bool,
-    pub(super) cooled: Option<Cooled>,
+    pub(super) backoff: Option<Backoff>,
     pub(super) trouble: Option<String>,
     pub(super) wake: Option<Timestamp>,
-    /// Since when a step is held back, since it is not known who is well.
-    pub(super) held: Option<Timestamp>,
+    pub(super) prediction: ProxyPrediction,
+    /// Since when a step is held back until the health of instances is known.
+    pub(super) held_since: Option<Timestamp>,
 }
 
 impl<M: Machine> Agent<M> {
-    /// Takes a step for nginx, if one is due.
+    /// Starts a step for nginx, if one is due.
     pub(super) fn act_on_proxy(&mut self, now: Timestamp) {
         let unseen = self.apps.values().any(|s| !s.is_planned());
-        if !self.proxy.seen || self.proxy.stale || self.proxy.observing || (unseen && self.began.elapsed() < FIRST_LOOK)
+        if !self.proxy.fresh.is_valid()
+            || self.proxy.fresh.is_observing()
+            || (unseen && self.began.elapsed() < FIRST_OBSERVE_TIMEOUT)
         {
             return;
         }
@@ -52,22 +56,39 @@ impl<M: Machine> Agent<M> {
         let input = ProxyInput {
             wishes: &wishes,
             observed: &self.proxy.observed,
-            cooling: self.proxy.cooled.as_ref(),
-            held: self.proxy.held,
-            unasked: self.apps.values().filter_map(AppState::unasked).max(),
+            backoff: self.proxy.backoff.as_ref(),
+            held_since: self.proxy.held_since,
+            health_unknown_since: self.apps.values().filter_map(AppState::health_unknown_since).max(),
             busy: self.proxy.busy,
             now,
         };
-        let plan = plan_proxy(&input);
-        (self.proxy.wake, self.proxy.held) = (plan.wake, plan.held);
+        let planner = self.options.proxy_planner;
+        // A bug must not stop the agent, and a refused plan changes nothing.
+        let decide = || {
+            let plan = planner(&input);
+            let found = proxy_violations(&input, &plan);
+            (plan, found)
+        };
+        let (mut plan, found) = catch_unwind(AssertUnwindSafe(decide)).unwrap_or_else(|_| {
+            (ProxyPlan::default(), vec!["it ended in a panic; the log of the agent has it".to_owned()])
+        });
+        if let Some(violation) = found.into_iter().next() {
+            let refused = format!("the plan for nginx was refused: {violation}");
+            if self.proxy.trouble.as_ref() != Some(&refused) {
+                tracing::error!("{refused}");
+            }
+            let wake = Some(now.plus(Duration::from_secs(1)));
+            plan = ProxyPlan { trouble: Some(refused), wake, ..ProxyPlan::default() };
+        }
+        (self.proxy.wake, self.proxy.held_since) = (plan.wake, plan.held_since);
         if self.proxy.trouble != plan.trouble {
             self.proxy.trouble = plan.trouble;
             self.replan_all();
         }
         let Some((step, reason)) = plan.step else {
-            // It came late, and it came: what failed is over. What is held back may fail again.
+            // The set went live after all: clear the failure. A change that is held back may still fail again.
             let held_back = self.apps.values().any(AppState::is_held_back);
-            if !held_back && self.proxy.trouble.is_none() && self.proxy.cooled.take().is_some() {
+            if !held_back && self.proxy.trouble.is_none() && self.proxy.backoff.take().is_some() {
                 self.outlets.metrics.reload_recovered();
             }
             return;
@@ -82,17 +103,21 @@ impl<M: Machine> Agent<M> {
         let machine = self.machine.clone();
         self.jobs.spawn(async move {
             failpoint::boundary("nginx");
-            if standstill::is_late(now, machine.now()) {
-                tracing::info!("decided anew, as it comes late: {step}");
-                return Done::ProxyLate;
+            if standstill::is_expired(now, machine.now()) {
+                tracing::info!("decision expired before the step started, planning again: {step}");
+                return Completion::ProxyNotStarted;
             }
             let began = Instant::now();
+            let wanted = match &step {
+                ProxyStep::Publish(vhosts) => Some(vhosts.clone()),
+                ProxyStep::Reload => None,
+            };
             let result = match step {
                 ProxyStep::Publish(vhosts) => machine.publish(&vhosts).await.map(Some),
                 ProxyStep::Reload => machine.reload().await.map(|()| None),
             };
             failpoint::boundary("nginx");
-            Done::ProxyStepped(ProxyEnd { result, reason, changes, took: began.elapsed() })
+            Completion::ProxyStepped(ProxyStepResult { result, wanted, reason, changes, took: began.elapsed() })
         });
     }
 }

@@ -1,4 +1,4 @@
-//! What the loop tells after each round: status, metrics, readiness. Told only when it changed.
+//! Publishes status, metrics and readiness after each round, if they changed.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -14,11 +14,11 @@ use crate::{
 };
 
 impl<M: Machine> Agent<M> {
-    /// Brings status, metrics and readiness up to date.
-    pub(super) fn tell(&mut self) {
+    /// Updates status, metrics and readiness.
+    pub(super) fn report(&mut self) {
         let host = self.machine.host().clone();
         let store = self.updates.borrow().status.clone();
-        // Of an app that is neither here nor wanted here nothing is told.
+        // An app that is neither here nor wanted here has no status.
         let (mut apps, mut views) = (Vec::new(), Vec::new());
         for state in self.apps.values_mut() {
             if let Some(status) = state.status(self.machine.as_ref()) {
@@ -26,15 +26,15 @@ impl<M: Machine> Agent<M> {
                 apps.push(status);
             }
         }
-        self.tell_metrics(views);
-        self.tell_store(&store);
+        self.report_metrics(views);
+        self.report_store(&store);
         let snapshot = self.snapshot.as_ref();
         let proxy = self
             .proxy
             .trouble
             .clone()
-            .or_else(|| if self.proxy.seen { self.proxy.observed.error.clone() } else { None });
-        // Without Docker nothing goes on, whatever else there is to say.
+            .or_else(|| if self.proxy.fresh.has_observed() { self.proxy.observed.error.clone() } else { None });
+        // An error of Docker comes first: nothing goes on without it.
         let notes: Vec<String> = self.docker_error.iter().cloned().chain(proxy).chain(self.foreign_note()).collect();
         let proxy = (!notes.is_empty()).then(|| notes.join("; "));
         let status = HostStatus {
@@ -49,7 +49,7 @@ impl<M: Machine> Agent<M> {
         };
         let labels = snapshot.map(|s| s.labels.clone()).unwrap_or_default();
         self.outlets.publish.send_if_modified(|(known, known_labels)| {
-            // The time of the last proof changes all the time and is nobody's news.
+            // The time of the last sync changes constantly and is not worth a write to the store.
             let same = known.apps == status.apps && known.mode == status.mode && *known_labels == labels;
             if !same {
                 *known = status.clone();
@@ -58,17 +58,19 @@ impl<M: Machine> Agent<M> {
             !same
         });
         self.outlets.status.send_replace(status);
-        let ready =
-            self.snapshot.is_some() && self.listed && self.proxy.seen && self.apps.values().all(AppState::is_looked_at);
+        let ready = self.snapshot.is_some()
+            && self.listed
+            && self.proxy.fresh.has_observed()
+            && self.apps.values().all(AppState::was_observe_attempted);
         let first = self.outlets.ready.send_if_modified(|known| std::mem::replace(known, ready) != ready);
         if first && ready {
             tracing::info!(apps = self.apps.len(), "ready: etcd, Docker and nginx have been read");
-            // Outside of systemd nobody listens.
+            // Fails outside of systemd.
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         }
     }
 
-    /// What is said of containers with this host's name that another agent made.
+    /// The note about containers with this host's name that another agent created.
     fn foreign_note(&self) -> Option<String> {
         let first = self.foreign.first()?;
         let more = if self.foreign.len() > 1 { format!(" and {} more", self.foreign.len() - 1) } else { String::new() };
@@ -78,7 +80,7 @@ impl<M: Machine> Agent<M> {
         ))
     }
 
-    fn tell_metrics(&mut self, apps: Vec<AppView>) {
+    fn report_metrics(&mut self, apps: Vec<AppView>) {
         let update = self.updates.borrow();
         let store = StoreView {
             synced: update.status.synced,
@@ -87,6 +89,7 @@ impl<M: Machine> Agent<M> {
             lag: update.head.saturating_sub(update.read_to).max(0),
             block: update.status.block.as_ref().map(|b| b.kind.clone()),
             reads: update.reads,
+            resyncs: update.resyncs,
             errors: update.errors.clone(),
             unpublished: self.outlets.publishing.failing_for(),
         };
@@ -94,27 +97,27 @@ impl<M: Machine> Agent<M> {
         let mode = self.snapshot.as_ref().map_or(HostMode::Active, |s| s.mode);
         let unreadable = self.snapshot.as_ref().map_or(0, |s| s.unreadable.len());
         let draining_workers = self.proxy.observed.old_workers.unwrap_or(0);
-        // Replaced as a whole: whoever scrapes keeps what it has, and nobody waits.
+        // Replaced as a whole, so a scrape in progress keeps the old view.
         self.outlets.view.send_modify(|view| {
             let (host, prefix) = (view.host.clone(), view.prefix.clone());
             *view = Arc::new(View { host, prefix, mode, store, unreadable, draining_workers, apps });
         });
         let used: BTreeSet<u16> = self.apps.values().flat_map(AppState::ports).collect();
         let ports = self.machine.ports(&used);
-        self.outlets.vitals.send_if_modified(|v| std::mem::replace(&mut v.ports, ports) != ports);
+        self.outlets.host_gauges.send_if_modified(|v| std::mem::replace(&mut v.ports, ports) != ports);
     }
 
-    /// Tells when the store is lost or not believed, and when that is over.
-    fn tell_store(&mut self, store: &StoreStatus) {
+    /// Emits events when the store becomes unreachable or quarantined, and when that is resolved.
+    fn report_store(&mut self, store: &StoreStatus) {
         let events = &self.outlets.events;
         let kind = |block: &Option<StoreBlock>| block.as_ref().map(|b| b.kind.clone());
         if kind(&self.store_block) != kind(&store.block) {
             if let Some(kind) = kind(&self.store_block) {
-                events.tell(None, What::Unblock { kind: kind.clone() }, format!("not {kind} any more"));
+                events.emit(None, What::Unblock { kind: kind.clone() }, format!("resolved: {kind}"));
             }
             if let Some(block) = &store.block {
                 let what = What::Block { kind: block.kind.clone(), remedy: block.remedy.clone() };
-                events.tell(None, what, format!("the store is not believed: {}", block.message));
+                events.emit(None, what, format!("the store is not trusted: {}", block.message));
             }
             self.store_block = store.block.clone();
         }
@@ -125,7 +128,7 @@ impl<M: Machine> Agent<M> {
                 Some(error) => format!("the store cannot be read: {error}"),
                 None => "the store can be read again".to_owned(),
             };
-            self.outlets.events.tell(None, What::Store { reachable }, message);
+            self.outlets.events.emit(None, What::Store { reachable }, message);
         }
     }
 }

@@ -10,27 +10,28 @@ use crate::{
     agent::{Agent, Ended, Options, Outlets},
     config::Config,
     events::Events,
-    http::{self, Shown},
-    metrics::{Metrics, View, Vitals},
+    host_gauges,
+    http::{self, HttpState},
+    metrics::{HostGauges, Metrics, View},
     model::{
         desired::HostMode,
         status::{HostStatus, StoreStatus, VERSION},
     },
-    plan::app::plan_app,
+    plan::{app::plan_app, proxy::plan_proxy},
     shutdown,
-    store::{self, Belief, EtcdCluster, Publishing, Update},
-    telemetry, vitals,
+    store::{self, DesiredCache, EtcdCluster, Publishing, SharedFence, Update},
+    telemetry,
     webhook::Webhook,
 };
 
-/// Longest wait for the last words to the store.
-const GOODBYE: Duration = Duration::from_secs(2);
+/// Timeout of the final status update to the store.
+const FINAL_UPDATE_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
     common: Common,
-    /// Converge and end: 0 when everything is converged, 1 when a person must act
+    /// Exit once converged: 0 when everything is converged, 1 when a person must act
     #[arg(long)]
     once: bool,
     /// With `--once`: give up after this time
@@ -43,13 +44,13 @@ pub(super) fn run(args: &Args) -> CliEnded {
     let timeout = crate::model::text::duration(&args.timeout).map_err(Failed::usage)?;
     let runtime = runtime(2)?;
     let telemetry = {
-        // An exporter of spans has a connection, and so belongs to the runtime.
+        // An exporter of spans has a connection, so it must be created within the runtime.
         let _entered = runtime.enter();
         telemetry::start(&config.log).map_err(Failed::because)?
     };
     let ended = runtime.block_on(async {
         let tasks = TaskTracker::new();
-        let (orderly, at_once) = shutdown::on_signals(&tasks)?;
+        let (graceful, forced) = shutdown::on_signals(&tasks)?;
         let limit = async {
             if args.once {
                 tokio::time::sleep(timeout).await;
@@ -58,17 +59,17 @@ pub(super) fn run(args: &Args) -> CliEnded {
             }
         };
         tokio::select! {
-            ended = serve(&config, args.once, orderly) => ended,
-            () = at_once.cancelled() => Err(Failed::because("ended at once by a second signal")),
-            () = limit => Err(Failed::for_now(format!("not converged after {}; `demae status` tells why", args.timeout))),
+            ended = serve(&config, args.once, graceful) => ended,
+            () = forced.cancelled() => Err(Failed::because("ended at once by a second signal")),
+            () = limit => Err(Failed::try_later(format!("not converged after {}; see `demae status`", args.timeout))),
         }
     });
-    // What it has not exported yet needs the runtime.
+    // The final export needs the runtime.
     drop(telemetry);
     runtime.shutdown_background();
     Ok(match ended? {
-        Ended::Converged | Ended::Told => Exit::Success,
-        Ended::Blocked | Ended::Broken => Exit::Failure,
+        Ended::Converged | Ended::Shutdown => Exit::Success,
+        Ended::Blocked | Ended::TaskPanicked => Exit::Failure,
     })
 }
 
@@ -76,10 +77,10 @@ pub(super) fn run(args: &Args) -> CliEnded {
 pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken) -> Result<Ended, Failed> {
     let _lock = setup::directories(config)?;
     let claim = Arc::new(setup::claim(config)?);
-    let (news_out, news) = mpsc::unbounded_channel();
+    let (changes_out, changes) = mpsc::unbounded_channel();
     let metrics = Arc::new(Metrics::new()?);
     let events = Events::new(config.host.clone(), metrics.clone());
-    let world = Arc::new(setup::world(config, Some(news_out), metrics.clone())?);
+    let world = Arc::new(setup::world(config, Some(changes_out), metrics.clone())?);
     let empty = HostStatus {
         version: VERSION,
         host: config.host.clone(),
@@ -94,18 +95,18 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let (publish, publish_in) = watch::channel((empty, BTreeMap::new()));
     let (view, view_in) =
         watch::channel(Arc::new(View::new(config.host.clone(), config.etcd.prefix.as_str().to_owned())));
-    let (vitals, vitals_in) = watch::channel(Vitals::default());
+    let (host_gauges, host_gauges_in) = watch::channel(HostGauges::default());
     let (pulse, pulse_in) = watch::channel(tokio::time::Instant::now());
     let (ready, ready_in) = watch::channel(false);
     let (updates, updates_in) = watch::channel(Update::default());
 
-    // The listener and the store outlive the loop by a moment, to tell of its end.
+    // The listener and the publisher outlive the loop for a moment, to report its end.
     let (side, tasks) = (CancellationToken::new(), TaskTracker::new());
     let listener = http::bind(config.listen).await.map_err(Failed::because)?;
-    let shown = Shown {
+    let http_state = HttpState {
         metrics: metrics.clone(),
         view: view_in,
-        vitals: vitals_in,
+        host_gauges: host_gauges_in,
         events: events.clone(),
         status: status_in,
         pulse: pulse_in,
@@ -115,49 +116,47 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     if let Some(webhook) = &config.webhook {
         tasks.spawn(Webhook::new(webhook.clone(), &events, metrics.clone())?.run(side.clone()));
     }
-    let serving = http::serve(listener, shown);
+    let serving = http::serve(listener, http_state);
     tasks.spawn(async move {
         if let Err(e) = serving.await {
-            tracing::error!("metrics, health and status are not served any more: {e}");
+            tracing::error!("the HTTP server for metrics, health and status failed: {e}");
         }
     });
     let (viewer, places) = tokio::join!(setup::viewer(config, &world), setup::places(config, &world));
     let viewer = viewer?;
-    tasks.spawn(vitals::watch(places, vitals.clone(), side.clone()));
-    let shelf = Arc::new(setup::Disk(world.layout.clone()));
-    let belief = Belief::new(config.etcd.prefix.clone(), viewer, shelf, updates);
-    tasks.spawn(store::watch(EtcdCluster::new(config.etcd.clone(), claim.clone()), belief, side.clone()));
-    let doubted = claim.doubted();
+    tasks.spawn(host_gauges::watch(places, host_gauges.clone(), side.clone()));
+    let disk = Arc::new(setup::Disk(world.layout.clone()));
+    let fence = Arc::new(SharedFence::default());
+    let cache = DesiredCache::new(config.etcd.prefix.clone(), viewer, disk, fence.clone(), updates);
+    tasks.spawn(store::watch(EtcdCluster::new(config.etcd.clone(), claim.clone()), cache, side.clone()));
+    let resync_requested = claim.resync_requested();
     let publishing = Arc::new(Publishing::default());
-    let publisher = tasks.spawn(store::publish(
-        config.etcd.clone(),
-        claim,
-        publish_in,
-        updates_in.clone(),
-        publishing.clone(),
-        side.clone(),
-    ));
-    // An agent that tells nobody anything any more is to be started anew.
-    let (mute, told) = (CancellationToken::new(), token.clone());
-    let is_mute = mute.clone();
+    let (leases, leases_in) = watch::channel(None);
+    tasks.spawn(store::keep_lease(config.etcd.clone(), updates_in.clone(), leases, side.clone()));
+    let sources = store::Sources { statuses: publish_in, leases: leases_in, updates: updates_in.clone(), fence };
+    let publisher = tasks.spawn(store::publish(config.etcd.clone(), claim, sources, publishing.clone(), side.clone()));
+    // An agent whose publisher died must be restarted.
+    let (publisher_died, stop) = (CancellationToken::new(), token.clone());
+    let died = publisher_died.clone();
     tasks.spawn(async move {
         if let Err(e) = publisher.await {
-            tracing::error!("the publisher of status ended badly, and the agent with it: {e}");
-            is_mute.cancel();
-            told.cancel();
+            tracing::error!("the publisher of status panicked; the agent exits: {e}");
+            died.cancel();
+            stop.cancel();
         }
     });
     tasks.close();
     tracing::info!(host = %config.host, listen = %config.listen, endpoints = config.etcd.endpoints.join(","), "demae {} starts", env!("CARGO_PKG_VERSION"));
 
     let (resync, parallel, delete_grace) = (config.resync, config.parallel, config.delete_grace);
-    let options = Options { resync, parallel, delete_grace, once, planner: plan_app };
-    let outlets = Outlets { metrics, view, vitals, events, status, publish, pulse, ready, doubted, publishing };
-    let ended = Agent::new(world, options, outlets, updates_in).run(news, token).await;
+    let options = Options { resync, parallel, delete_grace, once, planner: plan_app, proxy_planner: plan_proxy };
+    let outlets =
+        Outlets { metrics, view, host_gauges, events, status, publish, pulse, ready, resync_requested, publishing };
+    let ended = Agent::new(world, options, outlets, updates_in).run(changes, token).await;
     side.cancel();
-    if tokio::time::timeout(GOODBYE, tasks.wait()).await.is_err() {
-        tracing::debug!("the store was not told of the end; the lease tells it");
+    if tokio::time::timeout(FINAL_UPDATE_TIMEOUT, tasks.wait()).await.is_err() {
+        tracing::debug!("the final status was not published; the lease will expire");
     }
-    tracing::info!("the agent ends; everything it started keeps serving");
-    Ok(if mute.is_cancelled() { Ended::Broken } else { ended })
+    tracing::info!("the agent exits; everything it started keeps serving");
+    Ok(if publisher_died.is_cancelled() { Ended::TaskPanicked } else { ended })
 }

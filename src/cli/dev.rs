@@ -1,4 +1,4 @@
-//! `demae dev`: a whole demae on one machine, to try it. etcd and nginx are the real ones.
+//! `demae dev`: a complete demae on one machine, to try it. etcd and nginx are the real ones.
 #![expect(
     clippy::disallowed_methods,
     reason = "starts and ends programs of its own, and keeps their files in one directory"
@@ -25,15 +25,15 @@ use crate::{
     shutdown, telemetry,
 };
 
-/// Longest wait for etcd and nginx to come up or go down.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Timeout for etcd and nginx to start or stop.
+const START_STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Keep everything in this directory, with `dev.env` to source; a temporary one unless given
+    /// Keep all files in this directory, with `dev.env` to source; a temporary one unless given
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// How nginx treats connections of clients
+    /// Keep-alive of clients in nginx
     #[arg(long, value_enum, default_value = "default")]
     profile: ProfileArg,
     /// What is logged
@@ -45,13 +45,13 @@ pub(super) struct Args {
 enum ProfileArg {
     /// As nginx ships
     Default,
-    /// No keep-alive: nothing is lost to a reload
+    /// No keep-alive: no request is lost to a reload
     Strict,
 }
 
-/// What is remembered of a directory, so that a second `dev` in it goes on where the first was cut off.
+/// The saved state of a directory, so that a second `dev` in it continues after an interrupted one.
 #[derive(Debug, Serialize, Deserialize)]
-struct Place {
+struct DevState {
     host: String,
     etcd: SocketAddr,
     peer: SocketAddr,
@@ -70,21 +70,21 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         }
         None => temporary()?,
     };
-    let place_is_ours = dir.join("dev.json").exists() || fs::read_dir(&dir)?.next().is_none();
-    if !place_is_ours {
+    let is_dev_dir = dir.join("dev.json").exists() || fs::read_dir(&dir)?.next().is_none();
+    if !is_dev_dir {
         return Err(Failed::because(format!(
             "`{}` is not empty, and everything in it would be removed in the end; give a directory that is empty or not there",
             dir.display()
         )));
     }
-    // Before anything is started or cleaned up: another `dev` may be at home here.
+    // Before anything is started or cleaned up: another `dev` may be running here.
     let lock = files::lock(&dir.join("dev.lock"))?;
     let first = !dir.join("dev.json").exists();
-    let place = Place::open(&dir)?;
-    let config = place.config(&dir, &nginx, args.profile)?;
+    let state = DevState::open(&dir)?;
+    let config = state.config(&dir, &nginx, args.profile)?;
     let runtime = runtime(2)?;
     if let Err(e) = runtime.block_on(docker_answers(&config)) {
-        // Nothing was started, so nothing but the two files is to be removed.
+        // Nothing was started, so only two files need to be removed.
         if first {
             let _ = (fs::remove_file(dir.join("dev.json")), fs::remove_file(dir.join("agent.toml")));
         }
@@ -97,30 +97,30 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     }
     let ended = runtime.block_on(async {
         let tasks = TaskTracker::new();
-        let (orderly, at_once) = shutdown::on_signals(&tasks)?;
+        let (graceful, forced) = shutdown::on_signals(&tasks)?;
         let up = async {
-            place.start_etcd(&dir, &etcd)?;
-            place.start_nginx(&dir, &nginx, &config)?;
-            wait_for(place.etcd, "etcd", &dir.join("etcd.log")).await?;
-            wait_for(place.ingress, "nginx", &dir.join("nginx-error.log")).await
+            state.start_etcd(&dir, &etcd)?;
+            state.start_nginx(&dir, &nginx, &config)?;
+            wait_for(state.etcd, "etcd", &dir.join("etcd.log")).await?;
+            wait_for(state.ingress, "nginx", &dir.join("nginx-error.log")).await
         };
         let ended = match up.await {
             Err(e) => Err(e),
             Ok(()) => {
-                place.write_env(&dir)?;
-                place.greet(&dir, printer);
+                state.write_env(&dir)?;
+                state.print_usage(&dir, printer);
                 tokio::select! {
-                    ended = agent::serve(&config, false, orderly) => ended.map(|_| Exit::Success),
-                    () = at_once.cancelled() => Err(Failed::because("ended at once by a second signal; containers may be left")),
+                    ended = agent::serve(&config, false, graceful) => ended.map(|_| Exit::Success),
+                    () = forced.cancelled() => Err(Failed::because("ended at once by a second signal; containers may be left")),
                 }
             }
         };
         printer.error("cleaning up: containers, processes, files");
-        place.clean_up(&dir, &config).await;
+        state.clean_up(&dir, &config).await;
         ended
     });
     runtime.shutdown_background();
-    // Only what `dev` made: the directory may hold other things.
+    // Only what `dev` created: the directory may hold other files.
     for name in ["state", "run", "etcd", "tmp"] {
         let _ = fs::remove_dir_all(dir.join(name));
     }
@@ -144,27 +144,27 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     ended
 }
 
-impl Place {
-    /// Goes on where an earlier `dev` in this directory was cut off, or begins.
+impl DevState {
+    /// Loads the state of an interrupted `dev` in this directory, or creates one.
     fn open(dir: &Path) -> Result<Self, Failed> {
         let path = dir.join("dev.json");
         if let Ok(text) = fs::read(&path)
-            && let Ok(place) = serde_json::from_slice::<Place>(&text)
+            && let Ok(state) = serde_json::from_slice::<DevState>(&text)
         {
-            return Ok(place);
+            return Ok(state);
         }
-        let place = Place {
+        let state = DevState {
             host: format!("dev-{}", random()?),
             etcd: free_address()?,
             peer: free_address()?,
             ingress: free_address()?,
             metrics: free_address()?,
         };
-        fs::write(&path, serde_json::to_vec_pretty(&place)?)?;
-        Ok(place)
+        fs::write(&path, serde_json::to_vec_pretty(&state)?)?;
+        Ok(state)
     }
 
-    /// The agent's file, which other verbs read too: `dev.env` names it.
+    /// Writes the agent's configuration file, which other verbs read too: `dev.env` names it.
     fn config(&self, dir: &Path, nginx: &Path, profile: ProfileArg) -> Result<Config, Failed> {
         let profile = match profile {
             ProfileArg::Default => "default",
@@ -184,7 +184,7 @@ impl Place {
         );
         let path = dir.join("agent.toml");
         fs::write(&path, text)?;
-        // Nothing of the machine's own agent is to reach this one.
+        // Keep the environment of the machine's own agent out.
         let mut flags = Flags { config: Some(path), ..Flags::default() };
         flags.etcd.endpoints = vec![self.etcd.to_string()];
         Ok(Config::load(&flags)?)
@@ -222,9 +222,9 @@ impl Place {
         let tmp = dir.join("tmp");
         fs::create_dir_all(&tmp)?;
         let d = dir.display();
-        // Never root: an app may put a symlink in the place of its socket, and root's workers would follow it anywhere.
+        // Never root: an app may replace its socket by a symlink, and root's workers would follow it anywhere.
         let user = if rustix::process::geteuid().is_root() {
-            check_passage(dir)?;
+            check_traversable(dir)?;
             let groups = fs::read_to_string("/etc/group").unwrap_or_default();
             let group = if groups.lines().any(|l| l.starts_with("nogroup:")) { "nogroup" } else { "nobody" };
             format!("user nobody {group};\n")
@@ -266,7 +266,7 @@ impl Place {
         Ok(())
     }
 
-    fn greet(&self, dir: &Path, printer: &mut Printer) {
+    fn print_usage(&self, dir: &Path, printer: &mut Printer) {
         printer.line(&format!("demae runs as host `{}`, in {}\n", self.host, dir.display()));
         printer.line(&format!("  export ETCDCTL_API=3 ETCDCTL_ENDPOINTS={}", self.etcd));
         printer.line(&format!(
@@ -281,7 +281,7 @@ impl Place {
         );
         printer.line("  demae status");
         printer.line("  curl -H 'Host: hello.localhost' $DEMAE_INGRESS\n");
-        printer.line("Ctrl-C ends it and removes its containers, processes and files.");
+        printer.line("Ctrl-C stops it and removes its containers, processes and files.");
     }
 
     async fn clean_up(&self, dir: &Path, config: &Config) {
@@ -294,19 +294,19 @@ impl Place {
     }
 }
 
-/// Whether there is an engine that this user may use.
+/// Checks that this user can reach Docker.
 async fn docker_answers(config: &Config) -> Result<(), Failed> {
-    let docker = Docker::behind(&config.docker_socket, config.host.clone()).impatient(PATIENCE);
+    let docker = Docker::behind(&config.docker_socket, config.host.clone()).with_timeout(START_STOP_TIMEOUT);
     docker.version().await.map(drop).map_err(|e| {
-        Failed::for_now(format!(
+        Failed::try_later(format!(
             "{e}; start Docker, and let this user use `{}`: as root, or in the group docker",
             config.docker_socket
         ))
     })
 }
 
-/// Whether nginx's workers, who are nobody in particular, can pass through a directory and those above it.
-fn check_passage(dir: &Path) -> Result<(), Failed> {
+/// Checks that nginx's workers, without rights of their own, can traverse a directory and its parents.
+fn check_traversable(dir: &Path) -> Result<(), Failed> {
     for above in dir.ancestors() {
         if fs::metadata(above)?.permissions().mode() & 0o001 == 0 {
             return Err(Failed::because(format!(
@@ -322,9 +322,9 @@ async fn remove_containers(docker: &Docker) {
     let Ok(listed) = docker.list(None).await else { return };
     let apps: std::collections::BTreeSet<_> = listed.into_iter().map(|l| l.app).collect();
     for app in apps {
-        let Ok(found) = docker.instances(&app, &crate::host::clock::Clock::default()).await else { continue };
+        let Ok(found) = docker.instances(&app, None, &crate::host::clock::Clock::default()).await else { continue };
         for container in found.own {
-            // The store they came from goes too; nobody is to wait for a grace.
+            // No grace period: their store is removed too.
             let stopped = docker.stop(&container.id, Duration::from_secs(1)).await;
             if let Err(e) = stopped.and(docker.remove(&container.id).await) {
                 tracing::warn!("{e}");
@@ -333,7 +333,7 @@ async fn remove_containers(docker: &Docker) {
     }
 }
 
-/// A program by its name, as a shell would find it; Debian keeps servers out of a user's `PATH`.
+/// Finds a program in `PATH`; Debian keeps servers out of a user's.
 fn program(name: &str, package: &str) -> Result<PathBuf, Failed> {
     let path = std::env::var("PATH").unwrap_or_default();
     let dirs = path.split(':').map(str::to_owned).chain(["/usr/sbin", "/sbin", "/usr/local/sbin"].map(String::from));
@@ -357,7 +357,7 @@ fn free_address() -> Result<SocketAddr, Failed> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }
 
-/// Starts a program in a group of its own: Ctrl-C is for us to pass on, in order.
+/// Starts a program in its own process group: `dev` passes Ctrl-C on, in order.
 fn spawn(mut command: tokio::process::Command, log: &Path) -> Result<u32, Failed> {
     let log = fs::File::options().create(true).append(true).open(log)?;
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
@@ -370,7 +370,7 @@ fn spawn(mut command: tokio::process::Command, log: &Path) -> Result<u32, Failed
     child.id().ok_or_else(|| Failed::because("the program ended at once"))
 }
 
-/// The process of a pid file, if it is one of this directory's.
+/// The process of a pid file, if it belongs to this directory.
 fn running(pid_file: &Path, dir: &Path) -> Option<Pid> {
     let pid: i32 = fs::read_to_string(pid_file).ok()?.trim().parse().ok()?;
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
@@ -380,16 +380,16 @@ fn running(pid_file: &Path, dir: &Path) -> Option<Pid> {
 
 async fn end(pid_file: &Path, dir: &Path, signal: Signal) {
     let Some(pid) = running(pid_file, dir) else { return };
-    // Gone in between is gone.
+    // It may have exited already.
     let _ = kill_process(pid, signal);
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + START_STOP_TIMEOUT;
     while test_kill_process(pid).is_ok() && running(pid_file, dir).is_some() && Instant::now() < until {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
 async fn wait_for(address: SocketAddr, what: &str, log: &Path) -> Result<(), Failed> {
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + START_STOP_TIMEOUT;
     while tokio::net::TcpStream::connect(address).await.is_err() {
         if Instant::now() >= until {
             let tail = fs::read_to_string(log).unwrap_or_default();

@@ -8,15 +8,15 @@ use crate::{
     model::event::{Event, VERSION, What},
 };
 
-/// Between two attempts to find an agent that went away.
-const AGAIN: Duration = Duration::from_secs(1);
+/// Retry interval while the agent is down.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Address of the agent; its metrics URL will do
     #[arg(long, env = "DEMAE_METRICS", value_name = "URL")]
     agent: Option<String>,
-    /// Print what is known and end
+    /// Print the events in memory and exit
     #[arg(long)]
     no_follow: bool,
     /// Only these types: step, verdict, block, unblock, converged, reload, store
@@ -32,7 +32,7 @@ pub(super) struct Args {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Output {
-    /// One JSON object a line, as the agent told it
+    /// One JSON object a line, as sent by the agent
     Json,
     /// One sentence a line
     Text,
@@ -50,17 +50,17 @@ async fn follow(args: &Args, printer: &mut Printer) -> Ended {
     let address = agent_address(args.agent.as_deref())?;
     let uri = if args.no_follow { "/events" } else { "/events?follow" };
     let mut seen = (0, 0);
-    let mut found = false;
+    let mut was_connected = false;
     loop {
         let (mut wrong, mut closed) = (None, false);
-        let back = if found { Some(format!("note: the agent at {address} is back")) } else { None };
+        let note = if was_connected { Some(format!("note: the agent at {address} is back")) } else { None };
         let ended = probe::lines(
             &address,
             uri,
             Duration::from_secs(5),
             || {
-                if let Some(back) = back {
-                    Printer::new().error(&back);
+                if let Some(note) = note {
+                    Printer::new().error(&note);
                 }
             },
             |line| {
@@ -77,37 +77,37 @@ async fn follow(args: &Args, printer: &mut Printer) -> Ended {
             return Err(wrong);
         }
         match ended {
-            // The reader has seen enough.
+            // The output pipe is closed.
             _ if closed => return Ok(Exit::Success),
             Ok(()) if args.no_follow => return Ok(Exit::Success),
             Ok(()) => printer.error(&format!("note: the agent at {address} ended; waiting for it")),
-            Err(e) if !found => return Err(Failed::for_now(format!("no agent answers at {address}: {e}"))),
+            Err(e) if !was_connected => return Err(Failed::try_later(format!("no agent answers at {address}: {e}"))),
             Err(_) => {}
         }
-        found = true;
-        tokio::time::sleep(AGAIN).await;
+        was_connected = true;
+        tokio::time::sleep(RETRY_INTERVAL).await;
     }
 }
 
-/// The part of an event that every version has.
+/// The fields of an event that every version has.
 #[derive(serde::Deserialize)]
-struct Form {
+struct VersionOnly {
     version: u32,
 }
 
-/// Prints an event that was asked for, unless it was seen before. False once nobody reads any more.
+/// Prints an event that matches the filters and is new. False once the output is closed.
 fn show(args: &Args, line: &str, seen: &mut (i64, u64), printer: &mut Printer) -> Result<bool, Failed> {
-    let foreign =
-        |e: serde_json::Error| Failed::because(format!("this is no event of an agent: {e}; is `--agent` right?"));
-    let form: Form = serde_json::from_str(line).map_err(foreign)?;
-    if form.version != VERSION {
+    let not_an_event =
+        |e: serde_json::Error| Failed::because(format!("not an event of an agent: {e}; is `--agent` right?"));
+    let head: VersionOnly = serde_json::from_str(line).map_err(not_an_event)?;
+    if head.version != VERSION {
         return Err(Failed::because(format!(
-            "the agent speaks version {} of events, this program version {VERSION}; use the agent's own `demae`",
-            form.version
+            "the agent sends version {} of events, this program reads version {VERSION}; use the agent's own `demae`",
+            head.version
         )));
     }
-    let event: Event = serde_json::from_str(line).map_err(foreign)?;
-    // After a gap the same run tells again what it still knows.
+    let event: Event = serde_json::from_str(line).map_err(not_an_event)?;
+    // After a reconnect the same run sends again what it has in memory.
     if event.seq > 0 {
         if event.run == seen.0 && event.seq <= seen.1 {
             return Ok(true);
@@ -115,10 +115,10 @@ fn show(args: &Args, line: &str, seen: &mut (i64, u64), printer: &mut Printer) -
         *seen = (event.run, event.seq);
     }
     let lost = matches!(event.what, What::Lost { .. });
-    let of_app = |app: &str| args.apps.iter().any(|a| a == app);
-    let chosen = args.apps.is_empty() || event.app.as_ref().is_some_and(|app| of_app(app.as_str()));
-    let typed = args.types.is_empty() || args.types.iter().any(|t| t == event.what.as_str());
-    if !(lost || chosen && typed) {
+    let is_listed = |app: &str| args.apps.iter().any(|a| a == app);
+    let app_matches = args.apps.is_empty() || event.app.as_ref().is_some_and(|app| is_listed(app.as_str()));
+    let type_matches = args.types.is_empty() || args.types.iter().any(|t| t == event.what.as_str());
+    if !(lost || app_matches && type_matches) {
         return Ok(true);
     }
     Ok(match args.output {

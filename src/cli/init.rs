@@ -12,9 +12,9 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     let etcd = config::etcd_only(&args.common)?;
     let key = etcd.prefix.key("cluster");
-    let (id, made) = runtime(1)?.block_on(store::init(&etcd)).map_err(|e| Failed::for_now(e.to_string()))?;
+    let (id, made) = runtime(1)?.block_on(store::init(&etcd)).map_err(|e| Failed::try_later(e.to_string()))?;
     printer.line(&if made {
-        format!("`{key}` is now `{id}`: agents tell this store from others by it, and stop believing one without it")
+        format!("`{key}` is now `{id}`: agents identify the store by it, and do not trust a store without it")
     } else {
         format!("`{key}` is `{id}` already, and stays")
     });

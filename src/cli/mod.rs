@@ -1,4 +1,4 @@
-//! What people type. One file a verb.
+//! The command line. One file per verb.
 
 mod accept;
 mod adopt;
@@ -46,34 +46,34 @@ enum Verb {
     Status(status::Args),
     /// Follow what happens on this host: steps, verdicts, blocks, convergence
     Events(events::Args),
-    /// Tell whether the agent has read etcd, Docker and nginx: exit code 0 if so, 1 if not
+    /// Check whether the agent is ready, that is, has read etcd, Docker and nginx: exit code 0 if so, 1 if not
     Ready(ready::Args),
-    /// Show what the agent would do now, and do nothing
+    /// Show what the agent would do now, without doing it
     Plan(plan::Args),
-    /// Look at everything an agent needs, change nothing, and say what to do
+    /// Diagnose everything that an agent needs, without changing anything, and suggest fixes
     Doctor(doctor::Args),
-    /// Give the store its identity, once: agents stop believing a store that has lost it
+    /// Initialise the store (run once)
     Init(init::Args),
-    /// Let most apps of this host leave at once, after the agent has held that back
+    /// Confirm a held-back mass removal
     Confirm(accept::Args),
-    /// Take a store that the agent does not believe
+    /// Manage trust in the store
     Store(accept::StoreArgs),
-    /// Take over the containers of another agent with this host's name
+    /// Adopt the containers of another agent with this host's name
     Adopt(adopt::Args),
-    /// Check spec files, and tell every problem
+    /// Check spec files, and report every problem
     Validate(validate::Args),
     /// Print the JSON Schema of a spec
     Schema,
-    /// Run a whole demae on this machine to try it: etcd, nginx, agent
+    /// Run a complete demae on this machine to try it: etcd, nginx, agent
     Dev(dev::Args),
 }
 
-/// How a command ended, as its exit code.
+/// The exit code of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Exit {
-    /// 0: all is well.
+    /// 0: success.
     Success,
-    /// 1: what was given is wrong, or what was asked failed.
+    /// 1: invalid input, or the operation failed.
     Failure,
     /// 2: `plan` found something to do.
     Changes,
@@ -111,12 +111,12 @@ impl Failed {
         Self { exit: Exit::Usage, message: message.into() }
     }
 
-    fn for_now(message: impl Into<String>) -> Self {
+    fn try_later(message: impl Into<String>) -> Self {
         Self { exit: Exit::TryAgain, message: message.into() }
     }
 }
 
-/// An error with its causes, one after the other.
+/// An error with its chain of causes.
 impl<E: std::error::Error> From<E> for Failed {
     fn from(error: E) -> Self {
         Self::because(chain(&error))
@@ -128,9 +128,9 @@ pub fn run() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => {
-            // A closed pipe is the reader's choice.
+            // A closed pipe is no error.
             let _ = e.print();
-            // clap's own 2 would mean "there are changes" to whoever runs `plan`; 64 is `EX_USAGE` of sysexits.h.
+            // clap's own 2 would mean "there are changes" to callers of `plan`; 64 is `EX_USAGE` of sysexits.h.
             return if e.use_stderr() { ExitCode::from(64) } else { ExitCode::SUCCESS };
         }
     };
@@ -159,13 +159,13 @@ pub fn run() -> ExitCode {
     }
 }
 
-/// A runtime for commands that ask and leave.
+/// A runtime for one-off commands.
 fn runtime(threads: usize) -> Result<tokio::runtime::Runtime, Failed> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     Ok(builder.worker_threads(threads).enable_all().build()?)
 }
 
-/// The address of an agent, from its URL or from nothing.
+/// The address of an agent, from its URL or the default.
 fn agent_address(url: Option<&str>) -> Result<String, Failed> {
     let url = url.unwrap_or(LISTEN);
     let rest = match url.split_once("://") {
@@ -173,7 +173,7 @@ fn agent_address(url: Option<&str>) -> Result<String, Failed> {
         Some(("http", rest)) => rest,
         Some((scheme, _)) => {
             return Err(Failed::because(format!(
-                "`{url}`: an agent speaks plain http and not {scheme}; write it like `http://{LISTEN}`"
+                "`{url}`: an agent is served over plain http, not {scheme}; write it like `http://{LISTEN}`"
             )));
         }
     };
@@ -182,5 +182,5 @@ fn agent_address(url: Option<&str>) -> Result<String, Failed> {
 
 type Ended = Result<Exit, Failed>;
 
-/// Flags that every verb with an agent's view takes.
+/// Flags of every verb that loads the configuration.
 type Common = Flags;

@@ -16,10 +16,10 @@ use crate::{
     host::docker::NoMeter,
     model::{desired::DesiredApp, mounts, name::AppName, observed::Wanted, time::Timestamp},
     plan::{
-        AppInput, Cooling, NONE_STOPPING, ProxyView,
+        AppInput, Backoffs, NONE_STOPPING, ProxyView,
         app::plan_app,
         proxy::conflicts,
-        simulate::{PaperHost, forecast},
+        simulate::{SimHost, forecast},
     },
     store,
 };
@@ -41,13 +41,13 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
 
 async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) -> Ended {
     let world = setup::world(config, None, Arc::new(NoMeter))?;
-    // As an agent would: with the release key that it has kept, and held against what it took last.
+    // As an agent would: with its own release key, and checked against its ledger.
     let viewer = setup::viewer(config, &world).await?;
     let compared = store::compare(&config.etcd, &viewer, &Disk(world.layout.clone())).await;
-    let compared = compared.map_err(|e| Failed::for_now(e.to_string()))?;
+    let compared = compared.map_err(|e| Failed::try_later(e.to_string()))?;
     if let Some(block) = compared.block {
         printer.error(&format!(
-            "note: the store is not taken now, and this is what an agent does by what it took last: {} ({})",
+            "note: the store is not trusted; this is the plan for the last accepted state: {} ({})",
             block.message, block.remedy
         ));
     }
@@ -70,7 +70,7 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
         return Err(Failed::because(format!("no app `{missing}` is here, and none is wanted here")));
     }
     let why = "the store has no such app".to_owned();
-    let unwanted = if snapshot.proven { DesiredApp::Absent(why) } else { DesiredApp::Kept(why) };
+    let unwanted = if snapshot.proven { DesiredApp::Absent(why) } else { DesiredApp::Unknown(why) };
     let mut plans = BTreeMap::new();
     for app in &apps {
         let desired = snapshot.apps.get(app).unwrap_or(&unwanted);
@@ -81,9 +81,9 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
             }
             _ => None,
         };
-        let observed = world.observe_app(app, wanted.as_ref()).await?;
+        let observed = world.observe_app(app, wanted.as_ref(), None).await?;
         let now = Timestamp::now();
-        let cooling = Cooling::new();
+        let backoffs = Backoffs::new();
         let input = AppInput {
             app,
             desired,
@@ -92,10 +92,12 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
                 live: proxy.vhost(app),
                 rejected: proxy.rejected(app),
                 serving: true,
+                // A verdict through nginx holds as long as the templates are the same.
+                templates: &proxy.templates,
                 ..ProxyView::default()
             },
             conflict: conflicts.get(app).cloned(),
-            cooling: &cooling,
+            backoffs: &backoffs,
             nested: nested.get(app),
             stays_until: None,
             busy: None,
@@ -104,7 +106,7 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
         };
         let blocks = plan_app(&input).blocks;
         let lines = if blocks.is_empty() {
-            forecast(PaperHost::new(app.clone(), observed.clone(), proxy.vhost(app).cloned(), now), desired)
+            forecast(SimHost::new(app.clone(), observed.clone(), proxy.vhost(app).cloned(), now), desired)
         } else {
             Vec::new()
         };

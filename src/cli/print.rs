@@ -1,9 +1,8 @@
-//! Where text for people goes: data to standard output, all else to standard error. A reader that has seen enough and
-//! closed the pipe is no error.
+//! Output for people: data to standard output, all else to standard error. A closed pipe is no error.
 
 use std::io::Write as _;
 
-/// Prints.
+/// Prints lines and tables.
 #[derive(Debug)]
 pub(super) struct Printer(());
 
@@ -17,18 +16,18 @@ impl Printer {
         let _ = writeln!(std::io::stdout(), "{text}");
     }
 
-    /// A line of data; false once nobody reads any more.
+    /// A line of data; false once the output is closed.
     pub(super) fn try_line(&mut self, text: &str) -> bool {
         let mut out = std::io::stdout();
         writeln!(out, "{text}").and_then(|()| out.flush()).is_ok()
     }
 
-    /// A line about what happens.
+    /// A message, on standard error.
     pub(super) fn error(&mut self, text: &str) {
         let _ = writeln!(std::io::stderr(), "{text}");
     }
 
-    /// A table: columns as wide as their widest cell, the last one as it is.
+    /// A table: columns are padded to their widest cell, except the last one.
     pub(super) fn table(&mut self, rows: &[Vec<String>]) {
         let columns = rows.first().map_or(0, Vec::len);
         let widths: Vec<usize> = (0..columns)

@@ -1,4 +1,4 @@
-//! From a configuration to the parts of an agent.
+//! Builds the parts of an agent from its configuration.
 
 use std::sync::Arc;
 
@@ -16,26 +16,26 @@ use crate::{
         nginx::{Contained, Local, Nginx, NginxConfig, Server},
         ports::Ports,
     },
+    host_gauges::Watched,
     model::{
         name::{AppName, MAX_NAME},
         problem::chain,
     },
-    store::{Claim, Shelf, Viewer},
-    vitals::Places,
+    store::{Claim, StateStore, Viewer},
     world::World,
 };
 
-/// Longest wait of a command for an answer of Docker's.
-const ANSWER: std::time::Duration = std::time::Duration::from_secs(10);
+/// Timeout of a one-off command for Docker.
+const DOCKER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// The world of a host; with `news` it asks instances how they are.
+/// The world of a host; with `changes` it runs health checks and reports them there.
 pub(super) fn world(
     config: &Config,
-    news: Option<UnboundedSender<AppName>>,
+    changes: Option<UnboundedSender<AppName>>,
     meter: Arc<dyn Meter>,
 ) -> Result<World, Failed> {
     let layout = Layout::new(&config.state_dir, &config.run_dir);
-    // The longest path that nginx will be given: the kernel cuts no path, it refuses it.
+    // The longest socket path: the kernel truncates none, it refuses it.
     let longest = layout.state().as_os_str().len() + "/routes/".len() + MAX_NAME + "/100.sock".len();
     if longest > MAX_SOCKET_PATH {
         return Err(Failed::because(format!(
@@ -43,14 +43,14 @@ pub(super) fn world(
             layout.state().display()
         )));
     }
-    let docker = Docker::behind(&config.docker_socket, config.host.clone()).metered(meter);
+    let docker = Docker::behind(&config.docker_socket, config.host.clone()).with_meter(meter);
     let docker = match agent_id(&layout)? {
-        Some(id) => docker.owned(Arc::new(Directories { id, layout: layout.clone() })),
-        // No agent was ever started here, so none of the containers is its.
-        None => docker.owned(Arc::new(Directories { id: String::new(), layout: layout.clone() })),
+        Some(id) => docker.with_owner(Arc::new(DirectoryOwner { id, layout: layout.clone() })),
+        // No agent ever ran here, so no container is this agent's.
+        None => docker.with_owner(Arc::new(DirectoryOwner { id: String::new(), layout: layout.clone() })),
     };
-    // Who asks nobody how they are is a command that looks once.
-    let docker = if news.is_none() { docker.impatient(ANSWER) } else { docker };
+    // Without health checks this is a one-off command.
+    let docker = if changes.is_none() { docker.with_timeout(DOCKER_TIMEOUT) } else { docker };
     let n = &config.nginx;
     let server: Box<dyn Server> = match &n.container {
         None => Box::new(Local { binary: n.binary.clone() }),
@@ -67,71 +67,72 @@ pub(super) fn world(
     };
     let clock = Arc::new(Clock::default());
     Ok(World {
+        counters: std::sync::Mutex::default(),
         host: config.host.clone(),
         docker,
         nginx: Nginx::new(server, nginx, layout.clone(), clock.clone()),
         ports: Ports::new(config.ports.clone()),
-        prober: news.map(|news| Prober::new(news, clock.clone())),
+        prober: changes.map(|changes| Prober::new(changes, clock.clone())),
         clock,
         layout,
     })
 }
 
-/// What the directories of an agent say of whose a container is.
-struct Directories {
+/// Ownership of containers by the files in an agent's directories.
+struct DirectoryOwner {
     id: String,
     layout: Layout,
 }
 
-impl Owner for Directories {
+impl Owner for DirectoryOwner {
     fn id(&self) -> &str {
         &self.id
     }
 
     fn has_adopted(&self, id: &str) -> bool {
-        // Unreadable is not adopted: what is not known to be ours is left alone.
+        // Unreadable means not adopted: containers of unknown owners are left alone.
         adopted(&self.layout).is_ok_and(|ids| ids.iter().any(|adopted| adopted == id))
     }
 
-    fn knows(&self, app: &AppName) -> bool {
+    fn has_traces_of(&self, app: &AppName) -> bool {
         let traces = [self.layout.proven(app), self.layout.app_sockets(app), self.layout.app_env(app)];
         traces.iter().any(|path| path.exists())
     }
 }
 
-/// The agents whose containers were taken over.
+/// The ids of adopted agents.
 pub(super) fn adopted(layout: &Layout) -> Result<Vec<String>, files::FileError> {
     let text = files::read(&layout.adopted())?.unwrap_or_default();
     Ok(String::from_utf8_lossy(&text).lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_owned).collect())
 }
 
-/// What comes to its end by itself on this host.
-pub(super) async fn places(config: &Config, world: &World) -> Places {
+/// Disks and certificates to watch on this host.
+pub(super) async fn places(config: &Config, world: &World) -> Watched {
     let layout = Layout::new(&config.state_dir, &config.run_dir);
     let mut certificates = config.nginx.certificates.clone();
     certificates.extend(config.etcd.cacert.clone());
     certificates.extend(config.etcd.cert.as_ref().map(|(cert, _)| cert.clone()));
     let mut dirs = vec![("state", layout.state().to_owned()), ("run", layout.run().to_owned())];
-    // Where Docker's own is can be asked only while it answers.
-    let asked = tokio::time::timeout(FIRST_LIST, world.docker.root_dir()).await;
-    let images = match asked {
+    // Docker reports its directory only while it answers.
+    let reported = tokio::time::timeout(FIRST_LIST_TIMEOUT, world.docker.root_dir()).await;
+    let images = match reported {
         Ok(Ok(dir)) => dir,
         _ => Some(DOCKER_ROOT.into()),
     };
     dirs.extend(images.map(|dir| ("docker", dir)));
-    Places { dirs, certificates, nginx: layout.nginx_live() }
+    Watched { dirs, certificates, nginx: layout.nginx_live() }
 }
 
-/// Where Docker keeps images and containers unless it is told otherwise.
+/// Docker's default data directory.
 const DOCKER_ROOT: &str = "/var/lib/docker";
-/// Longest wait for the first list of containers: an engine that hangs must not keep an agent from its store.
-const FIRST_LIST: std::time::Duration = std::time::Duration::from_secs(5);
+/// Timeout of the first list of containers: a hung engine must not keep an agent from its store.
+const FIRST_LIST_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// Who reads the store, and what it is held against.
+/// The identity of the reader of the store, and what the store is checked against.
 pub(super) async fn viewer(config: &Config, world: &World) -> Result<Viewer, Failed> {
     let mut traces = world.apps_on_disk()?;
-    // An engine that does not answer now has its containers all the same; those are found when it does.
-    let listed = tokio::time::timeout(FIRST_LIST, world.docker.list(None)).await;
+    // Containers of an engine that does not answer now are found once it does.
+    let listed = tokio::time::timeout(FIRST_LIST_TIMEOUT, world.docker.list(None)).await;
     traces.extend(listed.ok().and_then(Result::ok).unwrap_or_default().into_iter().map(|c| c.app));
     Ok(Viewer {
         host: config.host.clone(),
@@ -142,37 +143,47 @@ pub(super) async fn viewer(config: &Config, world: &World) -> Result<Viewer, Fai
     })
 }
 
-/// The ledger on this host's disk.
+/// The state store on this host's disk.
 pub(super) struct Disk(pub(super) Layout);
 
-impl Shelf for Disk {
+impl StateStore for Disk {
     fn ledger(&self) -> Result<Option<Vec<u8>>, String> {
         files::read(&self.0.ledger()).map_err(|e| chain(&e))
     }
 
-    fn keep(&self, text: &[u8]) -> Result<(), String> {
+    fn write_ledger(&self, text: &[u8]) -> Result<(), String> {
         files::write(&self.0.ledger(), text, 0o600).map_err(|e| chain(&e))
+    }
+
+    fn head(&self) -> Option<Vec<u8>> {
+        files::read(&self.0.ledger_head()).ok().flatten()
+    }
+
+    fn write_head(&self, text: &[u8]) {
+        if let Err(e) = files::replace(&self.0.ledger_head(), text, 0o600) {
+            tracing::debug!("{}", chain(&e));
+        }
     }
 
     fn acceptance(&self) -> Option<Vec<u8>> {
         files::read(&self.0.accepted()).ok().flatten()
     }
 
-    fn use_up(&self) {
+    fn clear_acceptance(&self) {
         if let Err(e) = files::remove_file(&self.0.accepted()) {
             tracing::warn!("{}", chain(&e));
         }
     }
 }
 
-/// The id of the agent of these directories; nothing if it was never started.
+/// The agent id of these directories; `None` if no agent ever ran.
 pub(super) fn agent_id(layout: &Layout) -> Result<Option<String>, Failed> {
     let text = files::read(&layout.agent_id())?;
     let id = text.map(|text| String::from_utf8_lossy(&text).trim().to_owned());
     Ok(id.filter(|id| !id.is_empty()))
 }
 
-/// What this run of the agent says of the name of its host. Only the one that holds the lock may ask.
+/// The claim of this run on the host's name. Only the holder of the lock may make one.
 pub(super) fn claim(config: &Config) -> Result<Claim, Failed> {
     let layout = Layout::new(&config.state_dir, &config.run_dir);
     let id = match agent_id(&layout)? {
@@ -186,10 +197,10 @@ pub(super) fn claim(config: &Config) -> Result<Claim, Failed> {
     Ok(Claim::new(config.host.clone(), id)?)
 }
 
-/// Makes the directories of an agent, and takes its lock.
+/// Creates the directories of an agent, and locks them.
 pub(super) fn directories(config: &Config) -> Result<files::Lock, Failed> {
     let layout = Layout::new(&config.state_dir, &config.run_dir);
-    // nginx passes through these on its way to sockets and routes; what is secret is closed further below.
+    // nginx must traverse these to reach sockets and routes; secrets are protected further below.
     files::make_dir(layout.state(), 0o755)?;
     files::make_dir(&layout.nginx(), 0o755)?;
     files::make_dir(&layout.routes(), 0o755)?;

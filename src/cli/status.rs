@@ -11,14 +11,14 @@ use crate::{
     model::{
         problem::Problem,
         status::{AppStatus, HostStatus, State, StoreBlock, VERSION},
-        time::{Timestamp, humane},
+        time::{Timestamp, human},
     },
     store,
 };
 
-/// Between two looks, at first and at last.
-const AGAIN: Duration = Duration::from_millis(250);
-const LONGEST_PAUSE: Duration = Duration::from_secs(8);
+/// Shortest and longest poll interval of `--watch`.
+const MIN_POLL_INTERVAL: Duration = Duration::from_millis(250);
+const MAX_POLL_INTERVAL: Duration = Duration::from_secs(8);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -27,7 +27,7 @@ pub(super) struct Args {
     /// Address of the agent; its metrics URL will do
     #[arg(long, env = "DEMAE_METRICS", value_name = "URL")]
     agent: Option<String>,
-    /// Show again at each change
+    /// Print again at each change
     #[arg(long)]
     watch: bool,
     /// What is printed
@@ -46,7 +46,7 @@ enum Output {
     Json,
 }
 
-/// What is printed as JSON.
+/// The JSON output.
 #[derive(Debug, Serialize, PartialEq)]
 struct Shown {
     version: u32,
@@ -65,19 +65,19 @@ struct Shown {
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     runtime(1)?.block_on(async {
         let mut last = None;
-        let mut noted = String::new();
-        let mut pause = AGAIN;
+        let mut last_note = String::new();
+        let mut pause = MIN_POLL_INTERVAL;
         loop {
             let (shown, note) = read(args).await?;
-            // The same trouble is worth one line, and an agent that is away is asked less and less often.
-            pause = if note.is_some() { (pause * 2).min(LONGEST_PAUSE) } else { AGAIN };
+            // Print the same note once; poll an absent agent less and less often.
+            pause = if note.is_some() { (pause * 2).min(MAX_POLL_INTERVAL) } else { MIN_POLL_INTERVAL };
             let note = note.unwrap_or_default();
-            if note != noted && !note.is_empty() {
+            if note != last_note && !note.is_empty() {
                 printer.error(&format!("note: {note}"));
             }
-            noted = note;
+            last_note = note;
             if last.is_none() {
-                missing(args, &shown.apps)?;
+                check_apps_exist(args, &shown.apps)?;
             }
             if last.as_ref() != Some(&shown) {
                 if last.is_some() && args.output == Output::Text {
@@ -94,36 +94,36 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     })
 }
 
-/// Fails for an app that was asked for and is not there: an empty table would look like an answer.
-fn missing(args: &Args, found: &[AppStatus]) -> Result<(), Failed> {
+/// Fails for an unknown app: an empty table would look like an answer.
+fn check_apps_exist(args: &Args, found: &[AppStatus]) -> Result<(), Failed> {
     let Some(name) = args.apps.iter().find(|name| !found.iter().any(|a| a.app == **name)) else { return Ok(()) };
     Err(Failed::because(format!("no app `{}` is here, and none is wanted here", name.escape_debug())))
 }
 
-/// Asks the agent of this host; where none answers, what agents published, with a note that says so.
+/// Status from the agent of this host; without one, what agents last published, with a note that says so.
 async fn read(args: &Args) -> Result<(Shown, Option<String>), Failed> {
     let address = agent_address(args.agent.as_deref())?;
-    let asked = probe::get_tcp(&address, "localhost", "/status", Duration::from_secs(5)).await;
-    let error = match asked {
+    let response = probe::get_tcp(&address, "localhost", "/status", Duration::from_secs(5)).await;
+    let error = match response {
         Ok(answer) if answer.status == 200 => match serde_json::from_str::<HostStatus>(&answer.body) {
             Ok(status) if status.version == VERSION => return Ok((select(args, status), None)),
             Ok(status) => {
                 return Err(Failed::because(format!(
-                    "the agent at {address} speaks version {} of status, this program version {VERSION}; use the agent's own `demae`",
+                    "the agent at {address} sends version {} of status, this program reads version {VERSION}; use the agent's own `demae`",
                     status.version
                 )));
             }
-            Err(e) => format!("no status of an agent: {e}"),
+            Err(e) => format!("not the status of an agent: {e}"),
         },
         Ok(answer) => format!("answered with status {}", answer.status),
         Err(e) => e,
     };
     let etcd = config::etcd_only(&args.common)?;
-    let mut apps = store::published(&etcd)
-        .await
-        .map_err(|e| Failed::for_now(format!("no agent answers at {address} ({error}), and the store neither: {e}")))?;
-    let note = format!("no agent answers at {address} ({error}); this is what agents last told the store");
-    apps.retain(|a| is_chosen(args, &a.app) && args.common.host.as_ref().is_none_or(|h| *h == a.host.as_str()));
+    let mut apps = store::published(&etcd).await.map_err(|e| {
+        Failed::try_later(format!("no agent answers at {address} ({error}), and the store neither: {e}"))
+    })?;
+    let note = format!("no agent answers at {address} ({error}); this is what agents last published to the store");
+    apps.retain(|a| is_selected(args, &a.app) && args.common.host.as_ref().is_none_or(|h| *h == a.host.as_str()));
     let shown = Shown {
         version: VERSION,
         proxy: None,
@@ -136,7 +136,7 @@ async fn read(args: &Args) -> Result<(Shown, Option<String>), Failed> {
     Ok((shown, Some(note)))
 }
 
-fn is_chosen(args: &Args, app: &str) -> bool {
+fn is_selected(args: &Args, app: &str) -> bool {
     args.apps.is_empty() || args.apps.iter().any(|a| a == app)
 }
 
@@ -148,7 +148,7 @@ fn select(args: &Args, status: HostStatus) -> Shown {
         store_error: status.store.error,
         store_block: status.store.block,
         stale_since: status.store.stale_since,
-        apps: status.apps.into_iter().filter(|a| is_chosen(args, &a.app)).collect(),
+        apps: status.apps.into_iter().filter(|a| is_selected(args, &a.app)).collect(),
         unreadable,
     }
 }
@@ -173,11 +173,11 @@ fn print(args: &Args, shown: &Shown, printer: &mut Printer) -> Result<(), Failed
             app.image.clone().unwrap_or_else(|| "-".to_owned()),
             format!("{}/{}", app.healthy, app.wanted),
             app.state.as_str().to_owned(),
-            humane(now.since(app.since)),
+            human(now.since(app.since)),
             app.reason.clone(),
         ]);
     }
-    // A key that names no app is somebody's app all the same: it stands where they look for it.
+    // An unreadable key is some user's app all the same: list it where they look for it.
     for problem in &shown.unreadable {
         let reason = match &problem.hint {
             Some(hint) => format!("{} ({hint})", problem.message),
@@ -200,10 +200,10 @@ fn print(args: &Args, shown: &Shown, printer: &mut Printer) -> Result<(), Failed
         printer.error(&format!("note: {proxy}"));
     }
     if let Some(block) = &shown.store_block {
-        printer.error(&format!("note: the store is not believed, and nothing changes: {block}"));
+        printer.error(&format!("note: the store is not trusted, and nothing changes: {block}"));
     }
     if let Some(since) = &shown.stale_since {
-        printer.error(&format!("note: the agent goes by what it kept on disk; that was last proven at {since}"));
+        printer.error(&format!("note: the agent runs on the state kept on disk, last confirmed at {since}"));
     }
     if let Some(error) = &shown.store_error {
         printer.error(&format!("note: the store cannot be read now: {error}"));

@@ -1,4 +1,4 @@
-//! Until when certificates are good.
+//! Expiry dates of certificates.
 
 use std::{
     fs, io,
@@ -10,7 +10,7 @@ use x509_cert::{Certificate, der::DecodePem as _};
 use super::files;
 use crate::model::time::Timestamp;
 
-/// Why the end of a certificate is not known.
+/// Why the expiry of a certificate is unknown.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
     /// The file cannot be read.
@@ -21,7 +21,7 @@ pub enum CertificateError {
         /// Why.
         source: io::Error,
     },
-    /// It is no certificate.
+    /// The file is not a certificate.
     #[error("`{}` does not begin with a certificate in PEM: {reason}", path.display())]
     Parse {
         /// Which.
@@ -31,8 +31,7 @@ pub enum CertificateError {
     },
 }
 
-/// When the certificate of a file expires: the first one, which is the server's or client's own; what follows are those
-/// that vouch for it.
+/// The expiry of the first certificate in a file, the leaf; the rest is its chain.
 ///
 /// # Errors
 /// If the file cannot be read, or does not begin with a certificate.
@@ -42,20 +41,21 @@ pub fn expiry(path: &Path) -> Result<Timestamp, CertificateError> {
     let text = String::from_utf8(text).map_err(|e| failed(e.to_string()))?;
     let begin = text.find("-----BEGIN CERTIFICATE-----").ok_or_else(|| failed("there is none".to_owned()))?;
     let end = "-----END CERTIFICATE-----";
-    let length = text[begin..].find(end).ok_or_else(|| failed("it is cut".to_owned()))? + end.len();
+    let length = text[begin..].find(end).ok_or_else(|| failed("it is truncated".to_owned()))? + end.len();
     let certificate = Certificate::from_pem(&text[begin..begin + length]).map_err(|e| failed(e.to_string()))?;
     let until = certificate.tbs_certificate().validity().not_after.to_unix_duration();
     Ok(Timestamp::from_millis(i64::try_from(until.as_millis()).unwrap_or(i64::MAX)))
 }
 
-/// Certificates that nginx files of a directory name. Paths with variables are made at each request, and not known.
-pub fn named_in(dir: &Path) -> Vec<PathBuf> {
+/// Certificates in `ssl_certificate` directives of a directory. Paths with variables are unknown until a request.
+pub fn in_nginx_files(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    for name in files::list(dir).unwrap_or_default() {
+    // Certificates of files that cannot be read go unwatched, which loses a metric.
+    for name in files::list(dir).into_iter().flatten() {
         if !name.ends_with(".conf") {
             continue;
         }
-        let text = fs::read_to_string(dir.join(&name)).unwrap_or_default();
+        let Ok(text) = fs::read_to_string(dir.join(&name)) else { continue };
         let values = text.lines().filter_map(|l| l.trim().strip_prefix("ssl_certificate "));
         let paths = values.map(|v| v.trim().trim_end_matches(';').trim_matches(['"', '\'']));
         found.extend(paths.filter(|p| p.starts_with('/') && !p.contains('$')).map(PathBuf::from));
@@ -72,7 +72,7 @@ mod tests {
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "files of a test")]
-    fn the_first_certificate_of_a_file_counts() {
+    fn expiry_is_that_of_the_first_certificate() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("web.pem");
         fs::write(&path, format!("-----BEGIN X-----\n-----END X-----\n{PEM}{PEM}")).expect("a file");
@@ -89,11 +89,11 @@ mod tests {
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "files of a test")]
-    fn nginx_files_name_certificates() {
+    fn certificates_are_found_in_nginx_files() {
         let dir = tempfile::tempdir().expect("a directory");
         let text = "server {\n  ssl_certificate /a.pem;\n  ssl_certificate_key /a.key;\n  ssl_certificate \"/b.pem\";\n  ssl_certificate /c/$host.pem;\n}\n";
         fs::write(dir.path().join("app-web.conf"), text).expect("a file");
         fs::write(dir.path().join("manifest.json"), "ssl_certificate /d.pem;").expect("a file");
-        assert_eq!(named_in(dir.path()), [PathBuf::from("/a.pem"), PathBuf::from("/b.pem")]);
+        assert_eq!(in_nginx_files(dir.path()), [PathBuf::from("/a.pem"), PathBuf::from("/b.pem")]);
     }
 }

@@ -1,5 +1,5 @@
-//! A clock that nobody sets. Containers and files are stamped by the wall clock of the host, and people and NTP set that.
-//! A drain or a deadline must last as long as it says all the same.
+//! A monotonic clock, and wall-clock stamps converted to it. Containers and files are stamped by the host's wall clock,
+//! which NTP and people set; drains and deadlines must keep their length all the same.
 
 use std::{
     collections::BTreeMap,
@@ -8,37 +8,37 @@ use std::{
     time::Duration,
 };
 
-use crate::model::time::{Timestamp, humane};
+use crate::model::time::{Timestamp, human};
 
-/// A smaller step is no step: clocks are slewed all the time.
-const STEP: i64 = 1_000;
-/// A step that people may have noticed.
-const NOTEWORTHY: i64 = 10_000;
-/// Steps that are remembered. What was stamped before an older one is long over.
-const STEPS: usize = 16;
+/// Smaller differences are ignored, in milliseconds: clocks are slewed all the time.
+const MIN_STEP: i64 = 1_000;
+/// Steps from this size on are logged, in milliseconds.
+const LOGGED_STEP: i64 = 10_000;
+/// How many steps are kept. What was stamped before an older one is long over.
+const MAX_STEPS: usize = 16;
 
-/// Stamps in the future that are remembered.
-const MOST_AHEAD: usize = 4_096;
+/// How many stamps from the future are kept.
+const MAX_AHEAD: usize = 4_096;
 
-/// How long it has run, and what the wall clock says.
+/// Time since boot, and the wall clock.
 type Source = Box<dyn Fn() -> (Duration, Timestamp) + Send + Sync>;
 
-/// Counts on from the wall clock of when it was made, whatever becomes of that: by the kernel's time since boot, which
-/// processes are aged by too.
+/// A monotonic clock: starts at the wall clock of its creation and advances by the kernel's time since boot, which
+/// process ages are measured by too.
 pub struct Clock {
     source: Source,
-    began: i64,
+    offset: i64,
     steps: Mutex<Vec<Step>>,
-    /// What was stamped in the future, and when that was first seen.
+    /// Stamps from the future, and when each was first seen.
     ahead: Mutex<BTreeMap<i64, i64>>,
 }
 
-/// The wall clock was set.
+/// A step of the wall clock.
 #[derive(Debug, Clone, Copy)]
 struct Step {
-    /// When, by this clock.
+    /// When, by the monotonic clock.
     at: i64,
-    /// By so many milliseconds.
+    /// Its size in milliseconds.
     by: i64,
 }
 
@@ -55,31 +55,31 @@ impl Default for Clock {
 }
 
 impl Clock {
-    /// With a source of its own.
+    /// A clock with this source.
     pub fn new(source: impl Fn() -> (Duration, Timestamp) + Send + Sync + 'static) -> Self {
-        let (ran, wall) = source();
+        let (uptime, wall) = source();
         Self {
             source: Box::new(source),
-            began: wall.as_millis() - millis(ran),
+            offset: wall.as_millis() - millis(uptime),
             steps: Mutex::default(),
             ahead: Mutex::default(),
         }
     }
 
-    /// Now. Notices when the wall clock was set.
+    /// Now. Detects steps of the wall clock.
     pub fn now(&self) -> Timestamp {
-        let (ran, wall) = (self.source)();
-        let now = self.began + millis(ran);
+        let (uptime, wall) = (self.source)();
+        let now = self.offset + millis(uptime);
         let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
         let by = wall.as_millis() - now - sum(&steps);
-        if by.abs() >= STEP {
-            if by.abs() >= NOTEWORTHY {
+        if by.abs() >= MIN_STEP {
+            if by.abs() >= LOGGED_STEP {
                 let way = if by > 0 { "ahead" } else { "back" };
-                let far = humane(Duration::from_millis(by.unsigned_abs()));
-                tracing::warn!("the clock of this host was set {way} by {far}; what is under way is timed without it");
+                let far = human(Duration::from_millis(by.unsigned_abs()));
+                tracing::warn!("the clock of this host was set {way} by {far}; running deadlines are not affected");
             }
-            if steps.len() == STEPS {
-                // As if everything had been stamped after it.
+            if steps.len() == MAX_STEPS {
+                // Treat every stamp as made after the oldest step.
                 let oldest = steps.remove(0);
                 steps[0].by += oldest.by;
             }
@@ -88,11 +88,11 @@ impl Clock {
         Timestamp::from_millis(now)
     }
 
-    /// What was stamped by the wall clock, by this one. Where it could have been stamped before or after the clock was set
-    /// back, it is taken for the later: whoever waits for it waits too long rather than too short. What was stamped in the
-    /// future, for one by a clock that was set back before this agent began, counts from when it was first seen.
-    pub fn steady(&self, stamp: Timestamp) -> Timestamp {
-        // A step that nobody has noticed yet is noticed here.
+    /// A wall-clock stamp on the monotonic clock. A stamp that may be from before or after a step back counts as the
+    /// later: waits become too long rather than too short. A stamp from the future, as after a step back before this
+    /// agent started, counts from when it was first seen.
+    pub fn to_monotonic(&self, stamp: Timestamp) -> Timestamp {
+        // Detects a step that was not detected yet.
         let now = self.now().as_millis();
         let steps = self.steps();
         let mut at = stamp.as_millis() - sum(&steps);
@@ -103,11 +103,11 @@ impl Clock {
             at += step.by;
         }
         let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
-        // Also once its time has come: it would grow young again.
+        // Also once its time has come: otherwise its age would drop back to zero.
         if let Some(seen) = ahead.get(&at) {
             at = *seen;
-        } else if at > now + STEP {
-            if ahead.len() >= MOST_AHEAD {
+        } else if at > now + MIN_STEP {
+            if ahead.len() >= MAX_AHEAD {
                 ahead.pop_first();
             }
             ahead.insert(at, now);
@@ -116,7 +116,7 @@ impl Clock {
         Timestamp::from_millis(at)
     }
 
-    /// A time of this clock as the wall clock will show it.
+    /// A time of this clock as wall-clock time.
     pub fn wall(&self, at: Timestamp) -> Timestamp {
         Timestamp::from_millis(at.as_millis() + sum(&self.steps()))
     }
@@ -127,7 +127,8 @@ impl Clock {
 }
 
 fn since_boot() -> Duration {
-    Duration::try_from(rustix::time::clock_gettime(rustix::time::ClockId::Boottime)).unwrap_or_default()
+    Duration::try_from(rustix::time::clock_gettime(rustix::time::ClockId::Boottime))
+        .expect("the time since boot is not negative")
 }
 
 fn sum(steps: &[Step]) -> i64 {
@@ -147,24 +148,24 @@ mod tests {
 
     use super::*;
 
-    /// A clock that has run for `ran` ms on a host whose wall clock says `wall`.
+    /// A clock with its time since boot and its wall clock, both in milliseconds.
     fn clock() -> (Clock, Arc<AtomicI64>, Arc<AtomicI64>) {
-        let (ran, wall) = (Arc::new(AtomicI64::new(0)), Arc::new(AtomicI64::new(1_000_000)));
-        let (r, w) = (ran.clone(), wall.clone());
+        let (uptime, wall) = (Arc::new(AtomicI64::new(0)), Arc::new(AtomicI64::new(1_000_000)));
+        let (r, w) = (uptime.clone(), wall.clone());
         let source = move || {
-            let ran = Duration::from_millis(r.load(Ordering::Relaxed).unsigned_abs());
-            (ran, Timestamp::from_millis(w.load(Ordering::Relaxed)))
+            let uptime = Duration::from_millis(r.load(Ordering::Relaxed).unsigned_abs());
+            (uptime, Timestamp::from_millis(w.load(Ordering::Relaxed)))
         };
-        (Clock::new(source), ran, wall)
+        (Clock::new(source), uptime, wall)
     }
 
-    fn pass((_, ran, wall): &(Clock, Arc<AtomicI64>, Arc<AtomicI64>), ms: i64) {
-        ran.fetch_add(ms, Ordering::Relaxed);
+    fn pass((_, uptime, wall): &(Clock, Arc<AtomicI64>, Arc<AtomicI64>), ms: i64) {
+        uptime.fetch_add(ms, Ordering::Relaxed);
         wall.fetch_add(ms, Ordering::Relaxed);
     }
 
     #[test]
-    fn it_runs_on_whatever_becomes_of_the_wall_clock() {
+    fn wall_clock_steps_do_not_move_the_clock() {
         let it = clock();
         let at = |ms: i64| Timestamp::from_millis(ms);
         pass(&it, 5_000);
@@ -174,10 +175,10 @@ mod tests {
         // Set ahead by an hour.
         it.2.fetch_add(3_600_000, Ordering::Relaxed);
         assert_eq!(it.0.now(), at(1_006_000));
-        assert_eq!(it.0.steady(stamped_before), stamped_before);
+        assert_eq!(it.0.to_monotonic(stamped_before), stamped_before);
         pass(&it, 1_000);
         let stamped_after = at(it.2.load(Ordering::Relaxed));
-        assert_eq!(it.0.steady(stamped_after), it.0.now());
+        assert_eq!(it.0.to_monotonic(stamped_after), it.0.now());
         assert_eq!(it.0.wall(it.0.now()), stamped_after);
         // Set back by two: what was stamped in between may be of either side.
         pass(&it, 1_000);
@@ -185,25 +186,25 @@ mod tests {
         assert_eq!(it.0.now(), at(1_008_000));
         pass(&it, 1_000);
         let stamped_last = at(it.2.load(Ordering::Relaxed));
-        assert_eq!(it.0.steady(stamped_last), it.0.now());
-        assert!(it.0.steady(stamped_before) >= stamped_before, "too late rather than too early");
-        assert_eq!(it.0.steady(at(-9_000_000)), at(-9_000_000));
+        assert_eq!(it.0.to_monotonic(stamped_last), it.0.now());
+        assert!(it.0.to_monotonic(stamped_before) >= stamped_before, "too late rather than too early");
+        assert_eq!(it.0.to_monotonic(at(-9_000_000)), at(-9_000_000));
     }
 
     #[test]
-    fn the_future_begins_when_it_is_first_seen() {
+    fn stamp_from_the_future_counts_from_first_sight() {
         let it = clock();
         pass(&it, 1_000);
         let future = Timestamp::from_millis(9_000_000);
-        assert_eq!(it.0.steady(future), it.0.now());
+        assert_eq!(it.0.to_monotonic(future), it.0.now());
         pass(&it, 5_000);
-        assert_eq!(it.0.now().since(it.0.steady(future)), Duration::from_secs(5));
+        assert_eq!(it.0.now().since(it.0.to_monotonic(future)), Duration::from_secs(5));
         pass(&it, 20_000_000);
-        assert_eq!(it.0.now().since(it.0.steady(future)), Duration::from_secs(20_005), "it does not grow young again");
+        assert_eq!(it.0.now().since(it.0.to_monotonic(future)), Duration::from_secs(20_005), "its age never drops");
     }
 
     #[test]
-    fn small_steps_are_no_steps_and_old_ones_are_forgotten() {
+    fn small_steps_are_ignored_and_old_steps_are_dropped() {
         let it = clock();
         it.2.fetch_add(900, Ordering::Relaxed);
         assert_eq!(
@@ -215,9 +216,9 @@ mod tests {
             pass(&it, 10);
             it.0.now();
         }
-        assert_eq!(it.0.steps().len(), STEPS);
+        assert_eq!(it.0.steps().len(), MAX_STEPS);
         assert!(
-            it.0.steady(Timestamp::from_millis(it.2.load(Ordering::Relaxed))).since(it.0.now())
+            it.0.to_monotonic(Timestamp::from_millis(it.2.load(Ordering::Relaxed))).since(it.0.now())
                 < Duration::from_secs(1)
         );
     }

@@ -1,10 +1,10 @@
-//! Who is still talking to an instance: counted, not guessed.
+//! Counts the open connections of an instance.
 
 use std::{
     collections::HashMap,
     fs, io,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with};
@@ -33,29 +33,63 @@ const LISTENING: u32 = 1 << 10;
 /// Connected unix sockets of a network namespace.
 #[derive(Debug, Default)]
 struct Connected {
-    /// Those that were accepted, by the inode of the socket file they came through.
+    /// Accepted connections, by the inode of the socket file they came through.
     accepted: HashMap<u32, usize>,
-    /// Those that nobody has accepted yet, to whatever file.
+    /// Connections not accepted yet, to any socket file.
     pending: usize,
 }
 
-/// Counts connections to a unix socket: those accepted, seen in the network namespace of whoever connected, and those
-/// still in the queue of the listener, seen in the namespace of the container. A request may wait there while the app
-/// is busy, and would be lost with it.
+/// How the connections of one instance are counted.
+#[derive(Debug, Clone)]
+pub struct Counter {
+    /// A process in the network namespace of its container.
+    pub container: i32,
+    /// Its endpoints.
+    pub endpoints: Vec<CountedEndpoint>,
+}
+
+/// An endpoint whose connections are counted.
+#[derive(Debug, Clone)]
+pub enum CountedEndpoint {
+    /// A socket file on this host.
+    Socket(PathBuf),
+    /// A port.
+    Port {
+        /// Inside the container.
+        inside: u16,
+        /// On this host.
+        published: u16,
+    },
+}
+
+impl Counter {
+    /// Connections to all endpoints, by a process of nginx; `None` if any cannot be counted, which is not zero.
+    pub fn count(&self, nginx: Option<i32>) -> Option<usize> {
+        let one = |endpoint: &CountedEndpoint| match endpoint {
+            CountedEndpoint::Socket(path) => socket_connections(path, nginx, self.container).ok(),
+            CountedEndpoint::Port { inside, published } => port_connections(self.container, *inside, *published).ok(),
+        };
+        self.endpoints.iter().map(one).sum()
+    }
+}
+
+/// Counts connections to a unix socket: the accepted ones, seen in the network namespace of the client, and those in
+/// the listener's queue, seen in the namespace of the container. A request may wait there while the app is busy, and
+/// would be lost with it.
 ///
-/// The path would not tell instances apart, since each binds the same path in its own container; the inode does.
+/// The path does not identify the instance, since each binds the same path in its own container; the inode does.
 ///
 /// # Errors
 /// If the kernel does not answer.
 pub fn socket_connections(socket: &Path, nginx: Option<i32>, container: i32) -> io::Result<usize> {
     let Some(inode) = socket_inode(socket)? else { return Ok(0) };
-    // The queue first: what leaves it in between is counted as accepted.
+    // The queue first: a connection that leaves it in between is counted as accepted.
     let queue = within(container, move || queue_length(inode));
     let connected = match nginx {
         Some(pid) => within(pid, connected)?,
         None => connected()?,
     };
-    // An agent that is not root cannot look into the container, and takes every pending connection for one of it.
+    // Without root the agent cannot enter the container, and counts every pending connection as one to it.
     let pending = queue.unwrap_or(connected.pending);
     Ok(connected.accepted.get(&inode).copied().unwrap_or(0) + pending)
 }
@@ -93,7 +127,7 @@ fn unix_request(states: u32, show: u32) -> Vec<u8> {
     request
 }
 
-/// Counts TCP connections that are made, or being made, in this network namespace, and whose ports fit.
+/// Counts TCP connections in this network namespace that are open or being opened and whose ports match.
 fn tcp_connections(fits: impl Fn(u16, u16) -> bool) -> io::Result<usize> {
     let mut count = 0;
     for family in [2, 10] {
@@ -112,7 +146,7 @@ fn tcp_connections(fits: impl Fn(u16, u16) -> bool) -> io::Result<usize> {
     Ok(count)
 }
 
-/// Asks the kernel for sockets, and hands over each of its messages.
+/// Requests a socket list from the kernel; calls `each` with each message.
 fn dump(request: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<()> {
     let fd = socket_with(AddressFamily::NETLINK, SocketType::DGRAM, SocketFlags::CLOEXEC, Some(netlink::SOCK_DIAG))?;
     rustix::net::sockopt::set_socket_timeout(
@@ -135,7 +169,7 @@ fn dump(request: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<()> {
         while rest.len() >= 16 {
             let size = read_u32(rest, 0) as usize;
             if size < 16 || size > rest.len() {
-                return Err(io::Error::other("the kernel's answer about sockets is cut"));
+                return Err(io::Error::other("the kernel's socket list is truncated"));
             }
             match read_u16(rest, 4) {
                 NLMSG_DONE => return Ok(()),
@@ -172,7 +206,7 @@ fn read_u32(bytes: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// Counts something in the network namespace of another process.
+/// Runs a count in the network namespace of another process.
 fn within<T: Send + 'static>(pid: i32, count: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     if same_namespace(pid)? {
         return count();
@@ -191,7 +225,7 @@ fn same_namespace(pid: i32) -> io::Result<bool> {
     Ok(inode(&format!("/proc/{pid}/ns/net"))? == inode("/proc/self/ns/net")?)
 }
 
-/// The inode of a socket file, as the kernel tells it in socket lists: cut to 32 bits. Nothing if there is no such file.
+/// The inode of a socket file as in socket lists: truncated to 32 bits. `None` if there is no such file.
 fn socket_inode(path: &Path) -> io::Result<Option<u32>> {
     match fs::symlink_metadata(path) {
         #[expect(clippy::cast_possible_truncation, reason = "the kernel cuts it the same way")]
@@ -201,13 +235,13 @@ fn socket_inode(path: &Path) -> io::Result<Option<u32>> {
     }
 }
 
-/// Counts connections to a published port: those that end inside the container, and those of this host that have not
-/// got there yet.
+/// Counts connections to a published port: the larger of those inside the container and those of this host, which may
+/// not have got there yet.
 ///
 /// # Errors
-/// If neither the kernel nor its tables tell.
+/// If neither socket lists nor `/proc/net` can be read.
 pub fn port_connections(container_pid: i32, inside: u16, published: u16) -> io::Result<usize> {
-    // An agent that is not root cannot enter the container, and reads its table: the same, slower.
+    // Without root the agent cannot enter the container and reads its table instead: the same, slower.
     let within = within(container_pid, move || tcp_connections(|local, _| local == inside))
         .or_else(|_| table_connections(&format!("/proc/{container_pid}/net"), |local, _| local == inside))?;
     let outside = tcp_connections(|_, remote| remote == published)
@@ -227,7 +261,7 @@ fn table_connections(net: &str, fits: impl Fn(u16, u16) -> bool + Copy) -> io::R
     Ok(total)
 }
 
-/// Lines of `/proc/net/tcp` that are established, or on their way to be, and satisfy a condition on their ports.
+/// Counts lines of `/proc/net/tcp` that are open or being opened and whose ports match.
 fn count(table: &str, fits: impl Fn(u16, u16) -> bool) -> usize {
     let port = |address: &str| address.rsplit_once(':').and_then(|(_, p)| u16::from_str_radix(p, 16).ok());
     table
@@ -256,7 +290,7 @@ mod tests {
         let counted = |path: &Path| socket_connections(path, Some(own), own).expect("a count");
         assert_eq!((counted(&a), counted(&b)), (0, 0));
         let clients: Vec<UnixStream> = (0..3).map(|_| UnixStream::connect(&a).expect("a connection")).collect();
-        // Not yet accepted: a request may be on its way all the same.
+        // Not accepted yet: a request may be in flight.
         assert_eq!((counted(&a), counted(&b)), (3, 0));
         let accepted: Vec<_> = (0..3).map(|_| listen_a.accept().expect("accepted")).collect();
         assert_eq!(counted(&a), 3);

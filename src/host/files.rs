@@ -1,7 +1,7 @@
-//! Everything demae writes to disk, and nothing else does.
+//! All durable writes of demae.
 //!
-//! A file is whole or not there: written beside its place, synced, renamed, and the rename synced too. Removing what is
-//! not there is done already.
+//! A file is complete or absent: written to a temporary name, synced, renamed, and the directory synced too. Removing a
+//! missing file succeeds.
 #![expect(clippy::disallowed_methods, reason = "the home of durable writes")]
 
 use std::{
@@ -9,6 +9,11 @@ use std::{
     io::Write as _,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
+};
+
+use tokio::{
+    runtime::{Handle, RuntimeFlavor},
+    task::block_in_place,
 };
 
 use crate::{failpoint, model::time::Timestamp};
@@ -30,18 +35,18 @@ impl FileError {
 }
 
 impl FileError {
-    /// A file that could not be written.
+    /// The error for a failed write.
     pub fn cannot_write(path: &Path, source: io::Error) -> Self {
         failed("write", path)(source)
     }
 
-    /// A file of ours that cannot be understood, and what removing it would do.
+    /// The error for a file of demae that does not parse, and what removing it would do.
     pub fn unreadable(path: &Path, why: &str, remedy: &str) -> Self {
         let text = format!("{why} (put it back as it was, or remove it{remedy})");
         failed("understand", path)(io::Error::other(text))
     }
 
-    /// A file of ours that says nothing we know.
+    /// The error for a file of demae that does not parse.
     pub(super) fn not_ours(path: &Path, source: io::Error) -> Self {
         failed("understand", path)(source)
     }
@@ -53,37 +58,47 @@ fn failed<'p>(operation: &'static str, path: &'p Path) -> impl Fn(io::Error) -> 
     move |source| FileError { operation, path: path.to_owned(), source }
 }
 
-/// Writes a whole file with these rights. Its directory must exist.
+/// Writes a file atomically with this mode. Its directory must exist.
 ///
 /// # Errors
-/// If anything of it fails; then the old file is still there, whole.
+/// If any part fails; the old file is unchanged then.
 pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
-    let beside = beside(path);
+    let temporary = temporary_name(path);
     let write = || -> io::Result<()> {
-        remove(&beside)?;
-        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
+        remove(&temporary)?;
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
         failpoint::boundary("write");
         file.write_all(bytes)?;
-        // The mode of `open` is cut by the umask.
+        // The umask applies to the mode of `open`.
         file.set_permissions(fs::Permissions::from_mode(mode))?;
-        file.sync_all()?;
+        sync(&file)?;
         failpoint::boundary("rename");
-        fs::rename(&beside, path)?;
+        fs::rename(&temporary, path)?;
         failpoint::boundary("renamed");
         sync_parent(path)
     };
     write().map_err(|source| {
-        // What is left beside would be in nobody's way, but it may hold secrets.
-        let _ = remove(&beside);
+        // A leftover does no harm, but may hold secrets.
+        let _ = remove(&temporary);
         FileError { operation: "write", path: path.to_owned(), source }
     })
 }
 
-/// Writes a whole file that need not outlive a crash until [`sync_dir`] is called on its directory.
+/// Replaces a whole file that need not outlive a crash of the machine. Its directory must exist.
 ///
 /// # Errors
-/// If anything of it fails; what is there then may be cut.
-pub fn write_quickly(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+/// If anything of it fails; then the old file is still there, whole.
+pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+    let temporary = temporary_name(path);
+    write_unsynced(&temporary, bytes, mode)?;
+    fs::rename(&temporary, path).map_err(failed("replace", path))
+}
+
+/// Writes a file without sync: durable once [`sync_dir`] is called on its directory.
+///
+/// # Errors
+/// If any part fails; the file may be truncated then.
+pub fn write_unsynced(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     let write = || -> io::Result<()> {
         let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
         file.write_all(bytes)?;
@@ -93,25 +108,25 @@ pub fn write_quickly(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     write().map_err(failed("write", path))
 }
 
-/// Makes a directory durable: each file in it, its names, and its own name.
+/// Syncs a directory: each file in it, its entries, and its own entry.
 ///
 /// # Errors
-/// If any of it cannot be synced.
+/// If any sync fails.
 pub fn sync_dir(path: &Path) -> Result<()> {
-    let sync = || -> io::Result<()> {
+    let sync_all = || -> io::Result<()> {
         for entry in fs::read_dir(path)? {
-            fs::File::open(entry?.path())?.sync_all()?;
+            sync(&fs::File::open(entry?.path())?)?;
         }
-        fs::File::open(path)?.sync_all()?;
+        sync(&fs::File::open(path)?)?;
         sync_parent(path)
     };
-    sync().map_err(failed("sync", path))
+    sync_all().map_err(failed("sync", path))
 }
 
-/// Reads a whole file; `None` if there is none.
+/// Reads a file; `None` if there is none.
 ///
 /// # Errors
-/// If it is there and cannot be read.
+/// If it exists and cannot be read.
 pub fn read(path: &Path) -> Result<Option<Vec<u8>>> {
     match fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
@@ -120,10 +135,10 @@ pub fn read(path: &Path) -> Result<Option<Vec<u8>>> {
     }
 }
 
-/// Where a symlink leads; `None` if there is none, or something else is in its place.
+/// The target of a symlink; `None` if there is none, or another kind of file.
 ///
 /// # Errors
-/// If that cannot be told.
+/// If it cannot be read.
 pub fn read_link(path: &Path) -> Result<Option<PathBuf>> {
     match fs::read_link(path) {
         Ok(target) => Ok(Some(target)),
@@ -132,10 +147,10 @@ pub fn read_link(path: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
-/// When a file or a directory was last changed, by the wall clock; `None` if it is not there.
+/// The mtime of a file or directory, by the wall clock; `None` if it does not exist.
 ///
 /// # Errors
-/// If it is there, or may be, and cannot be looked at.
+/// If its metadata cannot be read.
 pub fn modified(path: &Path) -> Result<Option<Timestamp>> {
     match fs::metadata(path).and_then(|m| m.modified()) {
         Ok(at) => Ok(Some(Timestamp::from_system(at))),
@@ -144,31 +159,40 @@ pub fn modified(path: &Path) -> Result<Option<Timestamp>> {
     }
 }
 
-/// Points a symlink somewhere else, at once: whoever opens it finds the old target or the new one.
+/// Points a symlink elsewhere atomically: a reader finds the old target or the new one.
 ///
 /// # Errors
-/// If anything of it fails; then the old one is still there.
+/// If any part fails; the old link is unchanged then.
 pub fn symlink(target: &Path, link: &Path) -> Result<()> {
-    let beside = beside(link);
+    let temporary = temporary_name(link);
     let point = || -> io::Result<()> {
-        remove(&beside)?;
-        std::os::unix::fs::symlink(target, &beside)?;
+        remove(&temporary)?;
+        std::os::unix::fs::symlink(target, &temporary)?;
         failpoint::boundary("relink");
-        fs::rename(&beside, link)?;
+        fs::rename(&temporary, link)?;
         sync_parent(link)
     };
     point().map_err(failed("point the symlink", link))
 }
 
-/// Makes a directory and those above it, and gives it these rights.
+/// Creates a directory and its parents, durably, and sets its mode.
 ///
 /// # Errors
-/// If it cannot be made, or there is something else.
+/// If it cannot be created, or another kind of file is there.
 pub fn make_dir(path: &Path, mode: u32) -> Result<()> {
+    let is_new = !path.is_dir();
+    make_dir_unsynced(path, mode)?;
+    if is_new { sync_parent(path).map_err(failed("sync", path)) } else { Ok(()) }
+}
+
+/// Creates a directory and its parents without sync, and sets its mode.
+///
+/// # Errors
+/// If it cannot be created, or another kind of file is there.
+pub fn make_dir_unsynced(path: &Path, mode: u32) -> Result<()> {
     let make = || -> io::Result<()> {
         if !path.is_dir() {
             fs::DirBuilder::new().recursive(true).mode(0o755).create(path)?;
-            sync_parent(path)?;
         }
         if fs::metadata(path)?.permissions().mode() & 0o7777 != mode {
             fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
@@ -178,66 +202,66 @@ pub fn make_dir(path: &Path, mode: u32) -> Result<()> {
     make().map_err(failed("make the directory", path))
 }
 
-/// Bytes that this process may still write to the file system of a path, and bytes in all.
+/// Free bytes for this process on the file system of a path, and its size.
 ///
 /// # Errors
-/// If it is not there, or cannot be asked.
+/// If it does not exist, or its file system cannot be read.
 pub fn space(path: &Path) -> Result<(u64, u64)> {
     let stat = rustix::fs::statvfs(path).map_err(|e| failed("ask the file system of", path)(e.into()))?;
     Ok((stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize))
 }
 
-/// Gives a file or directory to a user and a group, then the rights: the change of owner clears some of them. What has
-/// them already is not touched.
+/// Sets owner, group and mode of a file or directory. The mode comes last: a change of owner clears some bits. No
+/// effect if all are right already.
 ///
 /// # Errors
-/// If this agent may not.
-pub fn hand_over(path: &Path, user: Option<u32>, group: Option<u32>, mode: u32) -> Result<()> {
-    let give = || -> io::Result<()> {
+/// If the agent lacks permission.
+pub fn set_owner(path: &Path, user: Option<u32>, group: Option<u32>, mode: u32) -> Result<()> {
+    let set = || -> io::Result<()> {
         let found = fs::metadata(path)?;
-        let is_theirs = user.is_none_or(|u| u == found.uid()) && group.is_none_or(|g| g == found.gid());
-        if !is_theirs {
+        let is_owner_right = user.is_none_or(|u| u == found.uid()) && group.is_none_or(|g| g == found.gid());
+        if !is_owner_right {
             std::os::unix::fs::chown(path, user, group)?;
         }
-        if !is_theirs || found.permissions().mode() & 0o7777 != mode {
+        if !is_owner_right || found.permissions().mode() & 0o7777 != mode {
             fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
         }
         Ok(())
     };
-    give().map_err(failed("hand over", path))
+    set().map_err(failed("set the owner of", path))
 }
 
-/// Lets a group pass to a socket, if it was made while the group was not known: through the directory of the instance and
-/// the two above it, that of the app and that of all; or if hands, or a crash between two calls, closed one of them. A
-/// directory that is open to the group already is left alone.
+/// Opens the path to a socket for a group: the directory of the instance and the two above it. Needed if they were made
+/// while the group was unknown, or if a person, or a crash between two calls, closed one. A directory that is open to
+/// the group already is left alone.
 ///
 /// # Errors
-/// If this agent may not.
-pub fn open_way_to(socket: &Path, group: u32) -> Result<()> {
+/// If the agent lacks permission.
+pub fn open_path_to(socket: &Path, group: u32) -> Result<()> {
     for (level, dir) in socket.ancestors().skip(1).take(3).enumerate() {
         let found = match fs::symlink_metadata(dir) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             found => found.map_err(failed("look at", dir))?,
         };
-        // That of the instance belongs to the container's user, and hands its group down.
+        // The instance's directory belongs to the container's user; setgid makes files inherit its group.
         let needed = if level == 0 { 0o2050 } else { 0o050 };
         let is_open = found.gid() == group && found.permissions().mode() & needed == needed;
         if !found.is_dir() || is_open {
             continue;
         }
         let mode = if level == 0 { found.permissions().mode() & 0o777 | needed } else { 0o750 };
-        hand_over(dir, None, Some(group), mode)?;
+        set_owner(dir, None, Some(group), mode)?;
     }
     Ok(())
 }
 
-/// Lets a group connect to a socket; what is not there is left alone.
+/// Lets a group connect to a socket. No effect if it does not exist.
 ///
-/// The directory belongs to a container, which may put a symlink in the place of its socket at any moment. So the file
-/// is opened once, without following, and everything is done to what was opened.
+/// The directory belongs to a container, which may replace its socket by a symlink at any moment. So the file is opened
+/// once, without following, and all changes go through that descriptor.
 ///
 /// # Errors
-/// If it is not a socket, or this agent may not.
+/// If it is not a socket, or the agent lacks permission.
 pub fn open_socket_to(path: &Path, group: u32) -> Result<()> {
     use std::os::{fd::AsRawFd as _, unix::fs::FileTypeExt as _, unix::fs::MetadataExt as _};
 
@@ -262,15 +286,15 @@ pub fn open_socket_to(path: &Path, group: u32) -> Result<()> {
     open().map_err(failed("open to nginx", path))
 }
 
-/// Sees that what lies at a path is a socket, and no symlink to one. Nothing there is fine.
+/// Checks that a path is a socket, not a symlink to one. A missing file passes.
 ///
 /// # Errors
-/// If it is something else, or cannot be looked at.
+/// If it is another kind of file, or its metadata cannot be read.
 pub fn expect_socket(path: &Path) -> Result<()> {
     use std::os::unix::fs::FileTypeExt as _;
     match fs::symlink_metadata(path) {
         Ok(found) if found.file_type().is_socket() => Ok(()),
-        Ok(_) => Err(failed("use", path)(io::Error::other("something else than a socket lies there"))),
+        Ok(_) => Err(failed("use", path)(io::Error::other("not a socket"))),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(failed("look at", path)(e)),
     }
@@ -279,15 +303,15 @@ pub fn expect_socket(path: &Path) -> Result<()> {
 /// Removes a file or a symlink.
 ///
 /// # Errors
-/// If it is there and cannot be removed.
+/// If it exists and cannot be removed.
 pub fn remove_file(path: &Path) -> Result<()> {
     remove(path).map_err(failed("remove", path))
 }
 
-/// Removes a directory with all that is in it.
+/// Removes a directory recursively.
 ///
 /// # Errors
-/// If it is there and cannot be removed.
+/// If it exists and cannot be removed.
 pub fn remove_dir(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(e)),
@@ -295,16 +319,17 @@ pub fn remove_dir(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes a directory if nothing is in it.
+/// Removes a directory if it is empty.
 pub fn remove_dir_if_empty(path: &Path) {
-    // A directory that is not empty, or not there, is fine either way.
+    // A missing or non-empty directory is fine.
     let _ = fs::remove_dir(path);
 }
 
-/// The names in a directory, sorted; none if there is no such directory. Names that demae would not give are left out.
+/// The names in a directory, sorted; empty if there is no such directory. Hidden and non-UTF-8 names, which demae never
+/// uses, are left out.
 ///
 /// # Errors
-/// If it is there and cannot be read.
+/// If it exists and cannot be read.
 pub fn list(path: &Path) -> Result<Vec<String>> {
     let entries = match fs::read_dir(path) {
         Ok(entries) => entries,
@@ -327,24 +352,33 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// A name that no reader looks at: hidden, and not ending as the real one does.
-fn beside(path: &Path) -> PathBuf {
+/// A temporary name that no reader matches: hidden, with another suffix.
+fn temporary_name(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}.new"))
 }
 
+/// Syncs a file. A slow disk takes seconds for it, so on a runtime of several threads the others go on meanwhile: the
+/// worker's tasks move to another thread, see [`tokio::task::block_in_place`].
+fn sync(file: &fs::File) -> io::Result<()> {
+    match Handle::try_current() {
+        Ok(runtime) if runtime.runtime_flavor() == RuntimeFlavor::MultiThread => block_in_place(|| file.sync_all()),
+        _ => file.sync_all(),
+    }
+}
+
 fn sync_parent(path: &Path) -> io::Result<()> {
     match path.parent() {
-        Some(parent) => fs::File::open(parent)?.sync_all(),
+        Some(parent) => sync(&fs::File::open(parent)?),
         None => Ok(()),
     }
 }
 
-/// A file that one process holds.
+/// A lock file held by this process.
 #[derive(Debug)]
 pub struct Lock(#[expect(dead_code, reason = "the lock ends when the file is closed")] fs::File);
 
-/// Takes a lock for as long as the answer lives; the kernel gives it back however the process ends.
+/// Locks a file until the result is dropped; the kernel releases it however the process ends.
 ///
 /// # Errors
 /// If another process holds it, or the file cannot be opened.
@@ -364,7 +398,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_has_its_rights_and_replaces_the_old_one_whole() {
+    fn write_sets_the_mode_and_replaces_atomically() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("env");
         write(&path, b"one", 0o600).expect("it is written");
@@ -375,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_crash_left_beside_is_no_obstacle() {
+    fn leftover_temporary_file_is_replaced() {
         let dir = tempfile::tempdir().expect("a directory");
         let link = dir.path().join("1.sock");
         std::os::unix::fs::symlink("torn", dir.path().join(".1.sock.new")).expect("a leftover");
@@ -385,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_is_held_by_one() {
+    fn lock_is_exclusive() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("lock");
         let held = lock(&path).expect("it is free");

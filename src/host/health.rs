@@ -1,4 +1,4 @@
-//! Asks running instances whether they are well, each by its own check, for as long as they run.
+//! Health checks: probes each running instance by its own check for as long as it runs.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -24,127 +24,127 @@ use crate::model::{
     time::Timestamp,
 };
 
-/// After a success of an instance that is not healthy yet, the next question comes this soon: the second success in a
-/// row is meant to catch a program that dies at its first request, not to make a deploy wait.
-const CONFIRM: Duration = Duration::from_millis(5);
-/// How often it is looked whether a socket is there yet: a look costs a microsecond, and asks nobody.
-const LOOK: Duration = Duration::from_millis(2);
-/// How often it is looked whether another one took its place.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
-/// Starts that differ by more than this are two, also if Docker does not count them, as it does not count those by hand.
-/// It tells them by the wall clock, which is set a little all the time.
-const ANOTHER: Duration = Duration::from_secs(1);
-/// Longest pause after a failure of an instance in service.
-const SUSPECT: Duration = Duration::from_secs(1);
+/// Delay before the next probe after a success of an instance that is not healthy yet. The second success in a row is
+/// meant to catch a program that dies at its first request, not to delay a deploy.
+const CONFIRM_INTERVAL: Duration = Duration::from_millis(2);
+/// Poll interval for a socket that does not exist yet: one `lstat`, about a microsecond, and no connection.
+const APPEAR_POLL: Duration = Duration::from_millis(2);
+/// Poll interval for a socket that was replaced.
+const REPLACED_POLL: Duration = Duration::from_millis(50);
+/// Start times that differ by more than this are different starts, even with an equal restart count: Docker does not
+/// count manual restarts. Start times come from the wall clock, which is slewed all the time.
+const RESTART_TOLERANCE: Duration = Duration::from_secs(1);
+/// Longest probe interval after a failure of an instance in service.
+const FAILING_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Whom to ask, and how.
+/// What to probe, and how.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Question {
-    /// Where.
+pub struct ProbeTarget {
+    /// The address to probe.
     pub address: Address,
-    /// What.
+    /// The health check.
     pub check: HealthCheck,
-    /// When it last started.
+    /// When the instance last started.
     pub started: Timestamp,
-    /// How often the engine has started it again.
+    /// Restart count of the engine.
     pub restarts: u32,
-    /// What may change while it is asked.
+    /// What may change while the instance is probed.
     pub reach: Reach,
-    /// For which host.
+    /// The `Host` header.
     pub host: String,
-    /// Where else it must take connections.
-    pub more: Vec<More>,
+    /// Further endpoints that must accept connections.
+    pub more: Vec<ExtraEndpoint>,
 }
 
-/// Another place where an instance listens.
+/// A further endpoint of an instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum More {
+pub enum ExtraEndpoint {
     /// A unix socket at this path.
     Socket(String),
-    /// An address of its own; nothing while it has none.
-    Own(Option<SocketAddr>),
+    /// The container's own address; `None` while it has none.
+    Tcp(Option<SocketAddr>),
 }
 
-/// What is asked of the other places where an instance listens: at its own address, by the ports inside.
-pub fn more_questions(addresses: &[Address], ip: Option<IpAddr>, inside: &[u16]) -> Vec<More> {
-    let question = |(at, address): (usize, &Address)| match address {
-        Address::Socket(path) => More::Socket(path.clone()),
-        Address::Port(_) => More::Own(ip.zip(inside.get(at).copied()).map(SocketAddr::from)),
+/// The further endpoints to probe; ports are probed at the container's own address, by the container port.
+pub fn extra_endpoints(addresses: &[Address], ip: Option<IpAddr>, inside: &[u16]) -> Vec<ExtraEndpoint> {
+    let endpoint = |(at, address): (usize, &Address)| match address {
+        Address::Socket(path) => ExtraEndpoint::Socket(path.clone()),
+        Address::Port(_) => ExtraEndpoint::Tcp(ip.zip(inside.get(at).copied()).map(SocketAddr::from)),
     };
-    addresses.iter().enumerate().map(question).collect()
+    addresses.iter().enumerate().map(endpoint).collect()
 }
 
-/// The host that a check asks for: its own, or that of its app, or as a person at the machine would.
-pub fn host_asked_for(check: &HealthCheck, of_app: Option<&str>) -> String {
+/// The `Host` header of a check: that of the check, else of the app, else `localhost`.
+pub fn host_header(check: &HealthCheck, of_app: Option<&str>) -> String {
     check.host.as_deref().or(of_app).unwrap_or("localhost").to_owned()
 }
 
-/// How an instance is reached: nginx may come later, or with other workers, and another start may have another address.
+/// How an instance is reached. nginx may start later, or with other workers, and a restart may change the address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reach {
     /// The group that must be able to connect to its socket.
     pub group: Option<u32>,
-    /// Its own address and port, in its network.
-    pub own: Option<SocketAddr>,
+    /// The container's own address and port in its network.
+    pub container_addr: Option<SocketAddr>,
 }
 
-/// All instances that are being asked.
+/// All instances under health checks.
 #[derive(Debug)]
 pub struct Prober {
-    asked: Mutex<BTreeMap<AppName, HashMap<ContainerId, Asked>>>,
-    news: UnboundedSender<AppName>,
+    handles: Mutex<BTreeMap<AppName, HashMap<ContainerId, ProbeHandle>>>,
+    changes: UnboundedSender<AppName>,
     clock: Arc<Clock>,
     tasks: TaskTracker,
 }
 
 #[derive(Debug)]
-struct Asked {
+struct ProbeHandle {
     health: Arc<Mutex<Health>>,
-    question: Question,
+    target: ProbeTarget,
     reach: Arc<Mutex<Reach>>,
-    more: Arc<Mutex<Vec<More>>>,
-    /// Asks before its time.
-    hurry: Arc<Notify>,
+    more: Arc<Mutex<Vec<ExtraEndpoint>>>,
+    /// Triggers the next probe early.
+    probe_now: Arc<Notify>,
     task: AbortHandle,
 }
 
-impl Drop for Asked {
+impl Drop for ProbeHandle {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
 impl Prober {
-    /// Tells `news` of each app whose health changed.
-    pub fn new(news: UnboundedSender<AppName>, clock: Arc<Clock>) -> Self {
-        Self { asked: Mutex::default(), news, clock, tasks: TaskTracker::new() }
+    /// Sends each app whose health changed to `changes`.
+    pub fn new(changes: UnboundedSender<AppName>, clock: Arc<Clock>) -> Self {
+        Self { handles: Mutex::default(), changes, clock, tasks: TaskTracker::new() }
     }
 
-    /// Asks this instance from now on, and answers with what is known of it.
-    pub fn ask(&self, app: &AppName, id: &ContainerId, question: Question) -> Health {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        let of_app = asked.entry(app.clone()).or_default();
+    /// Probes this instance from now on; returns its last known health.
+    pub fn probe(&self, app: &AppName, id: &ContainerId, target: ProbeTarget) -> Health {
+        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_app = handles.entry(app.clone()).or_default();
         if let Some(known) = of_app.get_mut(id)
-            && known.question.address == question.address
-            && known.question.check == question.check
-            && known.question.host == question.host
+            && known.target.address == target.address
+            && known.target.check == target.check
+            && known.target.host == target.host
         {
-            // Docker started it anew: its socket is another one, and was not opened to anybody yet.
-            let (before, now) = (known.question.started, question.started);
+            // Docker restarted it: the socket is a new one, not yet open to nginx's group.
+            let (before, now) = (known.target.started, target.started);
             let apart = now.since(before).max(before.since(now));
-            if apart > ANOTHER || known.question.restarts != question.restarts {
-                (known.question.started, known.question.restarts) = (question.started, question.restarts);
-                known.hurry.notify_one();
+            if apart > RESTART_TOLERANCE || known.target.restarts != target.restarts {
+                (known.target.started, known.target.restarts) = (target.started, target.restarts);
+                known.probe_now.notify_one();
             }
             let mut reach = known.reach.lock().unwrap_or_else(PoisonError::into_inner);
-            if reach.own != question.reach.own {
-                reach.own = question.reach.own;
-                known.hurry.notify_one();
+            if reach.container_addr != target.reach.container_addr {
+                reach.container_addr = target.reach.container_addr;
+                known.probe_now.notify_one();
             }
-            known.more.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&question.more);
-            if question.reach.group.is_some() && reach.group != question.reach.group {
-                reach.group = question.reach.group;
-                if let Address::Socket(path) = &question.address
+            known.more.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&target.more);
+            if target.reach.group.is_some() && reach.group != target.reach.group {
+                reach.group = target.reach.group;
+                if let Address::Socket(path) = &target.address
                     && let Err(e) = open_to_group(Path::new(path), reach.group)
                 {
                     tracing::warn!(app = %app, "nginx may not be able to connect: {e}");
@@ -153,147 +153,154 @@ impl Prober {
             drop(reach);
             return known.health.lock().unwrap_or_else(PoisonError::into_inner).clone();
         }
-        let asked = self.begin(app, question, false);
-        of_app.insert(id.clone(), asked);
+        let handle = self.begin(app, target, false);
+        of_app.insert(id.clone(), handle);
         Health::Unknown
     }
 
-    fn begin(&self, app: &AppName, question: Question, was_healthy: bool) -> Asked {
+    /// The last known health of an instance; `None` if it is not probed.
+    pub fn health(&self, app: &AppName, id: &ContainerId) -> Option<Health> {
+        let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = handles.get(app)?.get(id)?;
+        Some(known.health.lock().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+
+    fn begin(&self, app: &AppName, target: ProbeTarget, was_healthy: bool) -> ProbeHandle {
         let health = Arc::new(Mutex::new(Health::Unknown));
-        let reach = Arc::new(Mutex::new(question.reach));
-        let more = Arc::new(Mutex::new(question.more.clone()));
-        let hurry = Arc::new(Notify::new());
-        let asking = Asking {
+        let reach = Arc::new(Mutex::new(target.reach));
+        let more = Arc::new(Mutex::new(target.more.clone()));
+        let probe_now = Arc::new(Notify::new());
+        let probe_task = ProbeTask {
             app: app.clone(),
-            question: question.clone(),
+            target: target.clone(),
             was_healthy,
             health: health.clone(),
-            news: self.news.clone(),
+            changes: self.changes.clone(),
             clock: self.clock.clone(),
             reach: reach.clone(),
             more: more.clone(),
-            hurry: hurry.clone(),
+            probe_now: probe_now.clone(),
         };
-        let task = self.tasks.spawn(asking.run()).abort_handle();
-        Asked { health, question, reach, more, hurry, task }
+        let task = self.tasks.spawn(probe_task.run()).abort_handle();
+        ProbeHandle { health, target, reach, more, probe_now, task }
     }
 
-    /// Forgets all answers, and asks everybody again at once: the agent stood still, and whoever was healthy then may hang
-    /// now; or Docker was away, and nobody could be reached. Who was not healthy yet is given all of its time again: it may have stood still as well.
-    pub fn forget(&self) {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        for (app, of_app) in asked.iter_mut() {
+    /// Discards all results and probes every instance again at once: after a standstill of the agent a healthy instance
+    /// may hang by now, and while Docker was away none could be reached. An instance that was not healthy yet gets its
+    /// full deadline again: it may have stood still as well.
+    pub fn reset(&self) {
+        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        for (app, of_app) in handles.iter_mut() {
             for known in of_app.values_mut() {
                 let health = known.health.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 let reach = *known.reach.lock().unwrap_or_else(PoisonError::into_inner);
                 let was_healthy = matches!(health, Health::Healthy | Health::Unhealthy { .. });
-                let started = if was_healthy { known.question.started } else { self.clock.now() };
-                *known = self.begin(app, Question { started, reach, ..known.question.clone() }, was_healthy);
+                let started = if was_healthy { known.target.started } else { self.clock.now() };
+                *known = self.begin(app, ProbeTarget { started, reach, ..known.target.clone() }, was_healthy);
             }
         }
     }
 
-    /// Stops asking all instances of an app but these.
-    pub fn keep(&self, app: &AppName, ids: &[&ContainerId]) {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(of_app) = asked.get_mut(app) {
+    /// Stops the probes of all instances of an app except these.
+    pub fn retain(&self, app: &AppName, ids: &[&ContainerId]) {
+        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(of_app) = handles.get_mut(app) {
             of_app.retain(|id, _| ids.contains(&id));
             if of_app.is_empty() {
-                asked.remove(app);
+                handles.remove(app);
             }
         }
     }
 }
 
-/// One instance being asked.
-struct Asking {
+/// The probe loop of one instance.
+struct ProbeTask {
     app: AppName,
-    question: Question,
-    /// Whether it was before it was asked.
+    target: ProbeTarget,
+    /// Whether it was healthy before this loop began.
     was_healthy: bool,
     health: Arc<Mutex<Health>>,
-    news: UnboundedSender<AppName>,
+    changes: UnboundedSender<AppName>,
     clock: Arc<Clock>,
     reach: Arc<Mutex<Reach>>,
-    more: Arc<Mutex<Vec<More>>>,
-    hurry: Arc<Notify>,
+    more: Arc<Mutex<Vec<ExtraEndpoint>>>,
+    probe_now: Arc<Notify>,
 }
 
-impl Asking {
+impl ProbeTask {
     async fn run(self) {
-        if !matches!(self.question.check.probe, Probe::Http(_) | Probe::Tcp) {
-            return self.keep_open().await;
+        if !matches!(self.target.check.probe, Probe::Http(_) | Probe::Tcp) {
+            return self.keep_sockets_open().await;
         }
-        let check = &self.question.check;
+        let check = &self.target.check;
         let (mut successes, mut failures, mut was_healthy) = (0u32, 0u32, self.was_healthy);
         loop {
-            let answer = self.ask().await;
+            let answer = self.probe().await;
             let now = self.clock.now();
             let pause = match answer {
                 Ok(()) => {
                     (successes, failures) = (successes + 1, 0);
                     if successes >= check.successes {
                         was_healthy = true;
-                        self.tell(Health::Healthy);
+                        self.report(Health::Healthy);
                         check.interval
                     } else {
-                        CONFIRM.min(check.start_interval)
+                        CONFIRM_INTERVAL.min(check.start_interval)
                     }
                 }
                 Err(answer) => {
                     (successes, failures) = (0, failures + 1);
-                    let late = now >= self.question.started.plus(check.deadline());
+                    let late = now >= self.target.started.plus(check.deadline());
                     if failures >= check.retries && (was_healthy || late) {
-                        self.tell(Health::Unhealthy { since: now, answer });
+                        self.report(Health::Unhealthy { since: now, answer });
                     } else if !was_healthy {
-                        self.tell(Health::Starting(answer));
+                        self.report(Health::Starting(answer));
                     }
-                    let starting = now < self.question.started.plus(check.start_period);
+                    let starting = now < self.target.started.plus(check.start_period);
                     match (was_healthy, starting) {
-                        (true, _) => check.interval.min(SUSPECT),
+                        (true, _) => check.interval.min(FAILING_INTERVAL),
                         (false, true) => check.start_interval,
                         (false, false) => check.interval,
                     }
                 }
             };
-            self.rest(pause).await;
+            self.pause(pause).await;
         }
     }
 
-    /// For an app that Docker asks: only its socket is opened to nginx, whenever it binds one.
-    async fn keep_open(&self) {
-        let Address::Socket(path) = &self.question.address else { return };
+    /// For an app with a check by Docker: only opens its sockets to nginx's group whenever they are bound.
+    async fn keep_sockets_open(&self) {
+        let Address::Socket(path) = &self.target.address else { return };
         loop {
             let more = self.more.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let more = more.iter().filter_map(|more| match more {
-                More::Socket(path) => Some(path),
-                More::Own(_) => None,
+                ExtraEndpoint::Socket(path) => Some(path),
+                ExtraEndpoint::Tcp(_) => None,
             });
             for path in std::iter::once(path).chain(more) {
                 if let Err(e) = open_to_group(Path::new(path), self.reach().group) {
                     tracing::warn!(app = %self.app, "nginx may not be able to connect: {e}");
                 }
             }
-            self.rest(SUSPECT).await;
+            self.pause(FAILING_INTERVAL).await;
         }
     }
 
-    /// Pauses; or less, if it was started anew. During a short pause a socket that appears, or takes the place of another
-    /// one, ends it too.
-    async fn rest(&self, pause: Duration) {
+    /// Pauses, but returns early after a restart. A short pause also ends when a socket appears or is replaced.
+    async fn pause(&self, pause: Duration) {
         let end = tokio::time::sleep(pause);
         tokio::pin!(end);
-        // The number alone may be that of the one before; opening a socket to a group changes neither.
+        // A new socket may reuse the inode number; opening a socket to a group changes neither inode nor mtime.
         let bound = |path: &String| std::fs::symlink_metadata(path).ok().map(|m| (m.ino(), m.mtime(), m.mtime_nsec()));
-        let mut watched = match &self.question.address {
-            Address::Socket(path) if pause <= SUSPECT => Some((path, bound(path))),
+        let mut watched = match &self.target.address {
+            Address::Socket(path) if pause <= FAILING_INTERVAL => Some((path, bound(path))),
             _ => None,
         };
-        let look = if matches!(watched, Some((_, None))) { LOOK } else { LOOK_AGAIN };
+        let look = if matches!(watched, Some((_, None))) { APPEAR_POLL } else { REPLACED_POLL };
         loop {
             tokio::select! {
                 () = &mut end => return,
-                () = self.hurry.notified() => return,
+                () = self.probe_now.notified() => return,
                 () = tokio::time::sleep(look), if watched.is_some() => {
                     if let Some((path, before)) = &mut watched {
                         let now = bound(path);
@@ -311,29 +318,29 @@ impl Asking {
         *self.reach.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks by the check of the app, then whether all other places take connections.
-    async fn ask(&self) -> Result<(), String> {
-        self.ask_first().await?;
-        let (timeout, group) = (self.question.check.timeout, self.reach().group);
+    /// Runs the app's check, then checks that all further endpoints accept connections.
+    async fn probe(&self) -> Result<(), String> {
+        self.probe_first().await?;
+        let (timeout, group) = (self.target.check.timeout, self.reach().group);
         let more = self.more.lock().unwrap_or_else(PoisonError::into_inner).clone();
         for more in more {
             match more {
-                More::Socket(path) => {
+                ExtraEndpoint::Socket(path) => {
                     let path = Path::new(&path);
                     files::expect_socket(path).map_err(|e| chain(&e))?;
                     open_to_group(path, group)?;
                     probe::connect_unix(path, timeout).await?;
                 }
-                More::Own(Some(own)) => probe::connect_tcp(own, timeout).await?,
-                More::Own(None) => return Err("it has no address in its network yet".to_owned()),
+                ExtraEndpoint::Tcp(Some(own)) => probe::connect_tcp(own, timeout).await?,
+                ExtraEndpoint::Tcp(None) => return Err("the container has no address in its network yet".to_owned()),
             }
         }
         Ok(())
     }
 
-    async fn ask_first(&self) -> Result<(), String> {
-        let (timeout, host) = (self.question.check.timeout, self.question.host.as_str());
-        match (&self.question.address, &self.question.check.probe) {
+    async fn probe_first(&self) -> Result<(), String> {
+        let (timeout, host) = (self.target.check.timeout, self.target.host.as_str());
+        match (&self.target.address, &self.target.check.probe) {
             (Address::Socket(path), probe) => {
                 let path = Path::new(path);
                 files::expect_socket(path).map_err(|e| chain(&e))?;
@@ -347,9 +354,9 @@ impl Asking {
                 let address = format!("127.0.0.1:{port}");
                 match probe {
                     Probe::Http(uri) => self.expect_success(uri, &probe::get_tcp(&address, host, uri, timeout).await?),
-                    _ => match self.reach().own {
+                    _ => match self.reach().container_addr {
                         Some(own) => probe::connect_tcp(own, timeout).await,
-                        None => Err("it has no address in its network yet".to_owned()),
+                        None => Err("the container has no address in its network yet".to_owned()),
                     },
                 }
             }
@@ -360,26 +367,26 @@ impl Asking {
         if (200..400).contains(&answer.status) {
             return Ok(());
         }
-        Err(format!("`GET {uri}` for host `{}` is answered with status {}", self.question.host, answer.status))
+        Err(format!("`GET {uri}` for host `{}` is answered with status {}", self.target.host, answer.status))
     }
 
-    fn tell(&self, health: Health) {
+    fn report(&self, health: Health) {
         let mut known = self.health.lock().unwrap_or_else(PoisonError::into_inner);
         let same = std::mem::discriminant(&*known) == std::mem::discriminant(&health);
         match (&mut *known, health) {
-            // Since when stays; only the last answer is new.
+            // Keep `since`; update only the last answer.
             (Health::Unhealthy { answer, .. }, Health::Unhealthy { answer: new, .. }) => *answer = new,
             (known, health) => *known = health,
         }
         if !same {
-            // Nobody listens only when the agent is ending.
-            let _ = self.news.send(self.app.clone());
+            // The receiver is gone only when the agent is ending.
+            let _ = self.changes.send(self.app.clone());
         }
     }
 }
 
-/// An app binds its socket with the rights of its own user; nginx's group must be able to connect to it.
+/// Opens a socket to nginx's group: the app binds it with its own user's umask.
 fn open_to_group(path: &Path, group: Option<u32>) -> Result<(), String> {
     let Some(group) = group else { return Ok(()) };
-    files::open_way_to(path, group).and_then(|()| files::open_socket_to(path, group)).map_err(|e| e.to_string())
+    files::open_path_to(path, group).and_then(|()| files::open_socket_to(path, group)).map_err(|e| e.to_string())
 }

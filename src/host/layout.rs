@@ -1,7 +1,7 @@
-//! Where everything of demae lies on a host.
+//! Paths of all files of demae on a host.
 //!
-//! What serves lies in the state directory, which outlives a reboot: routes, sockets, nginx files. What holds secrets
-//! in clear, the env-files, lies in the run directory, which is memory.
+//! What serves is in the state directory, which survives a reboot: routes, sockets, nginx files. Plain-text secrets,
+//! the env-files, are in the run directory, on tmpfs.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use crate::model::{
     spec::Endpoint,
 };
 
-/// Longest path of a unix socket that the kernel takes, without the final NUL.
+/// Longest path of a unix socket, without the final NUL.
 pub const MAX_SOCKET_PATH: usize = 107;
 
 /// The directories of one agent.
@@ -22,7 +22,7 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// In these two directories.
+    /// The layout below these two directories.
     pub fn new(state: impl Into<PathBuf>, run: impl Into<PathBuf>) -> Self {
         Self { state: state.into(), run: run.into() }
     }
@@ -37,27 +37,32 @@ impl Layout {
         &self.run
     }
 
-    /// Held by the one agent of these directories.
+    /// The lock file of the agent.
     pub fn lock(&self) -> PathBuf {
         self.state.join("agent.lock")
     }
 
-    /// By which id the agent is known to the store, over all of its runs.
+    /// The id of the agent, the same for all of its runs.
     pub fn agent_id(&self) -> PathBuf {
         self.state.join("agent.id")
     }
 
-    /// Ids of agents whose containers were taken over, one a line.
+    /// Ids of adopted agents, one a line.
     pub fn adopted(&self) -> PathBuf {
         self.state.join("agent.adopted")
     }
 
-    /// What the store last said, for an agent that starts without it.
+    /// The last accepted state of the store, for a start without it.
     pub fn ledger(&self) -> PathBuf {
         self.state.join("ledger")
     }
 
-    /// What a person accepted of a store that was not believed.
+    /// How far the store has been read since the ledger was written.
+    pub fn ledger_head(&self) -> PathBuf {
+        self.state.join("ledger.head")
+    }
+
+    /// The acceptance of a distrusted store by a person.
     pub fn accepted(&self) -> PathBuf {
         self.state.join("accepted.json")
     }
@@ -72,13 +77,13 @@ impl Layout {
         self.routes().join(app.as_str())
     }
 
-    /// One route symlink: the path nginx knows.
+    /// One route symlink: the path in nginx's upstreams.
     pub fn route(&self, app: &AppName, slot: u16) -> PathBuf {
         self.app_routes(app).join(format!("{slot}.sock"))
     }
 
-    /// The route of a slot to one of several sockets of an app, by the name that the socket has: another order of them
-    /// in another release leads nobody astray. The only one has the path of the slot.
+    /// The route of a slot to one of several sockets of an app, by the socket's file name: a new order in another
+    /// release changes no route. A single socket has the path of the slot.
     pub fn route_to(&self, app: &AppName, slot: u16, endpoint: Option<&Endpoint>) -> PathBuf {
         match endpoint {
             Some(Endpoint::Socket(path)) => self.route_named(app, slot, Path::new(path)),
@@ -86,7 +91,7 @@ impl Layout {
         }
     }
 
-    /// The route of a slot to the socket with the name that this one has.
+    /// The route of a slot to the socket with this file name.
     pub fn route_named(&self, app: &AppName, slot: u16, socket: &Path) -> PathBuf {
         let name = socket.file_name().unwrap_or_default().to_string_lossy();
         self.app_routes(app).join(format!("{slot}@{name}"))
@@ -118,7 +123,7 @@ impl Layout {
         Some(InstanceKey { release: ReleaseId::try_from(release).ok()?, number: number.parse().ok()? })
     }
 
-    /// Everything for nginx.
+    /// The directory of nginx's sets.
     pub fn nginx(&self) -> PathBuf {
         self.state.join("nginx")
     }
@@ -133,7 +138,7 @@ impl Layout {
         self.nginx().join(format!("{generation}.set"))
     }
 
-    /// A set that is not made yet, while it is found out what nginx takes of it.
+    /// Trial files, while it is tested which of them nginx accepts.
     pub fn nginx_trial(&self) -> PathBuf {
         self.nginx().join("trial")
     }
@@ -143,7 +148,7 @@ impl Layout {
         self.nginx().join("test")
     }
 
-    /// The release of an app last proven.
+    /// The last proven release of an app.
     pub fn proven(&self, app: &AppName) -> PathBuf {
         self.state.join("proven").join(app.as_str())
     }

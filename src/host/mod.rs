@@ -1,5 +1,5 @@
-//! Effects on this machine. Each part has one home: containers in `docker`, nginx in `nginx`, everything written to
-//! disk in `files`.
+//! Effects on this machine. Each kind has one home: containers in `docker`, nginx in `nginx`, all disk writes in
+//! `files`.
 
 pub mod certificate;
 pub mod clock;

@@ -1,4 +1,4 @@
-//! One question to an instance, or to nginx.
+//! A single request to an instance, to nginx or to an agent.
 
 use std::{io, net::SocketAddr, path::Path, time::Duration};
 
@@ -7,26 +7,26 @@ use hyper::{Request, body::Bytes, client::conn::http1, header::HOST};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpStream, UnixStream};
 
-/// Most of an answer that is read: the status of a thousand apps with the ends of their logs.
+/// Largest body that is read: the status of a thousand apps with their log tails.
 const MAX_BODY: usize = 16 * 1024 * 1024;
 
-/// An answer.
+/// A response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
-    /// The status.
+    /// The status code.
     pub status: u16,
-    /// Whether our own default server gave it.
+    /// Whether it came from demae's own default server.
     pub unknown_host: bool,
-    /// When it was given, by the clock of who gave it.
+    /// The `Date` header.
     pub date: Option<String>,
     /// The beginning of the body.
     pub body: String,
 }
 
-/// Why there was none, in words for people.
+/// Why there was no response, for people.
 pub type NoAnswer = String;
 
-/// Asks over a unix socket.
+/// Sends a request over a unix socket.
 ///
 /// # Errors
 /// In words, if there is no answer in time.
@@ -38,7 +38,7 @@ pub async fn get_unix(path: &Path, host: &str, uri: &str, within: Duration) -> R
     .await
 }
 
-/// Asks over TCP.
+/// Sends a request over TCP.
 ///
 /// # Errors
 /// In words, if there is no answer in time.
@@ -50,8 +50,8 @@ pub async fn get_tcp(address: &str, host: &str, uri: &str, within: Duration) -> 
     .await
 }
 
-/// Reads the lines of an answer as they come, for as long as `each` wants more; `opened` hears when it begins. The limit is for the answer's head: a
-/// stream may be silent for hours.
+/// Streams the lines of a response for as long as `each` returns true; `opened` is called when the stream begins. The
+/// timeout is for the response head: a stream may be silent for hours.
 ///
 /// # Errors
 /// In words, if there is no answer in time, or one that is no stream.
@@ -63,17 +63,17 @@ pub async fn lines(
     mut each: impl FnMut(&str) -> bool,
 ) -> Result<(), NoAnswer> {
     let stream = bounded(within, async { TcpStream::connect(address).await.map_err(|e| refused(&e, address)) }).await?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| words(&e))?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| no_http(&e))?;
     let request = Request::get(uri).header(HOST, "localhost").body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
     let reading = async {
-        let answer = bounded(within, async { sender.send_request(request).await.map_err(|e| words(&e)) }).await?;
+        let answer = bounded(within, async { sender.send_request(request).await.map_err(|e| no_http(&e)) }).await?;
         if !answer.status().is_success() {
             return Err(format!("answered with status {}", answer.status().as_u16()));
         }
         opened();
         let mut body = answer.into_body();
         let mut rest = Vec::new();
-        // An end in the middle of a line is the end of the other side; what is cut is told again by the next one.
+        // A partial line at the end is dropped: the next stream sends it again.
         while let Some(Ok(frame)) = body.frame().await {
             rest.extend_from_slice(frame.data_ref().map_or(&[], |data| data));
             while let Some(end) = rest.iter().position(|b| *b == b'\n') {
@@ -96,7 +96,7 @@ pub async fn lines(
     }
 }
 
-/// Whether a unix socket takes a connection.
+/// Connects to a unix socket.
 ///
 /// # Errors
 /// In words, if it does not in time.
@@ -107,18 +107,21 @@ pub async fn connect_unix(path: &Path, within: Duration) -> Result<(), NoAnswer>
     .await
 }
 
-/// Whether an address takes a connection. It must be the app's own: Docker's proxy in front of a published port takes any,
+/// Connects to an address. It must be the container's own: Docker's proxy accepts connections to a published port
 /// whether the app listens or not.
 ///
 /// # Errors
 /// In words, if it does not in time.
 pub async fn connect_tcp(address: SocketAddr, within: Duration) -> Result<(), NoAnswer> {
-    let whom = format!("port {} of the container", address.port());
-    bounded(within, async { TcpStream::connect(address).await.map(drop).map_err(|e| refused(&e, &whom)) }).await
+    let peer = format!("port {} of the container", address.port());
+    bounded(within, async { TcpStream::connect(address).await.map(drop).map_err(|e| refused(&e, &peer)) }).await
 }
 
-async fn bounded<T>(within: Duration, asking: impl Future<Output = Result<T, NoAnswer>>) -> Result<T, NoAnswer> {
-    match tokio::time::timeout(within, asking).await {
+async fn bounded<T>(
+    within: Duration,
+    request_future: impl Future<Output = Result<T, NoAnswer>>,
+) -> Result<T, NoAnswer> {
+    match tokio::time::timeout(within, request_future).await {
         Ok(answer) => answer,
         Err(_) => Err(format!("no answer within {} ms", within.as_millis())),
     }
@@ -128,50 +131,50 @@ async fn get<S>(stream: TokioIo<S>, host: &str, uri: &str) -> Result<Answer, NoA
 where
     TokioIo<S>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
 {
-    let (mut sender, connection) = http1::handshake(stream).await.map_err(|e| words(&e))?;
+    let (mut sender, connection) = http1::handshake(stream).await.map_err(|e| no_http(&e))?;
     let request = Request::get(uri)
         .header(HOST, host)
         .header("user-agent", concat!("demae/", env!("CARGO_PKG_VERSION")))
         .header("connection", "close")
         .body(Empty::<Bytes>::new())
         .map_err(|e| e.to_string())?;
-    let asking = async {
-        let response = sender.send_request(request).await.map_err(|e| words(&e))?;
+    let request_future = async {
+        let response = sender.send_request(request).await.map_err(|e| no_http(&e))?;
         let status = response.status().as_u16();
         let unknown_host = response.headers().contains_key("x-demae-unknown-host");
         let date = response.headers().get(hyper::header::DATE).and_then(|d| d.to_str().ok()).map(str::to_owned);
-        // A cut body is an answer all the same: the status is what was asked for.
+        // A truncated body is still a response: only the status matters.
         let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
-        let body = body.map(|b| String::from_utf8_lossy(&b.to_bytes()).into_owned()).unwrap_or_default();
+        let body = body.map_or_else(|_| String::new(), |b| String::from_utf8_lossy(&b.to_bytes()).into_owned());
         Ok(Answer { status, unknown_host, date, body })
     };
-    // The connection must be driven beside the request, and ends with it.
-    tokio::pin!(asking);
+    // The connection must be polled beside the request, and ends with it.
+    tokio::pin!(request_future);
     let mut connection = std::pin::pin!(connection);
     let mut open = true;
     loop {
         tokio::select! {
-            answer = &mut asking => return answer,
+            answer = &mut request_future => return answer,
             _ = &mut connection, if open => open = false,
         }
     }
 }
 
-fn refused(error: &io::Error, whom: &str) -> String {
+fn refused(error: &io::Error, peer: &str) -> String {
     match error.kind() {
         io::ErrorKind::NotFound => "its socket does not exist yet".to_owned(),
-        io::ErrorKind::ConnectionRefused => format!("connection refused: nothing listens on {whom}"),
+        io::ErrorKind::ConnectionRefused => format!("connection refused: nothing listens on {peer}"),
         io::ErrorKind::PermissionDenied => {
             format!(
-                "`{whom}` may not be connected to by this agent; run the agent as root, or the app as the agent's user (`user` in the spec)"
+                "permission denied on `{peer}`; run the agent as root, or the app as the agent's user (`user` in the spec)"
             )
         }
         _ => format!("cannot connect: {error}"),
     }
 }
 
-fn words(error: &hyper::Error) -> String {
-    let mut text = format!("no proper HTTP answer: {error}");
+fn no_http(error: &hyper::Error) -> String {
+    let mut text = format!("invalid HTTP response: {error}");
     let mut source = std::error::Error::source(error);
     while let Some(cause) = source {
         text = format!("{text}: {cause}");

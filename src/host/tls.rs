@@ -1,4 +1,4 @@
-//! One question over TLS, for the time that is told with the answer.
+//! A request over TLS, for the `Date` header of the response.
 
 use std::{path::Path, time::Duration};
 
@@ -14,21 +14,25 @@ use rustls::{
 use super::probe::NoAnswer;
 use crate::model::problem::chain as causes;
 
-/// Whom to trust, and who asks.
+/// The certificates of a TLS client.
 #[derive(Debug, Clone, Copy)]
-pub struct Trust<'a> {
-    /// The authorities of others; those of this system if there is none.
+pub struct ClientCertificates<'a> {
+    /// The CA bundle; the system's if `None`.
     pub cacert: Option<&'a Path>,
-    /// Our own certificate, and its key.
-    pub own: Option<(&'a Path, &'a Path)>,
+    /// The client certificate, and its key.
+    pub client: Option<(&'a Path, &'a Path)>,
 }
 
-/// The time that is told with the answer to a question, whatever that is.
+/// The `Date` header of the response to a request, whatever its status.
 ///
 /// # Errors
-/// In words, if a file cannot be read, or nobody answers in time.
-pub async fn date(uri: Uri, trust: Trust<'_>, within: Duration) -> Result<Option<String>, NoAnswer> {
-    let config = config(trust)?;
+/// If a file cannot be read, or there is no response in time.
+pub async fn date(
+    uri: Uri,
+    certificates: ClientCertificates<'_>,
+    within: Duration,
+) -> Result<Option<String>, NoAnswer> {
+    let config = config(certificates)?;
     let connector = HttpsConnectorBuilder::new().with_tls_config(config).https_only().enable_http1().build();
     let client: Client<_, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build(connector);
     match tokio::time::timeout(within, client.get(uri)).await {
@@ -38,12 +42,12 @@ pub async fn date(uri: Uri, trust: Trust<'_>, within: Duration) -> Result<Option
     }
 }
 
-fn config(trust: Trust<'_>) -> Result<ClientConfig, NoAnswer> {
+fn config(certificates: ClientCertificates<'_>) -> Result<ClientConfig, NoAnswer> {
     let unreadable = |path: &Path| {
         let path = path.display().to_string();
         move |e: rustls::pki_types::pem::Error| format!("cannot read `{path}`: {e}")
     };
-    let builder = match trust.cacert {
+    let builder = match certificates.cacert {
         Some(path) => {
             let mut roots = RootCertStore::empty();
             for cert in CertificateDer::pem_file_iter(path).map_err(unreadable(path))? {
@@ -55,9 +59,9 @@ fn config(trust: Trust<'_>) -> Result<ClientConfig, NoAnswer> {
             .with_native_roots()
             .map_err(|e| format!("cannot read this system's certificates: {e}"))?,
     };
-    let Some((cert, key)) = trust.own else { return Ok(builder.with_no_client_auth()) };
+    let Some((cert, key)) = certificates.client else { return Ok(builder.with_no_client_auth()) };
     let chain: Result<Vec<_>, _> = CertificateDer::pem_file_iter(cert).map_err(unreadable(cert))?.collect();
     let chain = chain.map_err(unreadable(cert))?;
-    let own = PrivateKeyDer::from_pem_file(key).map_err(unreadable(key))?;
-    builder.with_client_auth_cert(chain, own).map_err(|e| e.to_string())
+    let client = PrivateKeyDer::from_pem_file(key).map_err(unreadable(key))?;
+    builder.with_client_auth_cert(chain, client).map_err(|e| e.to_string())
 }

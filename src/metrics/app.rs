@@ -1,4 +1,4 @@
-//! What is counted of one app.
+//! Counters and histograms of one app.
 
 use std::{
     sync::{
@@ -11,7 +11,7 @@ use std::{
 use super::text::Text;
 use crate::model::{change::Change, name::AppName};
 
-/// Upper bounds of the buckets of what takes as long as a change, in seconds, and as text.
+/// Upper bounds of the buckets for durations of changes, in seconds, and as text.
 const BUCKETS: [(f64, &str); 9] = [
     (0.2, "0.2"),
     (0.5, "0.5"),
@@ -24,11 +24,11 @@ const BUCKETS: [(f64, &str); 9] = [
     (300.0, "300"),
 ];
 
-/// A histogram that anybody may add to at any time. A reader may see an observation in its bucket and not yet in the
-/// sum; the next scrape has both.
+/// A lock-free histogram. A reader may see an observation in its bucket and not yet in the sum; the next scrape has
+/// both.
 #[derive(Debug, Default)]
 struct Histogram {
-    /// By bucket, not cumulated; the last one has no bound.
+    /// By bucket, not cumulative; the last one has no bound.
     counts: [AtomicU64; BUCKETS.len() + 1],
     micros: AtomicU64,
 }
@@ -61,10 +61,10 @@ impl Histogram {
     }
 }
 
-/// By kind of change. A histogram is made by the first change of its kind.
+/// One histogram per kind of change, created by the first change of its kind.
 type ByChange = [OnceLock<Histogram>; Change::ALL.len()];
 
-/// What is counted of one app. It belongs to whoever counts, and goes with the app.
+/// Metrics of one app. Owned by the app's state in the loop, and dropped with it.
 #[derive(Debug)]
 pub struct AppSeries {
     app: AppName,
@@ -84,7 +84,8 @@ impl AppSeries {
             restarts: AtomicU64::new(0),
             flaps: AtomicU64::new(0),
         };
-        // A rate sees nothing of a series that begins above 0. The common kinds begin at 0; all of them would be many.
+        // A rate misses the first value of a series that begins above 0. The common kinds begin at 0; all of them would
+        // be many.
         for change in [Change::Image, Change::Environment] {
             histogram(&series.convergence, change);
             histogram(&series.first_answer, change);
@@ -92,17 +93,17 @@ impl AppSeries {
         series
     }
 
-    /// The app is as it should be, so long after a change was seen.
+    /// The app converged, this long after a change was seen.
     pub fn converged(&self, change: Change, took: Duration) {
         histogram(&self.convergence, change).observe(took);
     }
 
-    /// A new release answered through nginx, so long after a change was seen.
+    /// A new release answered through nginx, this long after a change was seen.
     pub fn answered(&self, change: Change, took: Duration) {
         histogram(&self.first_answer, change).observe(took);
     }
 
-    /// Containers were started again that had ended.
+    /// Containers were restarted.
     pub fn restarted(&self, times: u64) {
         self.restarts.fetch_add(times, Ordering::Relaxed);
     }
@@ -114,14 +115,14 @@ impl AppSeries {
 }
 
 fn histogram(histograms: &ByChange, change: Change) -> &Histogram {
-    // Variants are numbered from 0 in the order of `ALL`, which a test holds.
+    // Discriminants follow the order of `ALL`, which a test checks.
     histograms[change as usize].get_or_init(Histogram::default)
 }
 
-/// What a family shows of an app.
+/// The value of a family for an app.
 type Of<T> = fn(&AppSeries) -> &T;
 
-/// Writes what was counted of these apps.
+/// Writes the metrics of these apps.
 pub(super) fn write(apps: &[&AppSeries], text: &mut Text) {
     let histograms: [(&str, &str, Of<ByChange>); 2] = [
         (
@@ -165,12 +166,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn changes_are_numbered_in_their_order() {
+    fn change_discriminants_follow_all() {
         assert!(Change::ALL.iter().enumerate().all(|(n, change)| *change as usize == n));
     }
 
     #[test]
-    fn observations_are_in_their_bucket_and_all_above() {
+    fn histogram_buckets_are_cumulative() {
         let histogram = Histogram::default();
         for millis in [100, 200, 201, 299_000, 301_000] {
             histogram.observe(Duration::from_millis(millis));

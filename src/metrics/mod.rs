@@ -1,18 +1,17 @@
-//! What the agent counts and measures, for Prometheus.
+//! The agent's metrics, for Prometheus.
 //!
-//! Three sources are put together at each scrape:
-//! - [`Metrics`], of the host as a whole. Every series of it exists from the start, so that counting is a few atomic
-//!   operations and no lock;
-//! - [`AppSeries`], of one app. They belong to the loop and are only shown here, so that they come and go with the app;
-//! - [`View`], what the loop last saw. It is made anew each round and never changed.
+//! Three sources are combined at each scrape:
+//! - [`Metrics`], of the host as a whole. Every series exists from the start, so counting is a few atomic operations and no
+//!   lock;
+//! - [`AppSeries`], of one app. They are owned by the loop and only written here, so they live as long as the app;
+//! - [`View`], the state after the last round of the loop. It is rebuilt each round and immutable.
 //!
-//! So nothing that a scrape does can hold up a deploy. Labels come from bounded sets: never an id, an address or an
-//! error.
+//! So a scrape can never block a deploy. Labels come from bounded sets: never an id, an address or an error.
 
 mod app;
+mod host_gauges;
 mod text;
 mod view;
-mod vitals;
 
 use std::time::Duration;
 
@@ -22,9 +21,9 @@ use prometheus::{
 };
 
 pub use app::AppSeries;
+pub use host_gauges::{Disk, HostGauges};
 use text::Text;
 pub use view::{AppView, ReleaseView, StoreView, View};
-pub use vitals::{Disk, Vitals};
 
 use crate::{
     execute::StepError,
@@ -36,14 +35,15 @@ use crate::{
     plan::step::StepKind,
 };
 
-/// Buckets of what takes as long as a step, in seconds.
+/// Buckets for durations of steps, in seconds.
 const STEP_BUCKETS: &[f64] = &[0.005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0];
-/// Buckets of a call to Docker, in seconds: a look takes under a millisecond, a start 0.2 s, a stop its grace.
+/// Buckets for calls to Docker, in seconds: an inspect takes under a millisecond, a start 0.2 s, a stop its grace
+/// period.
 const CALL_BUCKETS: &[f64] = &[0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
 /// Buckets of a pull, in seconds.
 const PULL_BUCKETS: &[f64] = &[0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0];
 
-/// What was put right though nobody had changed the store.
+/// Kinds of drift: state repaired without a change in the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Drift {
     /// A container was stopped, paused or removed.
@@ -60,7 +60,7 @@ impl Drift {
     /// Every kind.
     pub const ALL: [Self; 4] = [Self::Container, Self::Route, Self::File, Self::Nginx];
 
-    /// The word for it.
+    /// Its name.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Container => "container",
@@ -71,14 +71,14 @@ impl Drift {
     }
 }
 
-/// How the telling of an event to the webhook ended.
+/// The outcome of delivering an event to the webhook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivery {
-    /// It was taken.
+    /// It was accepted.
     Delivered,
-    /// It was refused, or could not be brought after all attempts.
+    /// It was refused, or all attempts failed.
     Failed,
-    /// It was never tried: others were in front of it for too long.
+    /// It was never attempted: the queue was full for too long.
     Dropped,
 }
 
@@ -86,7 +86,7 @@ impl Delivery {
     /// Every outcome.
     pub const ALL: [Self; 3] = [Self::Delivered, Self::Failed, Self::Dropped];
 
-    /// The word for it.
+    /// Its name.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Delivered => "delivered",
@@ -96,7 +96,7 @@ impl Delivery {
     }
 }
 
-/// What is counted of a host as a whole.
+/// Metrics of the host as a whole.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
@@ -122,10 +122,10 @@ pub struct Metrics {
     deliveries: IntCounterVec,
 }
 
-/// Makes collectors, and registers them.
-struct Maker(Registry);
+/// Creates and registers collectors.
+struct Registrar(Registry);
 
-impl Maker {
+impl Registrar {
     fn keep<C: Collector + Clone + 'static>(&self, collector: C) -> Result<C, prometheus::Error> {
         self.0.register(Box::new(collector.clone()))?;
         Ok(collector)
@@ -155,12 +155,12 @@ impl Maker {
 }
 
 impl Metrics {
-    /// Registers all of them, each with every series that it will ever have.
+    /// Registers all metrics, each with every series that it will ever have.
     ///
     /// # Errors
     /// If two have one name: a mistake in this file.
     pub fn new() -> Result<Self, prometheus::Error> {
-        let make = Maker(Registry::new_custom(None, None)?);
+        let make = Registrar(Registry::new_custom(None, None)?);
         let metrics = Self {
             steps: make.counters("demae_steps_total", "Steps taken, by kind and outcome", &["kind", "outcome"])?,
             step_failures: make.counters(
@@ -174,11 +174,11 @@ impl Metrics {
                 "kind",
                 STEP_BUCKETS,
             )?,
-            pull_bytes: make.counter("demae_pull_bytes_total", "Bytes of images that came over the line")?,
+            pull_bytes: make.counter("demae_pull_bytes_total", "Bytes of images downloaded")?,
             pull_seconds: make.histogram("demae_pull_seconds", "How long pulls that succeeded took", PULL_BUCKETS)?,
             drift: make.counters(
                 "demae_drift_repaired_total",
-                "What was put right though nobody had changed the store, by kind",
+                "Drift repaired without a change in the store, by kind",
                 &["kind"],
             )?,
             reloads: make.counters("demae_nginx_reloads_total", "Reloads of nginx, by outcome", &["outcome"])?,
@@ -219,10 +219,10 @@ impl Metrics {
             lists: make.counter("demae_docker_lists_total", "Full lists of containers")?,
             standstills: make
                 .counter("demae_standstills_total", "Times that the agent got no time to run for 10 s or more")?,
-            events: make.counters("demae_events_total", "Events told, by type", &["type"])?,
+            events: make.counters("demae_events_total", "Events emitted, by type", &["type"])?,
             deliveries: make.counters(
                 "demae_webhook_deliveries_total",
-                "Events told to the webhook, by outcome",
+                "Events for the webhook, by outcome",
                 &["outcome"],
             )?,
             registry: make.0,
@@ -232,7 +232,7 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// Makes every series at once: a rate over nothing is not zero, and a series made later would need a lock.
+    /// Creates every series at once: a rate over a missing series is not zero, and a later one would need a lock.
     fn begin(&self) {
         for outcome in [Outcome::Done, Outcome::Failed].map(Outcome::as_str) {
             self.reloads.with_label_values(&[outcome]);
@@ -266,7 +266,7 @@ impl Metrics {
         }
     }
 
-    /// A step ended: well, or with this kind of error.
+    /// A step succeeded, or failed with this kind of error.
     pub fn stepped(&self, kind: StepKind, error: Option<&'static str>, took: Duration) {
         let outcome = if error.is_none() { Outcome::Done } else { Outcome::Failed };
         self.steps.with_label_values(&[kind.as_str(), outcome.as_str()]).inc();
@@ -276,12 +276,12 @@ impl Metrics {
         }
     }
 
-    /// Something was put right that nobody had asked to change.
+    /// Drift was repaired.
     pub fn repaired(&self, drift: Drift) {
         self.drift.with_label_values(&[drift.as_str()]).inc();
     }
 
-    /// nginx serves another configuration, which was the reload of this many changes.
+    /// nginx was reloaded once for this many changes.
     pub fn reloaded(&self, changes: usize, took: Duration) {
         self.reloads.with_label_values(&[Outcome::Done.as_str()]).inc();
         self.reload_seconds.observe(took.as_secs_f64());
@@ -295,7 +295,7 @@ impl Metrics {
         self.reload_failing.set(1);
     }
 
-    /// nginx serves what it should after all.
+    /// nginx serves the live set after all.
     pub fn reload_recovered(&self) {
         self.reload_failing.set(0);
     }
@@ -305,13 +305,13 @@ impl Metrics {
         self.reloads_skipped.inc();
     }
 
-    /// nginx took a configuration that it had already: only what it refuses was news.
+    /// nginx had the configuration already: only the set of rejected vhosts changed.
     pub fn reload_unneeded(&self) {
         self.reloads_skipped.inc();
         self.reload_failing.set(0);
     }
 
-    /// An instance has drained; or its time was over, and this many connections were left, as far as could be counted.
+    /// An instance has drained, or its drain time was over with this many connections left, as far as counted.
     pub fn drained(&self, cut: Option<usize>, took: Duration) {
         self.drains.with_label_values(&[if cut.is_some() { "cut" } else { "complete" }]).inc();
         self.drain_seconds.observe(took.as_secs_f64());
@@ -323,17 +323,17 @@ impl Metrics {
         self.lists.inc();
     }
 
-    /// The agent got no time to run for a while.
-    pub fn stood_still(&self) {
+    /// The agent did not run for a while.
+    pub fn standstill_detected(&self) {
         self.standstills.inc();
     }
 
-    /// An event was told.
-    pub fn told(&self, what: &What) {
+    /// An event was emitted.
+    pub fn event_emitted(&self, what: &What) {
         self.events.with_label_values(&[what.as_str()]).inc();
     }
 
-    /// The telling of so many events to the webhook ended.
+    /// The delivery of this many events to the webhook ended.
     pub fn delivered(&self, outcome: Delivery, count: u64) {
         self.deliveries.with_label_values(&[outcome.as_str()]).inc_by(count);
     }
@@ -342,12 +342,12 @@ impl Metrics {
     ///
     /// # Errors
     /// If a metric cannot be written as text: a mistake in this module.
-    pub fn render(&self, view: &View, vitals: &Vitals, now: Timestamp) -> Result<String, prometheus::Error> {
+    pub fn render(&self, view: &View, host_gauges: &HostGauges, now: Timestamp) -> Result<String, prometheus::Error> {
         let mut text = String::new();
         TextEncoder::new().encode_utf8(&self.registry.gather(), &mut text)?;
         let mut text = Text::from(text);
         view.write(now, &mut text);
-        vitals.write(&mut text);
+        host_gauges.write(&mut text);
         Ok(text.finish())
     }
 }

@@ -1,11 +1,11 @@
-//! Prometheus' text format, written straight from values that are at hand at the moment of a scrape.
+//! Prometheus' text format, written directly from the values at the moment of a scrape.
 //!
-//! What a host with many apps shows is thousands of lines, so there is nothing in between. The form is that of
-//! "Exposition formats" in Prometheus' documentation, version 0.0.4.
+//! A host with many apps has thousands of lines, so there is no intermediate form. The format is that of "Exposition
+//! formats" in Prometheus' documentation, version 0.0.4.
 
 use std::fmt::Write as _;
 
-/// Lines in the making.
+/// A buffer of lines.
 #[derive(Debug, Default)]
 pub(super) struct Text(String);
 
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_as_prometheus_reads_them() {
+    fn text_follows_prometheus_format() {
         let mut text = Text::default();
         text.family("a_total", "counter", "What it is");
         text.series("a_total", &[("path", "C:\\x \"y\"\nz"), ("b", "1")], 3.0);

@@ -1,4 +1,4 @@
-//! What the loop last saw, as gauges.
+//! Gauges of the state after the loop's last round.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -23,13 +23,13 @@ use crate::{
 pub struct View {
     /// The host.
     pub host: HostName,
-    /// What all keys begin with.
+    /// The prefix of all keys.
     pub prefix: String,
     /// Whether it takes apps.
     pub mode: HostMode,
     /// The store.
     pub store: StoreView,
-    /// Keys of the store that belong to no app because they cannot be read.
+    /// Unreadable keys of the store that belong to no app.
     pub unreadable: usize,
     /// nginx workers that finish the requests of an older configuration.
     pub draining_workers: usize,
@@ -40,21 +40,23 @@ pub struct View {
 /// The store, as it was last read.
 #[derive(Debug, Clone, Default)]
 pub struct StoreView {
-    /// When it was last proven to be as it was read, by an earlier agent too.
+    /// When it was last in sync, for an earlier agent too.
     pub synced: Option<Timestamp>,
-    /// The same for this agent, by a clock that nobody sets.
+    /// The same for this agent, by the monotonic clock.
     pub proven: Option<Instant>,
     /// The revision last read.
     pub revision: i64,
-    /// Revisions that it has made and that were not proven to be read yet.
+    /// Revisions that it has made and that are not known to be read yet.
     pub lag: i64,
-    /// The kind of what keeps it from being believed.
+    /// The kind of its quarantine.
     pub block: Option<String>,
     /// Full reads so far.
     pub reads: u64,
+    /// Comparisons so far that found nothing missing.
+    pub resyncs: u64,
     /// Failures so far, by kind.
     pub errors: BTreeMap<&'static str, u64>,
-    /// How long nothing could be published.
+    /// How long publishing has failed.
     pub unpublished: Duration,
 }
 
@@ -63,33 +65,33 @@ pub struct StoreView {
 pub struct AppView {
     /// The app.
     pub app: AppName,
-    /// In one word.
+    /// Its state.
     pub state: State,
-    /// Instances that are wanted.
+    /// Number of wanted instances.
     pub wanted: usize,
-    /// Containers that run, of whatever release.
+    /// Running containers, of any release.
     pub running: usize,
-    /// Instances that serve and are healthy.
+    /// Healthy instances that serve.
     pub healthy: usize,
-    /// Since when it is not as it should be.
+    /// Since when it has not been converged.
     pub unconverged: Option<Timestamp>,
     /// When the release that serves was proven.
     pub proven: Option<Timestamp>,
-    /// The release that is wanted.
+    /// The wanted release.
     pub wants: Option<ReleaseView>,
-    /// The release that serves.
+    /// The serving release.
     pub serves: Option<ReleaseView>,
-    /// Kinds of what a person must end.
+    /// Kinds of its blocks.
     pub blocks: Vec<&'static str>,
-    /// Kinds of what ends by itself.
+    /// Kinds of its waits.
     pub waits: Vec<&'static str>,
-    /// Connections to instances that are leaving.
+    /// Connections to draining instances.
     pub draining: usize,
-    /// What was counted of it.
+    /// Its counters and histograms.
     pub series: Arc<AppSeries>,
 }
 
-/// A release, as people know it.
+/// A release, for the labels of a metric.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReleaseView {
     /// Its id.
@@ -99,7 +101,7 @@ pub struct ReleaseView {
 }
 
 impl View {
-    /// Nothing was seen yet.
+    /// An empty view.
     pub fn new(host: HostName, prefix: String) -> Self {
         let (mode, store, apps) = (HostMode::Active, StoreView::default(), Vec::new());
         Self { host, prefix, mode, store, unreadable: 0, draining_workers: 0, apps }
@@ -110,7 +112,7 @@ impl View {
         self.write_store(now, text);
         self.write_apps(now, text);
         app::write(&self.apps.iter().map(|a| a.series.as_ref()).collect::<Vec<_>>(), text);
-        reasons("block", "that a person must end", &Block::KINDS, &self.apps, |a| &a.blocks, text);
+        reasons("block", "that an operator must resolve", &Block::KINDS, &self.apps, |a| &a.blocks, text);
         reasons("wait", "that ends by itself", &Wait::KINDS, &self.apps, |a| &a.waits, text);
     }
 
@@ -125,7 +127,7 @@ impl View {
         text.single(
             "demae_oldest_change_seconds",
             "gauge",
-            "Age of the oldest change that has not converged, but for apps that people hold back",
+            "Age of the oldest change that has not converged, except for apps that are paused or cordoned",
             oldest.map_or(0.0, |at| now.since(at).as_secs_f64()),
         );
         text.single(
@@ -137,7 +139,7 @@ impl View {
         text.single(
             "demae_drain_connections",
             "gauge",
-            "Connections to instances that are leaving",
+            "Connections to draining instances",
             self.apps.iter().map(|a| a.draining).sum::<usize>() as f64,
         );
         text.family("demae_apps", "gauge", "Apps by state");
@@ -164,6 +166,12 @@ impl View {
             ),
             ("demae_store_reads_total", "counter", "Full reads of the store", store.reads as f64),
             (
+                "demae_store_resyncs_total",
+                "counter",
+                "Comparisons with the store that found nothing missing",
+                store.resyncs as f64,
+            ),
+            (
                 "demae_status_unpublished_seconds",
                 "gauge",
                 "How long no status could be published to the store",
@@ -183,7 +191,7 @@ impl View {
             let count = store.errors.get(kind).copied().unwrap_or(0);
             text.series("demae_store_errors_total", &[("kind", kind)], count as f64);
         }
-        let help = "Whether the store is not believed (1) or is (0), by kind; a person must end it";
+        let help = "Whether the store is not trusted (1) or is (0), by reason; an operator must resolve it";
         text.family("demae_store_blocked", "gauge", help);
         for kind in StoreBlock::KINDS {
             let blocked = store.block.as_deref() == Some(kind);
@@ -195,7 +203,7 @@ impl View {
     fn write_apps(&self, now: Timestamp, text: &mut Text) {
         type Of<'a> = &'a dyn Fn(&AppView) -> Option<f64>;
         let families: [(&str, &str, Of<'_>); 6] = [
-            ("demae_app_converged", "Whether the app is as it should be on this host (1) or not (0)", &|a| {
+            ("demae_app_converged", "Whether the app is converged on this host (1) or not (0)", &|a| {
                 Some(f64::from(u8::from(a.state == State::Converged)))
             }),
             ("demae_app_instances_wanted", "Instances wanted on this host", &|a| Some(a.wanted as f64)),
@@ -205,7 +213,7 @@ impl View {
             }),
             (
                 "demae_app_unconverged_seconds",
-                "Time since the app is not as it should be; 0 while it is, or while people hold it back",
+                "Time since the app was last converged; 0 while it is, or while it is paused or cordoned",
                 &|a| Some(a.unconverged.map_or(0.0, |at| now.since(at).as_secs_f64())),
             ),
             (
@@ -236,7 +244,7 @@ impl View {
     }
 }
 
-/// How many apps have a reason of each kind not to be converged, and which.
+/// The number of apps with each kind of block or wait, and the apps.
 #[expect(clippy::cast_precision_loss, reason = "Prometheus knows no other numbers")]
 fn reasons(
     what: &str,
@@ -254,7 +262,7 @@ fn reasons(
     }
     text.family(&one, "gauge", &format!("1 while the app has something {help}, by kind"));
     for app in apps {
-        // Each once, however many instances it is about.
+        // Each kind once, for any number of instances.
         for kind in kinds.iter().filter(|kind| of(app).contains(kind)) {
             text.series(&one, &[("app", app.app.as_str()), ("kind", kind)], 1.0);
         }

@@ -1,8 +1,8 @@
-//! What kind of change leads from what was wanted of an app to what is wanted now.
+//! The kind of a change between two desired states of an app.
 
 use super::desired::{DesiredApp, Target};
 
-/// A change, in one word: a bounded set, for metrics.
+/// The kind of a change: a bounded set, for metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
     /// The app came to this host.
@@ -13,7 +13,7 @@ pub enum Change {
     Environment,
     /// Another value in `apps/<app>/restart`.
     Restart,
-    /// Something else that containers are made from.
+    /// Another input of the container.
     Spec,
     /// Virtual hosts, or how requests reach it.
     Ingress,
@@ -39,7 +39,7 @@ impl Change {
         Self::Other,
     ];
 
-    /// The word for it, in metrics and logs.
+    /// Its name in metrics and logs.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::New => "new",
@@ -54,8 +54,8 @@ impl Change {
         }
     }
 
-    /// The kind of the change from `before` to `after`. Where several things changed at once, the one that people ask
-    /// for first: an image that brings its variables along is an image.
+    /// The kind of the change from `before` to `after`. If several things changed at once, the most significant: an
+    /// image that brings its variables along is an image.
     pub fn between(before: &DesiredApp, after: &DesiredApp) -> Self {
         match (before.target(), after.target()) {
             (Some(before), Some(after)) => Self::of_targets(before, after),
@@ -78,7 +78,7 @@ impl Change {
         } else if old.env != new.env {
             Self::Environment
         } else if old.id != new.id {
-            // Nothing but `restart` is left that an id is made from.
+            // `restart` is the only other input of the id.
             Self::Restart
         } else if before.ingress != after.ingress {
             Self::Ingress
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_is_named_by_what_changed() {
+    fn change_kind_names_what_changed() {
         let web = "image: web:v1\ningress: {hosts: [a.test], port: 80}\n";
         let base = run(web, "1", None);
         let absent = DesiredApp::Absent(String::new());

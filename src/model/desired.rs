@@ -1,4 +1,4 @@
-//! What is wanted of this host, made from what people wrote.
+//! The desired state of this host, resolved from the keys of the store.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -7,13 +7,13 @@ use sha2::{Digest as _, Sha256};
 use super::{
     env::{self, Secret},
     name::{AppName, EnvName, ImageRef, SetName},
-    problem::{Problem, Problems, bounded, guarded},
+    problem::{Problem, Problems, bounded, catch_panic},
     release::{Release, ReleaseKey},
     spec::{Ingress, Order, PullPolicy, Spec},
     text::hex,
 };
 
-/// Most bytes of a reason that people give.
+/// Largest reason of an operator, in bytes.
 const MOST_REASON: usize = 500;
 
 /// One consistent read.
@@ -21,7 +21,7 @@ const MOST_REASON: usize = 500;
 pub struct Snapshot {
     /// The revision of the store.
     pub revision: i64,
-    /// Whether it was read from the store by this agent, and not only from what an earlier one kept.
+    /// Whether this agent read it from the store, not only from the ledger of an earlier one.
     pub proven: bool,
     /// Whether this host takes apps.
     pub mode: HostMode,
@@ -29,25 +29,37 @@ pub struct Snapshot {
     pub labels: BTreeMap<String, String>,
     /// Every app of the store.
     pub apps: BTreeMap<AppName, DesiredApp>,
-    /// Keys that belong to no app because they cannot be read.
+    /// Unreadable keys that belong to no app.
     pub unreadable: Vec<Problem>,
+}
+
+impl Snapshot {
+    /// True if both mean the same for this host: a change from one to the other starts, stops and replaces nothing here.
+    /// The revisions at which keys were created do not count.
+    pub fn has_same_effect(&self, other: &Self) -> bool {
+        let placed = |snapshot: &Self| {
+            let apps = snapshot.apps.iter().filter(|(_, desired)| !matches!(desired, DesiredApp::Absent(_)));
+            apps.map(|(app, desired)| (app.clone(), desired.clone().without_revision())).collect::<Vec<_>>()
+        };
+        (self.mode, &self.labels) == (other.mode, &other.labels) && placed(self) == placed(other)
+    }
 }
 
 /// Whether a host takes apps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HostMode {
-    /// It does.
+    /// It takes apps.
     #[default]
     Active,
-    /// What runs goes on and is updated; nothing new comes.
+    /// Running apps stay and are updated; no new app comes.
     Cordoned,
     /// Everything leaves.
     Drained,
 }
 
 impl HostMode {
-    /// The word for it, as it is written.
+    /// Its name, as written in the store.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Active => "active",
@@ -57,28 +69,35 @@ impl HostMode {
     }
 }
 
-/// What is wanted of one app here.
+/// The desired state of one app here.
 #[derive(Debug, Clone, PartialEq)]
 pub enum DesiredApp {
     /// It runs.
     Run(Target),
     /// It does not run here, for this reason.
     Absent(String),
-    /// What is wanted cannot be read; the last good target goes on, if this agent has seen one.
+    /// The spec is invalid; the last good target goes on, if this agent knows one.
     Invalid {
-        /// All that is wrong.
+        /// All problems.
         problems: Problems,
-        /// What was wanted before.
+        /// The last valid target.
         last_good: Option<Target>,
     },
     /// It is left as it is, for this reason.
     Paused(String),
-    /// Nobody knows whether it is wanted, since the store has not been read; what serves is kept serving.
-    Kept(String),
+    /// Unknown, for this reason, since the store has not been read; what serves is kept serving.
+    Unknown(String),
 }
 
 impl DesiredApp {
-    /// What runs, if something is to: also the last good target of what cannot be read now.
+    fn without_revision(mut self) -> Self {
+        if let Self::Run(target) | Self::Invalid { last_good: Some(target), .. } = &mut self {
+            target.created = 0;
+        }
+        self
+    }
+
+    /// The target, if there is one: also the last good target of an invalid app.
     pub fn target(&self) -> Option<&Target> {
         match self {
             Self::Run(target) | Self::Invalid { last_good: Some(target), .. } => Some(target),
@@ -90,35 +109,35 @@ impl DesiredApp {
 /// An app that runs here.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Target {
-    /// What its containers are made from.
+    /// What its containers are created from.
     pub release: Arc<Release>,
     /// How many instances.
     pub replicas: u16,
     /// How requests reach it.
     pub ingress: Option<Ingress>,
-    /// Which comes first in a replacement.
+    /// Whether a replacement starts or stops first.
     pub order: Order,
     /// When its image is pulled.
     pub pull_policy: PullPolicy,
-    /// The revision at which its spec was first written: the older of two claims to a virtual host wins.
+    /// The create revision of its spec: the older of two claims to a virtual host wins.
     pub created: i64,
-    /// Whether it may only stay, not come.
+    /// Whether the host is cordoned: it may stay, not come.
     pub cordoned: bool,
 }
 
 impl Target {
-    /// Stands for what an outcome of the release depends on that is not part of the release: the order, the count, and how
-    /// requests reach it. When it changes, a failure from before says nothing any more.
+    /// Digest of what a rollout depends on beside the release: order, replicas and ingress. When it changes, earlier
+    /// failures no longer count.
     pub fn conditions(&self) -> String {
         let text = format!("{:?} {} {:?}", self.order, self.replicas, self.ingress);
         hex(&Sha256::digest(text)[..6])
     }
 }
 
-/// The keys of one app, as they were read.
+/// The keys of one app, as read.
 #[derive(Debug, Clone, Default)]
 pub struct AppKeys {
-    /// The spec, read; and the revision at which the key was made.
+    /// The parsed spec, with the create revision of its key.
     pub spec: Option<(i64, Arc<Result<Spec, Problems>>)>,
     /// `apps/<app>/image`.
     pub image: Option<Vec<u8>>,
@@ -126,26 +145,24 @@ pub struct AppKeys {
     pub restart: Option<Vec<u8>>,
     /// `apps/<app>/paused`.
     pub paused: Option<Vec<u8>>,
-    /// Keys below `apps/<app>/` that are not known.
-    pub problems: Problems,
 }
 
-/// All keys that matter to a host, as they were read.
+/// All keys relevant to a host, as read.
 #[derive(Debug, Clone, Default)]
 pub struct Keys {
     /// By app.
     pub apps: BTreeMap<AppName, AppKeys>,
     /// By set and variable.
     pub env: BTreeMap<SetName, BTreeMap<EnvName, Vec<u8>>>,
-    /// Whether the store's labels of this host cannot be read, and never could.
+    /// Whether the labels of this host in the store are unreadable, and always were.
     pub labels_unknown: bool,
     /// Bad variable names, by set.
     pub env_problems: BTreeMap<SetName, Problems>,
 }
 
-/// Makes the wanted state of one host.
+/// Resolves the desired state of one host.
 ///
-/// `last_good` answers with the target that was last valid for an app.
+/// `last_good` returns the last valid target of an app.
 pub fn resolve(
     keys: &Keys,
     key: &ReleaseKey,
@@ -156,7 +173,7 @@ pub fn resolve(
     keys.apps
         .iter()
         .map(|(name, app)| {
-            let desired = match guarded(|| resolve_app(name, app, keys, key, mode, labels)) {
+            let desired = match catch_panic(|| resolve_app(name, app, keys, key, mode, labels)) {
                 Ok(desired) => desired,
                 Err(problems) => DesiredApp::Invalid { problems, last_good: last_good(name) },
             };
@@ -181,7 +198,7 @@ fn resolve_app(
         return Ok(DesiredApp::Paused(if reason.is_empty() { "no reason given".to_owned() } else { reason }));
     }
     let Some((created, spec)) = &app.spec else {
-        // Only a leftover image or restart key: an app is there when its spec is.
+        // Only a leftover image or restart key: an app exists if its spec does.
         return Ok(DesiredApp::Absent(format!("there is no `apps/{name}/spec`")));
     };
     let spec = spec.as_ref().as_ref().map_err(Clone::clone)?;
@@ -192,7 +209,7 @@ fn resolve_app(
         }
         return Ok(DesiredApp::Absent(format!("this host does not satisfy `{unmet}`")));
     }
-    let mut problems: Vec<Problem> = app.problems.iter().cloned().collect();
+    let mut problems = Vec::new();
     let image = image(name, app, spec).map_err(|p| problems.push(p)).ok();
     let restart = text(&app.restart, || format!("apps/{name}/restart")).map_err(|p| problems.push(p)).ok().flatten();
     let env = environment(name, spec, keys).map_err(|p| problems.extend(p)).ok();
@@ -227,7 +244,7 @@ fn text(value: &Option<Vec<u8>>, key: impl Fn() -> String) -> Result<Option<Stri
 fn image(name: &AppName, app: &AppKeys, spec: &Spec) -> Result<ImageRef, Problem> {
     let key = || format!("apps/{name}/image");
     match text(&app.image, key)? {
-        // A line break at the end is what `echo` and editors leave.
+        // `echo` and editors leave a line break at the end.
         Some(image) => ImageRef::try_from(image.trim()).map_err(|e| Problem::new(key(), e.to_string())),
         None => spec.image.clone().ok_or_else(|| {
             Problem::new(key(), "no image is named")
@@ -236,7 +253,7 @@ fn image(name: &AppName, app: &AppKeys, spec: &Spec) -> Result<ImageRef, Problem
     }
 }
 
-/// `env_from` in order, then the spec, then the app's own set: a later one wins.
+/// `env_from` in order, then the spec, then the app's own set; later values win.
 fn environment(name: &AppName, spec: &Spec, keys: &Keys) -> Result<BTreeMap<EnvName, Secret>, Vec<Problem>> {
     let mut problems = Vec::new();
     let mut env: BTreeMap<EnvName, Secret> = BTreeMap::new();

@@ -1,20 +1,20 @@
-//! Environment variables: values that must not be seen, and the text of an env-file.
+//! Environment variables: secret values, and the text of an env-file.
 
 use std::{collections::BTreeMap, fmt};
 
 use super::name::EnvName;
 
-/// A value that is shown to nobody: its `Debug` and `Display` print stars.
+/// A secret value: its `Debug` prints stars.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Takes a value.
+    /// Wraps a value.
     pub fn new(value: impl Into<String>) -> Self {
         Self(value.into())
     }
 
-    /// The value itself. Only for what hands it to a container.
+    /// The value itself. Only for passing it to a container.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -27,13 +27,13 @@ impl fmt::Debug for Secret {
 }
 
 /// Longest `NAME=value`, in bytes: the kernel's `MAX_ARG_STRLEN` of 32 pages less the final NUL. A process with a
-/// longer one cannot be started, which Docker tells nobody.
+/// longer one cannot be started, and Docker does not report that.
 pub const MAX_VARIABLE: usize = 131_071;
-/// Most bytes of a whole environment. The kernel takes a quarter of the stack limit (2 MiB as it ships) for arguments
-/// and environment together; half a MiB leaves room on any host.
+/// Largest environment in bytes. The kernel takes a quarter of the stack limit (2 MiB by default) for arguments and
+/// environment together; half a MiB leaves room on any host.
 pub const MAX_ENVIRONMENT: usize = 512 * 1024;
 
-/// Why a value cannot be in an environment.
+/// Checks a value of an environment variable.
 ///
 /// # Errors
 /// One sentence that does not contain the value.
@@ -62,8 +62,8 @@ pub fn check_total(env: &BTreeMap<EnvName, Secret>) -> Result<(), String> {
 
 /// The text of an env-file, as `docker run --env-file` reads it: `NAME=value`, all literal.
 ///
-/// What the format cannot carry (a line break, a trailing CR, a line over 64 KiB) is marked by a comment and left
-/// out, never changed; the container gets it all the same, through the API.
+/// What the format cannot carry (a line break, a trailing CR, a line over 64 KiB) is left out and marked by a comment,
+/// never changed; the container still gets it, through the API.
 pub fn env_file<'a>(variables: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
     let mut text = String::new();
     for (name, value) in variables {
@@ -76,7 +76,7 @@ pub fn env_file<'a>(variables: impl IntoIterator<Item = (&'a str, &'a str)>) -> 
         };
         match why {
             Some(why) => {
-                text.push_str(&format!("# {name} cannot stand in an env-file ({why}); the container has it\n"));
+                text.push_str(&format!("# {name} cannot be written to an env-file ({why}); the container has it\n"));
             }
             None => text.push_str(&format!("{name}={value}\n")),
         }
@@ -89,16 +89,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_shows_stars() {
+    fn debug_of_secret_prints_stars() {
         assert_eq!(format!("{:?}", Secret::new("hunter2")), "***");
     }
 
     #[test]
-    fn an_env_file_is_literal_and_marks_what_it_cannot_carry() {
+    fn env_file_is_literal_and_marks_unsupported_values() {
         let text = env_file([("A", "\"q\" $x #y "), ("PEM", "a\nb"), ("EMPTY", "")]);
         assert_eq!(
             text,
-            "A=\"q\" $x #y \n# PEM cannot stand in an env-file (it has a line break); the container has it\nEMPTY=\n"
+            "A=\"q\" $x #y \n# PEM cannot be written to an env-file (it has a line break); the container has it\nEMPTY=\n"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! What happened on a host, one thing at a time: the lines of `demae events`, and what a webhook is told.
+//! Events of a host: the lines of `demae events`, and the payload of a webhook.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,29 +7,29 @@ use super::{
     time::Timestamp,
 };
 
-/// The version of this form. A reader that knows another must not guess.
+/// The version of this format. A reader must not guess at an unknown one.
 pub const VERSION: u32 = 1;
 
-/// Something that happened.
+/// An event.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Event {
     /// [`VERSION`].
     pub version: u32,
-    /// Which run of the agent: when it started, in milliseconds since 1970.
+    /// The run of the agent: its start, in milliseconds since 1970.
     pub run: i64,
-    /// Counts up from 1 within the run; 0 for what is no event of the agent.
+    /// Counts up from 1 within the run; 0 if it is not an event of the agent.
     pub seq: u64,
-    /// When.
+    /// When it happened.
     pub at: Timestamp,
-    /// Where.
+    /// The host.
     pub host: HostName,
-    /// The app, if it is about one.
+    /// The app, if it concerns one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub app: Option<AppName>,
-    /// What.
+    /// What happened.
     #[serde(flatten)]
     pub what: What,
-    /// The same in one sentence, for people.
+    /// The same in one sentence.
     pub message: String,
 }
 
@@ -48,44 +48,44 @@ pub enum What {
     },
     /// A release failed on this host.
     Verdict {
-        /// Which.
+        /// The release.
         release: String,
         /// The exit code, if its process ended.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         exit_code: Option<i64>,
     },
-    /// Something that a person must end.
+    /// A block that an operator must resolve.
     Block {
         /// Its kind.
         kind: String,
-        /// What a person can do.
+        /// What an operator can do.
         remedy: String,
     },
-    /// A block is gone.
+    /// A block is resolved.
     Unblock {
         /// Its kind.
         kind: String,
     },
-    /// An app is as it should be, after a change.
+    /// An app converged after a change.
     Converged {
         /// The kind of the change.
         change: String,
-        /// The release, if one is wanted.
+        /// The wanted release, if any.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         release: Option<String>,
         /// Milliseconds since the change was seen.
         took_ms: u64,
     },
-    /// nginx was given another configuration.
+    /// nginx was reloaded.
     Reload {
         /// How that ended.
         outcome: Outcome,
         /// Milliseconds it took.
         took_ms: u64,
     },
-    /// The store cannot be read, or can be again.
+    /// The store became unreachable, or reachable again.
     Store {
-        /// Whether it can be read.
+        /// Whether it is reachable.
         reachable: bool,
     },
     /// A reader was too slow, and missed events.
@@ -95,18 +95,18 @@ pub enum What {
     },
 }
 
-/// How something ended.
+/// An outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// Well.
+    /// It succeeded.
     Done,
-    /// Badly.
+    /// It failed.
     Failed,
 }
 
 impl Outcome {
-    /// The word for it.
+    /// Its name.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Done => "done",
@@ -116,11 +116,11 @@ impl Outcome {
 }
 
 impl What {
-    /// The types, as they are written.
+    /// All types, as serialized.
     pub const TYPES: [&'static str; 8] =
         ["step", "verdict", "block", "unblock", "converged", "reload", "store", "lost"];
 
-    /// Its type, as it is written.
+    /// Its type, as serialized.
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::Step { .. } => "step",
@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_is_one_flat_line() {
+    fn event_serializes_as_one_flat_line() {
         let event = Event {
             version: VERSION,
             run: 3,

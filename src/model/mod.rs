@@ -1,4 +1,4 @@
-//! Values, and nothing but values: no I/O, no clock, no async. Illegal states do not exist.
+//! Plain values: no I/O, no clock, no async. Illegal states cannot be represented.
 
 pub mod change;
 pub mod desired;

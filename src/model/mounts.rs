@@ -1,7 +1,7 @@
-//! Mounts of a host's apps that are not safe beside each other.
+//! Detects mounts of a host's apps that are not safe together.
 //!
-//! Docker resolves the source of a mount anew at each start, following symlinks. An app that may write to a directory can
-//! put a symlink in the place of anything below it, and whoever mounts that gets what the symlink leads to.
+//! Docker resolves the source of a mount at each start, following symlinks. An app that may write to a directory can
+//! replace anything below it by a symlink, and any app that mounts that gets the symlink's target.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -16,13 +16,14 @@ use super::{
 pub struct NestedMount {
     /// The source of the volume.
     pub path: String,
-    /// The directory above it that is mounted with the right to write.
+    /// The directory above it that is mounted writable.
     pub above: String,
-    /// Whose mount that is.
+    /// The app with that mount.
     pub owner: AppName,
 }
 
-/// Apps that mount a path of the host below a writable mount of any app here, their own included; the first such volume.
+/// Apps that mount a host path below a writable mount of any app here, themselves included; the first such volume of
+/// each.
 pub fn nested(snapshot: &Snapshot) -> BTreeMap<AppName, NestedMount> {
     let mounts = || {
         let targets = snapshot.apps.iter().filter_map(|(app, desired): (&AppName, &DesiredApp)| {

@@ -1,6 +1,6 @@
 //! Names: values that are safe as an etcd key, a container name, a path and a word in an nginx file.
 //!
-//! The fields are private and the only way in is `TryFrom`, so whoever holds a name need not ask again.
+//! Fields are private and `TryFrom` is the only constructor, so every name is already checked.
 
 use std::{borrow::Borrow, fmt};
 
@@ -15,7 +15,7 @@ pub struct NameError {
     rule: &'static str,
 }
 
-/// Longest app, host or set name. Paths of sockets are made of app names, and the kernel takes 107 bytes of path.
+/// Longest app, host or set name. Socket paths contain app names, and the kernel limits a path to 107 bytes.
 pub const MAX_NAME: usize = 40;
 
 fn is_label(text: &str, max: usize) -> bool {
@@ -77,7 +77,7 @@ macro_rules! name {
 }
 
 name!(
-    /// An app: what people deploy.
+    /// An app: the unit of deployment.
     AppName, "app name",
     "use 1 to 40 of a-z, 0-9 and `-`, with neither end a `-`",
     |t| is_label(t, MAX_NAME)
@@ -154,20 +154,20 @@ name!(
     |t| t.len() == 12 && t.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 );
 name!(
-    /// The id that Docker gave a container: 64 hexadecimal digits.
+    /// Docker's id of a container: 64 hexadecimal digits.
     ContainerId, "container id",
     "a container id is hexadecimal",
     |t| !t.is_empty() && t.len() <= 64 && t.bytes().all(|b| b.is_ascii_hexdigit())
 );
 
 impl ImageRef {
-    /// The reference with the tag that Docker assumes when there is neither tag nor digest.
+    /// The reference with an explicit tag: Docker assumes `latest` if there is neither tag nor digest.
     pub fn tagged(&self) -> String {
         let last = self.0.rsplit('/').next().unwrap_or(&self.0);
         if last.contains(':') || last.contains('@') { self.0.clone() } else { format!("{}:latest", self.0) }
     }
 
-    /// What tells one version of an image from another: its tag, or the beginning of its digest.
+    /// The version of the image: its tag, or the beginning of its digest.
     pub fn version(&self) -> &str {
         let last = self.0.rsplit('/').next().unwrap_or(&self.0);
         match (last.split_once('@'), last.split_once(':')) {
@@ -186,12 +186,12 @@ impl ContainerId {
 }
 
 impl VirtualHost {
-    /// One that an app may ask for. What is served already may be more, since earlier versions of demae took more: a file
-    /// of demae's own that holds such a name must stay readable.
+    /// A virtual host of a spec. A live set may hold others, since earlier versions of demae accepted more, and must
+    /// stay readable.
     ///
     /// # Errors
-    /// If it is no host name, stands for a whole top-level domain, or is one of demae's own.
-    pub fn asked_for(text: &str) -> Result<Self, NameError> {
+    /// If it is no host name, covers a whole top-level domain, or is one of demae's own.
+    pub fn from_spec(text: &str) -> Result<Self, NameError> {
         let host = Self::try_from(text)?;
         let rest = text.strip_prefix("*.").unwrap_or(text);
         let reserved = rest == "demae.invalid" || rest.ends_with(".demae.invalid") || rest.starts_with("demae-proof.");
@@ -199,12 +199,12 @@ impl VirtualHost {
         if fine { Ok(host) } else { Err(NameError { kind: "virtual host", text: host.0, rule: HOST_RULE }) }
     }
 
-    /// Whether it stands for every host that no other app claims.
+    /// Whether it matches every host that no other app claims.
     pub fn is_catch_all(&self) -> bool {
         self.0 == "*"
     }
 
-    /// A host name that this virtual host answers to: itself, or one under its wildcard.
+    /// A host name that this virtual host matches: itself, or one under its wildcard.
     pub fn example(&self) -> String {
         match self.0.strip_prefix('*') {
             Some("") => "demae-proof.invalid".to_owned(),
@@ -219,7 +219,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_version_of_an_image_is_its_tag_or_digest() {
+    fn image_version_is_tag_or_digest() {
         let digest = "a".repeat(64);
         for (image, version) in [
             ("web", "latest"),
@@ -233,12 +233,12 @@ mod tests {
     }
 
     #[test]
-    fn hostile_texts_are_not_names() {
+    fn hostile_text_is_refused_as_name() {
         for bad in ["", "../x", "A", "a/b", "web.", "-a", "a-", "a b", "a\n", "é", "a;b", &"a".repeat(41)] {
-            assert!(AppName::try_from(bad).is_err(), "{bad:?} was taken for an app name");
+            assert!(AppName::try_from(bad).is_err(), "{bad:?} was accepted as an app name");
         }
         for bad in ["a;b", "a }", "x; } server {", "a..b", "*.", "a.*.b", "UPPER.example", "über.example", "a\nb"] {
-            assert!(VirtualHost::try_from(bad).is_err(), "{bad:?} was taken for a virtual host");
+            assert!(VirtualHost::try_from(bad).is_err(), "{bad:?} was accepted as a virtual host");
         }
         for bad in [
             "*.com",
@@ -250,28 +250,28 @@ mod tests {
             "demae-proof.a.test",
             "*.demae-proof.test",
         ] {
-            let taken = VirtualHost::asked_for(bad).is_ok();
+            let taken = VirtualHost::from_spec(bad).is_ok();
             assert_eq!(taken, bad == "*", "{bad:?} as a virtual host");
             let of_before = VirtualHost::try_from(bad).is_ok();
             assert_eq!(of_before, bad != "*.", "{bad:?} in a file of an earlier version");
         }
         for bad in ["", "A=B", "a b", "a/b", "#a", "a\tb", "é", "DEMAE_APP"] {
-            assert!(EnvName::try_from(bad).is_err(), "{bad:?} was taken for a variable name");
+            assert!(EnvName::try_from(bad).is_err(), "{bad:?} was accepted as a variable name");
         }
         for good in ["1AB", "a-b", "discovery.type", "cluster.name", "a:b", "_"] {
             assert!(EnvName::try_from(good).is_ok(), "{good:?} is a name for Docker");
         }
         for bad in ["", "/", "api", "/api/", "//a", "/a/../b", "/a b", "/a\"b", "/a;b", "/a{1}"] {
-            assert!(UrlPath::try_from(bad).is_err(), "{bad:?} was taken for a path");
+            assert!(UrlPath::try_from(bad).is_err(), "{bad:?} was accepted as a path");
         }
         assert!(UrlPath::try_from("/shop/v1.0").is_ok());
         for bad in ["", " web", "web:v1\n", "-web", "web:", "a//b", "../a"] {
-            assert!(ImageRef::try_from(bad).is_err(), "{bad:?} was taken for an image reference");
+            assert!(ImageRef::try_from(bad).is_err(), "{bad:?} was accepted as an image reference");
         }
     }
 
     #[test]
-    fn a_reference_without_tag_means_latest() {
+    fn image_without_tag_is_latest() {
         let tagged = |t: &str| ImageRef::try_from(t).map(|i| i.tagged());
         assert_eq!(tagged("web"), Ok("web:latest".into()));
         assert_eq!(tagged("localhost:5000/web"), Ok("localhost:5000/web:latest".into()));

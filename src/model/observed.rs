@@ -1,4 +1,4 @@
-//! What is true on this host, as far as it was looked at.
+//! The observed state of this host.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,13 +18,14 @@ use super::{
 pub struct ObservedApp {
     /// Its containers, by release and number.
     pub instances: Vec<Instance>,
-    /// The local id of the image that is wanted, if it is on this host.
+    /// The local id of the wanted image, if it is on this host.
     pub image: Option<String>,
-    /// Whether the engine refused to make a container since the image is gone, though others of the release still have it.
+    /// Whether Docker refused to create a container since the image is gone, though other containers of the release
+    /// still use it.
     pub image_lost: bool,
-    /// Whether this agent has pulled the image for the release that is wanted.
+    /// Whether this agent has pulled the image for the wanted release.
     pub pulled: bool,
-    /// Its route symlinks: slot to the instance it leads to; `None` where it leads nowhere known.
+    /// Its route symlinks: slot to instance; `None` if the target is unknown.
     pub slots: BTreeMap<u16, Option<InstanceKey>>,
     /// When the symlinks last changed.
     pub slots_changed: Timestamp,
@@ -32,37 +33,37 @@ pub struct ObservedApp {
     pub env_files: BTreeSet<ReleaseId>,
     /// Instances with a socket directory.
     pub socket_dirs: BTreeSet<InstanceKey>,
-    /// The release last proven through nginx (or, for a worker, seen healthy).
+    /// The release last proven through nginx (for a worker: by health).
     pub proven: Option<ReleaseId>,
     /// When that was recorded.
     pub proven_at: Option<Timestamp>,
     /// Releases that failed here.
     pub verdicts: BTreeMap<ReleaseId, Verdict>,
-    /// Containers with this host's name and this app's that another agent made.
+    /// Containers of this host's name and this app that another agent created.
     pub foreign: Vec<Foreign>,
 }
 
-/// A container that has this host's name, and that another agent made.
+/// A container of this host's name that another agent created.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Foreign {
     /// Its name.
     pub name: String,
-    /// Whose it is, in words.
+    /// Its owner, in words.
     pub owner: String,
 }
 
-/// What an app is looked at for.
+/// What to look for when observing an app.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Wanted {
-    /// The release that is wanted.
+    /// The wanted release.
     pub release: ReleaseId,
     /// Its image.
     pub image: ImageRef,
-    /// Whether its image is to be looked for even if an instance that lives has it.
+    /// Whether to look the image up even if a live instance has it.
     pub image_lost: bool,
 }
 
-/// Which instance: its release and its number, which tells replicas of one release apart.
+/// Identifies an instance: its release and its number, which distinguishes replicas.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct InstanceKey {
     /// The release.
@@ -86,43 +87,45 @@ pub struct Instance {
     pub id: ContainerId,
     /// Docker's id of its image.
     pub image: String,
-    /// The image as it was ordered, where its container tells.
-    pub ordered: Option<ImageRef>,
-    /// What Docker says of it.
+    /// The image as requested in the spec, if its container has that label.
+    pub requested_image: Option<ImageRef>,
+    /// Its state in Docker.
     pub phase: Phase,
-    /// What its checks say.
+    /// The result of its health checks.
     pub health: Health,
-    /// Whether Docker keeps it running: given once it is proven.
+    /// Whether Docker keeps it running: set once it is proven.
     pub settled: bool,
-    /// Whether the agent ended it, or was about to, before its release was proven. How it ended says nothing then.
+    /// Whether the agent stopped it, or was about to, before its release was proven. Its exit code says nothing then.
     pub leaving: bool,
     /// Whether it was OOM-killed.
     pub out_of_memory: bool,
     /// When it last started, or was created.
     pub started: Timestamp,
-    /// How often Docker has started it again by itself.
+    /// How often Docker has restarted it.
     pub restarts: u32,
     /// Where it takes requests.
     pub address: Option<Address>,
-    /// Where it takes requests beside that, in the order of its release.
+    /// Further addresses, in the order of its release.
     pub more: Vec<Address>,
-    /// Where it listens inside, for each of its addresses; nothing where that is not known.
+    /// Its endpoint inside the container for each address; empty if unknown.
     pub listens: Vec<Endpoint>,
-    /// Connections that nginx has to it, where that was counted.
+    /// Connections of nginx to it, if counted.
     pub connections: Option<usize>,
-    /// Its own check, from its labels: an old instance is asked as its release says.
+    /// When it was last seen without connections. A request that came later has its own drain time.
+    pub idle_at: Option<Timestamp>,
+    /// Its own check, from its labels: an old instance is checked as its release says.
     pub check: HealthCheck,
-    /// The host that its check asks for, unless the check names one.
+    /// The `Host` of its check, unless the check names one.
     pub check_host: Option<String>,
     /// Its own drain time.
     pub drain: Duration,
-    /// How long it may take to end.
+    /// Time to exit before it is killed.
     pub grace: Duration,
-    /// Whether a socket lies there that nobody listens on.
+    /// Whether its socket is dead: nothing listens on it.
     pub stale_socket: bool,
-    /// Whether something else than a socket lies in the place of its socket: a symlink would lead nginx anywhere.
+    /// Whether its socket path is not a socket: nginx would follow a symlink anywhere.
     pub wrong_socket: bool,
-    /// Whether it does not run and another program has its port meanwhile: it can never be started again.
+    /// Whether it is down and another program has its port: it can never be started again.
     pub port_taken: bool,
 }
 
@@ -137,12 +140,12 @@ impl Instance {
         matches!(self.phase, Phase::Running | Phase::Paused | Phase::Restarting)
     }
 
-    /// Everywhere it takes requests.
+    /// All its addresses.
     pub fn addresses(&self) -> impl Iterator<Item = &Address> {
         self.address.iter().chain(&self.more)
     }
 
-    /// Where it takes the requests that are for a place inside: for the only place, or the first, unless that is named.
+    /// The address for an endpoint inside the container; without one, the first address.
     pub fn address_of(&self, endpoint: Option<&Endpoint>) -> Option<&Address> {
         match endpoint {
             None => self.address.as_ref(),
@@ -165,25 +168,25 @@ pub enum Address {
     Port(u16),
 }
 
-/// What Docker says of a container.
+/// The state of a container in Docker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Phase {
-    /// Made, never started.
+    /// Created, never started.
     Created,
     /// Its process runs.
     Running,
-    /// Frozen by somebody.
+    /// Paused.
     Paused,
     /// Between two starts by Docker.
     Restarting,
-    /// Ended, with this code.
+    /// Exited with this code.
     Exited(i64),
     /// Being removed, or stuck in it.
     Removing,
 }
 
 impl Phase {
-    /// Docker's word for it.
+    /// Docker's name for it.
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::Created => "created",
@@ -196,31 +199,31 @@ impl Phase {
     }
 }
 
-/// What the checks say of an instance.
+/// The health of an instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Health {
-    /// Not asked yet by this agent. Never a reason to take an instance out of service.
+    /// Not probed yet by this agent. Never a reason to take an instance out of service.
     Unknown,
-    /// Asked, not healthy yet; the last answer.
+    /// Not healthy yet, before its deadline; the last probe result.
     Starting(String),
     /// Healthy.
     Healthy,
-    /// It was healthy, or its time is over.
+    /// It stopped being healthy, or missed its deadline.
     Unhealthy {
         /// Since when.
         since: Timestamp,
-        /// The last answer.
+        /// The last probe result.
         answer: String,
     },
 }
 
 impl Health {
-    /// Whether it is known to be well.
+    /// Whether it is known to be healthy.
     pub fn is_healthy(&self) -> bool {
         *self == Health::Healthy
     }
 
-    /// Whether it is known to be unwell.
+    /// Whether it is known to be unhealthy.
     pub fn is_unhealthy(&self) -> bool {
         matches!(self, Health::Unhealthy { .. })
     }
@@ -244,8 +247,8 @@ pub struct Verdict {
     /// How often it has failed here in a row.
     #[serde(default = "once")]
     pub attempts: u32,
-    /// Stands for what it depends on beside the release: see [`Target::conditions`](super::desired::Target::conditions).
-    /// Empty from a demae that did not say.
+    /// Digest of what it depends on beside the release: see [`Target::conditions`](super::desired::Target::conditions).
+    /// Empty if written by a version without it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub conditions: String,
 }

@@ -1,24 +1,23 @@
-//! What is wrong with something a person wrote, said so that they can mend it.
+//! Problems in user input, with place and remedy.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Most bytes of one part of a problem that are shown.
+/// Largest part of a problem that is shown, in bytes.
 const SHOWN: usize = 1000;
-/// Most problems of one text, or of one app, that are kept and shown.
+/// Most problems of one text or app that are kept and shown.
 pub const MOST_PROBLEMS: usize = 100;
 /// Most bytes of them.
 const MOST_BYTES: usize = 16 * 1024;
 
-/// What people wrote, fit for a terminal: without what would move its cursor, colour it or turn its text around, and of a
-/// length that can be read.
+/// User input made safe for a terminal: bounded, without control characters, colours and bidirectional overrides.
 fn shown(text: impl Into<String>) -> String {
     bounded(text, SHOWN)
 }
 
-/// A text of at most so many bytes and a few, fit for a terminal, a log and a store: what people and programs wrote may
-/// be of any length.
+/// A text of about at most this many bytes, made safe for a terminal, a log and a store: input of users and programs
+/// may have any length.
 pub fn bounded(text: impl Into<String>, most: usize) -> String {
     let text = text.into();
     let moves = |c: char| {
@@ -42,18 +41,18 @@ pub fn bounded(text: impl Into<String>, most: usize) -> String {
     out
 }
 
-/// One mistake in a file or a key: where it is, what it is, and what to do.
+/// One problem in a file or key: place, cause, remedy.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Problem {
     /// Line in the text, from 1; 0 where the problem has no place in a text.
     pub line: usize,
     /// Column in the line, from 1; 0 where the problem has no place in a text.
     pub column: usize,
-    /// The key the problem is at, dotted (`healthcheck.interval`), or the etcd key.
+    /// The key of the problem, dotted (`healthcheck.interval`), or the etcd key.
     pub key: String,
     /// What is wrong, lower case, without a final full stop.
     pub message: String,
-    /// What to do about it, if that is known.
+    /// The remedy, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
 }
@@ -96,20 +95,20 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Every mistake found, not only the first. Never empty when used as an error.
+/// All problems found, not only the first. Never empty when used as an error.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Problems(Vec<Problem>);
 
-/// Reads something that people wrote. A mistake of demae's that one text brings to light is a problem of that text, and
-/// no reason to leave all others alone: a panic is told as one.
+/// Reads user input, and turns a panic into a problem of that input: a bug that one text triggers must not stop the
+/// others.
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn guarded<T>(read: impl FnOnce() -> Result<T, Problems>) -> Result<T, Problems> {
+pub fn catch_panic<T>(read: impl FnOnce() -> Result<T, Problems>) -> Result<T, Problems> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).unwrap_or_else(|_| {
         let problem = Problem::new("", "reading this ended in a panic; the log of the agent has it");
-        Err(problem.hint("this is a mistake in demae: please report it, with what was written").into())
+        Err(problem.hint("this is a bug in demae: please report it, with the input").into())
     })
 }
 
@@ -129,21 +128,20 @@ impl Problems {
         self.0.iter()
     }
 
-    /// Sorts by place, so that people can mend from top to bottom.
+    /// Sorts by place in the text.
     #[must_use]
     pub fn sorted(mut self) -> Self {
         self.0.sort();
         self
     }
 
-    /// The first of them, as many as can be shown, kept and published, and how many there are beside: people can write
-    /// mistakes without end, and all of them are in the status of one app.
+    /// The first problems, and the number of the rest: bounded, since they are part of the status of an app.
     #[must_use]
     pub fn bounded(self) -> Self {
         self.within(MOST_BYTES)
     }
 
-    /// The first of them, as many as fit into so many bytes, and how many there are beside.
+    /// The first problems that fit into this many bytes, and the number of the rest.
     #[must_use]
     pub fn within(mut self, most_bytes: usize) -> Self {
         let mut bytes = 0;
@@ -191,7 +189,7 @@ impl fmt::Display for Problems {
 
 impl std::error::Error for Problems {}
 
-/// `, did you mean …` for a word that is close to one of the known ones.
+/// The known word that is most similar to `word`, if one is close.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     known
         .into_iter()
@@ -201,7 +199,7 @@ pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
         .map(|(_, k)| k)
 }
 
-/// An error and its causes as one line, each told once.
+/// An error and its causes as one line, without repetition.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -220,10 +218,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_over_one_text_is_a_problem_of_that_text() {
-        assert_eq!(guarded(|| Ok(1)), Ok(1));
-        let problems = guarded(|| -> Result<(), Problems> { panic!("a mistake") }).expect_err("it panicked");
-        let told = problems.to_string();
-        assert!(told.contains("ended in a panic") && told.contains("please report it"), "{told}");
+    fn panic_while_reading_one_text_is_a_problem_of_that_text() {
+        assert_eq!(catch_panic(|| Ok(1)), Ok(1));
+        let problems = catch_panic(|| -> Result<(), Problems> { panic!("a mistake") }).expect_err("it panicked");
+        let text = problems.to_string();
+        assert!(text.contains("ended in a panic") && text.contains("please report it"), "{text}");
     }
 }

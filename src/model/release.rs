@@ -1,4 +1,4 @@
-//! A release: everything a container is created from, and the name that follows from it.
+//! A release: all inputs of a container, and the id derived from them.
 
 use std::collections::BTreeMap;
 
@@ -10,20 +10,21 @@ use super::{
     env::Secret,
     name::{EnvName, ImageRef, ReleaseId},
     spec::{ContainerSpec, Endpoint, HealthCheck},
+    text::json,
 };
 
-/// The key that release ids are made with. Ids are visible and environments hold guessable secrets, so a plain hash
-/// would let anyone who sees an id search for them.
+/// The key of the HMAC behind release ids. Ids are visible and environments hold guessable secrets, so a plain hash
+/// would allow a dictionary attack.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ReleaseKey(Vec<u8>);
 
 impl ReleaseKey {
-    /// Takes a key from the store.
+    /// Wraps a key from the store.
     pub fn new(bytes: impl Into<Vec<u8>>) -> Self {
         Self(bytes.into())
     }
 
-    /// Its bytes, for whoever keeps them as safe as the store does.
+    /// Its bytes. Store them as safely as the store does.
     pub fn expose(&self) -> &[u8] {
         &self.0
     }
@@ -35,26 +36,27 @@ impl std::fmt::Debug for ReleaseKey {
     }
 }
 
-/// What a container is created from.
+/// All inputs of a container.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Release {
     /// The identity: equal ids, equal containers.
     pub id: ReleaseId,
-    /// The image, as it was ordered.
+    /// The image, as requested.
     pub image: ImageRef,
     /// Mounts, limits and the rest.
     pub container: ContainerSpec,
-    /// The whole environment, without the facts that demae adds.
+    /// The whole environment, without the variables that demae injects.
     pub env: BTreeMap<EnvName, Secret>,
     /// When an instance counts as healthy.
     pub health: HealthCheck,
     /// Where the app listens.
     pub endpoint: Option<Endpoint>,
-    /// Where it listens beside that.
+    /// Further endpoints.
     pub more_endpoints: Vec<Endpoint>,
 }
 
-/// What the id is made over. A golden test holds its form: a change here would replace every container of every user.
+/// The input of the id's hash. A golden test pins its format: a change here would replace every container of every
+/// user.
 #[derive(Serialize)]
 struct Identity<'a> {
     v: u8,
@@ -69,7 +71,7 @@ struct Identity<'a> {
 }
 
 impl Release {
-    /// Makes a release and its id: the first 48 bits of HMAC-SHA-256 over the canonical JSON of all parts.
+    /// Creates a release and its id: the first 48 bits of HMAC-SHA-256 over the canonical JSON of all parts.
     pub fn new(
         key: &ReleaseKey,
         image: ImageRef,
@@ -82,7 +84,7 @@ impl Release {
         Self::with_endpoints(key, image, container, env, health, (endpoint, Vec::new()), restart)
     }
 
-    /// The same, of an app that listens in several places.
+    /// The same, for an app with several endpoints.
     pub fn with_endpoints(
         key: &ReleaseKey,
         image: ImageRef,
@@ -102,9 +104,9 @@ impl Release {
             more_endpoints: &more_endpoints,
             restart,
         };
-        let text = serde_json::to_vec(&identity).unwrap_or_default();
+        let text = json(&identity);
         // HMAC takes keys of any length, so this cannot fail; an empty tag would be refused as an id below.
-        let tag = Hmac::<Sha256>::new_from_slice(&key.0).map(|mac| mac.chain_update(&text).finalize().into_bytes());
+        let tag = Hmac::<Sha256>::new_from_slice(&key.0).map(|mac| mac.chain_update(text).finalize().into_bytes());
         let hex: String = tag.iter().flat_map(|t| t.iter()).take(6).map(|b| format!("{b:02x}")).collect();
         #[expect(clippy::expect_used, reason = "six bytes in hexadecimal are a release id")]
         let id = ReleaseId::try_from(hex).expect("twelve hexadecimal digits");
@@ -124,12 +126,12 @@ mod tests {
     }
 
     #[test]
-    fn an_id_never_changes_between_versions_of_demae() {
+    fn release_id_is_stable_across_versions() {
         assert_eq!(release("web:v1", &[("A", "1")], None).as_str(), "9dbb613e4a1a");
     }
 
     #[test]
-    fn everything_a_container_is_made_from_is_in_the_id() {
+    fn release_id_covers_all_container_inputs() {
         let base = release("web:v1", &[("A", "1")], None);
         assert_eq!(base, release("web:v1", &[("A", "1")], None));
         assert_ne!(base, release("web:v2", &[("A", "1")], None));

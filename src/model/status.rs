@@ -1,11 +1,11 @@
-//! What an agent tells of itself and its apps: the JSON of `demae status -o json`, of the agent's `/status`, and of
-//! the keys under `state/`.
+//! The status of an agent and its apps: the JSON of `demae status -o json`, of the agent's `/status`, and of the keys
+//! under `state/`.
 
 use serde::{Deserialize, Serialize};
 
 use super::{desired::HostMode, name::HostName, observed::Verdict, problem::Problem, time::Timestamp};
 
-/// The version of this form. A reader that knows another must not guess.
+/// The version of this format. A reader must not guess at an unknown one.
 pub const VERSION: u32 = 1;
 
 /// One host.
@@ -19,14 +19,14 @@ pub struct HostStatus {
     pub mode: HostMode,
     /// The version of the agent.
     pub agent: String,
-    /// Whether the store has been read.
+    /// The agent's view of the store.
     pub store: StoreStatus,
-    /// What nginx as a whole waits for, if anything.
+    /// What the host as a whole waits for, if anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proxy: Option<String>,
-    /// By name.
+    /// Its apps, by name.
     pub apps: Vec<AppStatus>,
-    /// Keys that belong to no app because they cannot be read.
+    /// Unreadable keys that belong to no app.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unreadable: Vec<Problem>,
 }
@@ -36,28 +36,28 @@ pub struct HostStatus {
 pub struct StoreStatus {
     /// The revision last read; 0 before the first read.
     pub revision: i64,
-    /// When the store was last proven to be as it was read.
+    /// When the store was last known to be in sync.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub synced: Option<Timestamp>,
-    /// Why it cannot be read now.
+    /// Why it is unreachable now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// Why what it says is not taken.
+    /// Why it is quarantined.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block: Option<StoreBlock>,
-    /// Set while the agent runs from what it kept on disk: when that was last proven.
+    /// Set while the agent runs from its ledger: when that was last in sync.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stale_since: Option<Timestamp>,
 }
 
-/// Why a store that can be read is not believed. A person must end it; until then what was last good goes on.
+/// Why a reachable store is quarantined. An operator must resolve it; until then the last good state stays.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreBlock {
-    /// In one word.
+    /// Its kind.
     pub kind: String,
-    /// In one sentence.
+    /// The cause.
     pub message: String,
-    /// What a person can do.
+    /// What an operator can do.
     pub remedy: String,
 }
 
@@ -83,26 +83,30 @@ pub struct AppStatus {
     pub app: String,
     /// The host.
     pub host: HostName,
-    /// In one word.
+    /// Its state.
     pub state: State,
-    /// The release that is wanted.
+    /// The wanted release.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub release: Option<String>,
-    /// The release that serves, if it is another.
+    /// The serving release, if it differs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serving: Option<String>,
-    /// The image that is wanted.
+    /// The wanted image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
-    /// Instances that are wanted.
+    /// Number of wanted instances.
     pub wanted: u16,
-    /// Instances that serve and are healthy.
+    /// Number of healthy instances that serve.
     pub healthy: u16,
-    /// When it came into this state.
+    /// When it entered this state.
     pub since: Timestamp,
     /// Why it is not converged, in one sentence.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
+    /// The same for programs, a bounded set: kinds of blocks, waits and failed steps as in the metrics, `unhealthy` after an
+    /// instance was discarded for its health, and `unobserved` if the app cannot be inspected.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kinds: Vec<String>,
     /// The evidence against the wanted release, if it failed here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
@@ -111,28 +115,35 @@ pub struct AppStatus {
     pub timeline: Vec<Moment>,
 }
 
-/// Something that happened in a change.
+impl AppStatus {
+    /// Whether something of this kind holds it back.
+    pub fn is(&self, kind: &str) -> bool {
+        self.kinds.iter().any(|known| known == kind)
+    }
+}
+
+/// A milestone of a change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Moment {
-    /// What: `pulled`, `started`, `healthy`, `switched`, `proven`, `drained`, `stopped` and so on.
+    /// Its name: `pulled`, `started`, `healthy`, `switched`, `proven`, `drained`, `stopped` and so on.
     pub what: String,
     /// Milliseconds since the change was seen in the store.
     pub ms: u64,
 }
 
-/// An app in one word.
+/// The state of an app.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// As it should be.
+    /// It matches the desired state.
     Converged,
-    /// On its way, or waiting for something that ends by itself.
+    /// A step or wait is in progress.
     Converging,
-    /// A person must act.
+    /// An operator must act.
     Blocked,
-    /// What was written cannot be used.
+    /// Its spec or another key is invalid.
     Invalid,
-    /// Left as it is, because a person said so.
+    /// An operator paused it.
     Paused,
     /// Leaving this host.
     Leaving,
@@ -143,7 +154,7 @@ impl State {
     pub const ALL: [Self; 6] =
         [Self::Converged, Self::Converging, Self::Blocked, Self::Invalid, Self::Paused, Self::Leaving];
 
-    /// The word.
+    /// Its name, as serialized.
     pub fn as_str(self) -> &'static str {
         match self {
             State::Converged => "converged",

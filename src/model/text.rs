@@ -1,9 +1,8 @@
-//! Single values as Compose writes them: durations, sizes, command lines, numbers.
+//! Single values in Compose syntax: durations, sizes, command lines, numbers.
 
 use std::time::Duration;
 
-/// Longest duration that is taken: a year. Whoever multiplies one, adds it to a time or tells it to Docker in nanoseconds
-/// stays far from the largest number there is.
+/// Longest accepted duration: a year. So sums, products and nanoseconds for Docker cannot overflow.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// `1m30s`, `500ms`, `2.5s`. Units: `us ms s m h`. Bare numbers are refused, as in Compose.
@@ -104,35 +103,43 @@ pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// A value as JSON.
+///
+/// # Panics
+/// If it holds a map whose keys are not strings: a bug in the type.
+pub fn json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).expect("values of this crate can be written as JSON")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_compose_durations() {
+    fn durations_parse_as_in_compose() {
         let ms = |t: &str| duration(t).map(|d| d.as_millis());
         assert_eq!(ms("1m30s"), Ok(90_000));
         assert_eq!(ms("20ms"), Ok(20));
         assert_eq!(ms("2.5s"), Ok(2500));
         assert_eq!(ms("500us"), Ok(0));
         for bad in ["", "10", "s", "1x", "1M", "-1s", "1s x", "8761h", "5000000000000000h"] {
-            assert!(duration(bad).is_err(), "{bad:?} was taken for a duration");
+            assert!(duration(bad).is_err(), "{bad:?} was accepted as a duration");
         }
     }
 
     #[test]
-    fn sizes_are_docker_sizes() {
+    fn sizes_parse_as_in_docker() {
         assert_eq!(size("64M"), Ok(67_108_864));
         assert_eq!(size("512mb"), Ok(536_870_912));
         assert_eq!(size("1.5k"), Ok(1536));
         assert_eq!(size("10"), Ok(10));
         for bad in ["", "M", "1T", "1e3", "-1", "9999999999G"] {
-            assert!(size(bad).is_err(), "{bad:?} was taken for a size");
+            assert!(size(bad).is_err(), "{bad:?} was accepted as a size");
         }
     }
 
     #[test]
-    fn commands_are_split_as_a_shell_would() {
+    fn commands_split_like_a_shell() {
         assert_eq!(
             words("a 'b c' \"d \\\" e\" f\\ g"),
             Ok(vec!["a".into(), "b c".into(), "d \" e".into(), "f g".into()])

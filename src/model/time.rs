@@ -1,4 +1,4 @@
-//! A point in wall-clock time. Containers, files and people tell time this way, so plans do too.
+//! A point in time. Docker, files and operators use wall-clock time, so plans do too.
 
 use std::{fmt, time::Duration};
 
@@ -20,15 +20,15 @@ impl Timestamp {
         self.0
     }
 
-    /// The clock of this machine.
+    /// The current wall-clock time.
     #[expect(clippy::disallowed_methods, reason = "the one place where the wall clock is read")]
     pub fn now() -> Self {
         Self::from_system(std::time::SystemTime::now())
     }
 
-    /// From the clock of a file system.
+    /// From a file system's timestamp.
     pub fn from_system(time: std::time::SystemTime) -> Self {
-        let since = time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let since = time.duration_since(std::time::UNIX_EPOCH).unwrap_or(Duration::ZERO);
         Self(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
     }
 
@@ -37,7 +37,7 @@ impl Timestamp {
         text.parse::<Jiff>().ok().map(|t| Self(t.as_millisecond()))
     }
 
-    /// From RFC 9110's form, as HTTP headers tell it.
+    /// From RFC 9110's format, as in HTTP headers.
     pub fn parse_http(text: &str) -> Option<Self> {
         jiff::fmt::rfc2822::parse(text).ok().map(|t| Self(t.timestamp().as_millisecond()))
     }
@@ -48,7 +48,7 @@ impl Timestamp {
         Self(self.0.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
     }
 
-    /// From `earlier` until this; nothing if it was later.
+    /// The time since `earlier`; zero if that is later.
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
     }
@@ -76,8 +76,8 @@ impl<'de> Deserialize<'de> for Timestamp {
     }
 }
 
-/// A duration for people: `350 ms`, `12 s`, `5 min`, `3 h`, `2 d`.
-pub fn humane(duration: Duration) -> String {
+/// A human-readable duration: `350 ms`, `12 s`, `5 min`, `3 h`, `2 d`.
+pub fn human(duration: Duration) -> String {
     let ms = duration.as_millis();
     match ms {
         0..1_000 => format!("{ms} ms"),

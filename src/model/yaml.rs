@@ -1,7 +1,7 @@
-//! A YAML or JSON text as a tree that knows the line of everything in it.
+//! A YAML or JSON text as a tree with the position of every node.
 //!
-//! Serde would stop at the first mistake and forget where it was; people want all of them, with lines.
-//! The texts come from a store that many may write to, so size and depth are bounded and aliases refused.
+//! Serde would stop at the first problem and lose its position; users want all of them, with lines. The texts come from
+//! a store with many writers, so size and depth are bounded and aliases refused.
 
 use std::collections::HashMap;
 
@@ -9,12 +9,12 @@ use saphyr_parser::{Event, Parser, ScalarStyle, Span};
 
 use super::problem::Problem;
 
-/// Largest text taken, in bytes. A spec is a page; 256 KiB leaves room for a list of a thousand hosts.
+/// Largest accepted text, in bytes. A spec is a page; 256 KiB leaves room for a list of a thousand hosts.
 pub const MAX_TEXT: usize = 256 * 1024;
-/// Deepest nesting taken.
+/// Deepest accepted nesting.
 const MAX_DEPTH: usize = 32;
 
-/// A value and its place.
+/// A value and its position.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Node {
     /// Line, from 1.
@@ -25,25 +25,25 @@ pub struct Node {
     pub value: Value,
 }
 
-/// A value. Scalars keep their spelling: `0755` and `yes` stay what was written.
+/// A value. Scalars keep their spelling: `0755` and `yes` are not converted.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
     /// Nothing, `null` or `~`.
     Null,
-    /// A scalar; `quoted` tells `"true"` from `true`.
+    /// A scalar; `quoted` distinguishes `"true"` from `true`.
     Scalar {
         /// As written, after unquoting.
         text: String,
-        /// Whether it stood in quotes or in a block.
+        /// Whether it was quoted or a block scalar.
         quoted: bool,
     },
     /// A list.
     Seq(Vec<Node>),
-    /// A mapping, in its order. Keys are unique.
+    /// A mapping, in source order. Keys are unique.
     Map(Vec<(Key, Node)>),
 }
 
-/// The key of an entry, and its place.
+/// The key of an entry, and its position.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Key {
     /// The name.
@@ -55,7 +55,7 @@ pub struct Key {
 }
 
 impl Value {
-    /// What it is, for an error message.
+    /// Its kind, for an error message.
     pub fn kind(&self) -> &'static str {
         match self {
             Value::Null => "nothing",
@@ -93,7 +93,7 @@ pub fn parse(bytes: &[u8]) -> Result<Node, Problem> {
 struct Reader<'i> {
     events: Parser<'i, saphyr_parser::StrInput<'i>>,
     depth: usize,
-    /// The last line. What is missing at the end is missed on a line that is not there.
+    /// The last line: the parser reports errors at the end on the line after it.
     last: usize,
 }
 
@@ -169,14 +169,14 @@ impl<'i> Reader<'i> {
             Event::Alias(_) => {
                 return Err(problem(span, "aliases (`*name`) are not read; write the value out"));
             }
-            _ => return Err(problem(span, "this cannot stand here")),
+            _ => return Err(problem(span, "this is not allowed here")),
         };
         Ok(Node { line, column, value })
     }
 
     fn entries(&mut self) -> Result<Vec<(Key, Node)>, Problem> {
         let mut entries: Vec<(Key, Node)> = Vec::new();
-        // Beside the list, with the line of each: a text has room for fifty thousand keys.
+        // A map beside the list, with the line of each key: a text has room for fifty thousand keys.
         let mut seen: HashMap<String, usize> = HashMap::new();
         loop {
             let (event, span) = self.next()?;
@@ -190,7 +190,7 @@ impl<'i> Reader<'i> {
             }
             let key = Key { name, line: span.start.line().min(self.last), column: span.start.col() + 1 };
             if let Some(first) = seen.insert(key.name.clone(), key.line) {
-                let message = format!("this key stands twice; it is already on line {first}");
+                let message = format!("duplicate key; it is already on line {first}");
                 return Err(Problem::new(key.name, message).at(key.line, key.column));
             }
             let (event, span) = self.next()?;
@@ -219,7 +219,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn scalars_keep_their_spelling_and_place() {
+    fn scalars_keep_spelling_and_position() {
         let node = parse(b"a: 0755\nb: [yes, \"no\"]\nc:\n").expect("this is YAML");
         let Value::Map(entries) = node.value else { panic!("a mapping") };
         assert_eq!(entries[0].1.value, Value::Scalar { text: "0755".into(), quoted: false });
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_texts_end_in_one_sentence() {
+    fn hostile_yaml_is_refused_with_one_problem() {
         let deep = "[".repeat(60);
         let deeper = "[".repeat(100_000);
         for (text, says) in [

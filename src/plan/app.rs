@@ -1,7 +1,45 @@
-//! What is safe to do next for one app.
+//! The next safe step for one app.
 //!
-//! The order is the safety. What serves is kept serving first; then the wanted release is brought up beside it; only
-//! what is neither wanted nor routed leaves. Nothing here remembers anything: every answer follows from the input.
+//! Safety comes from the order: first keep what serves serving, then bring the wanted release up beside it; retire only
+//! what is neither wanted nor routed. The planner keeps no state: every answer follows from the input.
+//!
+//! # Precedence
+//!
+//! The first step wins: once `Draft::step` has set one, later ones are ignored. A step whose kind is in backoff, or
+//! whose container is being stopped, becomes a wait, and a later step may win. Waits and blocks accumulate.
+//!
+//! 1. Containers of the app belong to another agent: block `foreign`, supervise only.
+//! 2. A routed socket path is not a socket: `Switch` away from it. Not for a paused app.
+//! 3. By desired state:
+//!    - `Paused`: block, no step.
+//!    - `Absent`, within the grace period of a deletion: wait `deletion`, supervise only. After that, leave the host:
+//!      remove the vhost, `Switch` to no routes, drain, `Stop`, `Remove`, `CleanUp` of everything.
+//!    - `Unknown`, since the store was not read: only a `Switch` from an unhealthy instance to a healthy sibling.
+//!    - `Invalid`: block; go on with the last valid target, or supervise only if there is none.
+//!    - `Run`: go on.
+//! 4. Another app holds one of its virtual hosts: block `host_taken`, supervise only. The host is cordoned, and the app
+//!    has no instance on it: block `cordoned`, no step.
+//! 5. Supervise the serving release: `Start` an established instance that does not run, or `ClearSocket` if Docker
+//!    cannot restart it. Not while a stop-first change stops that release.
+//! 6. A verdict applies to the wanted release: block `halted`, and skip 7 and 8.
+//! 7. Candidates of superseded releases, once they are as many as the replicas: drain, `Stop`, `Remove`.
+//! 8. Roll out the wanted release:
+//!    1. it is not proven, and a candidate failed: `RecordVerdict`;
+//!    2. a candidate failed without a verdict: `Remove` (its port is taken, or it was leaving), else `Discard`;
+//!    3. an instance is missing, and another mount can replace a volume: block `mount_unsafe`;
+//!    4. an instance is missing, and the image too: `Pull`, or block `image_missing`;
+//!    5. the release has no env-file: `WriteEnvFile`;
+//!    6. an instance is missing: `Create`, unless discarded candidates are in backoff;
+//!    7. stop-first, not proven, and no instance is missing: `Stop` the instances of other releases;
+//!    8. a selected instance does not run: `Start`; it is not healthy: wait `health`, or `recovery` if in service.
+//! 9. Route to the wanted release if it is ready or proven, else to the serving one: `Switch`, or a new vhost and the
+//!    wait `proxy`.
+//! 10. Ready and routed: `Prove`, or `RecordVerdict` after too many failed proofs. Once proven: `Settle` each instance.
+//! 11. Retire instances that are neither selected, nor of the serving release, nor routed: drain, `Stop`, `Remove`.
+//! 12. `CleanUp` of files that nothing needs.
+//!
+//! While a step is in flight, `Draft::finish` drops the planned one and waits `busy`. *Supervise only* means 5, then
+//! the `Switch` of `Unknown`.
 
 use std::time::Duration;
 
@@ -9,8 +47,8 @@ use super::{
     AppInput, AppPlan,
     draft::Draft,
     group::{
-        Group, ending, handle, is_established, is_left, of_release, patience, still_holds, verdict,
-        verdict_through_nginx,
+        Group, failure_reason, handle, is_established, of_release, recovery_time, stopped_for_good, verdict,
+        verdict_applies, verdict_through_nginx,
     },
     retire, routes,
     step::{Planned, Step, StepKind},
@@ -24,34 +62,34 @@ use crate::model::{
     time::Timestamp,
 };
 
-/// Proofs through nginx that may fail before the release is given up.
-const PROOFS: u32 = 3;
-/// Candidates of a release that may be killed from outside before the release is given up: programs can end as if.
-const KILLS: u32 = 5;
-/// How often a candidate whose time is over is looked at until somebody has asked it.
-const ASKED_SOON: Duration = Duration::from_secs(1);
-/// The first pause before a release is tried again of which none was ever proven; each is twice the one before.
+/// Failed proofs through nginx after which the release has failed.
+const MAX_FAILED_PROOFS: u32 = 3;
+/// Candidates killed from outside after which the release has failed: a program can also exit with such a code.
+const MAX_KILLS: u32 = 5;
+/// Recheck interval of a candidate that is past its deadline and waits for its next probe.
+const OVERDUE_RECHECK: Duration = Duration::from_secs(1);
+/// First pause before a failed release is retried while none was ever proven; it doubles each time.
 const RETRY_FIRST: Duration = Duration::from_secs(5);
-/// The longest.
-const RETRY_LONGEST: Duration = Duration::from_secs(300);
-/// Why an instance is made beside one in service that is not well.
+/// Longest such pause.
+const RETRY_MAX: Duration = Duration::from_secs(300);
+/// Reason for an instance created beside an unhealthy one in service.
 pub const REPLACES_UNHEALTHY: &str = "an unhealthy instance is replaced";
-/// How soon it is looked again whether what failed is gone.
-const SOON: Duration = Duration::from_millis(500);
-/// How often an image that nobody pulls is looked for.
-const LOOK_FOR_IMAGE: Duration = Duration::from_secs(5);
+/// Recheck interval until the failed candidate is gone.
+const RETRY_RECHECK: Duration = Duration::from_millis(500);
+/// Recheck interval for an image with `pull_policy: never`.
+const IMAGE_RECHECK: Duration = Duration::from_secs(5);
 
-/// Decides about one app.
+/// Plans one app.
 pub fn plan_app(input: &AppInput<'_>) -> AppPlan {
     let mut draft = Draft::new(input);
     if let Some(foreign) = input.observed.foreign.first() {
         let (name, owner) = (foreign.name.clone(), foreign.owner.clone());
         draft.plan.blocks.push(Block::Foreign { name, owner });
-        draft.only_supervise();
+        draft.supervise_only();
         return draft.finish();
     }
     if !matches!(input.desired, DesiredApp::Paused(_)) {
-        routes::leave_wrong_sockets(&mut draft);
+        routes::unroute_wrong_sockets(&mut draft);
     }
     match input.desired {
         DesiredApp::Paused(reason) => {
@@ -62,37 +100,37 @@ pub fn plan_app(input: &AppInput<'_>) -> AppPlan {
         DesiredApp::Absent(_) => match input.stays_until.filter(|until| input.now < *until) {
             Some(until) if !input.observed.instances.is_empty() => {
                 draft.wait(Wait::Deletion(until));
-                draft.only_supervise();
+                draft.supervise_only();
             }
-            _ => retire::leave(&mut draft),
+            _ => retire::leave_host(&mut draft),
         },
         DesiredApp::Invalid { problems, last_good } => {
             draft.plan.blocks.push(Block::Invalid(problems.clone()));
             match last_good {
                 Some(target) => draft.run(target),
-                None => draft.only_supervise(),
+                None => draft.supervise_only(),
             }
         }
-        DesiredApp::Kept(why) => draft.only_keep(why),
+        DesiredApp::Unknown(why) => draft.keep_routes_only(why),
         DesiredApp::Run(target) => draft.run(target),
     }
     draft.finish()
 }
 
 impl<'a> Draft<'a> {
-    /// The release that serves now: the proven one if it has instances, else the one of settled instances.
+    /// The release that serves: the proven one if it has instances, else that of the last settled instance.
     fn serving(&self) -> Option<ReleaseId> {
         let instances = &self.observed().instances;
         let proven = self.observed().proven.clone().filter(|r| instances.iter().any(|i| i.key.release == *r));
         proven.or_else(|| instances.iter().filter(|i| i.settled).map(|i| i.key.release.clone()).next_back())
     }
 
-    /// Converges, unless somebody else's claim or a cordon is in the way.
+    /// Converges, unless another app's claim or a cordon is in the way.
     fn run(&mut self, target: &Target) {
         if let Some(conflict) = &self.input.conflict {
             let (host, path, owner) = (conflict.host.clone(), conflict.path.clone(), conflict.owner.clone());
             self.plan.blocks.push(Block::HostTaken { host, path, owner });
-            self.only_supervise();
+            self.supervise_only();
         } else if target.cordoned && self.observed().instances.is_empty() {
             self.plan.blocks.push(Block::Cordoned);
         } else {
@@ -100,8 +138,8 @@ impl<'a> Draft<'a> {
         }
     }
 
-    /// Keeps requests going to what runs, and starts nothing: it may have been on its way out.
-    fn only_keep(&mut self, why: &str) {
+    /// Keeps routes on running instances, and starts nothing: the app may have been leaving.
+    fn keep_routes_only(&mut self, why: &str) {
         let observed = self.observed();
         if observed.instances.is_empty() && observed.slots.is_empty() {
             return;
@@ -115,7 +153,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Keeps what serves serving, and changes nothing else.
-    fn only_supervise(&mut self) {
+    fn supervise_only(&mut self) {
         let serving = self.serving();
         if let Some(release) = &serving {
             self.supervise(of_release(self.observed(), release));
@@ -138,7 +176,7 @@ impl<'a> Draft<'a> {
             && observed.instances.iter().any(|i| i.key.release == *wanted);
         let group = Group::of(self.input, target, proven);
         match &serving {
-            Some(release) if release == wanted => self.supervise(group.good.iter().copied()),
+            Some(release) if release == wanted => self.supervise(group.selected.iter().copied()),
             Some(release) if !changing_over => self.supervise(of_release(observed, release)),
             _ => {}
         }
@@ -151,7 +189,7 @@ impl<'a> Draft<'a> {
                 false
             }
             None => {
-                retire::strays(self, target, serving.as_ref());
+                retire::end_abandoned_candidates(self, target, serving.as_ref());
                 self.roll_out(target, &group, proven)
             }
         };
@@ -166,31 +204,31 @@ impl<'a> Draft<'a> {
         self.count(if proven { Some(wanted) } else { serving.as_ref() });
     }
 
-    /// The verdict that holds for the wanted release, and when it is tried again in spite of it. A verdict ends when what it
-    /// depended on changed. Where no release was ever proven nothing is lost by another try, and what the app waits for may
-    /// be there by then.
+    /// The verdict that applies to the wanted release, and when the release is retried in spite of it. A verdict lapses
+    /// when its conditions change. While no release was ever proven a retry costs nothing, and a dependency may be
+    /// available by then.
     fn verdict(&self, target: &Target) -> Option<(&'a Verdict, Option<Timestamp>)> {
         let observed = self.observed();
         let verdict = observed.verdicts.get(&target.release.id)?;
-        if !still_holds(self.input, target, verdict) {
+        if !verdict_applies(self.input, target, verdict) {
             return None;
         }
         if observed.proven.is_some() {
             return Some((verdict, None));
         }
-        let pause = RETRY_FIRST.saturating_mul(1 << verdict.attempts.saturating_sub(1).min(10)).min(RETRY_LONGEST);
+        let pause = RETRY_FIRST.saturating_mul(1 << verdict.attempts.saturating_sub(1).min(10)).min(RETRY_MAX);
         let until = verdict.at.plus(pause);
-        // Whatever it failed with is gone first.
+        // The failed candidates must be gone first.
         let failed = |i: &Instance| i.key.release == target.release.id && i.started <= verdict.at;
         if self.input.now >= until && !observed.instances.iter().any(failed) {
             return None;
         }
-        Some((verdict, Some(until.max(self.input.now.plus(SOON)))))
+        Some((verdict, Some(until.max(self.input.now.plus(RETRY_RECHECK)))))
     }
 
-    /// Starts again what was in service and has ended.
+    /// Restarts instances in service that have exited.
     fn supervise(&mut self, instances: impl Iterator<Item = &'a Instance>) {
-        let stays = |i: &&Instance| is_established(self.input, i) && !is_left(i) && !i.port_taken;
+        let stays = |i: &&Instance| is_established(self.input, i) && !stopped_for_good(i) && !i.port_taken;
         for instance in instances.filter(stays).collect::<Vec<_>>() {
             match instance.phase {
                 Phase::Exited(_) | Phase::Created | Phase::Paused => {
@@ -204,29 +242,35 @@ impl<'a> Draft<'a> {
         }
     }
 
-    /// Brings the wanted release up. True when all its instances are healthy (or, once proven, one is).
+    /// Brings the wanted release up. Returns true when all its instances are healthy (once proven: one of them).
     fn roll_out(&mut self, target: &Target, group: &Group<'_>, proven: bool) -> bool {
         let release = &target.release;
         if !proven && let Some(failed) = group.failure(self.input, target) {
             self.plan.step.get_or_insert(Planned::new(failed, "the release failed"));
             return false;
         }
-        let discarded = self.input.cooling.get(&StepKind::Discard).map_or(0, |c| c.attempts);
-        if let Some(instance) = group.spent.iter().find(|i| !i.leaving).filter(|_| !proven && discarded >= KILLS) {
-            let cause = format!("{} {KILLS} times before it was healthy", ending(instance));
-            let verdict = verdict(self.input, target, instance, cause, None);
+        let discarded = self.input.backoffs.get(&StepKind::Discard).map_or(0, |c| c.attempts);
+        if let Some(instance) =
+            group.failed_candidates.iter().find(|i| !i.leaving).filter(|_| !proven && discarded >= MAX_KILLS)
+        {
+            let cause = format!("{} {MAX_KILLS} times before it was healthy", failure_reason(instance));
+            let exit_code = match instance.phase {
+                Phase::Exited(code) => Some(code),
+                _ => None,
+            };
+            let verdict = verdict(self.input, target, instance, cause, exit_code);
             self.step(verdict, "the release failed");
             return false;
         }
-        if let Some(instance) = group.spent.iter().find(|i| i.port_taken) {
+        if let Some(instance) = group.failed_candidates.iter().find(|i| i.port_taken) {
             self.step(Step::Remove(handle(instance)), "another program has its port");
-        } else if let Some(instance) = group.spent.iter().find(|i| i.leaving) {
+        } else if let Some(instance) = group.failed_candidates.iter().find(|i| i.leaving) {
             self.step(Step::Remove(handle(instance)), "it was ended when another release was wanted");
-        } else if let Some(instance) = group.spent.first() {
-            let why = ending(instance);
-            self.step(Step::Discard { handle: handle(instance), why }, "a replacement did not get healthy");
+        } else if let Some(instance) = group.failed_candidates.first() {
+            let why = failure_reason(instance);
+            self.step(Step::Discard { handle: handle(instance), why }, "a replacement did not become healthy");
         }
-        let missing = usize::from(target.replicas).saturating_sub(group.good.len());
+        let missing = usize::from(target.replicas).saturating_sub(group.selected.len());
         let known = group.image().filter(|_| !self.observed().image_lost);
         let image = known.or_else(|| self.observed().image.clone());
         let env_written = self.observed().env_files.contains(&release.id);
@@ -242,8 +286,8 @@ impl<'a> Draft<'a> {
                 if target.pull_policy == PullPolicy::Never {
                     let error = format!("image `{}` is not on this host and `pull_policy` is `never`", release.image);
                     self.plan.blocks.push(Block::ImageMissing(error));
-                    // Loading an image is no event that wakes anybody.
-                    self.wait(Wait::Image(self.input.now.plus(LOOK_FOR_IMAGE)));
+                    // Docker emits no event that wakes the loop when an image is loaded.
+                    self.wait(Wait::Image(self.input.now.plus(IMAGE_RECHECK)));
                 } else {
                     self.step(Step::Pull(release.image.clone()), "the image is not on this host");
                 }
@@ -261,9 +305,9 @@ impl<'a> Draft<'a> {
             let named = |i: &&VirtualHost| !i.is_catch_all();
             let host = target.ingress.as_ref().and_then(|i| i.hosts.iter().find(named)).map(VirtualHost::example);
             let step = Step::Create { key, release: release.clone(), image, drain, host };
-            // A candidate that was given up is a reason to pause, though creating it did not fail.
-            if !self.is_cooling(StepKind::Discard) {
-                let reason = match (group.all.is_empty(), group.condemned) {
+            // A discarded candidate is a reason to back off, though creating it succeeded.
+            if !self.is_backing_off(StepKind::Discard) {
+                let reason = match (group.all.is_empty(), group.replaces_unhealthy) {
                     (true, _) => "the release has no instance",
                     (false, true) => REPLACES_UNHEALTHY,
                     (false, false) => "an instance is missing",
@@ -272,27 +316,27 @@ impl<'a> Draft<'a> {
             }
         }
         if !proven && target.order == Order::StopFirst {
-            // Only once the new instance could start at once: the gap is as short as it can be.
+            // Only once the new instance is ready to start: this keeps the gap short.
             if missing > 0 {
                 return false;
             }
             let mut others = self.observed().instances.iter().filter(|i| i.key.release != release.id);
             if let Some(old) = others.find(|i| i.is_alive()) {
                 let step = Step::Stop { handle: handle(old), grace: old.grace };
-                self.step(step, "the old instance goes first");
+                self.step(step, "stop-first: the old instance stops first");
                 return false;
             }
         }
-        for instance in &group.good {
+        for instance in &group.selected {
             match (&instance.phase, &instance.health) {
                 (Phase::Created, _) => self.step(Step::Start(handle(instance)), "it was created and not started"),
-                (Phase::Paused, _) => self.step(Step::Start(handle(instance)), "somebody paused it"),
+                (Phase::Paused, _) => self.step(Step::Start(handle(instance)), "it is paused"),
                 (Phase::Exited(_), _) => self.step(Step::Start(handle(instance)), "it should run and does not"),
                 (Phase::Running, Health::Healthy) | (Phase::Removing, _) => {}
                 (Phase::Running | Phase::Restarting, Health::Unhealthy { since, answer })
                     if proven && is_established(self.input, instance) =>
                 {
-                    let until = since.plus(patience(instance));
+                    let until = since.plus(recovery_time(instance));
                     self.wait(Wait::Recovery { key: instance.key.clone(), until, answer: answer.clone() });
                 }
                 (Phase::Running | Phase::Restarting, health) => {
@@ -301,36 +345,36 @@ impl<'a> Draft<'a> {
                         _ => String::new(),
                     };
                     let until = instance.deadline();
-                    // That a container has run long enough is no event.
+                    // No event says that a container has run long enough.
                     let settles = instance.started.plus(SETTLE);
                     let by_time = instance.check.probe == Probe::Running && self.input.now < settles;
                     let again = match self.input.now {
                         now if by_time => settles.max(now),
                         now if now < until => until,
-                        // Whoever asks it is about to tell.
-                        now => now.plus(ASKED_SOON),
+                        // The next probe is about to answer.
+                        now => now.plus(OVERDUE_RECHECK),
                     };
                     self.wait(Wait::Health { key: instance.key.clone(), until, answer, again });
                 }
             }
         }
-        let healthy = group.good.iter().filter(|i| i.is_running() && i.health.is_healthy()).count();
+        let healthy = group.selected.iter().filter(|i| i.is_running() && i.health.is_healthy()).count();
         healthy >= usize::from(target.replicas) || (proven && healthy > 0)
     }
 
     fn is_served(&self, group: &Group<'_>) -> bool {
-        group.good.iter().any(|i| i.is_running() && i.health.is_healthy())
+        group.selected.iter().any(|i| i.is_running() && i.health.is_healthy())
     }
 
     fn prove(&mut self, target: &Target, group: &Group<'_>, proven: bool) {
         let check = &target.release.health;
-        let proofs = PROOFS.max(check.retries);
+        let proofs = MAX_FAILED_PROOFS.max(check.retries);
         if !proven {
-            if let Some(cooled) =
-                self.input.cooling.get(&StepKind::Prove).filter(|c| c.attempts >= proofs && !c.temporary)
-                && let Some(first) = group.good.first()
+            if let Some(backoff) =
+                self.input.backoffs.get(&StepKind::Prove).filter(|c| c.attempts >= proofs && !c.temporary)
+                && let Some(first) = group.selected.first()
             {
-                let cause = format!("it is healthy, and does not answer through nginx: {}", cooled.error);
+                let cause = format!("it is healthy, and does not answer through nginx: {}", backoff.error);
                 self.step(verdict_through_nginx(self.input, target, first, cause), "the release failed");
                 return;
             }
@@ -338,12 +382,12 @@ impl<'a> Draft<'a> {
             let step = Step::Prove { release, ingress: target.ingress.clone(), check: check.clone() };
             self.step(step, "the release is routed and not proven");
         }
-        for instance in group.good.iter().filter(|i| proven && !i.settled && i.health.is_healthy()) {
+        for instance in group.selected.iter().filter(|i| proven && !i.settled && i.health.is_healthy()) {
             self.step(Step::Settle(handle(instance)), "it is proven");
         }
     }
 
-    /// What status tells: the serving release and its healthy instances.
+    /// Sets the serving release and its healthy instances, for the status.
     fn count(&mut self, serving: Option<&ReleaseId>) {
         let Some(serving) = serving else { return };
         let instances = self.observed().instances.iter();

@@ -1,13 +1,13 @@
-//! A plan in the making: what every part of the planner adds to.
+//! A plan under construction, which every part of the planner adds to.
 
 use super::{
-    AppInput, AppPlan, VhostWish,
+    AppInput, AppPlan, Backoff, VhostWish,
     step::{Planned, Step, StepKind},
     wait::{Block, Wait},
 };
 use crate::model::observed::ObservedApp;
 
-/// A plan in the making.
+/// A plan under construction.
 pub(super) struct Draft<'a> {
     pub(super) input: &'a AppInput<'a>,
     pub(super) plan: AppPlan,
@@ -22,12 +22,12 @@ impl<'a> Draft<'a> {
         self.input.observed
     }
 
-    /// Takes a step, unless one is already taken, or its kind has failed and is not due: then that is waited for.
+    /// Sets the step, unless there is one already, or its kind is in backoff: then the plan waits for that.
     pub(super) fn step(&mut self, step: Step, reason: &'static str) {
         if self.plan.step.is_some() {
             return;
         }
-        // What was asked to end is left to it.
+        // Leave an instance alone while it is being stopped.
         if let Some(handle) = step.handle()
             && let Some(until) = self.input.stopping.get(&handle.id)
         {
@@ -35,29 +35,29 @@ impl<'a> Draft<'a> {
             return;
         }
         let kind = step.kind();
-        match self.input.cooling.get(&kind).filter(|c| c.until > self.input.now) {
+        match self.input.backoffs.get(&kind).filter(|c| c.until > self.input.now) {
             None => self.plan.step = Some(Planned::new(step, reason)),
-            Some(cooled) if kind == StepKind::Pull && !cooled.temporary => {
-                self.plan.blocks.push(Block::ImageMissing(cooled.error.clone()));
-                self.cooling(kind);
+            Some(backoff) if kind == StepKind::Pull && !backoff.temporary => {
+                self.plan.blocks.push(Block::ImageMissing(backoff.error.clone()));
+                self.wait_for_backoff(kind);
             }
-            Some(_) => self.cooling(kind),
+            Some(_) => self.wait_for_backoff(kind),
         }
     }
 
-    /// Whether steps of a kind have failed and are not due; then that is waited for.
-    pub(super) fn is_cooling(&mut self, kind: StepKind) -> bool {
-        let cooling = self.input.cooling.get(&kind).is_some_and(|c| c.until > self.input.now);
-        if cooling {
-            self.cooling(kind);
+    /// Whether steps of a kind are in backoff; if so, the plan waits for that.
+    pub(super) fn is_backing_off(&mut self, kind: StepKind) -> bool {
+        let backing_off = self.input.backoffs.get(&kind).is_some_and(|c| c.until > self.input.now);
+        if backing_off {
+            self.wait_for_backoff(kind);
         }
-        cooling
+        backing_off
     }
 
-    fn cooling(&mut self, step: StepKind) {
-        if let Some(cooled) = self.input.cooling.get(&step) {
-            let (until, attempts, error) = (cooled.until, cooled.attempts, cooled.error.clone());
-            self.wait(Wait::CoolingDown { step, until, attempts, error });
+    fn wait_for_backoff(&mut self, step: StepKind) {
+        if let Some(backoff) = self.input.backoffs.get(&step) {
+            let Backoff { until, attempts, error, kind: error_kind, .. } = backoff.clone();
+            self.wait(Wait::Backoff { step, until, attempts, error, error_kind });
         }
     }
 
@@ -75,8 +75,8 @@ impl<'a> Draft<'a> {
         self.plan
     }
 
-    /// Tells why nginx does not serve what is wished. True when it does.
-    pub(super) fn report(&mut self) -> bool {
+    /// Returns true if nginx serves the wished vhost; else the plan gets the reason as a wait or block.
+    pub(super) fn wait_for_vhost(&mut self) -> bool {
         let refused = match (&self.plan.vhost, self.input.proxy.rejected) {
             (VhostWish::Set(wish) | VhostWish::Announce(wish), Some(rejected)) if *wish == rejected.vhost => {
                 Some(rejected.error.clone())
@@ -85,7 +85,7 @@ impl<'a> Draft<'a> {
         };
         let is_refused = refused.is_some();
         self.plan.blocks.extend(refused.map(Block::RoutesRejected));
-        // Served by its last good text, it is served all the same.
+        // It may be served by its last good text.
         if self.plan.vhost.is_met(self.input) {
             return true;
         }
@@ -102,7 +102,7 @@ impl<'a> Draft<'a> {
 }
 
 impl VhostWish {
-    /// Whether nginx serves what is wished.
+    /// Whether nginx serves the wished vhost.
     fn is_met(&self, input: &AppInput<'_>) -> bool {
         match self {
             VhostWish::Keep => true,

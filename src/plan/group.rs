@@ -1,4 +1,4 @@
-//! The instances of a release, told apart by what they are good for.
+//! The instances of the wanted release, classified.
 
 use std::time::Duration;
 
@@ -14,44 +14,46 @@ use crate::model::{
     proxy::Upstreams,
 };
 
-/// Shortest time that an unhealthy instance in service is watched before it is replaced.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Minimum time that an unhealthy instance in service gets to recover before it is replaced.
+const MIN_RECOVERY_TIME: Duration = Duration::from_secs(5);
 
-/// The instances of the wanted release, told apart by what they are good for.
+/// The instances of the wanted release, classified.
 pub(super) struct Group<'a> {
     /// All of them.
     pub(super) all: Vec<&'a Instance>,
-    /// At most as many as are wanted, the best first by state, then in order of number.
-    pub(super) good: Vec<&'a Instance>,
-    /// Candidates that failed though the release is proven.
-    pub(super) spent: Vec<&'a Instance>,
-    /// Whether one in service was unhealthy for so long that it is replaced.
-    pub(super) condemned: bool,
+    /// The best instances by state, at most as many as are wanted, by number.
+    pub(super) selected: Vec<&'a Instance>,
+    /// Instances that failed without a verdict on the release, and are to be replaced.
+    pub(super) failed_candidates: Vec<&'a Instance>,
+    /// Whether an instance in service has been unhealthy for so long that it is replaced.
+    pub(super) replaces_unhealthy: bool,
 }
 
 impl<'a> Group<'a> {
     pub(super) fn of(input: &AppInput<'a>, target: &Target, proven: bool) -> Self {
         let all: Vec<&Instance> =
             input.observed.instances.iter().filter(|i| i.key.release == target.release.id).collect();
-        let spent: Vec<&Instance> = all
+        let failed_candidates: Vec<&Instance> = all
             .iter()
             .copied()
-            .filter(|i| !is_established(input, i) || is_left(i) || i.port_taken)
+            .filter(|i| !is_established(input, i) || stopped_for_good(i) || i.port_taken)
             .filter(|i| {
-                i.port_taken || was_killed(i) || proven && (is_late(i, input) || matches!(i.phase, Phase::Exited(_)))
+                i.port_taken
+                    || was_killed(i)
+                    || proven && (missed_deadline(i, input) || matches!(i.phase, Phase::Exited(_)))
             })
             .collect();
-        let condemned = |i: &Instance| match &i.health {
+        let unhealthy_too_long = |i: &Instance| match &i.health {
             Health::Unhealthy { since, .. } => {
-                proven && is_established(input, i) && input.now >= since.plus(patience(i))
+                proven && is_established(input, i) && input.now >= since.plus(recovery_time(i))
             }
             _ => false,
         };
-        let mut good: Vec<&Instance> = all
+        let mut selected: Vec<&Instance> = all
             .iter()
             .copied()
             .filter(|i| i.phase != Phase::Removing && !input.is_stopping(i))
-            .filter(|i| !spent.iter().any(|s| s.id == i.id) && !condemned(i))
+            .filter(|i| !failed_candidates.iter().any(|s| s.id == i.id) && !unhealthy_too_long(i))
             .collect();
         let rank = |i: &Instance| match &i.health {
             Health::Healthy if i.is_running() => 0,
@@ -59,24 +61,24 @@ impl<'a> Group<'a> {
             _ if i.is_running() => 1,
             _ => 2,
         };
-        good.sort_by_key(|i| (rank(i), !i.settled, i.key.number));
-        good.truncate(usize::from(target.replicas));
-        good.sort_by_key(|i| i.key.number);
-        let condemned = all.iter().any(|i| condemned(i));
-        Self { all, good, spent, condemned }
+        selected.sort_by_key(|i| (rank(i), !i.settled, i.key.number));
+        selected.truncate(usize::from(target.replicas));
+        selected.sort_by_key(|i| i.key.number);
+        let replaces_unhealthy = all.iter().any(|i| unhealthy_too_long(i));
+        Self { all, selected, failed_candidates, replaces_unhealthy }
     }
 
-    /// The image that the release was resolved to, if it has an instance that lives. That of a dead one may be gone.
+    /// The image id that the release was resolved to, if it has a live instance. That of a dead one may be gone.
     pub(super) fn image(&self) -> Option<String> {
         self.all.iter().find(|i| i.is_alive()).map(|i| i.image.clone())
     }
 
-    /// The lowest number that no instance has.
+    /// The lowest free number.
     pub(super) fn free_number(&self) -> u16 {
         (1..=u16::MAX).find(|n| !self.all.iter().any(|i| i.key.number == *n)).unwrap_or(u16::MAX)
     }
 
-    /// The verdict that a candidate earned, if one did.
+    /// The verdict on the release, if a candidate failed.
     pub(super) fn failure(&self, input: &AppInput<'_>, target: &Target) -> Option<Step> {
         self.all.iter().filter(|i| !input.is_stopping(i)).find_map(|i| {
             let verdict = |cause, exit_code| verdict(input, target, i, cause, exit_code);
@@ -85,7 +87,7 @@ impl<'a> Group<'a> {
                 Phase::Exited(code) if !i.settled => {
                     let memory = if i.out_of_memory { "was OOM-killed (exit code " } else { "ended with exit code " };
                     let close = if i.out_of_memory { ")" } else { "" };
-                    // s6-overlay ends with it unless it is PID 1, where Docker's init process is.
+                    // s6-overlay exits with 100 unless it is PID 1, which Docker's init process is.
                     let hint = if *code == 100 && target.release.container.init {
                         "; an image with an init of its own, such as s6-overlay, needs `init: false`"
                     } else {
@@ -94,8 +96,8 @@ impl<'a> Group<'a> {
                     let cause = format!("it {memory}{code}{close} before it was healthy{hint}");
                     Some(verdict(cause, Some(*code)))
                 }
-                Phase::Restarting => Some(verdict("it ends again and again".to_owned(), None)),
-                Phase::Running if is_late(i, input) => {
+                Phase::Restarting => Some(verdict("crash loop: it ends after each start".to_owned(), None)),
+                Phase::Running if missed_deadline(i, input) => {
                     let took = within(i.check.deadline());
                     let cause = match &i.health {
                         Health::Starting(answer) | Health::Unhealthy { answer, .. } if !answer.is_empty() => {
@@ -111,7 +113,7 @@ impl<'a> Group<'a> {
     }
 }
 
-/// The verdict on the release that is wanted, by one of its instances.
+/// A verdict on the wanted release, with one of its instances as evidence.
 pub(super) fn verdict(
     input: &AppInput<'_>,
     target: &Target,
@@ -122,7 +124,7 @@ pub(super) fn verdict(
     record(input, target, instance, (cause, exit_code), target.conditions())
 }
 
-/// The verdict on a release that does not answer through nginx: it depends on the templates of the host too.
+/// A verdict on a release that does not answer through nginx: it depends on the templates of the host too.
 pub(super) fn verdict_through_nginx(input: &AppInput<'_>, target: &Target, instance: &Instance, cause: String) -> Step {
     record(input, target, instance, (cause, None), conditions_in_nginx(input, target))
 }
@@ -131,10 +133,10 @@ fn conditions_in_nginx(input: &AppInput<'_>, target: &Target) -> String {
     format!("{} {}", target.conditions(), input.proxy.templates)
 }
 
-/// Whether what a verdict depends on is as it was.
-pub(super) fn still_holds(input: &AppInput<'_>, target: &Target, verdict: &Verdict) -> bool {
+/// Whether the conditions of a verdict still hold.
+pub(super) fn verdict_applies(input: &AppInput<'_>, target: &Target, verdict: &Verdict) -> bool {
     match verdict.conditions.as_str() {
-        // From a demae that did not say.
+        // Written by a version without conditions.
         "" => true,
         conditions if conditions.contains(' ') => conditions == conditions_in_nginx(input, target),
         conditions => conditions == target.conditions(),
@@ -162,34 +164,34 @@ pub(super) fn of_release<'a>(
     observed.instances.iter().filter(move |i| i.key.release == release)
 }
 
-/// Whether a candidate was asked after its deadline, and was not well. That the deadline is over is not enough: an agent
-/// that was stopped for a while has old answers.
-fn is_late(instance: &Instance, input: &AppInput<'_>) -> bool {
+/// Whether a candidate failed a probe after its deadline. A passed deadline alone is not enough: an agent that was
+/// stopped for a while has stale probe results.
+fn missed_deadline(instance: &Instance, input: &AppInput<'_>) -> bool {
     instance.is_alive() && instance.health.is_unhealthy() && input.now >= instance.deadline()
 }
 
-/// Whether an instance has been put in service: it is routed, or Docker keeps it running.
+/// Whether an instance is in service: it is routed, or Docker keeps it running.
 pub(super) fn is_established(input: &AppInput<'_>, instance: &Instance) -> bool {
     instance.settled || is_routed(input, instance)
 }
 
-/// Whether an instance has ended, and is not to be started again.
-pub(super) fn is_left(instance: &Instance) -> bool {
+/// Whether an instance has exited and must not be restarted.
+pub(super) fn stopped_for_good(instance: &Instance) -> bool {
     instance.leaving && matches!(instance.phase, Phase::Exited(_))
 }
 
-/// Whether somebody ended an instance from outside: a person, or an engine or a host that went down. That says nothing
-/// about its release. 128 + SIGKILL and 128 + SIGTERM, as a shell would tell them.
+/// Whether an instance was killed from outside, by an operator or by an engine or host that went down, which says
+/// nothing about its release. Exit codes as in a shell: 128 + SIGKILL and 128 + SIGTERM.
 fn was_killed(instance: &Instance) -> bool {
     let code = matches!(instance.phase, Phase::Exited(137 | 143)) && !instance.out_of_memory;
-    code || is_left(instance)
+    code || stopped_for_good(instance)
 }
 
-pub(super) fn patience(instance: &Instance) -> Duration {
-    instance.check.interval.saturating_mul(instance.check.retries).max(PATIENCE)
+pub(super) fn recovery_time(instance: &Instance) -> Duration {
+    instance.check.interval.saturating_mul(instance.check.retries).max(MIN_RECOVERY_TIME)
 }
 
-pub(super) fn ending(instance: &Instance) -> String {
+pub(super) fn failure_reason(instance: &Instance) -> String {
     match (&instance.phase, &instance.health) {
         _ if instance.port_taken => "another program has its port".to_owned(),
         (Phase::Exited(code), _) => format!("it ended with exit code {code}"),
@@ -202,7 +204,7 @@ pub(super) fn handle(instance: &Instance) -> Handle {
     Handle { key: instance.key.clone(), id: instance.id.clone() }
 }
 
-/// Whether requests go to an instance.
+/// Whether an instance is routed.
 pub(super) fn is_routed(input: &AppInput<'_>, instance: &Instance) -> bool {
     match &instance.address {
         Some(Address::Socket(_)) => input.observed.slots.values().flatten().any(|k| *k == instance.key),

@@ -1,7 +1,7 @@
-//! Decisions, and nothing but decisions: from what is wanted and what is observed to the next safe step.
+//! Pure decisions: from desired and observed state to the next safe step.
 //!
-//! Everything here is pure. The time is an input; there is no I/O, no log, no randomness and no async, so each decision
-//! can be shown as a table, checked as a property, and made again after any crash.
+//! Time is an input; there is no I/O, no log, no randomness and no async, so each decision can be shown as a table,
+//! checked as a property, and made again after any crash.
 
 pub mod app;
 pub mod check;
@@ -27,41 +27,41 @@ use crate::model::{
 use step::{Planned, StepKind};
 use wait::{Block, Wait};
 
-/// Everything a decision about one app is made from.
+/// All inputs of a plan for one app.
 #[derive(Debug, Clone)]
 pub struct AppInput<'a> {
     /// The app.
     pub app: &'a AppName,
-    /// What is wanted.
+    /// Desired state.
     pub desired: &'a DesiredApp,
-    /// What is there.
+    /// Observed state.
     pub observed: &'a ObservedApp,
     /// What nginx serves of it.
     pub proxy: ProxyView<'a>,
     /// Another app that holds one of its virtual hosts.
     pub conflict: Option<proxy::Conflict>,
-    /// Steps that failed and are not due yet.
-    pub cooling: &'a Cooling,
-    /// A volume of its that another mount can replace.
+    /// Steps in backoff.
+    pub backoffs: &'a Backoffs,
+    /// A volume of the app that another mount can replace.
     pub nested: Option<&'a NestedMount>,
-    /// Until when it stays as it is though it is not wanted any more.
+    /// Until when a deleted app stays as it is.
     pub stays_until: Option<Timestamp>,
-    /// The step under way, if one is.
+    /// The step in flight, if any.
     pub busy: Option<StepKind>,
-    /// Instances that were asked to end, and until when they may take for it. That holds up nothing else.
+    /// Instances that are being stopped, and when they are killed. Other steps go on meanwhile.
     pub stopping: &'a Stopping,
     /// Now.
     pub now: Timestamp,
 }
 
-/// Instances that were asked to end, with the time at which they are killed.
+/// Instances that are being stopped, with the time at which they are killed.
 pub type Stopping = BTreeMap<ContainerId, Timestamp>;
 
-/// Where none is.
+/// No instance is being stopped.
 pub static NONE_STOPPING: Stopping = Stopping::new();
 
 impl AppInput<'_> {
-    /// Whether an instance was asked to end already.
+    /// Whether an instance is being stopped.
     pub(crate) fn is_stopping(&self, instance: &Instance) -> bool {
         self.stopping.contains_key(&instance.id)
     }
@@ -74,74 +74,76 @@ pub struct ProxyView<'a> {
     pub live: Option<&'a Vhost>,
     /// Whether the live set is what workers answer with.
     pub serving: bool,
-    /// Its vhost that was refused, and why.
+    /// Its rejected vhost, and why.
     pub rejected: Option<&'a Rejected>,
     /// Whether workers with an older set still finish requests.
     pub old_workers: bool,
-    /// When its part of the live set last changed, or went.
+    /// When its part of the live set last changed or was removed.
     pub changed: Timestamp,
-    /// Ports that requests went to in earlier sets; `None` where that is not known.
-    pub left: Option<&'a [u16]>,
+    /// Ports that requests went to in earlier sets; `None` if unknown.
+    pub previous_ports: Option<&'a [u16]>,
     /// Why nginx as a whole cannot be changed now.
     pub trouble: Option<&'a str>,
-    /// Stands for the templates and settings of this host.
+    /// Digest of the templates and settings of this host.
     pub templates: &'a str,
 }
 
-/// Steps of one app that failed lately.
-pub type Cooling = BTreeMap<StepKind, Cooled>;
+/// Steps of one app that failed recently, by kind.
+pub type Backoffs = BTreeMap<StepKind, Backoff>;
 
-/// A step that failed.
+/// Backoff of a step that failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Cooled {
-    /// Not again before.
+pub struct Backoff {
+    /// Earliest next attempt.
     pub until: Timestamp,
-    /// Failures in a row.
+    /// Consecutive failures.
     pub attempts: u32,
     /// The last error.
     pub error: String,
-    /// Whether trying again can help without a person.
+    /// Its kind.
+    pub kind: &'static str,
+    /// Whether a retry can help without an operator.
     pub temporary: bool,
 }
 
-/// The decision about one app.
+/// The plan for one app.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct AppPlan {
-    /// The next step. Never more than one, so that each is decided on what the last one left.
+    /// The next step. Never more than one, so each is decided on the result of the last one.
     pub step: Option<Planned>,
-    /// What ends by itself.
+    /// What it waits for.
     pub waits: Vec<Wait>,
-    /// What a person must end.
+    /// What an operator must resolve.
     pub blocks: Vec<Block>,
     /// What nginx should serve.
     pub vhost: VhostWish,
     /// The release that serves.
     pub serving: Option<ReleaseId>,
-    /// How many healthy instances serve.
+    /// Number of healthy instances that serve.
     pub healthy: u16,
 }
 
 impl AppPlan {
-    /// Whether nothing is left to do, to wait for or to complain about.
+    /// Whether there is no step, wait or block.
     pub fn is_converged(&self) -> bool {
         self.step.is_none() && self.waits.is_empty() && self.blocks.is_empty()
     }
 
-    /// When this is to be looked at again, if nothing happens before.
+    /// When to plan again, if nothing happens before.
     pub fn wake_at(&self, now: Timestamp) -> Option<Timestamp> {
-        self.waits.iter().filter_map(|w| w.look_again(now)).min()
+        self.waits.iter().filter_map(|w| w.recheck_at(now)).min()
     }
 }
 
-/// What one app wants of nginx.
+/// What nginx should serve of one app.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum VhostWish {
-    /// Whatever it serves of it now.
+    /// What it serves now.
     #[default]
     Keep,
     /// This.
     Set(Vhost),
-    /// This, though nobody answers there yet, unless another app is still served by one of its hosts.
+    /// This, though no instance is up yet; ignored while another app is served by one of its hosts.
     Announce(Vhost),
     /// Nothing.
     Remove,

@@ -1,4 +1,4 @@
-//! nginx as a whole: one set of vhosts for all apps, changed as one, seldom.
+//! nginx as a whole: one set of vhosts for all apps, changed atomically and rarely.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Cooled, VhostWish};
+use super::{Backoff, VhostWish};
 use crate::model::{
     desired::{DesiredApp, Snapshot},
     name::{AppName, UrlPath, VirtualHost},
@@ -15,47 +15,47 @@ use crate::model::{
     time::Timestamp,
 };
 
-/// Shortest time between two reloads. Each one starts new workers beside the old ones, so changes are gathered.
+/// Minimum time between two reloads. Each one starts new workers beside the old ones, so changes are batched.
 pub const RELOAD_GAP: Duration = Duration::from_secs(1);
 
-/// Why nginx is given the same files again.
-pub const CHANGED_BY_HAND: &str = "somebody changed the files of demae";
-/// Why nginx is reloaded though nothing is new.
+/// Reason for publishing unchanged vhosts again.
+pub const CHANGED_BY_HAND: &str = "nginx files of demae were changed by hand";
+/// Reason for a reload without a new set.
 pub const NOT_LIVE: &str = "nginx does not answer with the live configuration";
 
-/// How long a vhost that nginx refused is not offered again: what it refers to may have been put there meanwhile.
-pub const OFFER_AGAIN: Duration = Duration::from_secs(60);
+/// Time after which a rejected vhost is retried: a file that it refers to may exist by then.
+pub const REJECTED_RETRY: Duration = Duration::from_secs(60);
 
-/// How long nginx waits for the first word of an instance's health: most answer in milliseconds, and one that takes its
-/// time holds up nobody else.
-pub const ASKED_WITHIN: Duration = Duration::from_secs(1);
+/// How long a change of nginx waits for the first probe of running instances: most answer in milliseconds, and a slow
+/// one must not block the others.
+pub const FIRST_HEALTH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Everything a decision about nginx is made from.
+/// All inputs of a plan for nginx.
 #[derive(Debug)]
 pub struct ProxyInput<'a> {
-    /// What each app wishes.
+    /// The wish of each app.
     pub wishes: &'a BTreeMap<AppName, VhostWish>,
-    /// What nginx does.
+    /// Observed state of nginx.
     pub observed: &'a ObservedProxy,
-    /// The last failure, if there is one.
-    pub cooling: Option<&'a Cooled>,
-    /// Since when an app has running instances that nobody has asked for their health yet: the last such app. What it wishes
-    /// may be another thing in a moment, when it is known who is well.
-    pub unasked: Option<Timestamp>,
-    /// Since when a step has been held back for that.
-    pub held: Option<Timestamp>,
-    /// Whether a step is under way.
+    /// Backoff after the last failure, if any.
+    pub backoff: Option<&'a Backoff>,
+    /// Since when an app has running instances of unknown health: the latest of all apps. Its wish may change in a
+    /// moment, when its health is known.
+    pub health_unknown_since: Option<Timestamp>,
+    /// Since when a step is held back for that.
+    pub held_since: Option<Timestamp>,
+    /// Whether a step is in flight.
     pub busy: bool,
     /// Now.
     pub now: Timestamp,
 }
 
-/// Something to do to nginx.
+/// A step for nginx.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ProxyStep {
-    /// Render this set, test it, make it live, reload, and see a worker answer with it.
+    /// Render this set, test it, make it live, reload, and wait until a worker answers with it.
     Publish(BTreeMap<AppName, Vhost>),
-    /// Reload the live set, and see a worker answer with it.
+    /// Reload the live set, and wait until a worker answers with it.
     Reload,
 }
 
@@ -68,24 +68,24 @@ impl fmt::Display for ProxyStep {
     }
 }
 
-/// The decision about nginx.
+/// The plan for nginx.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct ProxyPlan {
-    /// What to do.
+    /// The next step, and its reason.
     pub step: Option<(ProxyStep, &'static str)>,
-    /// When to look again.
+    /// When to plan again.
     pub wake: Option<Timestamp>,
-    /// Since when a step is held back, since it is not known who is well.
-    pub held: Option<Timestamp>,
-    /// What is in the way, for the status of every app that waits for nginx.
+    /// Since when a step is held back until health is known.
+    pub held_since: Option<Timestamp>,
+    /// Why nginx cannot be changed, for the status of every app that waits for it.
     pub trouble: Option<String>,
 }
 
-/// Decides about nginx.
+/// Plans nginx.
 pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
     let mut plan = ProxyPlan::default();
     let observed = input.observed;
-    // What is not known cannot be kept: an app that is to stay as it is would be lost.
+    // An unreadable set cannot be kept: an app that is to stay as it is would be lost.
     let keeps = input.wishes.values().any(|w| matches!(w, VhostWish::Keep));
     if observed.unreadable && keeps {
         plan.trouble.clone_from(&observed.error);
@@ -104,27 +104,25 @@ pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
         Some(live) if live.templates != observed.templates => {
             Some((ProxyStep::Publish(wanted), "the templates changed"))
         }
-        Some(live) if is_offered_again(input, live) => {
-            Some((ProxyStep::Publish(wanted), "what nginx refused may be right by now"))
-        }
+        Some(live) if is_retry_due(input, live) => Some((ProxyStep::Publish(wanted), "retrying what nginx refused")),
         Some(_) if observed.drifted => Some((ProxyStep::Publish(wanted), CHANGED_BY_HAND)),
         Some(_) if !observed.is_serving_live() => Some((ProxyStep::Reload, NOT_LIVE)),
         Some(_) => None,
     };
     let Some(step) = step else { return plan };
-    if let Some(cooled) = input.cooling {
-        plan.trouble = Some(cooled.error.clone());
-        if cooled.until > input.now {
-            plan.wake = Some(cooled.until);
+    if let Some(backoff) = input.backoff {
+        plan.trouble = Some(backoff.error.clone());
+        if backoff.until > input.now {
+            plan.wake = Some(backoff.until);
             return plan;
         }
     }
-    if let Some(unasked) = input.unasked {
-        // Others may begin to run all the time.
-        let held = input.held.unwrap_or(input.now);
-        let until = unasked.min(held).plus(ASKED_WITHIN);
+    if let Some(health_unknown_since) = input.health_unknown_since {
+        // Cap the total wait: new instances keep appearing.
+        let held_since = input.held_since.unwrap_or(input.now);
+        let until = health_unknown_since.min(held_since).plus(FIRST_HEALTH_TIMEOUT);
         if input.now < until {
-            (plan.held, plan.wake) = (Some(held), Some(until));
+            (plan.held_since, plan.wake) = (Some(held_since), Some(until));
             return plan;
         }
     }
@@ -132,7 +130,7 @@ pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
     if input.busy {
         return plan;
     }
-    if due > input.now && observed.live.is_some() && input.cooling.is_none() {
+    if due > input.now && observed.live.is_some() && input.backoff.is_none() {
         plan.wake = Some(due);
         return plan;
     }
@@ -140,20 +138,20 @@ pub fn plan_proxy(input: &ProxyInput<'_>) -> ProxyPlan {
     plan
 }
 
-/// Whether an app is served by its last good text though its value is the same, for so long that it is tried again: its
-/// template, or a file that this refers to, may have been put right.
-fn is_offered_again(input: &ProxyInput<'_>, live: &Manifest) -> bool {
+/// Whether a rejected vhost is due for a retry: the app is served by its last good text, and its template, or a file
+/// that this refers to, may have been fixed.
+fn is_retry_due(input: &ProxyInput<'_>, live: &Manifest) -> bool {
     input.wishes.iter().any(|(app, wish)| match (wish, input.observed.rejected(app)) {
         (VhostWish::Set(vhost), Some(rejected)) => {
             rejected.vhost == *vhost
                 && live.vhosts.get(app) == Some(vhost)
-                && input.now >= rejected.at.plus(OFFER_AGAIN)
+                && input.now >= rejected.at.plus(REJECTED_RETRY)
         }
         _ => false,
     })
 }
 
-/// The live set with all wishes in it, less those that nginx has refused.
+/// The live set with all wishes applied, except rejected ones.
 fn wanted(input: &ProxyInput<'_>) -> BTreeMap<AppName, Vhost> {
     let observed = input.observed;
     let mut wanted = observed.live.as_ref().map(|m| m.vhosts.clone()).unwrap_or_default();
@@ -167,7 +165,9 @@ fn wanted(input: &ProxyInput<'_>) -> BTreeMap<AppName, Vhost> {
             VhostWish::Set(vhost) | VhostWish::Announce(vhost) => {
                 let same_templates = observed.live.as_ref().is_some_and(|m| m.templates == observed.templates);
                 let refused = same_templates
-                    && observed.rejected(app).is_some_and(|r| r.vhost == *vhost && input.now < r.at.plus(OFFER_AGAIN));
+                    && observed
+                        .rejected(app)
+                        .is_some_and(|r| r.vhost == *vhost && input.now < r.at.plus(REJECTED_RETRY));
                 if !refused {
                     wanted.insert(app.clone(), vhost.clone());
                 }
@@ -178,7 +178,7 @@ fn wanted(input: &ProxyInput<'_>) -> BTreeMap<AppName, Vhost> {
     wanted
 }
 
-/// Whether another app is served by any of these hosts, and neither gives it up now.
+/// Whether another app is served by any of these hosts, and keeps it.
 fn is_served_elsewhere(input: &ProxyInput<'_>, app: &AppName, vhost: &Vhost) -> bool {
     let claims: BTreeSet<_> = vhost.all().flat_map(claims).collect();
     let live = input.observed.live.iter().flat_map(|live| &live.vhosts);
@@ -188,13 +188,13 @@ fn is_served_elsewhere(input: &ProxyInput<'_>, app: &AppName, vhost: &Vhost) -> 
     kept.any(|(_, v)| v.all().flat_map(self::claims).any(|claim| claims.contains(&claim)))
 }
 
-/// The hosts of a vhost, each with the path below it.
+/// The hosts of a vhost, each with its path.
 fn claims(vhost: &Vhost) -> Vec<(VirtualHost, Option<UrlPath>)> {
     vhost.hosts.iter().map(|host| (host.clone(), vhost.path.clone())).collect()
 }
 
-/// Whoever stays as it is keeps only what no other app was given: an app that is going, or that wants other hosts and has
-/// nobody yet to serve them, is not served in the place of one that wants them now.
+/// An app whose vhost is kept loses the hosts that another app now sets: an app that is leaving, or whose own new hosts
+/// have no instance yet, must not hold back one that wants them now.
 fn hand_over(input: &ProxyInput<'_>, wanted: &mut BTreeMap<AppName, Vhost>) {
     let is_set = |app: &AppName| matches!(input.wishes.get(app), Some(VhostWish::Set(_)));
     let (kept, given): (Vec<_>, Vec<_>) = wanted.iter().partition(|(app, _)| !is_set(app));
@@ -205,12 +205,12 @@ fn hand_over(input: &ProxyInput<'_>, wanted: &mut BTreeMap<AppName, Vhost>) {
     for app in kept {
         let Some(vhost) = wanted.remove(&app) else { continue };
         let left = vhost.ways().filter_map(|way| {
-            let is_left = |host: &&VirtualHost| !given.contains(&((*host).clone(), way.path.clone()));
-            let hosts: Vec<VirtualHost> = way.hosts.iter().filter(is_left).cloned().collect();
+            let is_free = |host: &&VirtualHost| !given.contains(&((*host).clone(), way.path.clone()));
+            let hosts: Vec<VirtualHost> = way.hosts.iter().filter(is_free).cloned().collect();
             (!hosts.is_empty()).then_some(Vhost { hosts, ..way })
         });
         let left = Vhost::of_ways(left);
-        // It is served by its last good text then, with all of its hosts.
+        // If rejected, it is served by its last good text, with all of its hosts.
         let is_refused = |v: &Vhost| input.observed.rejected(&app).is_some_and(|r| r.vhost == *v);
         match left {
             Some(left) if is_refused(&left) => drop(wanted.insert(app, vhost)),
@@ -223,19 +223,19 @@ fn hand_over(input: &ProxyInput<'_>, wanted: &mut BTreeMap<AppName, Vhost>) {
 /// A virtual host that another app holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conflict {
-    /// Which.
+    /// The host.
     pub host: VirtualHost,
-    /// The path below it, if that is all that is claimed.
+    /// The path below it, if only that is claimed.
     pub path: Option<UrlPath>,
-    /// By whom.
+    /// The app that holds it.
     pub owner: AppName,
 }
 
 /// A host, or a path below it.
 type Claim<'a> = (&'a VirtualHost, Option<&'a UrlPath>);
 
-/// Which apps want a virtual host that belongs to another. Whoever is served keeps it; else the older app has it. The
-/// loser's traffic goes on as it is.
+/// Apps that want a virtual host of another app. An app that is served keeps it; else the older app gets it. The
+/// loser's traffic goes on unchanged.
 pub fn conflicts(snapshot: &Snapshot, proxy: &ObservedProxy) -> BTreeMap<AppName, Conflict> {
     let mut owners: BTreeMap<Claim<'_>, &AppName> = BTreeMap::new();
     let mut claims: Vec<(i64, &AppName, Vec<Claim<'_>>)> = Vec::new();
@@ -251,8 +251,8 @@ pub fn conflicts(snapshot: &Snapshot, proxy: &ObservedProxy) -> BTreeMap<AppName
                 let ingress = target.ingress.iter().flat_map(Ingress::all);
                 (ingress.flat_map(|i| i.hosts.iter().map(|h| (h, i.path.as_ref()))).collect(), target.created)
             }
-            // What is kept as it is keeps its virtual hosts too.
-            DesiredApp::Paused(_) | DesiredApp::Kept(_) | DesiredApp::Invalid { last_good: None, .. } => {
+            // An app that is left as it is keeps its virtual hosts too.
+            DesiredApp::Paused(_) | DesiredApp::Unknown(_) | DesiredApp::Invalid { last_good: None, .. } => {
                 (served().collect(), i64::MIN)
             }
             DesiredApp::Absent(_) => continue,
@@ -265,7 +265,7 @@ pub fn conflicts(snapshot: &Snapshot, proxy: &ObservedProxy) -> BTreeMap<AppName
     claims.sort();
     let mut conflicts = BTreeMap::new();
     for (_, app, wanted) in claims {
-        // Whoever loses one takes no other: it is not served, so it must not keep others from being.
+        // An app that loses a claim takes no other host: it is not served, so it must not block others.
         match wanted.iter().find_map(|h| owners.get(h).filter(|o| **o != app).map(|o| (*h, *o))) {
             Some(((host, path), owner)) => {
                 let path = path.cloned();
@@ -309,23 +309,11 @@ mod tests {
 
     fn served(hosts: &[&str]) -> Vhost {
         let hosts = hosts.iter().map(|host| VirtualHost::try_from(*host).expect("a host")).collect();
-        Vhost {
-            hosts,
-            upstreams: crate::model::proxy::Upstreams::Ports(vec![20_001]),
-            template: None,
-            max_body_size: 0,
-            read_timeout: 60,
-            response_header_size: 0,
-            request_buffering: true,
-            path: None,
-            strip_path: false,
-            endpoint: None,
-            more: Vec::new(),
-        }
+        Vhost::plain(hosts, crate::model::proxy::Upstreams::Ports(vec![20_001]))
     }
 
     #[test]
-    fn a_virtual_host_of_an_app_that_is_going_is_handed_over_at_once() {
+    fn virtual_host_of_leaving_app_is_handed_over_at_once() {
         let name = |n: &str| AppName::try_from(n).expect("a name");
         let vhosts = [(name("y"), served(&["y.test", "x.test"])), (name("z"), served(&["z.test"]))];
         let live = Manifest { vhosts: vhosts.into(), ..Manifest::default() };
@@ -338,9 +326,9 @@ mod tests {
         let input = ProxyInput {
             wishes: &wishes,
             observed: &observed,
-            cooling: None,
-            unasked: None,
-            held: None,
+            backoff: None,
+            health_unknown_since: None,
+            held_since: None,
             busy: false,
             now,
         };
@@ -349,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn who_loses_a_virtual_host_keeps_nobody_else_from_one() {
+    fn app_that_loses_a_claim_does_not_block_other_claims() {
         let name = |n: &str| AppName::try_from(n).expect("a name");
         let apps = [
             (name("a"), target(1, &["x.test", "y.test"])),

@@ -1,4 +1,4 @@
-//! What leaves: instances that are neither wanted nor routed, and files that nothing needs.
+//! Retires instances that are neither wanted nor routed, and removes files that nothing needs.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -16,17 +16,15 @@ use crate::model::{
     time::Timestamp,
 };
 
-/// How soon the connections of a draining instance are counted again, at first and at last.
-const MEASURE_SOON: Duration = Duration::from_millis(15);
-const MEASURE_LATE: Duration = Duration::from_millis(500);
-/// How long nginx may take to read a request before an instance sees any of it: nginx reads whole bodies first, and its
-/// older workers know only the port of the instance from before.
+/// Shortest and longest interval between two counts of a draining instance's connections.
+const MEASURE_MIN: Duration = Duration::from_millis(15);
+const MEASURE_MAX: Duration = Duration::from_millis(500);
+/// How long nginx may take to read a request before an instance sees any of it: it buffers whole bodies, and older
+/// workers know only the instance's previous port.
 pub(super) const LONGEST_UPLOAD: Duration = Duration::from_secs(600);
-/// Within this time after the end of a drain it is noticed.
-const NOTICED: Duration = Duration::from_secs(2);
 
-/// Retires every instance that is not kept: those of the wanted group, of the release that serves until the wanted one
-/// is proven, and all that requests are routed to.
+/// Retires every instance that is not kept. Kept are those of the wanted group, those of the serving release until the
+/// wanted one is proven, and all that are routed.
 pub(super) fn retire(
     draft: &mut Draft<'_>,
     target: &Target,
@@ -37,14 +35,15 @@ pub(super) fn retire(
     let (input, instances) = (draft.input, &draft.observed().instances);
     let is_wanted = |i: &Instance| group.is_some() && i.key.release == target.release.id;
     let is_kept = |i: &Instance| {
-        group.is_some_and(|g| g.good.iter().any(|good| good.id == i.id))
+        group.is_some_and(|g| g.selected.iter().any(|selected| selected.id == i.id))
             || serving == Some(&i.key.release)
             || is_routed(input, i)
     };
-    // While nobody who stays is healthy, whoever is, or was in service, is better than none.
-    let is_well = |i: &Instance| i.is_running() && i.health.is_healthy() && !input.is_stopping(i);
-    let anyone = instances.iter().any(|i| is_kept(i) && is_well(i));
-    let is_spare = |i: &Instance| !anyone && (is_well(i) || proven && is_wanted(i) && is_established(input, i));
+    // While no kept instance is healthy, keep the others that are healthy, or were in service.
+    let is_healthy = |i: &Instance| i.is_running() && i.health.is_healthy() && !input.is_stopping(i);
+    let keeps_healthy = instances.iter().any(|i| is_kept(i) && is_healthy(i));
+    let is_spare =
+        |i: &Instance| !keeps_healthy && (is_healthy(i) || proven && is_wanted(i) && is_established(input, i));
     for instance in instances {
         if !(is_kept(instance) || is_spare(instance)) || instance.phase == Phase::Removing {
             end(draft, instance, "it is neither wanted nor routed");
@@ -52,30 +51,30 @@ pub(super) fn retire(
     }
 }
 
-/// Ends candidates of releases that are not wanted any more, before more are made, once there are as many as instances
-/// are wanted: else they would pile up for as long as minds change faster than containers are made.
-pub(super) fn strays(draft: &mut Draft<'_>, target: &Target, serving: Option<&ReleaseId>) {
+/// Ends candidates of superseded releases before more are created, once there are as many as wanted instances: else
+/// they pile up while releases change faster than containers start.
+pub(super) fn end_abandoned_candidates(draft: &mut Draft<'_>, target: &Target, serving: Option<&ReleaseId>) {
     let input = draft.input;
-    let is_stray = |i: &&Instance| {
+    let is_abandoned = |i: &&Instance| {
         i.key.release != target.release.id
             && serving != Some(&i.key.release)
             && !is_established(input, i)
             && !(i.is_running() && i.health.is_healthy() && serving.is_none())
     };
-    let strays: Vec<&Instance> = draft.observed().instances.iter().filter(is_stray).collect();
-    if strays.len() >= usize::from(target.replicas) {
-        for instance in strays {
-            end(draft, instance, "it is a candidate of a release that is not wanted any more");
+    let abandoned: Vec<&Instance> = draft.observed().instances.iter().filter(is_abandoned).collect();
+    if abandoned.len() >= usize::from(target.replicas) {
+        for instance in abandoned {
+            end(draft, instance, "its release is no longer wanted");
         }
     }
 }
 
-/// Everything of an app that does not belong here goes: route, connections, containers, files, in this order.
-pub(super) fn leave(draft: &mut Draft<'_>) {
+/// Removes everything of an app that does not belong here: route, connections, containers, files, in this order.
+pub(super) fn leave_host(draft: &mut Draft<'_>) {
     draft.plan.vhost = VhostWish::Remove;
     let observed = draft.observed();
     let known_to_nginx = draft.input.proxy.live.is_some() || !(observed.slots.is_empty() || draft.input.proxy.serving);
-    if known_to_nginx && !draft.report() {
+    if known_to_nginx && !draft.wait_for_vhost() {
         return;
     }
     if !observed.slots.is_empty() {
@@ -97,18 +96,17 @@ fn end(draft: &mut Draft<'_>, instance: &Instance, reason: &'static str) {
         Phase::Created | Phase::Exited(_) => draft.step(Step::Remove(handle(instance)), reason),
         Phase::Running | Phase::Paused | Phase::Restarting => {
             let left = match &instance.address {
-                // Until nginx serves the live set, requests go where they went, and nothing has begun to drain.
+                // Until nginx serves the live set, requests still go to the old set, and no drain has begun.
                 Some(Address::Port(_)) if !draft.input.proxy.serving => draft.input.now,
                 Some(Address::Port(_)) => draft.input.proxy.changed,
                 _ => draft.observed().slots_changed,
             };
-            let until = left.plus(instance.drain);
+            // A request that an older worker forwards late has the whole drain time, too.
+            let busy_since =
+                instance.idle_at.filter(|_| instance.connections != Some(0)).map_or(left, |at| at.max(left));
+            let until = busy_since.plus(instance.drain);
             let (until, is_over) = match uploads_until(draft.input, instance, left) {
-                Some(longest) if draft.input.now < longest => {
-                    let late = draft.input.now >= until.plus(NOTICED);
-                    // Whoever was connected when the drain was over is cut then; who comes later was not.
-                    (longest, draft.input.now >= until && !late && instance.connections != Some(0))
-                }
+                Some(longest) if draft.input.now < longest && instance.connections == Some(0) => (longest, false),
                 _ => (until, draft.input.now >= until),
             };
             let stop = Step::Stop { handle: handle(instance), grace: instance.grace };
@@ -117,8 +115,8 @@ fn end(draft: &mut Draft<'_>, instance: &Instance, reason: &'static str) {
             } else if is_over {
                 draft.step(stop, if instance.connections == Some(0) { reason } else { TIME_IS_OVER });
             } else {
-                // Measured often while it is young, seldom once it has taken long: most drains take milliseconds.
-                let pause = (draft.input.now.since(left) / 10).clamp(MEASURE_SOON, MEASURE_LATE);
+                // Count often at first, rarely later: most drains take milliseconds.
+                let pause = (draft.input.now.since(left) / 10).clamp(MEASURE_MIN, MEASURE_MAX);
                 let again = draft.input.now.plus(pause).min(until);
                 let (key, connections) = (instance.key.clone(), instance.connections);
                 draft.wait(Wait::Drain { key, connections, until, again });
@@ -127,8 +125,8 @@ fn end(draft: &mut Draft<'_>, instance: &Instance, reason: &'static str) {
     }
 }
 
-/// Until when an older worker of nginx may still send an instance a request that it has not sent yet, since the client is
-/// still sending it. Nothing where there is no such worker, or it knows no way to the instance.
+/// Until when an older nginx worker may still forward a request whose body is being uploaded. `None` if there is no
+/// such worker, or it has no route to the instance.
 fn uploads_until(input: &AppInput<'_>, instance: &Instance, left: Timestamp) -> Option<Timestamp> {
     match &instance.address {
         Some(Address::Port(port)) if input.proxy.old_workers && !was_never_routed(input, instance, *port) => {
@@ -138,13 +136,13 @@ fn uploads_until(input: &AppInput<'_>, instance: &Instance, left: Timestamp) -> 
     }
 }
 
-/// Whether no request can be under way to an instance any more.
+/// Whether no request can be in flight to an instance.
 fn is_drained(draft: &Draft<'_>, instance: &Instance) -> bool {
     match &instance.address {
         None => true,
         _ if !instance.is_running() => true,
         Some(Address::Socket(_)) => instance.connections == Some(0),
-        // An older worker may still send a request to the port it knows.
+        // An older worker may still send a request to the previous port.
         Some(Address::Port(port)) => {
             let proxy = &draft.input.proxy;
             let forgotten = proxy.serving && !proxy.old_workers;
@@ -153,14 +151,14 @@ fn is_drained(draft: &Draft<'_>, instance: &Instance) -> bool {
     }
 }
 
-/// Whether no set of nginx leads to an instance, or did lately. While nginx is away nothing else tells that a candidate may
-/// go, and one deploy after the other would add more. A port that was another's before counts as one that was routed.
+/// Whether no set of nginx routes to an instance, now or recently. While nginx is down only this shows that a candidate
+/// may be removed, and each deploy would add more. A port that another instance had before counts as routed.
 fn was_never_routed(input: &AppInput<'_>, instance: &Instance, port: u16) -> bool {
     let is_new = |left: &[u16]| !left.contains(&port);
-    !instance.settled && !is_routed(input, instance) && input.proxy.left.is_some_and(is_new)
+    !instance.settled && !is_routed(input, instance) && input.proxy.previous_ports.is_some_and(is_new)
 }
 
-/// Removes files that nothing needs, once nothing else is to be done.
+/// Removes files that nothing needs, once there is no other step.
 pub(super) fn clean_up(draft: &mut Draft<'_>, wanted: Option<&ReleaseId>) {
     let observed = draft.observed();
     let in_use =

@@ -1,11 +1,15 @@
-//! A host that exists only on paper: what each step leaves behind, if it succeeds.
+//! A simulated host: the effect of each step, if it succeeds.
 //!
-//! `demae plan` forecasts with it, and the property tests drive the planner through made-up histories on it.
+//! The agent plans the next step of a deploy on it, so it must be exact. `demae plan` uses it for its forecast, the property
+//! tests to drive the planner through generated histories.
 
-use std::time::Duration;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use super::{
-    AppInput, AppPlan, Cooling, NONE_STOPPING, ProxyView, VhostWish,
+    AppInput, AppPlan, Backoffs, NONE_STOPPING, ProxyView, VhostWish,
     app::plan_app,
     step::{Handle, Step},
 };
@@ -13,41 +17,41 @@ use crate::model::{
     desired::DesiredApp,
     name::{AppName, ContainerId},
     observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict},
-    proxy::Vhost,
+    proxy::{ObservedProxy, Vhost},
     release::Release,
     spec::Endpoint,
     time::Timestamp,
 };
 
-/// One app on a host of paper.
+/// One app on a simulated host.
 #[derive(Debug, Clone)]
-pub struct PaperHost {
+pub struct SimHost {
     /// The app.
     pub app: AppName,
-    /// What is there.
+    /// Observed state.
     pub observed: ObservedApp,
     /// What nginx serves of it.
     pub live: Option<Vhost>,
     /// When that last changed.
     pub live_changed: Timestamp,
-    /// What time it is.
+    /// The current time.
     pub now: Timestamp,
     containers: u64,
 }
 
-impl PaperHost {
-    /// Begins with what is there.
+impl SimHost {
+    /// A host with this observed state.
     pub fn new(app: AppName, observed: ObservedApp, live: Option<Vhost>, now: Timestamp) -> Self {
         Self { app, observed, live, live_changed: now, now, containers: 0 }
     }
 
-    /// What the planner decides here.
-    pub fn plan(&self, desired: &DesiredApp, cooling: &Cooling) -> AppPlan {
-        plan_app(&self.input(desired, cooling))
+    /// The plan for this host.
+    pub fn plan(&self, desired: &DesiredApp, backoffs: &Backoffs) -> AppPlan {
+        plan_app(&self.input(desired, backoffs))
     }
 
-    /// The planner's input here: nginx serves what it was last told.
-    pub fn input<'a>(&'a self, desired: &'a DesiredApp, cooling: &'a Cooling) -> AppInput<'a> {
+    /// The planner's input for this host: nginx serves the last published vhost.
+    pub fn input<'a>(&'a self, desired: &'a DesiredApp, backoffs: &'a Backoffs) -> AppInput<'a> {
         let proxy =
             ProxyView { live: self.live.as_ref(), serving: true, changed: self.live_changed, ..ProxyView::default() };
         AppInput {
@@ -56,7 +60,7 @@ impl PaperHost {
             observed: &self.observed,
             proxy,
             conflict: None,
-            cooling,
+            backoffs,
             nested: None,
             stays_until: None,
             busy: None,
@@ -65,19 +69,19 @@ impl PaperHost {
         }
     }
 
-    /// Does what a step does when it succeeds.
+    /// Applies a successful step.
     pub fn apply(&mut self, step: &Step) {
         if let Step::Create { key, release, .. } = step {
             self.containers += 1;
             let Ok(id) = ContainerId::try_from(format!("{:064x}", self.containers)) else { return };
             let port = 20_000 + u16::try_from(self.containers % 10_000).unwrap_or(0);
-            let made = Made { id, address: address(key, release, port) };
-            return leave_behind(&mut self.observed, step, Some(made), self.now);
+            let created = NewContainer { id, address: address(key, release, port) };
+            return apply_step(&mut self.observed, step, Some(created), self.now);
         }
-        leave_behind(&mut self.observed, step, None, self.now);
+        apply_step(&mut self.observed, step, None, self.now);
     }
 
-    /// nginx serves what is wished.
+    /// Makes nginx serve the wished vhost.
     pub fn serve(&mut self, wish: &VhostWish) {
         let wanted = match wish {
             VhostWish::Keep => return,
@@ -90,8 +94,8 @@ impl PaperHost {
         }
     }
 
-    /// Time passes, and all goes well in it.
-    pub fn pass(&mut self, duration: Duration) {
+    /// Advances time; running instances become healthy and lose their connections.
+    pub fn advance(&mut self, duration: Duration) {
         self.now = self.now.plus(duration);
         for instance in self.observed.instances.iter_mut().filter(|i| i.phase == Phase::Running) {
             instance.health = Health::Healthy;
@@ -100,16 +104,16 @@ impl PaperHost {
     }
 }
 
-/// What a new container gets that no plan decides.
+/// Properties of a new container that no plan decides.
 #[derive(Debug, Clone)]
-pub struct Made {
+pub struct NewContainer {
     /// Docker's id.
     pub id: ContainerId,
     /// Where it takes requests.
     pub address: Option<Address>,
 }
 
-/// Where an instance takes requests: at a socket named by its key, or at this port.
+/// Address of an instance: a socket named by its key, or this port.
 pub fn address(key: &InstanceKey, release: &Release, port: u16) -> Option<Address> {
     release.endpoint.as_ref().map(|endpoint| match endpoint {
         Endpoint::Socket(_) => Address::Socket(key.to_string()),
@@ -117,8 +121,8 @@ pub fn address(key: &InstanceKey, release: &Release, port: u16) -> Option<Addres
     })
 }
 
-/// The model of every step: what an app is seen to have once the step has succeeded.
-pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>, now: Timestamp) {
+/// The model of every step: updates the observed state as if the step had succeeded.
+pub fn apply_step(observed: &mut ObservedApp, step: &Step, created: Option<NewContainer>, now: Timestamp) {
     let proven = observed.proven.clone();
     let mut change = |handle: &Handle, change: &dyn Fn(&mut Instance)| {
         observed.instances.iter_mut().filter(|i| i.id == handle.id).for_each(change);
@@ -131,8 +135,8 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
         Step::WriteEnvFile(release) => {
             observed.env_files.insert(release.id.clone());
         }
-        Step::Create { key, release, image, drain, .. } => {
-            let Some(Made { id, address }) = made else { return };
+        Step::Create { key, release, image, drain, host } => {
+            let Some(NewContainer { id, address }) = created else { return };
             if matches!(address, Some(Address::Socket(_))) {
                 observed.socket_dirs.insert(key.clone());
             }
@@ -140,7 +144,7 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
                 key: key.clone(),
                 id,
                 image: image.clone(),
-                ordered: Some(release.image.clone()),
+                requested_image: Some(release.image.clone()),
                 phase: Phase::Created,
                 health: Health::Unknown,
                 settled: false,
@@ -156,9 +160,10 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
                 restarts: 0,
                 stale_socket: false,
                 wrong_socket: false,
-                check_host: None,
+                check_host: host.clone(),
                 listens: release.endpoint.iter().cloned().collect(),
                 port_taken: false,
+                idle_at: None,
             });
             observed.instances.sort_by(|a, b| a.key.cmp(&b.key));
         }
@@ -208,13 +213,13 @@ pub fn leave_behind(observed: &mut ObservedApp, step: &Step, made: Option<Made>,
     }
 }
 
-/// Where the model of a step and what is seen of a host after it contradict each other. What moves by itself may have
-/// moved: a program may have ended, Docker may have started it again, a person may have removed a container.
+/// The first contradiction between a prediction and an observation, if any. What changes by itself may have changed: a
+/// program may have exited, Docker may have restarted it, an operator may have removed a container.
 pub fn contradiction(step: &Step, predicted: &ObservedApp, seen: &ObservedApp) -> Option<String> {
     fn differ<T: PartialEq + std::fmt::Debug>(what: &str, predicted: &T, seen: &T) -> Option<String> {
         (predicted != seen).then(|| format!("{what} should be {predicted:?}, and {seen:?} is seen"))
     }
-    // Somebody may have removed another instance meanwhile.
+    // Another instance may have been removed meanwhile.
     let subject = match step {
         Step::Create { key, .. } => Some(key),
         Step::Start(handle) | Step::Settle(handle) => Some(&handle.key),
@@ -235,8 +240,27 @@ pub fn contradiction(step: &Step, predicted: &ObservedApp, seen: &ObservedApp) -
         .or_else(|| expected.iter().zip(found).find_map(|(p, s)| instances_differ(p, s)))
 }
 
+/// The model of a set that was published: how what is seen of nginx contradicts it, if it does. Apps that nginx refused
+/// keep their last good part, whatever that is; a set that was changed by hand says nothing.
+pub fn proxy_contradiction(
+    generation: u64,
+    wanted: &BTreeMap<AppName, Vhost>,
+    rejected: &BTreeSet<AppName>,
+    seen: &ObservedProxy,
+) -> Option<String> {
+    let live = seen.live.as_ref().filter(|_| !seen.drifted && !seen.unreadable)?;
+    if live.generation != generation {
+        return Some(format!("the live set should be {generation}, and is {}", live.generation));
+    }
+    let apps: BTreeSet<&AppName> = wanted.keys().chain(live.vhosts.keys()).collect();
+    let differs = |app: &&&AppName| !rejected.contains(**app) && wanted.get(**app) != live.vhosts.get(**app);
+    apps.iter().find(differs).map(|app| {
+        format!("nginx should serve {:?} of `{app}`, and serves {:?}", wanted.get(*app), live.vhosts.get(*app))
+    })
+}
+
 fn instances_differ(predicted: &Instance, seen: &Instance) -> Option<String> {
-    // Somebody else removes it.
+    // It is being removed from outside.
     if seen.phase == Phase::Removing {
         return None;
     }
@@ -252,16 +276,17 @@ fn instances_differ(predicted: &Instance, seen: &Instance) -> Option<String> {
         && kind(predicted) == kind(seen)
         && predicted.drain == seen.drain
         && predicted.check == seen.check
-        && predicted.ordered == seen.ordered;
+        && predicted.check_host == seen.check_host
+        && predicted.requested_image == seen.requested_image;
     (!same).then(|| format!("{} should be {predicted:?}, and {seen:?} is seen", predicted.key))
 }
 
-/// The steps that lie ahead if all goes well, as lines, until nothing is left or a person must act.
-pub fn forecast(mut host: PaperHost, desired: &DesiredApp) -> Vec<String> {
+/// The steps ahead if all goes well, as lines, until nothing is left or an operator must act.
+pub fn forecast(mut host: SimHost, desired: &DesiredApp) -> Vec<String> {
     let mut lines = Vec::new();
-    let cooling = Cooling::new();
+    let backoffs = Backoffs::new();
     for _ in 0..200 {
-        let plan = host.plan(desired, &cooling);
+        let plan = host.plan(desired, &backoffs);
         let live = host.live.clone();
         host.serve(&plan.vhost);
         if let Some(planned) = &plan.step {
@@ -272,7 +297,7 @@ pub fn forecast(mut host: PaperHost, desired: &DesiredApp) -> Vec<String> {
         } else if plan.waits.is_empty() {
             break;
         } else {
-            host.pass(Duration::from_secs(3600));
+            host.advance(Duration::from_secs(3600));
         }
     }
     lines

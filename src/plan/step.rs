@@ -1,4 +1,4 @@
-//! Things to do. A step carries all it needs; whoever performs it has nothing left to decide.
+//! Steps. A step carries all it needs, so its execution decides nothing.
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
@@ -9,12 +9,12 @@ use crate::model::{
     spec::{HealthCheck, Ingress},
 };
 
-/// A step and why it is taken.
+/// A step and its reason.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Planned {
-    /// What.
+    /// The step.
     pub step: Step,
-    /// Why, as the end of a sentence.
+    /// The reason, as the end of a sentence.
     pub reason: &'static str,
 }
 
@@ -30,63 +30,63 @@ impl fmt::Display for Planned {
     }
 }
 
-/// Why an instance is stopped that still had connections.
+/// Reason for stopping an instance that still has connections.
 pub const TIME_IS_OVER: &str = "its drain time is over";
 
-/// Something to do for one app. Each is idempotent and leaves a trace that the next look finds.
+/// A step for one app. Each is idempotent and leaves a trace that the next observation finds.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Step {
-    /// Bring the image here.
+    /// Pull the image.
     Pull(ImageRef),
     /// Write the env-file of a release.
     WriteEnvFile(Arc<Release>),
-    /// Make a container, beside whatever runs.
+    /// Create a container, beside those that run.
     Create {
         /// Its number.
         key: InstanceKey,
-        /// What it is made from.
+        /// Its release.
         release: Arc<Release>,
         /// The image id that the release was resolved to.
         image: String,
-        /// How long requests may take to leave it.
+        /// Its drain time.
         drain: Duration,
-        /// The host that its health check asks for, unless the check names one.
+        /// The `Host` of its health check, unless the check names one.
         host: Option<String>,
     },
-    /// Start, or unpause, a container.
+    /// Start or unpause a container.
     Start(Handle),
     /// Remove a dead socket in the way of the next start.
     ClearSocket(Handle),
-    /// Point the route symlinks at these instances; slots that are not named go.
+    /// Point the route symlinks at these instances; other slots are removed.
     Switch(BTreeMap<u16, InstanceKey>),
-    /// Ask through nginx, and record that the release answers.
+    /// Probe through nginx, and record that the release answers.
     Prove {
         /// The release.
         release: ReleaseId,
-        /// Where to ask; a worker is recorded without being asked.
+        /// Where to probe; a worker is recorded without a probe.
         ingress: Option<Ingress>,
-        /// How its instances are asked whether they are well: the proof asks for no more.
+        /// The health check of its instances: the proof demands no more.
         check: HealthCheck,
     },
-    /// Let Docker keep a proven instance running.
+    /// Make Docker keep a proven instance running.
     Settle(Handle),
-    /// End a container.
+    /// Stop a container.
     Stop {
-        /// Which.
+        /// The container.
         handle: Handle,
-        /// How long it may take.
+        /// Time until it is killed.
         grace: Duration,
     },
     /// Remove a container that has ended, with its socket directory.
     Remove(Handle),
-    /// Remove a candidate that failed though its release is proven; another is made after a pause.
+    /// Remove a failed candidate of a proven release; another one is created after a pause.
     Discard {
-        /// Which.
+        /// The container.
         handle: Handle,
-        /// Why, for people.
+        /// The reason, for operators.
         why: String,
     },
-    /// Keep the evidence that a release failed.
+    /// Record the evidence that a release failed.
     RecordVerdict {
         /// The candidate that failed.
         handle: Handle,
@@ -96,25 +96,25 @@ pub enum Step {
         cause: String,
         /// Its exit code, if it ended.
         exit_code: Option<i64>,
-        /// How often the release has failed here, with this time.
+        /// How often the release has failed here, this time included.
         attempts: u32,
-        /// Stands for what the verdict depends on beside the release.
+        /// Digest of what the verdict depends on beside the release.
         conditions: String,
     },
-    /// Remove files that nothing needs any more.
+    /// Remove files that nothing needs.
     CleanUp(Leftovers),
 }
 
-/// A container, by key for people and by id for Docker.
+/// A container, by key for operators and by id for Docker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Handle {
-    /// For people.
+    /// Its key.
     pub key: InstanceKey,
-    /// For Docker.
+    /// Docker's id.
     pub id: ContainerId,
 }
 
-/// Files of an app that nothing needs any more.
+/// Files of an app that nothing needs.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Leftovers {
     /// Env-files of these releases.
@@ -183,7 +183,7 @@ impl StepKind {
         Self::CleanUp,
     ];
 
-    /// The word for it, in logs and metrics.
+    /// Its name in logs and metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Pull => "pull",
@@ -204,7 +204,7 @@ impl StepKind {
 }
 
 impl Step {
-    /// The container that it is done to, if it is done to one that is there.
+    /// The existing container that it affects, if any.
     pub fn handle(&self) -> Option<&Handle> {
         match self {
             Self::Start(handle)
@@ -223,7 +223,7 @@ impl Step {
         }
     }
 
-    /// Whether it waits for a program to end, which may take as long as its grace. Other steps of the app go on meanwhile.
+    /// Whether it waits for a program to exit, for up to its grace period. Other steps of the app go on meanwhile.
     pub fn is_ending(&self) -> bool {
         matches!(self, Self::Stop { .. } | Self::Discard { .. })
     }

@@ -1,4 +1,4 @@
-//! Why nothing is done just now: waits, which end by themselves, and blocks, which a person must end.
+//! Why there is no step: waits, which end by themselves, and blocks, which an operator must resolve.
 
 use std::{fmt, time::Duration};
 
@@ -8,79 +8,81 @@ use crate::model::{
     name::{AppName, UrlPath, VirtualHost},
     observed::{InstanceKey, Verdict},
     problem::Problems,
-    time::{Timestamp, humane},
+    time::{Timestamp, human},
 };
 
-/// Something that ends by itself.
+/// A wait: it ends by itself.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Wait {
-    /// A step is under way.
+    /// A step is in flight.
     Busy(StepKind),
     /// An instance is not healthy yet.
     Health {
-        /// Which.
+        /// The instance.
         key: InstanceKey,
-        /// At the latest.
+        /// The deadline.
         until: Timestamp,
-        /// What it last answered.
+        /// The last probe result.
         answer: String,
-        /// When it may be healthy without anybody telling.
+        /// When it may be healthy without an event.
         again: Timestamp,
     },
-    /// Requests are still under way.
+    /// Requests are still in flight.
     Drain {
-        /// Which instance.
+        /// The instance.
         key: InstanceKey,
-        /// How many connections, where that is known.
+        /// Number of connections, if known.
         connections: Option<usize>,
-        /// At the latest.
+        /// The deadline.
         until: Timestamp,
-        /// Counted again then.
+        /// When they are counted again.
         again: Timestamp,
     },
-    /// A step failed and is tried again.
-    CoolingDown {
-        /// Which.
+    /// A step failed and is in backoff.
+    Backoff {
+        /// The step.
         step: StepKind,
-        /// When.
+        /// Next attempt.
         until: Timestamp,
         /// Failures so far.
         attempts: u32,
         /// The last error.
         error: String,
+        /// Its kind.
+        error_kind: &'static str,
     },
-    /// nginx does not serve yet what it should.
+    /// nginx does not serve the wished vhost yet.
     Proxy(String),
-    /// An instance in service is unhealthy, and is watched a while before it is replaced.
+    /// An instance in service is unhealthy, and gets some time to recover before it is replaced.
     Recovery {
-        /// Which.
+        /// The instance.
         key: InstanceKey,
-        /// Replaced then.
+        /// When it is replaced.
         until: Timestamp,
-        /// What it last answered.
+        /// The last probe result.
         answer: String,
     },
     /// Docker is removing it.
     Removal(InstanceKey),
-    /// An instance was asked to end.
+    /// An instance is being stopped.
     Stopping {
-        /// Which.
+        /// The instance.
         key: InstanceKey,
-        /// It is killed then.
+        /// When it is killed.
         until: Timestamp,
     },
-    /// An app was deleted from the store, and stays a moment, in which it may be put back.
+    /// An app was deleted from the store, and stays until this time in case it is put back.
     Deletion(Timestamp),
-    /// A release that failed is tried again: none has ever been proven here, so nothing is lost by it.
+    /// A failed release is retried: none was ever proven here, so nothing is lost by it.
     Retry {
-        /// Then.
+        /// Next attempt.
         until: Timestamp,
         /// Failures so far.
         attempts: u32,
     },
-    /// An image is loaded by other means; it is looked for again then.
+    /// An image is loaded by other means; next check for it.
     Image(Timestamp),
-    /// The store has not been read, and so nobody knows whether the app is wanted.
+    /// The store has not been read, so the desired state is unknown.
     Store(String),
 }
 
@@ -101,13 +103,13 @@ impl Wait {
         "store",
     ];
 
-    /// When to look again, if nothing happens before.
-    pub fn look_again(&self, now: Timestamp) -> Option<Timestamp> {
+    /// When to plan again, if nothing happens before.
+    pub fn recheck_at(&self, now: Timestamp) -> Option<Timestamp> {
         match self {
-            // The store wakes the loop when it is read, and so does the end of what is under way.
+            // These wake the loop when they end.
             Self::Busy(_) | Self::Store(_) | Self::Stopping { .. } => None,
             Self::Health { again: until, .. }
-            | Self::CoolingDown { until, .. }
+            | Self::Backoff { until, .. }
             | Self::Recovery { until, .. }
             | Self::Retry { until, .. }
             | Self::Deletion(until)
@@ -117,22 +119,30 @@ impl Wait {
         }
     }
 
-    /// The same, with its times told by another clock.
+    /// The same, with its times converted to another clock.
     #[must_use]
-    pub fn timed(mut self, tell: &impl Fn(Timestamp) -> Timestamp) -> Self {
+    pub fn with_times(mut self, convert: &impl Fn(Timestamp) -> Timestamp) -> Self {
         match &mut self {
             Self::Health { until, again, .. } | Self::Drain { until, again, .. } => {
-                (*until, *again) = (tell(*until), tell(*again));
+                (*until, *again) = (convert(*until), convert(*again));
             }
-            Self::CoolingDown { until, .. }
+            Self::Backoff { until, .. }
             | Self::Recovery { until, .. }
             | Self::Stopping { until, .. }
             | Self::Retry { until, .. }
             | Self::Deletion(until)
-            | Self::Image(until) => *until = tell(*until),
+            | Self::Image(until) => *until = convert(*until),
             Self::Busy(_) | Self::Proxy(_) | Self::Removal(_) | Self::Store(_) => {}
         }
         self
+    }
+
+    /// The kind of the error that it is about, if any.
+    pub fn error_kind(&self) -> Option<&'static str> {
+        match self {
+            Self::Backoff { error_kind, .. } => Some(error_kind),
+            _ => None,
+        }
     }
 
     /// The kind: a bounded set, for metrics.
@@ -141,7 +151,7 @@ impl Wait {
             Self::Busy(_) => "busy",
             Self::Health { .. } => "health",
             Self::Drain { .. } => "drain",
-            Self::CoolingDown { .. } => "cooling_down",
+            Self::Backoff { .. } => "cooling_down",
             Self::Proxy(_) => "proxy",
             Self::Recovery { .. } => "recovery",
             Self::Removal(_) => "removal",
@@ -171,9 +181,12 @@ impl fmt::Display for Wait {
             Self::Drain { key, connections: None, until, .. } => {
                 write!(f, "draining {key} until {until}; its connections cannot be counted")
             }
-            Self::CoolingDown { step, until, attempts, error } => {
+            Self::Backoff { step, until, attempts, error, .. } => {
                 if *step == StepKind::Discard {
-                    return write!(f, "{attempts} instances were given up, the next one comes at {until}: {error}");
+                    return write!(
+                        f,
+                        "{attempts} instances failed and were removed, the next one is created at {until}: {error}"
+                    );
                 }
                 write!(f, "step `{}` failed {attempts} times, next try at {until}: {error}", step.as_str())
             }
@@ -187,46 +200,46 @@ impl fmt::Display for Wait {
             Self::Stopping { key, until } => {
                 write!(f, "stopping {key}; it is killed at {until} unless it has ended")
             }
-            Self::Deletion(until) => write!(f, "it leaves at {until}, unless it is put back before"),
+            Self::Deletion(until) => write!(f, "it is removed at {until}, unless it is put back before"),
             Self::Retry { until, attempts } => write!(f, "tried again at {until}, after {attempts} failures"),
         }
     }
 }
 
-/// Something that a person must end.
+/// A block: an operator must resolve it.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Block {
-    /// What was written cannot be used.
+    /// The spec or another key is invalid.
     Invalid(Problems),
-    /// A person asked to leave the app as it is.
+    /// An operator paused the app.
     Paused(String),
-    /// This host takes nothing new.
+    /// This host is cordoned.
     Cordoned,
     /// The release failed here.
     Halted(Verdict),
     /// Another app holds a virtual host.
     HostTaken {
-        /// Which.
+        /// The host.
         host: VirtualHost,
-        /// The path below it, if that is all that is claimed.
+        /// The path below it, if only that is claimed.
         path: Option<UrlPath>,
-        /// By whom.
+        /// The app that holds it.
         owner: AppName,
     },
-    /// nginx refused the vhost.
+    /// nginx rejected the vhost.
     RoutesRejected(String),
-    /// The image is nowhere to be had.
+    /// The image cannot be pulled.
     ImageMissing(String),
     /// Containers of the app belong to another agent with this host's name.
     Foreign {
-        /// One of them.
+        /// Name of one of them.
         name: String,
-        /// By which id that agent is known, or why none is.
+        /// The id of that agent, or why it is unknown.
         owner: String,
     },
-    /// A volume lies below a writable mount, so what it leads to could be exchanged.
+    /// A volume lies below a writable mount, so its source can be replaced.
     MountUnsafe(NestedMount),
-    /// The plan was refused by its second reader: a mistake in demae.
+    /// The check refused the plan: a bug in demae.
     Refused(String),
 }
 
@@ -261,20 +274,18 @@ impl Block {
         }
     }
 
-    /// What a person can do.
+    /// What an operator can do.
     pub fn remedy(&self, app: &AppName) -> String {
         match self {
             Self::Invalid(_) => "put a corrected value; `demae validate` checks a spec beforehand".to_owned(),
             Self::Paused(_) => format!("delete `apps/{app}/paused` to go on"),
-            Self::Cordoned => "set `hosts/<host>/mode` to `active` to let it come".to_owned(),
+            Self::Cordoned => "set `hosts/<host>/mode` to `active` to admit it".to_owned(),
             Self::Halted(_) => {
-                format!(
-                    "put a mended image or environment, or a new value to `apps/{app}/restart` to try this one again"
-                )
+                format!("deploy a fixed image or environment, or write a new value to `apps/{app}/restart` to retry")
             }
             Self::HostTaken { .. } => "take the virtual host out of one of the two specs".to_owned(),
-            Self::RoutesRejected(_) => "mend the spec, or the template on the host".to_owned(),
-            Self::ImageMissing(_) => "push the image, or mend its name; it is tried again by itself".to_owned(),
+            Self::RoutesRejected(_) => "fix the spec, or the template on the host".to_owned(),
+            Self::ImageMissing(_) => "push the image, or correct its name; it is retried automatically".to_owned(),
             Self::MountUnsafe(_) => {
                 "mount a directory beside it, or mount the upper one with `:ro` everywhere".to_owned()
             }
@@ -306,14 +317,14 @@ impl fmt::Display for Block {
             ),
             Self::MountUnsafe(NestedMount { path, above, owner }) => write!(
                 f,
-                "volume `{path}` lies below `{above}`, which app `{owner}` may write to: it could be led anywhere on this host"
+                "volume `{path}` lies below `{above}`, which app `{owner}` may write to: it could resolve to any path on this host"
             ),
             Self::Refused(violation) => write!(f, "the plan was refused: {violation}"),
         }
     }
 }
 
-/// For a cause: how long something took.
+/// A duration, as part of a verdict's cause.
 pub(super) fn within(duration: Duration) -> String {
-    format!("within {}", humane(duration))
+    format!("within {}", human(duration))
 }

@@ -1,8 +1,8 @@
-//! Whose the name of a host is: one agent's at a time, as long as its lease lasts.
+//! The claim of a host's name: one agent holds it at a time, as long as its lease lasts.
 //!
 //! Two machines with one name would each start every app of that host, and on one engine take each other's containers for
-//! their own. So an agent goes by a store only while it holds its name there. The agent is known by a random id in its
-//! state directory, and each of its runs by another one: what a killed run has left is taken over at once.
+//! their own. So an agent applies a store only while it holds its name there. The agent has a random id in its state
+//! directory, and each of its runs another one: a new run takes over the name of a killed one at once.
 
 use std::{
     collections::BTreeMap,
@@ -10,7 +10,6 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
 use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
@@ -20,7 +19,8 @@ use tokio::sync::Notify;
 use super::{
     client::{Connection, EtcdConfig, StoreError},
     keys::Prefix,
-    read::random_id,
+    lease::{TTL, seconds},
+    random_id,
 };
 use crate::model::{
     desired::HostMode,
@@ -28,21 +28,18 @@ use crate::model::{
     status::{NAME_TAKEN, StoreBlock},
 };
 
-/// How long the keys outlive their agent.
-pub(super) const TTL: Duration = Duration::from_secs(30);
-
-/// Who holds a name.
+/// The holder of a name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owner {
-    /// The agent, over all of its runs.
+    /// The id of the agent, the same in all of its runs.
     pub id: String,
-    /// This run of it.
+    /// The id of this run.
     pub run: String,
 }
 
 /// What `state/hosts/<host>` says.
 ///
-/// It is read back for its owner, whatever version wrote it: all else may be missing.
+/// It is read back for its owner, whatever version wrote it: all other fields may be missing.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HostInfo {
     /// The version of this form.
@@ -50,7 +47,7 @@ pub struct HostInfo {
     pub version: u32,
     /// The host.
     pub host: HostName,
-    /// Who has this name; nothing from an agent that does not say so.
+    /// The holder of this name; `None` from a version that did not write it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
     /// Its labels, merged.
@@ -62,29 +59,32 @@ pub struct HostInfo {
     /// The version of the agent.
     #[serde(default)]
     pub agent: String,
+    /// What this agent understands beyond the first version.
+    #[serde(default)]
+    pub features: Vec<String>,
 }
 
-/// What one run of an agent says of its name.
+/// The claim of one run of an agent.
 #[derive(Debug)]
 pub struct Claim {
     host: HostName,
     owner: Owner,
-    /// Whoever reads the store waits here.
-    pub(super) doubted: Arc<Notify>,
-    /// Whether this run has held the name already. Whoever has it then with our own id is no earlier run of ours.
+    /// Notified when the store is to be read in full at once.
+    pub(super) resync_requested: Arc<Notify>,
+    /// True once this run has held the name. Another run with our id is then no earlier run of ours, but a copy.
     held: AtomicBool,
 }
 
-/// What was found at the key of a host.
+/// The holder by the key of a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Holder {
-    /// Nobody.
+    /// The name is free.
     None,
-    /// This agent, or one that is too old to say who it is.
+    /// This agent, or one of a version that does not write its id.
     Us,
     /// Another agent.
     Other,
-    /// One with our own id, and it is not us: a copy of our disk.
+    /// Another run with our own id, at the same time: a copy of our disk.
     Copy,
 }
 
@@ -95,15 +95,15 @@ impl Claim {
     /// If the system gives no random numbers.
     pub fn new(host: HostName, id: String) -> std::io::Result<Self> {
         let run = random_id()?[..16].to_owned();
-        Ok(Self { host, owner: Owner { id, run }, doubted: Arc::default(), held: false.into() })
+        Ok(Self { host, owner: Owner { id, run }, resync_requested: Arc::default(), held: false.into() })
     }
 
-    /// Told when the name may be somebody else's by now, or the store another one: then the store is read in full, at once.
-    pub fn doubted(&self) -> Arc<Notify> {
-        self.doubted.clone()
+    /// Notified when another agent may hold the name, or the store may be another one: it is then read in full at once.
+    pub fn resync_requested(&self) -> Arc<Notify> {
+        self.resync_requested.clone()
     }
 
-    /// The id for an agent that has none yet.
+    /// A new id, for an agent that has none yet.
     ///
     /// # Errors
     /// If the system gives no random numbers.
@@ -116,7 +116,7 @@ impl Claim {
         &self.host
     }
 
-    /// Who this is.
+    /// The ids of this agent and run.
     pub fn owner(&self) -> &Owner {
         &self.owner
     }
@@ -125,23 +125,23 @@ impl Claim {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Whether the name may be held: the revision at which its key was written last, 0 if nobody has it.
+    /// The revision of the last write of the name's key; 0 if the name is free.
     ///
     /// # Errors
-    /// If it is somebody else's, or cannot be read.
+    /// If another agent holds it, or it cannot be read.
     pub(super) async fn look(&self, connection: &Connection, prefix: &Prefix) -> Result<i64, StoreError> {
         let (revision, found) = read(connection, prefix, &self.host).await?;
         match holder(found.as_ref(), revision, &self.owner.id, self.has_held().then_some(&self.owner.run)) {
             Holder::None | Holder::Us => Ok(revision),
-            Holder::Other => Err(StoreError::Doubt(taken(&self.host))),
-            Holder::Copy => Err(StoreError::Doubt(copied(&self.host))),
+            Holder::Other => Err(StoreError::Untrusted(taken(&self.host))),
+            Holder::Copy => Err(StoreError::Untrusted(copied(&self.host))),
         }
     }
 
-    /// Takes the name if nobody has it. Whoever publishes holds it from then on; until that it lasts as long as a lease.
+    /// Claims the name if it is free, on a lease of its own, until the publisher puts the key on the lease of the agent.
     ///
     /// # Errors
-    /// If somebody else was faster, or it cannot be written.
+    /// If another agent was faster, or it cannot be written.
     pub(super) async fn take(&self, connection: &Connection, prefix: &Prefix) -> Result<(), StoreError> {
         let failed = connection.failed("taking the name of this host");
         let mut client = connection.client.clone();
@@ -153,23 +153,23 @@ impl Claim {
         if client.txn(txn).await.map_err(&failed)?.succeeded() {
             self.holds();
         }
-        // Ours or not, it is somebody's now.
+        // Ours or not, it is held now.
         self.look(connection, prefix).await.map(|_| ())
     }
 
-    /// For a transaction that only holds while nobody wrote to the name's key since this revision.
+    /// A condition of a transaction: the name's key was not written since this revision.
     pub(super) fn unchanged(&self, prefix: &Prefix, revision: i64) -> Compare {
         Compare::mod_revision(prefix.host_state(&self.host), CompareOp::Equal, revision)
     }
 
-    /// This run has written the key of the name.
+    /// Records that this run has written the key of the name.
     pub(super) fn holds(&self) {
         self.held.store(true, Ordering::Relaxed);
     }
 }
 
-/// Why an agent with this id could not hold the name of its host; nothing if it could. Writes nothing. An agent that was
-/// never started has no id, and is nobody's earlier run.
+/// Why an agent with this id could not hold the name of its host; `None` if it could. Writes nothing. An agent that was
+/// never started has no id.
 ///
 /// # Errors
 /// If no member answers; the last error.
@@ -190,7 +190,7 @@ async fn read(
     let failed = connection.failed("reading who has the name of this host");
     let answer = connection.client.kv_client().get(prefix.host_state(host), None).await.map_err(failed)?;
     let Some(kv) = answer.kvs().first() else { return Ok((0, None)) };
-    // What makes no sense was not written by an agent, and keeps nobody's name.
+    // An unreadable value was not written by an agent, and holds no name.
     Ok((kv.mod_revision(), serde_json::from_slice(kv.value()).ok()))
 }
 
@@ -200,7 +200,7 @@ fn holder(found: Option<&HostInfo>, revision: i64, id: &str, run: Option<&String
         _ if revision == 0 => Holder::None,
         Some(owner) if owner.id != id => Holder::Other,
         Some(owner) if run.is_some_and(|run| owner.run != *run) => Holder::Copy,
-        // One that does not say who it is holds nobody's name.
+        // A version that does not write its id holds no name.
         _ => Holder::Us,
     }
 }
@@ -224,11 +224,6 @@ fn copied(host: &HostName) -> StoreBlock {
     }
 }
 
-/// For etcd, which counts in seconds.
-pub(super) fn seconds(time: Duration) -> i64 {
-    i64::try_from(time.as_secs()).unwrap_or(i64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -242,10 +237,10 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_somebody_elses_only_if_they_say_so() {
+    fn a_name_is_held_by_another_agent_only_if_its_key_says_so() {
         let run = "r1".to_owned();
         assert_eq!(holder(None, 0, "a", None), Holder::None);
-        assert_eq!(holder(None, 7, "a", None), Holder::Us, "something unreadable keeps nobody from work");
+        assert_eq!(holder(None, 7, "a", None), Holder::Us, "an unreadable value holds no name");
         assert_eq!(holder(Some(&info(None)), 7, "a", Some(&run)), Holder::Us, "an agent from before there were ids");
         assert_eq!(holder(Some(&info(Some(("a", "r0")))), 7, "a", None), Holder::Us, "an earlier run, that was killed");
         assert_eq!(holder(Some(&info(Some(("a", "r1")))), 7, "a", Some(&run)), Holder::Us);

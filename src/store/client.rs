@@ -90,11 +90,11 @@ pub enum StoreError {
         /// Why.
         reason: String,
     },
-    /// It can be read, and what it says is not taken.
-    #[error("the store is not believed: {0}")]
-    Doubt(StoreBlock),
-    /// What it says could not be kept on disk, so it is not taken: an agent that forgets would go back to what was.
-    #[error("what the store says cannot be kept on disk: {0}")]
+    /// It can be read, and is not trusted.
+    #[error("the store is not trusted: {0}")]
+    Untrusted(StoreBlock),
+    /// What it says could not be kept on disk, so it is not accepted: after a restart the agent would go back behind it.
+    #[error("the desired state cannot be kept on disk: {0}")]
     Ledger(String),
     /// The watch ended, or said nothing for too long.
     #[error("etcd at {endpoint}: the watch {reason}")]
@@ -116,10 +116,10 @@ impl StoreError {
         Self::Watch { endpoint: endpoint.to_owned(), reason }
     }
 
-    /// Whether the store was read well, and what it holds is not taken. A name that somebody else has says nothing about
-    /// what it holds.
+    /// True if the store was read and its contents are not trusted. A name that another agent holds says nothing about
+    /// them.
     pub fn is_about_contents(&self) -> bool {
-        matches!(self, Self::Doubt(block) if block.kind != NAME_TAKEN)
+        matches!(self, Self::Untrusted(block) if block.kind != NAME_TAKEN)
     }
 
     /// The kind: a bounded set, for metrics.
@@ -129,7 +129,7 @@ impl StoreError {
             Self::Connect { .. } => "connect",
             Self::Call { .. } => "call",
             Self::Watch { .. } => "watch",
-            Self::Doubt(_) => "doubt",
+            Self::Untrusted(_) => "doubt",
             Self::Ledger(_) => "ledger",
         }
     }

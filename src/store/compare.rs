@@ -1,49 +1,60 @@
-//! What a store would change on a host, for whoever is to accept it; and the making of its identity.
+//! What a store would change on a host, for a person who is to accept it; the acceptance for the fleet; the creation of
+//! a store's identity.
 
 use std::collections::BTreeSet;
 
 use etcd_client::{Compare, CompareOp, Txn, TxnOp};
 
 use super::{
-    belief::{Viewer, recall, unproven},
     client::{Connection, EtcdConfig, StoreError},
-    ledger::{LedgerError, Shelf},
-    read::{Contents, Reader, Reading, random_id, read},
-    standing::{Acceptance, Found, Identity},
+    contents::Contents,
+    interpret::Interpreter,
+    keys::Key,
+    random_id,
+    read::{Reading, read},
+    recall::{recall, unproven},
+    trust::{
+        Acceptance, Acceptances, Continuity, FLEET_ACCEPTANCE_VERSION, FleetAcceptance, Found, Identity, LedgerError,
+        StateStore,
+    },
+    update::Viewer,
 };
 use crate::model::{
     desired::{DesiredApp, Snapshot},
     name::AppName,
     release::ReleaseKey,
     status::StoreBlock,
+    text::json,
     time::Timestamp,
 };
 
-/// A store, held against what an agent last believed.
+/// A store, compared with what an agent last accepted.
 #[derive(Debug, Clone)]
 pub struct Comparison {
-    /// Which store it is.
+    /// The identity of the store.
     pub found: Identity,
-    /// What the agent last believed, if it kept anything.
+    /// The identity that the agent last accepted, if its ledger has one.
     pub known: Option<Identity>,
-    /// Why what it kept cannot be used, if it cannot.
+    /// Why its ledger cannot be used, if it cannot.
     pub lost: Option<LedgerError>,
-    /// Why the agent does not take it, if it does not.
+    /// Why the agent does not trust the store, if it does not.
     pub block: Option<StoreBlock>,
-    /// Apps that would leave this host.
+    /// Apps that would be removed from this host.
     pub leaving: BTreeSet<AppName>,
-    /// Apps that would come.
+    /// Apps that would be added.
     pub coming: BTreeSet<AppName>,
     /// Apps that would get another release.
     pub changing: BTreeSet<AppName>,
-    /// What it says.
+    /// Apps that the store has no spec of and the ledger has: every host that runs them would remove them.
+    pub missing: BTreeSet<AppName>,
+    /// The desired state of this host by the store.
     pub snapshot: Snapshot,
-    /// What the agent goes by now: what the store says, or, while it does not take that, what it took last.
+    /// The desired state that the agent works by now: that of the store, or, while it is not trusted, the last accepted.
     pub acting: Snapshot,
 }
 
 impl Comparison {
-    /// What to write down for an agent, if all of this is accepted.
+    /// The acceptance of all of this on this host.
     pub fn accept(&self) -> Acceptance {
         let kind = self.block.as_ref().map(|block| block.kind.clone());
         Acceptance {
@@ -55,45 +66,59 @@ impl Comparison {
     }
 }
 
-/// Reads a store, and holds it against what the agent of this host last believed. Writes nothing.
+/// Reads a store, and compares it with what the agent of this host last accepted. Writes nothing.
 ///
 /// # Errors
 /// If no member answers; the last error.
-pub async fn compare(config: &EtcdConfig, viewer: &Viewer, shelf: &dyn Shelf) -> Result<Comparison, StoreError> {
-    let mut reader = Reader::new(viewer.host.clone(), viewer.labels.clone());
-    let (standing, kept) = recall(shelf, viewer, &config.prefix, &mut reader);
+pub async fn compare(config: &EtcdConfig, viewer: &Viewer, disk: &dyn StateStore) -> Result<Comparison, StoreError> {
+    let mut reader = Interpreter::new(viewer.host.clone(), viewer.labels.clone());
+    let (trust, kept) = recall(disk, viewer, &config.prefix, &mut reader);
     let (kept, lost) = match kept {
         Ok(kept) => (kept, None),
         Err(e) => (None, Some(e)),
     };
-    let landmark = kept.as_ref().and_then(|(ledger, _)| ledger.landmark());
-    let ask = async |connection: Connection| read(&connection, &config.prefix, landmark.clone()).await;
-    let Reading { contents, identity: found, key, forgotten } = super::each_member(config, ask).await?;
+    let newest = kept.as_ref().and_then(|kept| kept.ledger.contents.newest());
+    let ask = async |connection: Connection| read(&connection, &config.prefix, &viewer.host, newest.as_ref()).await;
+    let Reading { contents, identity: found, key, fence, fleet_acceptance, has_newest } =
+        super::each_member(config, ask).await?;
     // A store without a key gets the one that is known; without one any will do, since nothing is made by it.
-    let known = kept.as_ref().map(|(ledger, _)| ledger.key.clone());
+    let known = kept.as_ref().map(|kept| kept.ledger.key.clone());
     let key = key.or(known).unwrap_or_else(|| ReleaseKey::new(""));
     let after = reader.snapshot(&contents, &key);
     let nothing = Contents::default();
-    let before = kept.as_ref().map_or(&nothing, |(ledger, _)| &ledger.contents);
-    let judged = Found { identity: &found, contents: &contents, snapshot: &after, forgotten: forgotten.as_ref() };
-    let block = standing.judge(judged, before, viewer.brake, &Acceptance::default()).err();
-    let before = kept.map(|(_, snapshot)| snapshot).unwrap_or_default();
+    let before = kept.as_ref().map_or(&nothing, |kept| &kept.ledger.contents);
+    let record = kept.as_ref().and_then(|kept| kept.ledger.fence.clone()).unwrap_or_default();
+    let is_unchanged = kept.as_ref().is_some_and(|kept| kept.snapshot.has_same_effect(&after));
+    let continuity = Continuity::Read { fence: record.compare(fence.as_ref()), has_newest, is_unchanged };
+    let judged = Found { identity: &found, contents: &contents, snapshot: &after, continuity };
+    let accepted = Acceptances { fleet: fleet_acceptance, ..Acceptances::default() };
+    let block = trust.judge(judged, before, viewer.brake, &accepted).err();
+    let specs = |contents: &Contents| -> BTreeSet<AppName> {
+        let apps = contents.entries.keys().filter_map(|key| match Key::parse(key) {
+            Ok(Key::Spec(app)) => Some(app),
+            _ => None,
+        });
+        apps.collect()
+    };
+    let missing = specs(before).difference(&specs(&contents)).cloned().collect();
+    let before = kept.map(|kept| kept.snapshot).unwrap_or_default();
     let wanted = |snapshot: &Snapshot, app: &AppName| match snapshot.apps.get(app) {
         None | Some(DesiredApp::Absent(_)) => None,
         Some(DesiredApp::Run(target)) => Some(Some(target.release.id.clone())),
         Some(_) => Some(None),
     };
-    let all: BTreeSet<AppName> = standing.here.iter().chain(after.apps.keys()).cloned().collect();
+    let all: BTreeSet<AppName> = trust.placed_apps.iter().chain(after.apps.keys()).cloned().collect();
     let of = |fits: &dyn Fn(&AppName) -> bool| all.iter().filter(|a| fits(a)).cloned().collect();
     Ok(Comparison {
-        leaving: standing.leaving(&after),
-        coming: of(&|a| !standing.here.contains(a) && wanted(&after, a).is_some()),
+        leaving: trust.leaving(&after),
+        coming: of(&|a| !trust.placed_apps.contains(a) && wanted(&after, a).is_some()),
         changing: of(&|a| match (wanted(&before, a), wanted(&after, a)) {
             (Some(old), Some(new)) => old != new,
             _ => false,
         }),
+        missing,
         acting: if block.is_some() { unproven(before) } else { after.clone() },
-        known: standing.identity,
+        known: trust.identity,
         lost,
         found,
         block,
@@ -101,7 +126,31 @@ pub async fn compare(config: &EtcdConfig, viewer: &Viewer, shelf: &dyn Shelf) ->
     })
 }
 
-/// Gives a store its identity, the `cluster` key; or tells the one that it has. True if it was made.
+/// Accepts a store for every host: writes `state/accept`. Each agent that does not trust the store takes it by that, once
+/// and within a day.
+///
+/// # Errors
+/// If no member answers, or the key may not be written.
+pub async fn accept_for_fleet(config: &EtcdConfig, found: &Comparison) -> Result<(), StoreError> {
+    let id = random_id().map_err(|source| StoreError::File { path: "/dev/urandom".into(), source })?;
+    let (version, id) = (FLEET_ACCEPTANCE_VERSION, id[..16].to_owned());
+    let acceptance = FleetAcceptance {
+        version,
+        id,
+        identity: found.found.clone(),
+        leaving: found.missing.union(&found.leaving).cloned().collect(),
+        at: Timestamp::now(),
+    };
+    let text = json(&acceptance);
+    super::each_member(config, async |mut connection: Connection| {
+        let failed = connection.failed("accepting the store for the fleet");
+        connection.client.put(config.prefix.fleet_acceptance(), text.clone(), None).await.map_err(failed)?;
+        Ok(())
+    })
+    .await
+}
+
+/// Creates the identity of a store, the `cluster` key, or returns the one it has. True if it was created.
 ///
 /// # Errors
 /// If no member answers, or it may not be written.
@@ -111,7 +160,7 @@ pub async fn init(config: &EtcdConfig) -> Result<(String, bool), StoreError> {
     let key = config.prefix.key("cluster");
     super::each_member(config, async |mut connection: Connection| {
         let failed = connection.failed("making the `cluster` key");
-        // Whoever is first makes it; everybody else is told what the first one made.
+        // The first caller creates it; all others get what the first one created.
         let create = Txn::new()
             .when([Compare::create_revision(key.clone(), CompareOp::Equal, 0)])
             .and_then([TxnOp::put(key.clone(), id, None)])

@@ -1,4 +1,4 @@
-//! A store that is kept in etcd.
+//! The source of an agent in service: an etcd cluster.
 
 use std::sync::Arc;
 
@@ -6,31 +6,32 @@ use etcd_client::{Event, EventType, WatchOptions, WatchResponse, WatchStream};
 use tokio::sync::Notify;
 
 use super::{
-    belief::{Change, News},
     claim::Claim,
     client::{Connection, EtcdConfig, StoreError},
+    contents::{Entry, Write},
     keys::Prefix,
-    landmark::Landmark,
-    read::{Entry, LARGEST, Reading, make_release_key, read, release_key},
+    read::{LARGEST, Proof, Reading, fleet_acceptance, make_release_key, prove, read, release_key},
     source::{Session, Source, Watch},
+    trust::FleetAcceptance,
+    update::{Change, News},
 };
 use crate::model::release::ReleaseKey;
 
-/// A cluster, seen by the agent of one host.
+/// A cluster and the claim of one host's name in it.
 #[derive(Debug)]
 pub struct EtcdCluster {
     config: Arc<EtcdConfig>,
     claim: Arc<Claim>,
 }
 
-/// A member of it.
+/// A connection to one member.
 pub struct EtcdSession {
     connection: Connection,
     config: Arc<EtcdConfig>,
     claim: Arc<Claim>,
 }
 
-/// A watch of all that people write.
+/// A watch of the desired range.
 pub struct EtcdWatch {
     stream: WatchStream,
     connection: Connection,
@@ -38,7 +39,7 @@ pub struct EtcdWatch {
 }
 
 impl EtcdCluster {
-    /// For the agent that says this of its name.
+    /// For the agent with this claim.
     pub fn new(config: EtcdConfig, claim: Arc<Claim>) -> Self {
         Self { config: Arc::new(config), claim }
     }
@@ -51,8 +52,8 @@ impl Source for EtcdCluster {
         self.config.endpoints.len()
     }
 
-    fn doubted(&self) -> Arc<Notify> {
-        self.claim.doubted()
+    fn resync_requested(&self) -> Arc<Notify> {
+        self.claim.resync_requested()
     }
 
     async fn open(&self, turn: usize) -> Result<EtcdSession, StoreError> {
@@ -64,8 +65,16 @@ impl Source for EtcdCluster {
 impl Session for EtcdSession {
     type Watch = EtcdWatch;
 
-    async fn read(&self, landmark: Option<Landmark>) -> Result<Reading, StoreError> {
-        read(&self.connection, &self.config.prefix, landmark).await
+    async fn read(&self, newest: Option<Write>) -> Result<Reading, StoreError> {
+        read(&self.connection, &self.config.prefix, self.claim.host(), newest.as_ref()).await
+    }
+
+    async fn prove(&self, since: i64) -> Result<Proof, StoreError> {
+        prove(&self.connection, &self.config.prefix, self.claim.host(), since).await
+    }
+
+    async fn fleet_acceptance(&self) -> Result<Option<FleetAcceptance>, StoreError> {
+        fleet_acceptance(&self.connection, &self.config.prefix).await
     }
 
     async fn release_key(&self) -> Result<Option<ReleaseKey>, StoreError> {
@@ -85,10 +94,10 @@ impl Session for EtcdSession {
     }
 
     async fn watch(&self, from: i64) -> Result<EtcdWatch, StoreError> {
-        let (first, end) = self.config.prefix.intent();
+        let (first, end) = self.config.prefix.desired_range();
         let mut client = self.connection.client.watch_client().max_decoding_message_size(LARGEST);
         let options = WatchOptions::new().with_range(end).with_start_revision(from).with_fragment();
-        // Opening waits for the first answer, which a member without a leader may never give.
+        // Opening waits for the first answer, which a member without a leader may never send.
         let opened = tokio::time::timeout(self.config.command_timeout, client.watch(first, Some(options))).await;
         let Ok(opened) = opened else {
             return Err(StoreError::silent(&self.connection.endpoint, self.config.command_timeout));
@@ -114,7 +123,7 @@ impl Watch for EtcdWatch {
 }
 
 impl EtcdWatch {
-    /// A cancelled watch stays open and says nothing for ever, so it is taken for one that ended.
+    /// The changes of a message. A cancelled watch stays open and silent, so its message counts as the end of the stream.
     fn news(&self, message: Option<&WatchResponse>) -> Result<News, StoreError> {
         let ended = |reason: String| StoreError::Watch { endpoint: self.connection.endpoint.clone(), reason };
         let message = message.ok_or_else(|| ended("was closed".into()))?;

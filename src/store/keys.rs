@@ -32,9 +32,9 @@ impl Prefix {
         format!("{}/{rest}", self.0)
     }
 
-    /// The range of all that people write: `apps/`, `cluster`, `env/` and `hosts/` are neighbours, so one read and one
-    /// watch see them at one revision, and never what agents write.
-    pub fn intent(&self) -> (Vec<u8>, Vec<u8>) {
+    /// The range of the desired state, which people write: `apps/`, `cluster`, `env/` and `hosts/` are neighbours, so one
+    /// read and one watch see them at one revision, and never what agents write.
+    pub fn desired_range(&self) -> (Vec<u8>, Vec<u8>) {
         (self.key("apps/").into_bytes(), self.key("hosts0").into_bytes())
     }
 
@@ -43,28 +43,38 @@ impl Prefix {
         self.key("secret/release-key")
     }
 
-    /// What an agent tells of its host.
+    /// The last writes of the agent of a host; on no lease.
+    pub fn fence(&self, host: &HostName) -> String {
+        self.key(&format!("state/fence/{host}"))
+    }
+
+    /// What a person accepted for the whole fleet.
+    pub fn fleet_acceptance(&self) -> String {
+        self.key("state/accept")
+    }
+
+    /// The status of a host, on the lease of its agent.
     pub fn host_state(&self, host: &HostName) -> String {
         self.key(&format!("state/hosts/{host}"))
     }
 
-    /// What an agent tells of an app.
-    pub fn app_state(&self, app: &str, host: &HostName) -> String {
-        self.key(&format!("state/apps/{app}/{host}"))
+    /// The status of an app on a host, on the lease of its agent.
+    pub fn app_state(&self, host: &HostName, app: &str) -> String {
+        self.key(&format!("state/apps/{host}/{app}"))
     }
 
-    /// All that agents tell of apps.
+    /// The statuses of all apps on all hosts.
     pub fn app_states(&self) -> String {
         self.key("state/apps/")
     }
 
-    /// What is below the prefix.
+    /// A key without the prefix; `None` if it is not below it.
     pub fn strip<'k>(&self, key: &'k [u8]) -> Option<&'k [u8]> {
         key.strip_prefix(self.0.as_bytes())?.strip_prefix(b"/")
     }
 }
 
-/// What a key of the intent means.
+/// A key of the desired range.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Key {
     /// `apps/<app>/spec`
@@ -85,51 +95,51 @@ pub enum Key {
     Cluster,
 }
 
-/// A key that means nothing, and whose it might be.
+/// A key without a meaning, by what it might belong to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BadKey {
-    /// Something unknown below a good app.
+    /// An unknown key below a valid app name.
     App(AppName, Problem),
-    /// A bad variable in a good set.
+    /// An invalid variable name in a valid set.
     Set(SetName, Problem),
-    /// Nobody's.
-    Nobody(Problem),
+    /// Neither.
+    Unowned(Problem),
 }
 
 impl Key {
     /// Reads a key, without the prefix.
     ///
     /// # Errors
-    /// One sentence, and whose key it might be.
+    /// One sentence, and what the key might belong to.
     pub fn parse(rest: &[u8]) -> Result<Self, BadKey> {
         let shown = String::from_utf8_lossy(rest).escape_debug().to_string();
-        let nobody = |message: String| BadKey::Nobody(Problem::new(shown.clone(), message));
-        let text = std::str::from_utf8(rest).map_err(|_| nobody("the key is not UTF-8".into()))?;
+        let unowned = |message: String| BadKey::Unowned(Problem::new(shown.clone(), message));
+        let text = std::str::from_utf8(rest).map_err(|_| unowned("the key is not UTF-8".into()))?;
         if text == "cluster" {
             return Ok(Self::Cluster);
         }
         let Some((kind, rest)) = text.split_once('/') else {
-            return Err(nobody("demae knows no such key".into()));
+            return Err(unowned("demae knows no such key".into()));
         };
         match kind {
             "apps" => {
                 let (app, what) =
-                    rest.rsplit_once('/').ok_or_else(|| nobody("write `apps/<app>/spec` and the like".into()))?;
-                let app = AppName::try_from(app).map_err(|e| nobody(e.to_string()))?;
+                    rest.rsplit_once('/').ok_or_else(|| unowned("write `apps/<app>/spec` and the like".into()))?;
+                let app = AppName::try_from(app).map_err(|e| unowned(e.to_string()))?;
                 match what {
                     "spec" => Ok(Self::Spec(app)),
                     "image" => Ok(Self::Image(app)),
                     "restart" => Ok(Self::Restart(app)),
                     "paused" => Ok(Self::Paused(app)),
                     _ => {
-                        let problem = Problem::new(shown, "demae knows no such key");
+                        let problem = Problem::new(shown, "demae knows no such key, and ignores it");
                         Err(BadKey::App(app, problem.hint("an app has `spec`, `image`, `restart` and `paused`")))
                     }
                 }
             }
             "env" => {
-                let (set, name) = rest.split_once('/').ok_or_else(|| nobody("write `env/<set>/<NAME>`".into()))?;
-                let set = SetName::try_from(set).map_err(|e| nobody(e.to_string()))?;
+                let (set, name) = rest.split_once('/').ok_or_else(|| unowned("write `env/<set>/<NAME>`".into()))?;
+                let set = SetName::try_from(set).map_err(|e| unowned(e.to_string()))?;
                 match EnvName::try_from(name) {
                     Ok(name) => Ok(Self::Env(set, name)),
                     Err(e) => {
@@ -144,15 +154,15 @@ impl Key {
             "hosts" => {
                 let (host, what) = rest
                     .rsplit_once('/')
-                    .ok_or_else(|| nobody("write `hosts/<host>/labels` or `hosts/<host>/mode`".into()))?;
-                let host = HostName::try_from(host).map_err(|e| nobody(e.to_string()))?;
+                    .ok_or_else(|| unowned("write `hosts/<host>/labels` or `hosts/<host>/mode`".into()))?;
+                let host = HostName::try_from(host).map_err(|e| unowned(e.to_string()))?;
                 match what {
                     "labels" => Ok(Self::HostLabels(host)),
                     "mode" => Ok(Self::HostMode(host)),
-                    _ => Err(nobody("a host has `labels` and `mode`".into())),
+                    _ => Err(unowned("a host has `labels` and `mode`".into())),
                 }
             }
-            _ => Err(nobody("demae knows no such key".into())),
+            _ => Err(unowned("demae knows no such key".into())),
         }
     }
 }
@@ -162,7 +172,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_are_read_and_hostile_ones_are_nobodys() {
+    fn keys_are_parsed_and_hostile_ones_belong_to_nothing() {
         let web = AppName::try_from("web").expect("a name");
         assert_eq!(Key::parse(b"apps/web/image"), Ok(Key::Image(web.clone())));
         assert_eq!(Key::parse(b"cluster"), Ok(Key::Cluster));
@@ -170,18 +180,22 @@ mod tests {
         for bad in
             ["apps/../x/spec", "apps/WEB/spec", "apps/spec", "apps//spec", "env/web", "hosts/a/b/c", "clusters", "x"]
         {
-            assert!(matches!(Key::parse(bad.as_bytes()), Err(BadKey::Nobody(_))), "{bad} was taken");
+            assert!(matches!(Key::parse(bad.as_bytes()), Err(BadKey::Unowned(_))), "{bad} was taken");
         }
         assert!(matches!(Key::parse(b"env/web/A=B"), Err(BadKey::Set(..))));
-        assert!(matches!(Key::parse(b"apps/\xff/spec"), Err(BadKey::Nobody(_))));
+        assert!(matches!(Key::parse(b"apps/\xff/spec"), Err(BadKey::Unowned(_))));
     }
 
     #[test]
-    fn the_intent_is_one_range_without_state_and_secrets() {
+    fn the_desired_range_has_neither_state_nor_secrets() {
         let prefix = Prefix::new("/demae/").expect("a prefix");
-        let (from, to) = prefix.intent();
+        let (from, to) = prefix.desired_range();
         let inside = |k: &str| (from.as_slice()..to.as_slice()).contains(&prefix.key(k).as_bytes());
         assert!(["apps/web/spec", "cluster", "env/web/A", "hosts/web1/mode"].iter().all(|k| inside(k)));
-        assert!(!["secret/release-key", "state/apps/web/web1", "aa"].iter().any(|k| inside(k)));
+        assert!(
+            !["secret/release-key", "state/apps/web1/web", "state/fence/web1", "state/accept", "aa"]
+                .iter()
+                .any(|k| inside(k))
+        );
     }
 }

@@ -1,36 +1,33 @@
-//! What an app said when it last made sense, for as long as it does not.
+//! The last valid keys of apps that are invalid or paused now.
 //!
-//! An agent that is started anew must be able to repair such an app too, and what the store says now does not tell how.
+//! An agent that restarts must be able to repair such an app, and the store no longer holds the keys to do so.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::read::{Contents, Entry};
+use super::contents::{Contents, Entries};
 use crate::model::{
     desired::{DesiredApp, Snapshot},
     name::AppName,
     spec::Spec,
 };
 
-/// Keys and values, as they were read.
-pub(super) type Entries = BTreeMap<Vec<u8>, Entry>;
-
-/// Of each app that is broken or paused, what it said before.
+/// The last valid keys of each app that is invalid or paused.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LastGood {
     kept: BTreeMap<AppName, Entries>,
-    /// Apps that made sense in the last snapshot.
+    /// Apps that were valid in the last snapshot.
     good: BTreeSet<AppName>,
 }
 
 impl LastGood {
-    /// What an earlier agent kept, with what it believed.
+    /// What an earlier agent kept, with the snapshot it had accepted.
     pub(super) fn recalled(kept: BTreeMap<AppName, Entries>, snapshot: &Snapshot) -> Self {
         let mut last_good = Self { kept, good: BTreeSet::new() };
         last_good.follow(&Contents::default(), snapshot);
         last_good
     }
 
-    /// Takes that a snapshot came after these contents.
+    /// Records that a snapshot followed these contents.
     pub(super) fn follow(&mut self, before: &Contents, after: &Snapshot) {
         self.kept.retain(|app, _| after.apps.contains_key(app));
         for (app, desired) in &after.apps {
@@ -39,7 +36,7 @@ impl LastGood {
                 DesiredApp::Run(_) | DesiredApp::Absent(_) => {
                     self.kept.remove(app);
                 }
-                DesiredApp::Invalid { .. } | DesiredApp::Paused(_) | DesiredApp::Kept(_) => {
+                DesiredApp::Invalid { .. } | DesiredApp::Paused(_) | DesiredApp::Unknown(_) => {
                     if self.good.contains(app) && !self.kept.contains_key(app) {
                         self.kept.insert(app.clone(), entries(app, before));
                     }
@@ -50,13 +47,13 @@ impl LastGood {
         self.good = after.apps.iter().filter(is_good).map(|(app, _)| app.clone()).collect();
     }
 
-    /// To be kept on disk.
+    /// For the ledger.
     pub(super) fn kept(&self) -> &BTreeMap<AppName, Entries> {
         &self.kept
     }
 }
 
-/// All that an app is made from: its keys, its own set, and those that its spec names.
+/// All keys that an app is made from: its own, its own set of variables, and the sets that its spec names.
 fn entries(app: &AppName, contents: &Contents) -> Entries {
     let own = format!("apps/{app}/");
     let spec = contents.entries.get(format!("{own}spec").as_bytes()).and_then(|e| Spec::parse(e.value()).ok());

@@ -1,4 +1,4 @@
-//! Each member of etcd by itself, for whoever wants to know which of them is ill.
+//! Each member of etcd by itself, to tell which of them is unhealthy.
 
 use etcd_client::{Compare, CompareOp, GetOptions, Txn, TxnOp};
 
@@ -8,22 +8,22 @@ use crate::model::name::HostName;
 /// A member that answers.
 #[derive(Debug)]
 pub struct Member {
-    /// Its version; nothing if this user may not ask for it.
+    /// Its version; `None` if this user may not ask for it.
     pub version: Option<String>,
-    /// How many keys of people it has.
+    /// Keys in the desired range.
     pub keys: i64,
-    /// Whether it may be written, and takes what is written.
+    /// Whether this user may write what an agent writes, and the member takes writes.
     pub writable: Result<(), StoreError>,
 }
 
-/// Asks every configured member for what an agent of this host would read, how old it is, and whether the user may write what an
-/// agent does. Writes nothing.
+/// Asks every configured member for what an agent of this host would read, its version, and whether the user may write
+/// what an agent writes. Writes nothing.
 pub async fn members(config: &EtcdConfig, host: &HostName) -> Vec<(String, Result<Member, StoreError>)> {
     let mut found = Vec::new();
     for (turn, endpoint) in config.endpoints.iter().enumerate() {
         let asking = async {
             let mut connection = Connection::open(config, turn).await?;
-            let (from, to) = config.prefix.intent();
+            let (from, to) = config.prefix.desired_range();
             let options = GetOptions::new().with_range(to).with_count_only();
             let failed = connection.failed("reading");
             let keys = connection.client.get(from, Some(options)).await.map_err(failed)?.count();
@@ -36,10 +36,15 @@ pub async fn members(config: &EtcdConfig, host: &HostName) -> Vec<(String, Resul
     found
 }
 
-/// Whether the user may write what an agent writes. etcd looks at the rights for all of a transaction before it compares
-/// anything, and what is compared here never holds.
+/// Whether the user may write what an agent writes. etcd checks the rights for all of a transaction before it compares
+/// anything, and this comparison never holds.
 async fn may_write(connection: &mut Connection, config: &EtcdConfig, host: &HostName) -> Result<(), StoreError> {
-    let keys = [format!("state/hosts/{host}"), format!("state/apps/a/{host}"), "secret/release-key".to_owned()];
+    let keys = [
+        format!("state/hosts/{host}"),
+        format!("state/apps/{host}/a"),
+        format!("state/fence/{host}"),
+        "secret/release-key".to_owned(),
+    ];
     let keys = keys.map(|rest| config.prefix.key(&rest));
     let never = Compare::version(keys[0].as_str(), CompareOp::Less, 0);
     let puts = keys.iter().map(|key| TxnOp::put(key.as_str(), "", None));

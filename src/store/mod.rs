@@ -1,35 +1,44 @@
 //! etcd: the only users of `etcd-client`.
 //!
-//! The watch is only for speed. What is true is a full read, made at the start, after any gap, and at an interval.
+//! The watch is only for speed. The truth is a full read, made at the start and after any gap, and a comparison with the
+//! store at an interval.
 
-mod belief;
+mod cache;
 mod claim;
 pub mod client;
 mod compare;
+mod contents;
 mod etcd;
+mod interpret;
 pub mod keys;
-mod landmark;
 mod last_good;
-mod ledger;
+mod lease;
 mod members;
 mod publish;
 mod read;
+mod recall;
+
 mod source;
-mod standing;
+mod trust;
+mod update;
 mod watch;
 
-pub use belief::{Belief, Change, News, Update, Viewer};
+pub use cache::DesiredCache;
 pub use claim::{Claim, HostInfo, Owner, claimed};
 pub use client::StoreError;
-pub use compare::{Comparison, compare, init};
+pub use compare::{Comparison, accept_for_fleet, compare, init};
+pub use contents::{Contents, Entry, Write};
 pub use etcd::EtcdCluster;
-pub use landmark::Landmark;
-pub use ledger::{Ledger, LedgerError, Shelf};
+pub use lease::{Lease, keep_lease};
 pub use members::{Member, members};
-pub use publish::{Publishing, publish, published};
-pub use read::{Contents, Entry, Reading, fingerprint};
+pub use publish::{FEATURES, Publishing, Sources, publish, published};
+pub use read::{Proof, Reading, fingerprint};
 pub use source::{Session, Source, Watch};
-pub use standing::{Acceptance, Brake, Found, Identity, Standing};
+pub use trust::{
+    Acceptance, Brake, Fence, FenceMatch, FenceRecord, FleetAcceptance, Head, Identity, Ledger, LedgerError, Nonce,
+    SharedFence, StateStore,
+};
+pub use update::{Change, News, Update, Viewer};
 pub use watch::watch;
 
 use client::{Connection, EtcdConfig};
@@ -51,4 +60,11 @@ async fn each_member<T>(
         }
     }
     Err(last)
+}
+
+/// 256 random bits in hexadecimal.
+fn random_id() -> std::io::Result<String> {
+    let mut bytes = [0u8; 32];
+    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(crate::model::text::hex(&bytes))
 }

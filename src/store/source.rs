@@ -1,53 +1,71 @@
-//! What keeping up with a store needs of it. In service that is etcd; histories are played on a model of one.
+//! The seam to the store: what keeping up with it needs. In service that is etcd; simulated histories run on a model.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::sync::Notify;
 
-use super::{belief::News, client::StoreError, landmark::Landmark, read::Reading};
+use super::{
+    client::StoreError,
+    contents::Write,
+    read::{Proof, Reading},
+    trust::FleetAcceptance,
+    update::News,
+};
 use crate::{model::release::ReleaseKey, retry};
 
-/// All members of a store, and the name that this host has in it.
+/// The members of a store, and the claim of this host's name in it.
 pub trait Source: Send + 'static {
     /// One member, connected.
     type Session: Session;
 
-    /// How many there are.
+    /// How many members there are.
     fn members(&self) -> usize;
 
-    /// Told when the store is to be read in full, at once.
-    fn doubted(&self) -> Arc<Notify>;
+    /// Notified when the store is to be read in full at once.
+    fn resync_requested(&self) -> Arc<Notify>;
 
-    /// Connects to the member whose turn it is.
+    /// Connects to a member: `turn` modulo their number.
     ///
     /// # Errors
     /// If the connection cannot be made.
     fn open(&self, turn: usize) -> impl Future<Output = Result<Self::Session, StoreError>> + Send;
 
-    /// A duration, give or take a little, so that many hosts do not ask at once.
+    /// A duration, give or take a fifth, so that many hosts do not ask at once.
     fn jittered(&self, duration: Duration) -> Duration {
         retry::jittered(duration)
     }
 }
 
-/// One connection to a member, from its first read to whatever ends it.
+/// One connection to a member, from its first read to its end.
 pub trait Session: Send + Sync {
-    /// What it tells of changes.
+    /// Its stream of changes.
     type Watch: Watch;
 
-    /// Reads everything at one revision, and looks for what the store must know if it is the one from before.
+    /// Reads everything at one revision, and looks for `newest` in the history of the store.
     ///
     /// # Errors
     /// If a call fails.
-    fn read(&self, landmark: Option<Landmark>) -> impl Future<Output = Result<Reading, StoreError>> + Send;
+    fn read(&self, newest: Option<Write>) -> impl Future<Output = Result<Reading, StoreError>> + Send;
+
+    /// Asks what was written after a revision.
+    ///
+    /// # Errors
+    /// If the call fails.
+    fn prove(&self, since: i64) -> impl Future<Output = Result<Proof, StoreError>> + Send;
 
     /// The key that release ids are made with, if the store has one. No watch sees it.
     ///
     /// # Errors
-    /// If a call fails.
+    /// If the call fails.
     fn release_key(&self) -> impl Future<Output = Result<Option<ReleaseKey>, StoreError>> + Send;
 
-    /// Gives the store a key if it has none: the one that is known, or a new one.
+    /// What a person accepted for the whole fleet. No watch sees it.
+    ///
+    /// # Errors
+    /// If the call fails.
+    fn fleet_acceptance(&self) -> impl Future<Output = Result<Option<FleetAcceptance>, StoreError>> + Send;
+
+    /// Creates the release key if the store has none: the known one, or a random one.
     ///
     /// # Errors
     /// If a call fails.
@@ -56,39 +74,39 @@ pub trait Session: Send + Sync {
         known: Option<&ReleaseKey>,
     ) -> impl Future<Output = Result<ReleaseKey, StoreError>> + Send;
 
-    /// Whether this agent has the name of its host there; if not, nobody has it.
+    /// True if this agent holds the name of its host, false if it is free.
     ///
     /// # Errors
-    /// If somebody else has it, or a call fails.
+    /// If another agent holds it, or the call fails.
     fn has_name(&self) -> impl Future<Output = Result<bool, StoreError>> + Send;
 
-    /// Takes the name.
+    /// Claims the name.
     ///
     /// # Errors
-    /// If somebody else was faster, or a call fails.
+    /// If another agent was faster, or a call fails.
     fn take_name(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
 
-    /// Changes from this revision on.
+    /// Watches changes from this revision on.
     ///
     /// # Errors
-    /// If it cannot be opened.
+    /// If the watch cannot be opened.
     fn watch(&self, from: i64) -> impl Future<Output = Result<Self::Watch, StoreError>> + Send;
 }
 
 /// A stream of changes.
 pub trait Watch: Send {
-    /// The next message. Nothing is lost if the future is dropped before it has ended.
+    /// The next message. Cancel-safe: no message is lost if the future is dropped.
     ///
     /// # Errors
-    /// If it is neither news nor a sign of life: then none will come.
+    /// If the stream has ended.
     fn next(&mut self) -> impl Future<Output = Result<News, StoreError>> + Send;
 
-    /// Asks for a sign of life, which comes as a message.
+    /// Requests a progress message.
     ///
     /// # Errors
-    /// If it cannot be asked.
+    /// If it cannot be sent.
     fn ask(&mut self) -> impl Future<Output = Result<(), StoreError>> + Send;
 
-    /// Whose it is.
+    /// The member's endpoint.
     fn endpoint(&self) -> &str;
 }

@@ -7,36 +7,45 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    belief::{Belief, News},
+    cache::{DesiredCache, ProofResult},
     client::StoreError,
     source::{Session, Source, Watch},
+    trust::FleetAcceptance,
+    update::News,
 };
 use crate::{model::release::ReleaseKey, retry::Retry};
 
-/// How often the watch is asked for a sign of life, and how long it may take to give one.
+/// How often a progress message of the watch is requested, and how long it may take.
 const PROGRESS: Duration = Duration::from_secs(10);
 /// Most changes that are taken at once.
 const GATHERED: usize = 10_000;
-/// The watch must have worked for this long before failures count from one again.
+/// A watch must have worked for this long before failures count from one again.
 const STEADY: Duration = Duration::from_secs(60);
-/// How often it is looked whether a store that is not believed is to be read again: a person may be about to accept it, or
-/// to put it back.
-const DOUBTFUL: Duration = Duration::from_secs(3);
-/// How soon members are asked again that did not answer, while others are not believed.
+/// Between two looks whether a store that is not trusted is to be read again: it may be being restored or accepted.
+const UNTRUSTED_POLL: Duration = Duration::from_secs(3);
+/// How soon members that did not answer are tried again while those that answered are not trusted.
 const SILENT: Duration = Duration::from_secs(10);
+/// A comparison that finds a difference is repeated after this pause, since the watch may be about to bring it; the last
+/// one of so many leads to a full read.
+const REPEAT_PROOF: Duration = Duration::from_millis(300);
+const PROOFS: u32 = 4;
+/// Between two full reads while the watch works and each resync finds nothing missing. What the comparison of a resync
+/// cannot see is a deletion and a creation that a watch lost together.
+const FULL_READ: Duration = Duration::from_secs(3600);
 
-/// Keeps what is believed as the store is, until cancelled. While the store cannot be read, it is as it was last.
-pub async fn watch<S: Source>(source: S, mut belief: Belief, token: CancellationToken) {
-    belief.recall();
+/// Keeps the cache as the store is, until cancelled. While the store cannot be read, the cache is as it was last.
+pub async fn watch<S: Source>(source: S, mut cache: DesiredCache, token: CancellationToken) {
+    cache.recall();
     let mut watcher = Watcher {
         source,
-        belief,
+        cache,
         turn: 0,
         read_to: 0,
         read_key: None,
-        exchanged: false,
+        read_acceptance: None,
+        store_replaced: false,
         asked: BTreeMap::new(),
-        told: String::new(),
+        last_error: String::new(),
     };
     let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(10));
     loop {
@@ -50,18 +59,18 @@ pub async fn watch<S: Source>(source: S, mut belief: Belief, token: Cancellation
             watcher.fail(&error);
             if began.elapsed() > STEADY {
                 retry.reset();
-                watcher.told.clear();
+                watcher.last_error.clear();
             }
             let pause = watcher.source.jittered(retry.step());
-            let pause = if matches!(error, StoreError::Doubt(_)) { pause.min(DOUBTFUL) } else { pause };
+            let pause = if matches!(error, StoreError::Untrusted(_)) { pause.min(UNTRUSTED_POLL) } else { pause };
             tokio::select! {
                 biased;
                 () = token.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
             }
         }
-        // What a person accepted is at this member.
-        if !std::mem::take(&mut watcher.exchanged) {
+        // The store that a person accepted is at this member.
+        if !std::mem::take(&mut watcher.store_replaced) {
             watcher.turn += 1;
         }
     }
@@ -69,93 +78,117 @@ pub async fn watch<S: Source>(source: S, mut belief: Belief, token: Cancellation
 
 struct Watcher<S> {
     source: S,
-    belief: Belief,
-    /// Whose turn it is among the members.
+    cache: DesiredCache,
+    /// Counts connections; modulo the number of members, the member of this one.
     turn: usize,
-    /// The revision of the last read, whether it was believed or not, and the release key there.
+    /// The revision of the last read, trusted or not, and the release key and acceptance that it found.
     read_to: i64,
     read_key: Option<ReleaseKey>,
-    /// Whether a read was believed only since a person accepted it.
-    exchanged: bool,
-    /// Which members were asked since what was read is not believed, and whether they answered.
+    read_acceptance: Option<FleetAcceptance>,
+    /// True if the last read was trusted only because a person accepted it: the watch is of another store.
+    store_replaced: bool,
+    /// Members that were asked since the store became untrusted, and whether they answered.
     asked: BTreeMap<usize, bool>,
-    /// The last trouble, in words.
-    told: String,
+    /// The text of the last error.
+    last_error: String,
 }
 
 impl<S: Source> Watcher<S> {
-    /// One connection, from its first read to whatever ends it. It ends well if nothing is wrong with it, and another one may
-    /// lead to a store that is believed.
+    /// One connection, from its first read to its end. Returns `Ok` if nothing is wrong with it, and another member may
+    /// have a store that is trusted.
     async fn session(&mut self) -> Result<(), StoreError> {
-        let (resync, doubted) = (self.belief.resync(), self.source.doubted());
+        let (resync, resync_requested) = (self.cache.resync(), self.source.resync_requested());
         let session = self.source.open(self.turn).await?;
         self.read_all(&session).await?;
         let from = self.read_to + 1;
         let mut watch = session.watch(from).await?;
-        let mut resync_at = Instant::now() + self.source.jittered(resync);
+        let (mut resync_at, mut differing) = (Instant::now() + self.source.jittered(resync), 0);
+        let full_read_at = Instant::now() + self.source.jittered(FULL_READ);
         let others_at = Instant::now() + self.source.jittered(SILENT);
         let mut asked = false;
-        let mut sign_by = Instant::now() + PROGRESS;
-        let mut look_at = Instant::now() + self.source.jittered(DOUBTFUL);
-        self.exchanged = false;
-        // What was read since may be of another store, or of an earlier day. Then this watch would tell nothing of what comes
-        // next there, and may still tell of what was.
-        while !self.exchanged && self.read_to + 1 >= from {
-            // In this order: a history that is played goes the same way twice, no flood of news puts off what is rare, and
-            // what has come is a sign of life, however late it is taken.
+        let mut progress_by = Instant::now() + PROGRESS;
+        let mut look_at = Instant::now() + self.source.jittered(UNTRUSTED_POLL);
+        self.store_replaced = false;
+        // A later read may be of another store, or of an older state of it. This watch does not tell what comes next there.
+        while !self.store_replaced && self.read_to + 1 >= from {
+            // Biased, so that a simulated history replays identically, a flood of news does not starve the rare arms, and
+            // news that arrived in time counts as progress however late it is processed.
             tokio::select! {
                 biased;
-                () = doubted.notified() => self.read_all(&session).await?,
-                () = tokio::time::sleep_until(look_at), if self.belief.is_doubtful() => {
-                    let key = session.release_key().await?;
-                    if self.belief.is_to_be_read() || key != self.read_key {
+                () = resync_requested.notified() => self.read_all(&session).await?,
+                () = tokio::time::sleep_until(look_at), if self.cache.is_untrusted() => {
+                    if self.is_to_be_read(&session).await? {
                         self.read_all(&session).await?;
                     }
-                    look_at = Instant::now() + self.source.jittered(DOUBTFUL);
+                    look_at = Instant::now() + self.source.jittered(UNTRUSTED_POLL);
                 }
-                // A name may lead elsewhere by now, and another member may be the right one.
-                () = tokio::time::sleep_until(resync_at), if self.belief.is_doubtful() => return Ok(()),
-                () = tokio::time::sleep_until(others_at), if self.belief.is_elsewhere() && self.is_one_silent() => {
+                // The endpoint's name may resolve elsewhere by now, and another member may have the right store.
+                () = tokio::time::sleep_until(resync_at), if self.cache.is_untrusted() => return Ok(()),
+                () = tokio::time::sleep_until(others_at), if self.cache.is_other_cluster() && self.is_one_silent() => {
                     return Ok(());
                 }
+                () = tokio::time::sleep_until(full_read_at), if !self.cache.is_untrusted() => return Ok(()),
                 () = tokio::time::sleep_until(resync_at) => {
-                    self.read_all(&session).await?;
-                    resync_at = Instant::now() + self.source.jittered(resync);
+                    differing = if self.resync(&session, differing + 1 == PROOFS).await? { 0 } else { differing + 1 };
+                    let pause = if differing == 0 { resync } else { REPEAT_PROOF.min(resync) };
+                    resync_at = Instant::now() + self.source.jittered(pause);
                 }
                 news = watch.next() => {
                     self.take(&session, news?, &mut watch).await?;
                     asked = false;
-                    sign_by = Instant::now() + PROGRESS;
+                    progress_by = Instant::now() + PROGRESS;
                 }
-                () = tokio::time::sleep_until(sign_by) => {
+                () = tokio::time::sleep_until(progress_by) => {
                     if asked {
                         return Err(StoreError::silent(watch.endpoint(), PROGRESS * 2));
                     }
                     watch.ask().await?;
                     asked = true;
-                    sign_by = Instant::now() + PROGRESS;
+                    progress_by = Instant::now() + PROGRESS;
                 }
             }
         }
         Ok(())
     }
 
+    /// Compares the cache with what the store says was written. Returns false if that is to be repeated, since the watch
+    /// may not have brought all of it yet; the `last` comparison reads everything instead.
+    async fn resync(&mut self, session: &S::Session, last: bool) -> Result<bool, StoreError> {
+        // Another agent may have taken the name since.
+        let has_name = session.has_name().await?;
+        let proof = session.prove(self.cache.begin_proof()).await?;
+        let result = if has_name { self.cache.take_proof(&proof) } else { ProofResult::OtherStore };
+        match result {
+            ProofResult::Same => {}
+            ProofResult::Differs if !last => return Ok(false),
+            _ => self.read_all(session).await?,
+        }
+        Ok(true)
+    }
+
+    /// True if a store that is not trusted may have changed, or a person may have accepted it.
+    async fn is_to_be_read(&self, session: &S::Session) -> Result<bool, StoreError> {
+        let key = session.release_key().await?;
+        let acceptance = session.fleet_acceptance().await?;
+        Ok(self.cache.is_to_be_read() || key != self.read_key || acceptance != self.read_acceptance)
+    }
+
     async fn read_all(&mut self, session: &S::Session) -> Result<(), StoreError> {
-        let was_doubtful = self.belief.is_doubtful();
+        let was_untrusted = self.cache.is_untrusted();
         let ended = self.read(session).await;
         self.survive(ended)?;
-        if !self.belief.is_doubtful() {
+        if !self.cache.is_untrusted() {
             self.asked.clear();
-            if was_doubtful {
-                tracing::info!("the store is believed again");
-                self.told.clear();
+            if was_untrusted {
+                tracing::info!("the store is trusted again");
+                self.last_error.clear();
             }
         }
         Ok(())
     }
 
-    /// Once every member was asked, what is not believed ends no session: the watch tells whether there is a reason to read
-    /// it again, and a fleet that does not believe its store does not read all of it all the time.
+    /// Once every member was asked, an untrusted read ends no session: the watch tells when there is a reason to read
+    /// again, and a fleet that does not trust its store does not read all of it all the time.
     fn survive(&mut self, ended: Result<(), StoreError>) -> Result<(), StoreError> {
         match ended {
             Err(error) if error.is_about_contents() => {
@@ -183,52 +216,51 @@ impl<S: Source> Watcher<S> {
     }
 
     fn fail(&mut self, error: &StoreError) {
-        // One that does not answer cannot tell better.
-        if self.belief.is_doubtful() || error.is_about_contents() {
+        // A member that does not answer cannot have the right store either.
+        if self.cache.is_untrusted() || error.is_about_contents() {
             self.note_asked(error.is_about_contents());
         }
-        // The same trouble is news once.
+        // The same error is logged once as a warning.
         let text = error.to_string();
         let next = match error.is_about_contents() {
             true if self.has_asked_all() => "reading everything again once it changes, or a person accepts it",
             true => "asking the next member",
             false => "reading everything again soon",
         };
-        if self.told == text {
+        if self.last_error == text {
             tracing::debug!(kind = error.kind(), "{text}; {next}");
         } else {
             tracing::warn!(kind = error.kind(), "{text}; {next}");
         }
-        self.told = text;
-        self.belief.fail(error);
+        self.last_error = text;
+        self.cache.fail(error);
     }
 
     async fn read(&mut self, session: &S::Session) -> Result<(), StoreError> {
-        // Asked first: if it is somebody else's, there is no need to read anything.
+        // Asked first: if another agent holds the name, there is no need to read anything.
         let has_name = session.has_name().await?;
-        let landmark = self.belief.begin_read();
-        let reading = session.read(landmark).await?;
+        let newest = self.cache.begin_read();
+        let reading = session.read(newest).await?;
         self.read_to = reading.contents.revision;
         self.read_key.clone_from(&reading.key);
+        self.read_acceptance.clone_from(&reading.fleet_acceptance);
+        // Nothing is written to a store that is not trusted.
         if !has_name {
-            // Nothing is written to a store that is not believed.
-            self.belief.check(&reading)?;
+            self.cache.check(&reading)?;
             session.take_name().await?;
         }
         let key = match &reading.key {
             Some(key) => key.clone(),
             None => {
-                // Nothing is written to a store that is not believed.
-                self.belief.check(&reading)?;
-                session.make_release_key(self.belief.key()).await?
+                self.cache.check(&reading)?;
+                session.make_release_key(self.cache.key()).await?
             }
         };
-        self.exchanged |= self.belief.take_read(reading, key)?;
+        self.store_replaced |= self.cache.take_read(reading, key)?;
         Ok(())
     }
 
-    /// Takes a message of the watch, with all that has come meanwhile: each time something is believed, all of it is kept
-    /// on disk.
+    /// Takes a message of the watch and those that have arrived since, so that the ledger is written once for all of them.
     async fn take(
         &mut self,
         session: &S::Session,
@@ -251,7 +283,7 @@ impl<S: Source> Watcher<S> {
         if news.deletes() && session.release_key().await?.is_none() {
             self.read_all(session).await?;
         } else {
-            let taken = self.belief.take_news(news);
+            let taken = self.cache.take_news(news);
             self.survive(taken)?;
         }
         ended

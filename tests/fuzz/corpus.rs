@@ -1,4 +1,4 @@
-//! What the search begins with: the files and the words that libFuzzer is given too.
+//! Starting inputs of the search: the corpus and dictionaries that libFuzzer uses too.
 
 use std::{
     collections::BTreeSet,
@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Files of a directory below `fuzz/`, by name.
+/// Files of a directory below `fuzz/`, with their names.
 pub fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
     names(dir).into_iter().map(|name| (name.clone(), fs::read(fuzz(dir).join(&name)).expect("a file"))).collect()
 }
@@ -20,7 +20,7 @@ pub fn fuzz(path: &Path) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz").join(path)
 }
 
-/// The words of a target, from the file that libFuzzer is given too: a word in quotes on each line.
+/// The tokens of a target, from libFuzzer's dictionary: one in quotes per line.
 pub fn tokens(target: &str) -> Vec<Vec<u8>> {
     let path = fuzz(Path::new("dictionaries")).join(format!("{target}.dict"));
     let text = fs::read_to_string(path).expect("a dictionary");
@@ -28,7 +28,7 @@ pub fn tokens(target: &str) -> Vec<Vec<u8>> {
     lines.map(|l| token(l).unwrap_or_else(|| panic!("not a word of a dictionary: {l}"))).collect()
 }
 
-/// A word as libFuzzer reads it: in quotes, with `\"`, `\\` and `\x00` in it.
+/// Parses a token like libFuzzer: in quotes, with `\"`, `\\` and `\x00`.
 fn token(line: &str) -> Option<Vec<u8>> {
     let mut rest = line.strip_prefix('"')?.strip_suffix('"')?.as_bytes();
     let mut token = Vec::new();

@@ -1,7 +1,7 @@
-//! What reads or writes what others wrote, held to its promises on inputs made from the corpus of `fuzz/`: the short run.
+//! Parsers and writers of untrusted data, checked on inputs derived from the corpus of `fuzz/`: the short run.
 //!
-//! The checks are those that libFuzzer calls (`make fuzz`). Here nothing tells what code an input reaches, so breadth
-//! counts: every file of the corpus, then mutations of them, the same ones in every run. `DEMAE_FUZZ_SEED` makes others,
+//! libFuzzer runs the same checks (`make fuzz`). Here there is no coverage feedback, so breadth counts: every file of
+//! the corpus, then mutations of them, the same ones in every run. `DEMAE_FUZZ_SEED` selects others,
 //! `DEMAE_FUZZ_INPUTS` or `DEMAE_FUZZ_SECONDS` more.
 
 #[path = "../../fuzz/src/checks/mod.rs"]
@@ -24,7 +24,7 @@ use demae::model::yaml::MAX_TEXT;
 use search::{Check, Search, attempt, from_hex, hex};
 use serde_json::{Value, json};
 
-/// Mutations for each target, unless said otherwise …
+/// Default number of mutations per target …
 const INPUTS: u64 = 1500;
 /// … and the longest time for them, in seconds.
 const SECONDS: u64 = 8;
@@ -62,7 +62,7 @@ fn run(target: &str, check: Check) {
     };
     let begun = Instant::now();
     match search.run() {
-        // Past what the harness catches of the macros: how much was tried is part of the result.
+        // Written past the output capture of the test macros: the number of inputs is part of the result.
         Ok(tried) => {
             let (corpus, seed, took) = (search.corpus.len(), search.seed, begun.elapsed());
             let _ = writeln!(
@@ -94,7 +94,7 @@ fn the_largest_texts_are_read_in_bounded_time() {
     let same = |head: &str, part: &str, tail: &str| many(head, &|_| part.to_owned(), tail);
     for (what, text) in [
         ("keys", many("", &|i| format!("{i:x}:\n"), "")),
-        ("keys that are no one's business", many("x-a: {", &|i| format!("{i:x},"), "}")),
+        ("keys that are ignored", many("x-a: {", &|i| format!("{i:x},"), "}")),
         ("virtual hosts", many("ingress: {port: 1, hosts: [", &|i| format!("{i:x},"), "]}")),
         ("virtual hosts, all the same", same("ingress: {port: 1, hosts: [", "a,", "]}")),
         ("variables", many("environment:\n", &|i| format!(" A{i:x}: 1\n"), "")),
@@ -142,7 +142,7 @@ fn libfuzzer_has_the_same_targets() {
 }
 
 #[test]
-fn a_broken_promise_is_told_with_a_way_to_see_it_again() {
+fn broken_check_is_reported_with_a_way_to_reproduce_it() {
     fn check(bytes: &[u8]) {
         assert!(!bytes.windows(4).any(|w| w == b"evil"), "there is evil in it");
     }
@@ -158,10 +158,10 @@ fn a_broken_promise_is_told_with_a_way_to_see_it_again() {
         inputs: 1000,
         until: None,
     };
-    let broken = search.run().expect_err("a word of the dictionary is put in sooner or later");
+    let broken = search.run().expect_err("a token of the dictionary is inserted sooner or later");
     assert_eq!(broken.input, b"evil", "shrunk");
     assert_eq!(from_hex(&hex(&broken.input)), b"evil");
-    let told = broken.to_string();
+    let report = broken.to_string();
     for part in [
         "of seed 1",
         "there is evil in it",
@@ -169,12 +169,12 @@ fn a_broken_promise_is_told_with_a_way_to_see_it_again() {
         "DEMAE_FUZZ_INPUT=6576696c",
         "'\\145\\166\\151\\154'",
     ] {
-        assert!(told.contains(part), "`{part}` is not in:\n{told}");
+        assert!(report.contains(part), "`{part}` is not in:\n{report}");
     }
 }
 
 #[test]
-fn a_body_that_asks_for_the_rights_of_the_host_is_noticed() {
+fn container_body_that_asks_for_host_privileges_is_detected() {
     let body = |key: &str, value: Value| {
         let own = ["DEMAE_APP=a", "DEMAE_HOST=b", "DEMAE_RELEASE=c", "DEMAE_REPLICA=1"];
         let mut body = json!({"Image": "web", "Env": own, "HostConfig": {"RestartPolicy": {"Name": "no"}}});
@@ -229,7 +229,7 @@ fn a_body_that_asks_for_the_rights_of_the_host_is_noticed() {
 }
 
 #[test]
-fn files_with_something_slipped_in_are_noticed() {
+fn files_with_injected_text_are_detected() {
     let file = |name: &str| checks::directives(&format!("server {{\n    server_name {name};\n}}\n"));
     let shape = |name: &str| {
         let found: Vec<checks::Directive> = file(name).ok()?;

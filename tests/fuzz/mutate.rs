@@ -1,11 +1,11 @@
-//! Changes of an input, as a seed will have them.
+//! Mutations of an input, chosen by a seed.
 
-/// Longest input that is made, in bytes.
+/// Longest input, in bytes.
 pub const LONGEST: usize = 4096;
-/// Bytes that mean something to one of the formats.
+/// Bytes with a meaning in one of the formats.
 const ODD: &[u8] = b"\0\n\r\t \"'\\/.:;{}[],#-=$%&*!|>~09\x1b\x7f\x80\xc2\xe2\xff";
 
-/// One change of an input.
+/// Applies one mutation.
 pub fn mutate(chance: &mut Chance, input: &mut Vec<u8>, corpus: &[(String, Vec<u8>)], tokens: &[Vec<u8>]) {
     let other = chance.pick(corpus).map_or(&[][..], |(_, bytes)| bytes.as_slice());
     let token = chance.pick(tokens).map_or(&[][..], Vec::as_slice);
@@ -50,7 +50,7 @@ pub fn mutate(chance: &mut Chance, input: &mut Vec<u8>, corpus: &[(String, Vec<u
             let part = input[at..end].repeat(1 + chance.below(64));
             put(input, at, &part[..part.len().min(LONGEST)]);
         }
-        // Lines are what most of the formats are made of.
+        // Most of the formats consist of lines.
         11 => {
             let at = line(chance, input);
             put(input, at, &[token, b"\n"].concat());
@@ -73,14 +73,14 @@ fn put(input: &mut Vec<u8>, at: usize, part: &[u8]) {
     input.splice(at..at, part.iter().copied());
 }
 
-/// Where some line begins.
+/// The start of a random line.
 fn line(chance: &mut Chance, input: &[u8]) -> usize {
     let at = chance.below(input.len() + 1);
     input[..at].iter().rposition(|b| *b == b'\n').map_or(0, |n| n + 1)
 }
 
-/// Everything that is left to chance comes from its seed. SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom
-/// number generators", 2014).
+/// Source of all randomness, from a seed. SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+/// generators", 2014).
 pub struct Chance(pub u64);
 
 impl Chance {

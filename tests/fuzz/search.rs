@@ -1,4 +1,4 @@
-//! The search for an input that breaks a promise: the corpus, then mutations of it; and what was found, made short.
+//! Searches for an input that fails a check: the corpus, then mutations of it; then shrinks it.
 
 use std::{
     cell::{Cell, RefCell},
@@ -9,16 +9,16 @@ use std::{
 
 use crate::mutate::{Chance, LONGEST, mutate};
 
-/// Longest time to make an input that breaks a promise shorter.
+/// Longest time to shrink a failing input.
 const SHRINKING: Duration = Duration::from_secs(20);
 
-/// A check: it panics where a promise is broken.
+/// A check; it panics on failure.
 pub type Check = fn(&[u8]);
 
 pub struct Search<'a> {
     pub target: &'a str,
     pub check: Check,
-    /// Names of files, and what is in them.
+    /// Names and contents of files.
     pub corpus: &'a [(String, Vec<u8>)],
     pub tokens: &'a [Vec<u8>],
     pub seed: u64,
@@ -28,7 +28,7 @@ pub struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// Tries the corpus, then mutations; answers with how many.
+    /// Tries the corpus, then mutations; returns the number of mutations.
     pub fn run(&self) -> Result<u64, Broken> {
         for (name, input) in self.corpus {
             self.attempt(input, || format!("fuzz/corpus/{}/{name}", self.target))?;
@@ -43,7 +43,7 @@ impl Search<'_> {
         Ok(tried)
     }
 
-    /// An input by its number: the same for the same seed, corpus and tokens.
+    /// The input with this number: the same for the same seed, corpus and tokens.
     fn input(&self, number: u64) -> Vec<u8> {
         let mut chance = Chance(self.seed.rotate_left(32) ^ number);
         let mut input = chance.pick(self.corpus).map(|(_, bytes)| bytes.clone()).unwrap_or_default();
@@ -57,7 +57,7 @@ impl Search<'_> {
     fn attempt(&self, input: &[u8], origin: impl Fn() -> String) -> Result<(), Broken> {
         let Err(first) = attempt(self.check, input) else { return Ok(()) };
         let shorter = shrink(self.check, input);
-        // A promise about time may be kept on the second try.
+        // A check of time limits may pass on the second run.
         let (input, why) = match attempt(self.check, &shorter) {
             Err(why) => (shorter, why),
             Ok(()) => (input.to_vec(), first),
@@ -66,12 +66,12 @@ impl Search<'_> {
     }
 }
 
-/// A promise that an input breaks.
+/// An input that fails a check.
 #[derive(Debug)]
 pub struct Broken {
     target: String,
     origin: String,
-    /// As short as it was made.
+    /// Shrunk.
     pub input: Vec<u8>,
     why: String,
 }
@@ -93,7 +93,7 @@ thread_local! {
     static CAUGHT: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// Runs a check; answers with what it panicked with, and where.
+/// Runs a check; returns its panic message and location.
 pub fn attempt(check: Check, input: &[u8]) -> Result<(), String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -112,7 +112,7 @@ pub fn attempt(check: Check, input: &[u8]) -> Result<(), String> {
     ended.map_err(|_| CAUGHT.take())
 }
 
-/// Takes parts out of an input for as long as it still breaks a promise.
+/// Removes parts of an input as long as it still fails the check.
 fn shrink(check: Check, input: &[u8]) -> Vec<u8> {
     let until = Instant::now() + SHRINKING;
     let mut best = input.to_vec();

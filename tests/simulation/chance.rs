@@ -1,8 +1,8 @@
-//! Everything that is left to chance in a history comes from its seed.
+//! Source of all randomness of a history, from its seed.
 
 use std::{sync::Mutex, time::Duration};
 
-/// Longest time that the answer to a health check takes, in milliseconds.
+/// Longest time of a health probe, in milliseconds.
 pub const SLOWEST_CHECK: u64 = 60;
 
 /// SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
@@ -39,8 +39,8 @@ impl Chance {
         Duration::from_millis(least + self.next() % (most - least + 1))
     }
 
-    /// How long the answer to a health check takes.
-    pub fn check(&self) -> Duration {
+    /// Duration of a health probe.
+    pub fn probe(&self) -> Duration {
         self.millis(3, SLOWEST_CHECK)
     }
 }

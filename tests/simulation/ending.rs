@@ -1,26 +1,34 @@
-//! How a history must end once nothing goes wrong any more.
+//! The required end of a history, once there are no more faults.
 
 use std::{sync::atomic::Ordering, time::Duration};
 
 use demae::{
-    model::{name::AppName, observed::Instance, status::State},
+    model::{
+        name::AppName,
+        observed::{Instance, ObservedApp, Verdict},
+        status::State,
+    },
     store::Brake,
 };
 
 use crate::{
     history::{History, Kind},
     scene::{Behaviour, Engine, serving, version},
+    store::MODE,
 };
 
+/// The exit code of a program that is killed.
+const KILLED: i64 = 137;
+
 impl History {
-    /// Everything is put right. Then it must come to what was meant, and stay there.
-    pub(super) async fn ends_well(&mut self) {
-        self.until_given_time().await;
-        self.scene.happens("the faults end", String::new);
+    /// Ends all faults. The host must then reach the intended state, and stay there.
+    pub(super) async fn assert_ends_well(&mut self) {
+        self.wait_out_stall().await;
+        self.scene.record("the faults end", String::new);
         {
             let mut state = self.scene.state();
             (state.engine, state.unreliable, state.disk_full) = (Engine::Up, 0, false);
-            (state.proxy.broken, state.proxy.deaf) = (false, false);
+            (state.proxy.broken, state.proxy.ignores_reloads) = (false, false);
         }
         self.disk.full.store(false, Ordering::Relaxed);
         self.revive_settled();
@@ -44,19 +52,19 @@ impl History {
             } else if !meant.present {
                 self.store.delete(&format!("apps/{}/spec", app.name));
             } else {
-                // Nobody says how it ends with these; they go.
+                // These apps have no defined end state; they are removed.
                 self.store.delete(&format!("apps/{}/spec", app.name));
                 self.mean(&app.name, |m| m.present = false);
             }
         }
-        self.store.put("hosts/host1/mode", "active");
+        self.store.put(MODE, "active");
         for app in self.apps.clone() {
             let revision = self.store.etcd().data.revision;
             self.mean(&app.name, |m| m.drain(false, revision));
         }
         self.scene.accepted.store(true, Ordering::Relaxed);
         let gone = self.apps.iter().filter(|a| self.meant(&a.name).is_none_or(|m| !m.present)).count();
-        // What nobody doubts needs nobody's word.
+        // A trusted store needs no acceptance.
         if self.disaster || gone > Brake::default().apps {
             let accept = self.store.accept(self.apps.iter().map(|a| a.name.clone()), None);
             *self.disk.accepted.lock().expect("one thread") = Some(accept);
@@ -64,11 +72,11 @@ impl History {
         let mut wrong = Vec::new();
         for _ in 0..90 {
             tokio::time::sleep(Duration::from_secs(60)).await;
-            self.look().await;
+            self.check_status().await;
             if !self.scene.state().violations.is_empty() {
                 return;
             }
-            wrong = self.not_as_meant();
+            wrong = self.differences();
             if wrong.is_empty() {
                 break;
             }
@@ -78,42 +86,52 @@ impl History {
             let mut state = self.scene.state();
             state.violate(format!("90 minutes after the last fault: {wrong:?}"));
             for status in status.iter() {
-                let told = format!("status: store {:?} nginx {:?}", status.store, status.proxy);
-                state.log.push(told);
+                let summary = format!("status: store {:?} nginx {:?}", status.store, status.proxy);
+                state.log.push(summary);
                 let apps = status.apps.iter().map(|a| format!("status: {} {:?}: {}", a.app, a.state, a.reason));
                 state.log.extend(apps);
             }
             return;
         }
-        // At rest means at rest.
-        let at_rest: Vec<AppName> = self.apps.iter().filter(|a| self.rests(&a.name)).map(|a| a.name.clone()).collect();
+        // At rest, no further step may follow.
+        let at_rest: Vec<AppName> =
+            self.apps.iter().filter(|a| self.can_converge(&a.name)).map(|a| a.name.clone()).collect();
         let effects = |history: &Self| history.scene.state().effects.clone();
         let before = effects(self);
         tokio::time::sleep(Duration::from_secs(600)).await;
         let after = effects(self);
         for app in at_rest.iter().filter(|a| before.get(*a) != after.get(*a)) {
-            self.scene.state().violate(format!("{app} was as meant, and something was done to it all the same"));
+            self.scene.state().violate(format!("{app} was as intended, and a step was run all the same"));
         }
     }
 
-    /// Whether a version that works is wanted, or nothing.
-    pub(super) fn rests(&self, app: &AppName) -> bool {
+    /// True if a working version is wanted, or none.
+    pub(super) fn can_converge(&self, app: &AppName) -> bool {
         let Some(meant) = self.meant(app) else { return true };
-        let works = matches!(self.scene.state().behaviours[meant.version], Behaviour::Works | Behaviour::Slow);
+        let state = self.scene.state();
+        // Candidates that are killed again and again give a verdict on any release; so does one that was in service
+        // before, hangs, and is wanted again.
+        let is_excused = |verdict: &Verdict| {
+            verdict.exit_code == Some(KILLED) || state.hung.contains(&(app.clone(), verdict.release.clone()))
+        };
+        let has_excuse = |o: &ObservedApp| o.verdicts.values().any(is_excused);
+        let works = matches!(state.behaviours[meant.version], Behaviour::Works | Behaviour::Slow)
+            && !state.apps.get(app).is_some_and(has_excuse);
+        drop(state);
         let shared = self.apps.iter().any(|a| a.name == *app && a.host == "shared.test");
         !meant.present || works && !shared
     }
 
-    /// Of an app whose last version fails, the one before must serve.
+    /// If an app's last version fails, the previous one must serve.
     pub(super) fn not_served(&self) -> Vec<String> {
         let mut wrong = Vec::new();
-        for app in self.apps.iter().filter(|a| !self.rests(&a.name) && a.host != "shared.test") {
+        for app in self.apps.iter().filter(|a| !self.can_converge(&a.name) && a.host != "shared.test") {
             let state = self.scene.state();
             let Some(observed) = state.apps.get(&app.name) else { continue };
             let settled =
                 observed.instances.iter().filter(|i| i.settled && observed.proven.as_ref() == Some(&i.key.release));
             let fine = |i: &&Instance| {
-                // One that hangs, of a release that is not wanted any more, cannot be made anew.
+                // An instance that hangs cannot be recreated if its release is not wanted any more.
                 let answers = app.kind == Kind::Worker || state.programs.get(&i.id).is_some_and(|p| p.answers);
                 answers && matches!(state.behaviours[version(i)], Behaviour::Works | Behaviour::Slow)
             };
@@ -123,50 +141,52 @@ impl History {
                 _ => serving(&state, &app.name),
             };
             if good > 0 && serves == 0 {
-                wrong
-                    .push(format!("{}: {good} instances of a version that works are there, and none serves", app.name));
+                wrong.push(format!("{}: {good} instances of a working version exist, and none serves", app.name));
             }
         }
         wrong
     }
 
-    pub(super) fn not_as_meant(&self) -> Vec<String> {
+    pub(super) fn differences(&self) -> Vec<String> {
         let mut wrong = self.not_served();
         let status = self.running.as_ref().map(|r| r.status.borrow().clone());
-        let told =
+        let shown_state =
             |name: &AppName| status.iter().flat_map(|s| &s.apps).find(|a| a.app == name.as_str()).map(|a| a.state);
-        for app in self.apps.iter().filter(|a| self.rests(&a.name)) {
+        for app in self.apps.iter().filter(|a| self.can_converge(&a.name)) {
             let meant = self.meant(&app.name).expect("all are meant");
             let state = self.scene.state();
             let observed = state.apps.get(&app.name).cloned().unwrap_or_default();
             let name = &app.name;
-            let mut say = |what: String| wrong.push(format!("{name}: {what}"));
+            let mut report = |what: String| wrong.push(format!("{name}: {what}"));
             if !meant.present {
                 if has_traces(&observed) || !observed.instances.is_empty() {
-                    say(format!("it was removed, and has left {observed:?}"));
+                    report(format!("it was removed, and left {observed:?}"));
                 }
                 let live = state.proxy.served.as_ref().is_some_and(|m| m.vhosts.contains_key(name));
                 if live {
-                    say("it was removed, and nginx serves it".into());
+                    report("it was removed, and nginx serves it".into());
                 }
-                if let Some(state) = told(name) {
-                    say(format!("it was removed, and status says that it is {state:?}"));
+                if let Some(state) = shown_state(name) {
+                    report(format!("it was removed, and status says that it is {state:?}"));
                 }
                 continue;
             }
-            if told(name) != Some(State::Converged) {
-                say(format!("status says that it is {:?}", told(name)));
+            if shown_state(name) != Some(State::Converged) {
+                report(format!("status says that it is {:?}", shown_state(name)));
             }
             let image = format!("app:v{}", meant.version);
             let right = |i: &Instance| {
-                i.is_running() && i.settled && i.ordered.as_ref().is_some_and(|o| o.to_string() == image)
+                i.is_running() && i.settled && i.requested_image.as_ref().is_some_and(|o| o.to_string() == image)
             };
             if observed.instances.len() != meant.replicas || !observed.instances.iter().all(right) {
-                let found: Vec<_> =
-                    observed.instances.iter().map(|i| (i.ordered.clone(), i.phase.clone(), i.settled)).collect();
-                say(format!("{} instances of {image} are meant, and there are {found:?}", meant.replicas));
+                let found: Vec<_> = observed
+                    .instances
+                    .iter()
+                    .map(|i| (i.requested_image.clone(), i.phase.clone(), i.settled))
+                    .collect();
+                report(format!("{} instances of {image} are intended, and there are {found:?}", meant.replicas));
             } else if app.kind != Kind::Worker && serving(&state, name) != meant.replicas {
-                say(format!("{} instances serve, of {}", serving(&state, name), meant.replicas));
+                report(format!("{} instances serve, of {}", serving(&state, name), meant.replicas));
             }
             let sockets = if app.kind == Kind::Socket { meant.replicas } else { 0 };
             if observed.env_files.len() != 1
@@ -175,14 +195,14 @@ impl History {
                 || observed.proven.is_none()
             {
                 let left = (&observed.env_files, &observed.socket_dirs, observed.verdicts.len(), &observed.proven);
-                say(format!("its files are not what it needs: {left:?}"));
+                report(format!("its files are not as needed: {left:?}"));
             }
         }
         wrong
     }
 }
 
-pub fn has_traces(o: &demae::model::observed::ObservedApp) -> bool {
+pub fn has_traces(o: &ObservedApp) -> bool {
     !o.slots.is_empty()
         || !o.env_files.is_empty()
         || !o.socket_dirs.is_empty()

@@ -1,4 +1,4 @@
-//! One history: an operator, an agent that is killed now and then, and everything that goes wrong around them.
+//! One history: an operator, an agent that is killed now and then, and faults around them.
 
 use std::{
     collections::BTreeMap,
@@ -11,15 +11,16 @@ use std::{
 };
 
 use demae::{
-    agent::{Agent, Options, Outlets, Planner},
+    agent::{Agent, Options, Outlets, Planner, ProxyPlanner},
     events::Events,
-    metrics::{Metrics, View, Vitals},
+    metrics::{HostGauges, Metrics, View},
     model::{
         desired::HostMode,
         name::{AppName, HostName},
         status::{AppStatus, HostStatus, State as Shown, StoreStatus, VERSION},
     },
-    store::{self, Belief, Brake, Shelf as _, Update, Viewer, keys::Prefix},
+    plan::{app::plan_app, proxy::plan_proxy},
+    store::{self, Brake, DesiredCache, SharedFence, StateStore as _, Update, Viewer, keys::Prefix},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -30,23 +31,23 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     ending::has_traces,
-    machine::Hands,
+    machine::SimMachine,
     scene::Scene,
     store::{Disk, Members, RESYNC, Store},
 };
 
-/// What came of a history.
+/// The result of a history.
 pub struct Outcome {
     pub violations: Vec<String>,
     pub log: Vec<String>,
     pub tally: BTreeMap<String, u64>,
     pub app_states: std::collections::BTreeSet<u64>,
     pub host_states: std::collections::BTreeSet<u64>,
-    /// Stands for all that happened, in order.
+    /// A hash of all events, in order.
     pub trace: u64,
 }
 
-/// How an app takes requests.
+/// How an app receives requests.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Kind {
     Socket,
@@ -66,8 +67,20 @@ pub struct App {
 pub struct Running {
     pub(super) agent: JoinHandle<()>,
     pub(super) watcher: JoinHandle<()>,
+    pub(super) publisher: JoinHandle<()>,
     pub(super) token: CancellationToken,
     pub(super) status: watch::Receiver<HostStatus>,
+}
+
+/// The planners of an agent: demae's own, or mutants.
+#[derive(Clone, Copy)]
+pub struct Planners {
+    pub app: Planner,
+    pub proxy: ProxyPlanner,
+}
+
+impl Planners {
+    pub const REAL: Self = Self { app: plan_app, proxy: plan_proxy };
 }
 
 pub struct History {
@@ -76,34 +89,34 @@ pub struct History {
     pub(super) disk: Arc<Disk>,
     pub(super) apps: Vec<App>,
     pub(super) mode: &'static str,
-    /// Whether `demae init` was run.
+    /// True if `demae init` was run.
     pub(super) initialised: bool,
-    /// Whether the store is another one than people mean.
+    /// True while the store is not the intended one.
     pub(super) wrecked: bool,
-    /// Whether it ever was.
+    /// True if it ever was.
     pub(super) disaster: bool,
-    pub(super) planner: Planner,
+    pub(super) planners: Planners,
     pub(super) running: Option<Running>,
-    /// When the clock was last set ahead.
+    /// When the clock was last set forward.
     pub(super) set_ahead: Option<Instant>,
 }
 
 /// Plays a history of so many events.
-pub fn play(seed: u64, events: usize, planner: Planner) -> Outcome {
+pub fn play(seed: u64, events: usize, planners: Planners) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
     runtime.expect("a runtime").block_on(async {
-        let mut history = History::new(seed, planner);
+        let mut history = History::new(seed, planners);
         history.begin().await;
         for _ in 0..events {
             history.pause().await;
-            history.something_happens().await;
-            history.look().await;
+            history.random_event().await;
+            history.check_status().await;
             if !history.scene.state().violations.is_empty() {
                 break;
             }
         }
         if history.scene.state().violations.is_empty() {
-            history.ends_well().await;
+            history.assert_ends_well().await;
         }
         history.crash().await;
         let mut state = history.scene.state();
@@ -118,11 +131,11 @@ pub fn play(seed: u64, events: usize, planner: Planner) -> Outcome {
     })
 }
 
-/// What an agent tells after a minute in which nothing goes wrong.
-pub fn first_minute(seed: u64, planner: Planner) -> Vec<AppStatus> {
+/// The statuses of an agent after a minute without faults.
+pub fn first_minute(seed: u64, planners: Planners) -> Vec<AppStatus> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
     runtime.expect("a runtime").block_on(async {
-        let mut history = History::new(seed, planner);
+        let mut history = History::new(seed, planners);
         history.begin().await;
         tokio::time::sleep(Duration::from_secs(60)).await;
         let apps = history.running.as_ref().map(|r| r.status.borrow().apps.clone()).unwrap_or_default();
@@ -131,24 +144,24 @@ pub fn first_minute(seed: u64, planner: Planner) -> Vec<AppStatus> {
     })
 }
 
-/// Runs a part of the agent whenever it is given time.
-async fn given_time<T>(scene: Arc<Scene>, part: impl Future<Output = T>) -> T {
+/// Polls a part of the agent, except while the agent is stalled.
+async fn run_unless_stalled<T>(scene: Arc<Scene>, part: impl Future<Output = T>) -> T {
     let mut part = pin!(part);
     let mut nap = None;
     poll_fn(move |context| {
-        while let Some(until) = scene.state().still_until.filter(|until| *until > Instant::now()) {
+        while let Some(until) = scene.state().stalled_until.filter(|until| *until > Instant::now()) {
             let nap = nap.insert(Box::pin(tokio::time::sleep_until(until)));
             ready!(nap.as_mut().poll(context));
         }
         let polled = part.as_mut().poll(context);
-        scene.note_belief();
+        scene.note_snapshot();
         polled
     })
     .await
 }
 
 impl History {
-    fn new(seed: u64, planner: Planner) -> Self {
+    fn new(seed: u64, planners: Planners) -> Self {
         let scene = Scene::new(seed);
         let store = Arc::new(Store::new(scene.clone()));
         let chance = &scene.chance;
@@ -170,7 +183,7 @@ impl History {
             initialised,
             wrecked: false,
             disaster: false,
-            planner,
+            planners,
             running: None,
             set_ahead: None,
             store,
@@ -195,7 +208,7 @@ impl History {
         }
         self.start();
         tokio::time::sleep(Duration::from_secs(30)).await;
-        self.scene.note_belief();
+        self.scene.note_snapshot();
     }
 
     pub(super) async fn pause(&self) {
@@ -211,19 +224,22 @@ impl History {
         let traces = {
             let mut state = self.scene.state();
             state.news = Some(news_out);
-            state.still_until = None;
+            state.stalled_until = None;
             state.updates = Some(updates_in.clone());
-            state.believed = None;
+            state.snapshot = None;
             state.listeners.clear();
             state.apps.iter().filter(|(_, o)| has_traces(o)).map(|(a, _)| a.clone()).collect()
         };
         let viewer =
             Viewer { host: host.clone(), labels: BTreeMap::new(), resync: RESYNC, brake: Brake::default(), traces };
         let prefix = Prefix::new("/demae").expect("a prefix");
-        let belief = Belief::new(prefix.clone(), viewer, self.disk.clone(), updates);
+        let fence = Arc::new(SharedFence::default());
+        let cache = DesiredCache::new(prefix.clone(), viewer, self.disk.clone(), fence.clone(), updates);
         let token = CancellationToken::new();
-        let watcher = store::watch(Members(self.store.clone()), belief, token.clone());
-        let watcher = tokio::spawn(given_time(self.scene.clone(), watcher));
+        let watcher = store::watch(Members(self.store.clone()), cache, token.clone());
+        let publisher = self.store.clone().write_fences(fence, updates_in.clone());
+        let publisher = tokio::spawn(run_unless_stalled(self.scene.clone(), publisher));
+        let watcher = tokio::spawn(run_unless_stalled(self.scene.clone(), watcher));
         let metrics = Arc::new(Metrics::new().expect("metrics"));
         let empty = HostStatus {
             version: VERSION,
@@ -240,29 +256,36 @@ impl History {
             events: Events::new(host.clone(), metrics.clone()),
             metrics,
             view: watch::channel(Arc::new(View::new(host.clone(), prefix.as_str().to_owned()))).0,
-            vitals: watch::channel(Vitals::default()).0,
+            host_gauges: watch::channel(HostGauges::default()).0,
             status,
             publish: watch::channel((empty, BTreeMap::new())).0,
             pulse: watch::channel(tokio::time::Instant::now()).0,
             ready: watch::channel(false).0,
-            doubted: self.store.doubted.clone(),
+            resync_requested: self.store.resync_requested.clone(),
             publishing: Arc::default(),
         };
-        let hands = Arc::new(Hands::new(host, self.scene.clone()));
-        let (delete_grace, planner) = (Duration::from_secs(3), self.planner);
-        let options = Options { resync: RESYNC, parallel: 8, delete_grace, once: false, planner };
-        let agent = Agent::new(hands, options, outlets, updates_in);
+        let machine = Arc::new(SimMachine::new(host, self.scene.clone()));
+        let (delete_grace, planners) = (Duration::from_secs(3), self.planners);
+        let options = Options {
+            resync: RESYNC,
+            parallel: 8,
+            delete_grace,
+            once: false,
+            planner: planners.app,
+            proxy_planner: planners.proxy,
+        };
+        let agent = Agent::new(machine, options, outlets, updates_in);
         let running = agent.run(news, token.clone());
-        let agent = tokio::spawn(given_time(self.scene.clone(), async move {
+        let agent = tokio::spawn(run_unless_stalled(self.scene.clone(), async move {
             running.await;
         }));
-        self.running = Some(Running { agent, watcher, token, status: shown });
+        self.running = Some(Running { agent, watcher, publisher, token, status: shown });
     }
 
-    /// As by `kill -9`: whatever was under way is cut where it was.
+    /// As by `kill -9`: work in flight is cut off.
     pub(super) async fn crash(&mut self) {
         let Some(running) = self.running.take() else { return };
-        for task in [running.agent, running.watcher] {
+        for task in [running.agent, running.watcher, running.publisher] {
             task.abort();
             let ended = task.await;
             if let Err(e) = ended
@@ -274,25 +297,26 @@ impl History {
     }
 
     pub(super) async fn stop(&mut self) {
-        // Else it could not hear of it.
-        self.until_given_time().await;
+        // A stalled agent could not receive the signal.
+        self.wait_out_stall().await;
         if let Some(running) = &mut self.running {
             running.token.cancel();
             let ended = tokio::time::timeout(Duration::from_secs(10), &mut running.agent).await;
             if ended.is_err() {
-                self.scene.state().violate("the agent does not end within 10 s of being told".into());
+                self.scene.state().violate("the agent does not end within 10 s of SIGTERM".into());
             }
         }
         if let Some(running) = self.running.take() {
             running.watcher.abort();
+            running.publisher.abort();
         }
     }
 
-    /// What the agent tells must always say why something is not as it should be.
-    pub(super) async fn look(&mut self) {
-        self.scene.note_belief();
+    /// The status must always give a reason while an app has not converged.
+    pub(super) async fn check_status(&mut self) {
+        self.scene.note_snapshot();
         if self.disk.acceptance().is_none() {
-            self.scene.state().consented.clear();
+            self.scene.state().accepted_removals.clear();
         }
         let Some(running) = &self.running else { return };
         let ended = running.agent.is_finished();
@@ -309,13 +333,13 @@ impl History {
         }
     }
 
-    async fn something_happens(&mut self) {
+    async fn random_event(&mut self) {
         let chance = self.scene.clone();
         match chance.chance.below(31) {
             0..=11 => self.operator_acts(),
             12..=14 => {
                 self.let_clock_settle().await;
-                self.scene.happens("crash", String::new);
+                self.scene.record("crash", String::new);
                 self.crash().await;
                 if chance.chance.one_in(4) {
                     self.pause().await;
@@ -324,16 +348,16 @@ impl History {
             }
             15 => {
                 self.let_clock_settle().await;
-                self.scene.happens("told to end", String::new);
+                self.scene.record("terminated", String::new);
                 self.stop().await;
                 self.start();
             }
             16 => {
                 let up = self.store.etcd().up;
                 self.store.set_up(!up);
-                self.scene.happens("etcd", || format!("up: {}", !up));
+                self.scene.record("etcd", || format!("up: {}", !up));
             }
-            17 if self.wrecked => self.mend_store(),
+            17 if self.wrecked => self.repair_store(),
             17 => self.disaster(),
             18 | 19 => self.engine_trouble(),
             20 | 21 => self.nginx_trouble(),
@@ -342,7 +366,7 @@ impl History {
                 let full = !self.scene.state().disk_full;
                 self.scene.state().disk_full = full;
                 self.disk.full.store(full, Ordering::Relaxed);
-                self.scene.happens("disk", || format!("full: {full}"));
+                self.scene.record("disk", || format!("full: {full}"));
             }
             28 => {
                 let hours = i64::try_from(chance.chance.below(5)).expect("small") - 2;
@@ -350,31 +374,31 @@ impl History {
                 if hours > 0 {
                     self.set_ahead = Some(Instant::now());
                 }
-                self.scene.happens("clock", || format!("set by {hours} h"));
+                self.scene.record("clock", || format!("set by {hours} h"));
             }
             29 => {
                 let still = chance.chance.millis(1_000, 300_000);
                 let until = Instant::now() + still;
-                self.scene.state().still_until = Some(until);
+                self.scene.state().stalled_until = Some(until);
                 if still > Duration::from_secs(16) {
-                    self.scene.state().woke = until;
+                    self.scene.state().resumed = until;
                 }
-                self.scene.happens("standstill", || format!("the agent gets no time for {still:?}"));
+                self.scene.record("standstill", || format!("the agent is stalled for {still:?}"));
             }
             _ => self.reboot().await,
         }
     }
 
-    /// Waits until the agent is given time to run.
-    pub(super) async fn until_given_time(&self) {
-        let still = self.scene.state().still_until;
+    /// Waits until the agent is not stalled.
+    pub(super) async fn wait_out_stall(&self) {
+        let still = self.scene.state().stalled_until;
         if let Some(until) = still {
             tokio::time::sleep_until(until).await;
         }
     }
 
-    /// An agent that is started anew right after the clock was set ahead takes what is under way for older than it is: a
-    /// limit that is documented. Two minutes later nothing of it is left.
+    /// An agent that is restarted right after the clock was set forward treats work in flight as older than itself: a
+    /// documented limit. Two minutes later nothing of it is left.
     pub(super) async fn let_clock_settle(&mut self) {
         if let Some(at) = self.set_ahead.take() {
             tokio::time::sleep_until(at + Duration::from_secs(120)).await;

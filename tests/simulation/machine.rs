@@ -1,4 +1,4 @@
-//! The agent's host, played: every call takes its time, may fail before its effect, and may lose its answer after it.
+//! The simulated host of the agent: every call takes time, may fail before its effect, or lose its response after it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,7 +10,7 @@ use demae::{
     execute::StepError,
     host::{
         clock::Clock,
-        docker::{DockerError, Listed, Operation},
+        docker::{ContainerEvent, DockerError, Listed, Operation},
         files::FileError,
         nginx::{NginxError, Published},
     },
@@ -23,7 +23,7 @@ use demae::{
         time::Timestamp,
     },
     plan::{
-        simulate::{Made, address, leave_behind},
+        simulate::{NewContainer, address, apply_step},
         step::{Handle, Step},
     },
     world::ObserveError,
@@ -33,32 +33,38 @@ use tokio::{sync::mpsc, time::Instant};
 
 use crate::scene::{Behaviour, Engine, Program, Scene, is_routed, is_well, unreachable, version};
 
-/// Longest that the agent waits for Docker.
+/// The agent's timeout for Docker calls.
 const CALL: Duration = Duration::from_secs(60);
 
-/// One agent's hands. What it has asked of its instances ends with it.
-pub struct Hands {
+/// The host as one agent uses it. Probe results are lost with the agent.
+pub struct SimMachine {
     host: HostName,
     pub scene: Arc<Scene>,
     clock: Clock,
-    asked: Mutex<BTreeMap<ContainerId, Asked>>,
+    probed: Arc<Mutex<BTreeMap<ContainerId, Probed>>>,
 }
 
-#[derive(Default)]
-struct Asked {
+struct Probed {
+    app: AppName,
     answered: bool,
     was_healthy: bool,
     unhealthy_since: Option<Timestamp>,
 }
 
-impl Hands {
+impl Probed {
+    fn of(app: &AppName) -> Self {
+        Self { app: app.clone(), answered: false, was_healthy: false, unhealthy_since: None }
+    }
+}
+
+impl SimMachine {
     pub fn new(host: HostName, scene: Arc<Scene>) -> Self {
         let wall = scene.clone();
         let clock = Clock::new(move || (wall.began.elapsed(), wall.now()));
-        Self { host, scene, clock, asked: Mutex::default() }
+        Self { host, scene, clock, probed: Arc::default() }
     }
 
-    /// A call of Docker's: how long it takes, and whether the engine takes it.
+    /// A Docker call: its duration, and whether the engine executes it.
     async fn docker(&self) -> Result<(), DockerError> {
         tokio::time::sleep(self.scene.chance.millis(1, 40)).await;
         let until = Instant::now() + CALL;
@@ -76,12 +82,12 @@ impl Hands {
         }
     }
 
-    /// The way back of an answer, on which it may be lost.
+    /// The way back of a response, which may be lost.
     async fn answer(&self) -> Result<(), DockerError> {
         tokio::time::sleep(self.scene.chance.millis(0, 10)).await;
         let unreliable = self.scene.state().unreliable;
         if unreliable > 0 && self.scene.chance.one_in(unreliable) {
-            self.scene.happens("answer lost", String::new);
+            self.scene.record("answer lost", String::new);
             return Err(unreachable());
         }
         Ok(())
@@ -96,7 +102,7 @@ impl Hands {
         Ok(())
     }
 
-    /// What the agent's own questions to an instance have shown.
+    /// The result of the agent's own probes of an instance.
     fn health(&self, app: &AppName, instance: &Instance) -> Health {
         let well = is_well(&self.scene.state(), instance, self.clock.now());
         if instance.check.probe == Probe::Running {
@@ -105,45 +111,49 @@ impl Hands {
                 _ => Health::Starting(String::new()),
             };
         }
-        let mut all = self.asked.lock().expect("one thread");
-        let asked = all.entry(instance.id.clone()).or_insert_with(|| {
-            let (scene, app, pause) = (self.scene.clone(), app.clone(), self.scene.chance.check());
-            tokio::spawn(async move {
-                tokio::time::sleep(pause).await;
-                scene.health_tells(&app);
-            });
-            Asked::default()
+        let mut all = self.probed.lock().expect("one thread");
+        let probed = all.entry(instance.id.clone()).or_insert_with(|| {
+            self.answer_after(app, instance.id.clone(), self.scene.chance.probe());
+            Probed::of(app)
         });
-        if !std::mem::replace(&mut asked.answered, true) {
+        if !probed.answered {
             return Health::Unknown;
         }
         if well {
-            (asked.was_healthy, asked.unhealthy_since) = (true, None);
+            (probed.was_healthy, probed.unhealthy_since) = (true, None);
             return Health::Healthy;
         }
         let now = self.clock.now();
-        if asked.was_healthy || now >= instance.deadline() {
-            let since = *asked.unhealthy_since.get_or_insert(now);
+        if probed.was_healthy || now >= instance.deadline() {
+            let since = *probed.unhealthy_since.get_or_insert(now);
             return Health::Unhealthy { since, answer: "connection refused".into() };
         }
         Health::Starting("connection refused".into())
     }
 
-    fn look(&self, app: &AppName, wanted: Option<&Wanted>) -> ObservedApp {
-        let mut observed = {
-            let mut state = self.scene.state();
-            state.looked.insert(app.clone(), Instant::now());
-            state.apps.get(app).cloned().unwrap_or_default()
-        };
+    /// A probe that takes this long, then has its result.
+    fn answer_after(&self, app: &AppName, id: ContainerId, pause: Duration) {
+        let (scene, probed, app) = (self.scene.clone(), self.probed.clone(), app.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            if let Some(probed) = probed.lock().expect("one thread").get_mut(&id) {
+                probed.answered = true;
+            }
+            scene.notify_health(&app);
+        });
+    }
+
+    fn observe(&self, app: &AppName, wanted: Option<&Wanted>) -> ObservedApp {
+        let mut observed = self.scene.state().apps.get(app).cloned().unwrap_or_default();
         let several = observed.instances.len() > 1;
         observed.image = wanted
             .filter(|w| w.image_lost || !observed.instances.iter().any(|i| i.key.release == w.release && i.is_alive()))
             .filter(|w| self.scene.state().images.contains(&w.image.to_string()))
             .map(|w| format!("sha256:{}", w.image));
         observed.pulled = false;
-        observed.slots_changed = self.clock.steady(observed.slots_changed);
+        observed.slots_changed = self.clock.to_monotonic(observed.slots_changed);
         for instance in &mut observed.instances {
-            instance.started = self.clock.steady(instance.started);
+            instance.started = self.clock.to_monotonic(instance.started);
         }
         let routes: Vec<_> = observed.slots.values().flatten().cloned().collect();
         for instance in &mut observed.instances {
@@ -152,14 +162,14 @@ impl Hands {
             let leaving = wanted.is_none_or(|w| instance.key.release != w.release) || several;
             let count = leaving && instance.is_running() && !routes.contains(&instance.key);
             instance.connections = match count.then(|| self.connections(app, instance)) {
-                // Now and then it cannot be counted.
+                // The count fails now and then.
                 Some(_) if self.scene.chance.one_in(20) => None,
                 counted => counted,
             };
         }
         let kept: Vec<ContainerId> = observed.instances.iter().filter(|i| i.is_alive()).map(|i| i.id.clone()).collect();
         let all: BTreeSet<ContainerId> = observed.instances.iter().map(|i| i.id.clone()).collect();
-        self.asked.lock().expect("one thread").retain(|id, _| !all.contains(id) || kept.contains(id));
+        self.probed.lock().expect("one thread").retain(|id, _| !all.contains(id) || kept.contains(id));
         observed
     }
 
@@ -173,12 +183,12 @@ impl Hands {
         usize::from(program.left.is_some_and(|left| Instant::now() < left + program.lingers))
     }
 
-    fn apply(&self, app: &AppName, step: &Step, seen: &ObservedApp, made: Option<Made>) {
+    fn apply(&self, app: &AppName, step: &Step, seen: &ObservedApp, made: Option<NewContainer>) {
         let now = self.scene.now();
         self.scene.effect(app, &step.to_string(), Some(seen), |state| {
             let observed = state.apps.entry(app.clone()).or_default();
             let pulled = observed.pulled;
-            leave_behind(observed, step, made, now);
+            apply_step(observed, step, made, now);
             observed.pulled = pulled;
             observed.image = None;
             if matches!(step, Step::Prove { .. }) {
@@ -191,8 +201,8 @@ impl Hands {
         self.scene.state().apps.get(app).is_some_and(|o| o.instances.iter().any(|i| i.id == handle.id))
     }
 
-    async fn create(&self, app: &AppName, step: &Step, seen: &ObservedApp) -> Result<(), StepError> {
-        let Step::Create { key, release, image, .. } = step else { return Ok(()) };
+    async fn create(&self, app: &AppName, step: &Step, seen: &ObservedApp) -> Result<Option<NewContainer>, StepError> {
+        let Step::Create { key, release, image, .. } = step else { return Ok(None) };
         self.docker().await?;
         let made = {
             let mut state = self.scene.state();
@@ -218,11 +228,12 @@ impl Hands {
                 settled_by: None,
             };
             state.programs.insert(id.clone(), program);
-            Made { id, address: address(key, release, port) }
+            NewContainer { id, address: address(key, release, port) }
         };
-        self.apply(app, step, seen, Some(made));
-        self.scene.docker_tells(app);
-        Ok(self.answer().await?)
+        self.apply(app, step, seen, Some(made.clone()));
+        self.scene.emit_docker_event(app, false);
+        self.answer().await?;
+        Ok(Some(made))
     }
 
     async fn start(&self, app: &AppName, step: &Step, handle: &Handle, seen: &ObservedApp) -> Result<(), StepError> {
@@ -236,12 +247,12 @@ impl Hands {
             self.apply(app, &Step::Remove(handle.clone()), seen, None);
             return Err(refused(500, "port is already allocated"));
         }
-        // It is asked from before its start on.
-        let asked = Asked { answered: true, ..Asked::default() };
-        self.asked.lock().expect("one thread").insert(handle.id.clone(), asked);
+        // Probing starts before the container does.
+        let probed = Probed { answered: true, ..Probed::of(app) };
+        self.probed.lock().expect("one thread").insert(handle.id.clone(), probed);
         self.apply(app, step, seen, None);
-        self.scene.begin_life(app, &handle.id);
-        self.scene.docker_tells(app);
+        self.scene.start_program(app, &handle.id);
+        self.scene.emit_docker_event(app, false);
         Ok(self.answer().await?)
     }
 
@@ -252,8 +263,8 @@ impl Hands {
         self.scene.judge_step(app, &step);
         if self.exists(app, handle) {
             self.apply(app, &step, seen, None);
-            self.scene.end_life(&handle.id);
-            self.scene.docker_tells(app);
+            self.scene.stop_program(&handle.id);
+            self.scene.emit_docker_event(app, true);
         }
         Ok(self.answer().await?)
     }
@@ -264,7 +275,7 @@ impl Hands {
         if self.exists(app, handle) {
             self.apply(app, &Step::Remove(handle.clone()), seen, None);
             self.scene.state().programs.remove(&handle.id);
-            self.scene.docker_tells(app);
+            self.scene.emit_docker_event(app, true);
         }
         Ok(self.answer().await?)
     }
@@ -289,7 +300,7 @@ impl Hands {
     }
 }
 
-impl Machine for Hands {
+impl Machine for SimMachine {
     fn host(&self) -> &HostName {
         &self.host
     }
@@ -307,16 +318,10 @@ impl Machine for Hands {
         self.scene.chance.millis(millis * 4 / 5, millis * 6 / 5)
     }
 
-    fn forget_health(&self) {
-        let mut all = self.asked.lock().expect("one thread");
-        all.values_mut().for_each(|asked| asked.answered = false);
-        let apps: Vec<AppName> = self.scene.state().apps.keys().cloned().collect();
-        for app in apps {
-            let (scene, pause) = (self.scene.clone(), self.scene.chance.millis(3, 60));
-            tokio::spawn(async move {
-                tokio::time::sleep(pause).await;
-                scene.health_tells(&app);
-            });
+    fn reset_health(&self) {
+        for (id, probed) in self.probed.lock().expect("one thread").iter_mut() {
+            probed.answered = false;
+            self.answer_after(&probed.app, id.clone(), self.scene.chance.millis(3, 60));
         }
     }
 
@@ -345,13 +350,24 @@ impl Machine for Hands {
             }
         }
         self.answer().await?;
-        Ok(Inventory { containers: listed, foreign: Vec::new(), traces })
+        Ok(Inventory { containers: listed, foreign: Vec::new(), is_complete: true, traces })
     }
 
-    async fn observe_app(&self, app: &AppName, wanted: Option<&Wanted>) -> Result<ObservedApp, ObserveError> {
+    async fn observe_app(
+        &self,
+        app: &AppName,
+        wanted: Option<&Wanted>,
+        listed: Option<Vec<String>>,
+    ) -> Result<ObservedApp, ObserveError> {
         self.docker().await?;
-        let observed = self.look(app, wanted);
+        let began = Instant::now();
+        let mut observed = self.observe(app, wanted);
+        if let Some(listed) = listed {
+            observed.instances.retain(|i| listed.iter().any(|id| id == i.id.as_str()));
+        }
         self.answer().await?;
+        // Before it arrives, the agent knows nothing of it.
+        self.scene.state().observed_at.insert(app.clone(), began);
         Ok(observed)
     }
 
@@ -362,11 +378,11 @@ impl Machine for Hands {
             observed.old_workers = None;
         }
         tokio::time::sleep(self.scene.chance.millis(0, 5)).await;
-        observed.published = self.clock.steady(observed.published);
-        observed.workers_since = self.clock.steady(observed.workers_since);
+        observed.published = self.clock.to_monotonic(observed.published);
+        observed.workers_since = self.clock.to_monotonic(observed.workers_since);
         if let Some(live) = &mut observed.live {
             let changed = live.changed.values_mut().chain(live.rejected.values_mut().map(|r| &mut r.at));
-            changed.for_each(|at| *at = self.clock.steady(*at));
+            changed.for_each(|at| *at = self.clock.to_monotonic(*at));
         }
         observed
     }
@@ -374,15 +390,26 @@ impl Machine for Hands {
     async fn old_workers(&self) -> Option<usize> {
         tokio::time::sleep(self.scene.chance.millis(0, 3)).await;
         let counted = self.scene.old_workers();
-        // Whoever wants to count them asks more than one place, and each may not answer.
+        // Counting needs several sources, and each may fail.
         counted.filter(|_| !self.scene.chance.one_in(20))
+    }
+
+    async fn recount(&self, _app: &AppName, ids: &[ContainerId]) -> Vec<(ContainerId, Option<usize>)> {
+        tokio::time::sleep(self.scene.chance.millis(0, 3)).await;
+        let apps = self.scene.state().apps.clone();
+        let count = |id: &ContainerId| {
+            let (app, instance) =
+                apps.iter().find_map(|(app, o)| Some((app, o.instances.iter().find(|i| i.id == *id)?)))?;
+            (instance.is_running() && !self.scene.chance.one_in(20)).then(|| self.connections(app, instance))
+        };
+        ids.iter().map(|id| (id.clone(), count(id))).collect()
     }
 
     fn has_nginx(&self) -> bool {
         self.scene.state().proxy.runs
     }
 
-    fn events(&self) -> impl Stream<Item = Result<AppName, DockerError>> + Send {
+    fn events(&self) -> impl Stream<Item = Result<ContainerEvent, DockerError>> + Send {
         let (out, events) = mpsc::unbounded_channel();
         let mut state = self.scene.state();
         if state.engine == Engine::Up {
@@ -393,8 +420,16 @@ impl Machine for Hands {
         stream::unfold(events, |mut events| async { events.recv().await.map(|event| (event, events)) }).boxed()
     }
 
-    async fn perform(&self, app: &AppName, step: &Step, seen: &ObservedApp) -> Result<(), StepError> {
-        self.scene.note_belief();
+    fn probed(&self, app: &AppName, id: &ContainerId) -> Option<Health> {
+        let mut instance = self.scene.state().apps.get(app)?.instances.iter().find(|i| i.id == *id)?.clone();
+        instance.started = self.clock.to_monotonic(instance.started);
+        let is_probed = self.probed.lock().expect("one thread").contains_key(id);
+        (is_probed && instance.is_alive()).then(|| self.health(app, &instance))
+    }
+
+    async fn perform(&self, app: &AppName, step: &Step, seen: &ObservedApp) -> Result<Option<NewContainer>, StepError> {
+        let mut made = None;
+        self.scene.note_snapshot();
         self.scene.state().begun.insert(app.clone(), Instant::now());
         match step {
             Step::Pull(image) => {
@@ -407,7 +442,7 @@ impl Machine for Hands {
                 }
                 self.scene.effect(app, &step.to_string(), None, |state| state.images.insert(image.to_string()));
             }
-            Step::Create { .. } => self.create(app, step, seen).await?,
+            Step::Create { .. } => made = self.create(app, step, seen).await?,
             Step::Start(handle) => {
                 self.scene.judge_step(app, step);
                 self.start(app, step, handle, seen).await?;
@@ -441,9 +476,9 @@ impl Machine for Hands {
                 self.apply(app, step, seen, None);
             }
         }
-        // The agent may end here: done, and nobody told.
+        // The agent may be killed here: the step is done, and its result is lost.
         tokio::time::sleep(self.scene.chance.millis(0, 3)).await;
-        Ok(())
+        Ok(made)
     }
 
     async fn publish(&self, vhosts: &BTreeMap<AppName, Vhost>) -> Result<Published, NginxError> {

@@ -1,15 +1,15 @@
-//! What goes wrong around an agent: stores that are wiped, engines and proxies that fail, hands that meddle, reboots.
+//! Faults around an agent: wiped stores, failing engines and proxies, manual changes, reboots.
 
 use demae::model::{
     name::{AppName, ContainerId},
-    observed::{Instance, Phase},
+    observed::{Instance, ObservedApp, Phase},
 };
 use tokio::time::Instant;
 
 use crate::{
     history::History,
     scene::{Engine, Meant, State},
-    store::Data,
+    store::{Data, MODE},
 };
 
 impl History {
@@ -24,16 +24,16 @@ impl History {
             7 => {
                 let copy = backup.filter(|_| chance.one_in(2));
                 let (stray, what) = match (self.store.etcd().stray.is_some(), copy) {
-                    (true, _) => (None, "leads where it should"),
-                    // It cannot be told from a store that was restored, so a person has to say which is the right one.
+                    (true, _) => (None, "is the right one again"),
+                    // It is indistinguishable from a restored store, so a person has to accept the right one.
                     (false, Some(copy)) => {
                         self.disaster = true;
-                        (Some(copy), "leads to a copy from an earlier day")
+                        (Some(copy), "serves a copy from an earlier day")
                     }
-                    (false, None) => (Some(Data::new(data.etcd + 100)), "leads to another etcd"),
+                    (false, None) => (Some(Data::new(data.etcd + 100)), "belongs to another etcd"),
                 };
                 self.store.set_stray(stray);
-                self.scene.happens("member", || what.into());
+                self.scene.record("member", || what.into());
                 return;
             }
             0 | 1 => {
@@ -67,19 +67,19 @@ impl History {
         };
         if what != "a backup is made" {
             (self.disaster, self.wrecked) = (true, true);
-            // What the store said last may still be on its way to an agent that gets no time.
+            // The last read may still be in flight to a stalled agent.
             let absent = |m: &&mut Meant| !m.present || m.drained;
             let mut state = self.scene.state();
             for meant in state.meant.values_mut().filter(absent) {
                 meant.absent_until = meant.absent_until.max(data.revision);
             }
         }
-        self.scene.happens("disaster", || what.into());
+        self.scene.record("disaster", || what.into());
     }
 
-    /// A person puts everything back, or takes the store as it is; or accepts it first, and puts everything back before
-    /// anybody has looked.
-    pub(super) fn mend_store(&mut self) {
+    /// A person puts everything back, or accepts the store as it is; or accepts it and then puts everything back before
+    /// any agent has read it.
+    pub(super) fn repair_store(&mut self) {
         if !self.store.etcd().up {
             return;
         }
@@ -90,11 +90,15 @@ impl History {
             let block = self.running.as_ref().and_then(|r| r.status.borrow().store.block.clone());
             let leaving: Vec<AppName> =
                 self.apps.iter().map(|a| a.name.clone()).filter(|app| !self.store.has(app)).collect();
-            self.scene.state().consented = leaving.iter().cloned().collect();
-            let accept = self.store.accept(leaving.into_iter(), block.map(|b| b.kind));
-            *self.disk.accepted.lock().expect("one thread") = Some(accept);
+            self.scene.state().accepted_removals = leaving.iter().cloned().collect();
+            if self.scene.chance.one_in(3) {
+                self.store.accept_for_fleet(leaving.into_iter().collect());
+            } else {
+                let accept = self.store.accept(leaving.into_iter(), block.map(|b| b.kind));
+                *self.disk.accepted.lock().expect("one thread") = Some(accept);
+            }
             // It may be an older one.
-            self.scene.state().newest = 0;
+            self.scene.state().newest_revision = 0;
         }
         for app in self.apps.clone() {
             if !puts_back && !self.store.has(&app.name) {
@@ -108,8 +112,15 @@ impl History {
         }
         if puts_back {
             self.give_identity();
+            self.store.put(MODE, self.mode);
+        } else {
+            // What was accepted may hold the mode of an earlier day.
+            let revision = self.store.etcd().data.revision;
+            for app in self.apps.clone() {
+                self.mean(&app.name, |m| m.drain(self.store.is_drained(), revision));
+            }
         }
-        self.scene.happens("mended", || format!("accepted: {accepts}, put back: {puts_back}"));
+        self.scene.record("repaired", || format!("accepted: {accepts}, put back: {puts_back}"));
     }
 
     pub(super) fn engine_trouble(&self) {
@@ -125,7 +136,7 @@ impl History {
                 self.scene.cut_events();
                 let next = *chance.pick(&[Engine::Down, Engine::Hangs]).expect("some");
                 self.scene.state().engine = next;
-                // Without live-restore the containers go with it.
+                // Without live-restore the containers stop too.
                 if next == Engine::Down && chance.one_in(2) {
                     self.kill_containers();
                 }
@@ -137,7 +148,7 @@ impl History {
                 "Up".into()
             }
         };
-        self.scene.happens("engine", || what);
+        self.scene.record("engine", || what);
     }
 
     pub(super) fn nginx_trouble(&self) {
@@ -152,15 +163,15 @@ impl History {
                 }
                 1 => {
                     proxy.broken ^= true;
-                    "somebody edits nginx's own files"
+                    "nginx's own files are edited"
                 }
                 2 => {
-                    proxy.deaf ^= true;
-                    "reloads change nothing, or do again"
+                    proxy.ignores_reloads ^= true;
+                    "reloads stop or start having an effect"
                 }
                 3 => {
                     proxy.drifted = proxy.live.is_some();
-                    "somebody edits demae's files"
+                    "demae's files are edited"
                 }
                 _ => {
                     proxy.runs = true;
@@ -171,10 +182,10 @@ impl History {
         if what == "nginx is started" && !self.scene.state().proxy.broken {
             self.scene.serve_live(false);
         }
-        self.scene.happens("nginx", || what.into());
+        self.scene.record("nginx", || what.into());
     }
 
-    /// A person, or chance, does something to a container or a file.
+    /// A manual change or an accident to a container or a file.
     pub(super) fn mishap(&self) {
         let chance = &self.scene.chance;
         let all: Vec<(AppName, ContainerId)> = {
@@ -192,10 +203,10 @@ impl History {
         };
         let (settled, proven) = find(&self.scene.state()).unwrap_or_default();
         let kind = match chance.below(9) {
-            // One that stays from an earlier time of its release is a candidate again, and Docker starts it again all the
-            // same. That is a verdict too, whoever ended it.
+            // One kept from an earlier deploy of its release is a candidate again, and Docker restarts it all the same.
+            // That counts as a verdict too.
             0 | 1 | 8 if settled && !proven => return,
-            // That a candidate ends or hangs is a verdict on its release, and rightly so.
+            // A candidate that exits or hangs gives a verdict on its release, correctly.
             1 | 8 if !settled => 0,
             kind => kind,
         };
@@ -210,7 +221,7 @@ impl History {
             }
             2 => {
                 self.touch(&app, &id, |i| i.phase = Phase::Exited(137));
-                "stopped by hand"
+                "stopped manually"
             }
             3 => {
                 self.touch(&app, &id, |i| {
@@ -218,7 +229,7 @@ impl History {
                         i.phase = Phase::Paused;
                     }
                 });
-                "paused by hand"
+                "paused manually"
             }
             4 => {
                 let mut state = self.scene.state();
@@ -227,14 +238,14 @@ impl History {
                 }
                 state.meddled.insert(app.clone(), Instant::now());
                 state.programs.remove(&id);
-                "removed by hand"
+                "removed manually"
             }
             5 => {
                 let mut state = self.scene.state();
-                // No engine gives up an image that a living container has.
+                // No engine removes an image that a living container uses.
                 let used = |image: &String| {
                     let mut all = state.apps.values().flat_map(|o| &o.instances);
-                    all.any(|i| i.is_alive() && i.ordered.as_ref().is_some_and(|o| o.to_string() == *image))
+                    all.any(|i| i.is_alive() && i.requested_image.as_ref().is_some_and(|o| o.to_string() == *image))
                 };
                 let kept = state.images.iter().filter(|i| used(i)).cloned().collect();
                 state.images = kept;
@@ -245,7 +256,7 @@ impl History {
                 state.made += 1;
                 let foreign = ContainerId::try_from(format!("{:064x}", state.made)).expect("an id");
                 state.foreign.insert(foreign);
-                "somebody runs a container of their own"
+                "a foreign container is created"
             }
             7 => {
                 let mut state = self.scene.state();
@@ -256,15 +267,22 @@ impl History {
             }
             _ => {
                 self.touch(&app, &id, |_| {});
-                if let Some(program) = self.scene.state().programs.get_mut(&id) {
+                let mut state = self.scene.state();
+                if let Some(program) = state.programs.get_mut(&id) {
                     program.answers = false;
                 }
-                self.scene.health_tells(&app);
+                let release = state.apps.get(&app).and_then(|o| o.instances.iter().find(|i| i.id == id));
+                let release = release.map(|i| i.key.release.clone());
+                state.hung.extend(release.map(|release| (app.clone(), release)));
+                drop(state);
+                self.scene.notify_health(&app);
                 "it hangs"
             }
         };
-        self.scene.happens("mishap", || format!("{app}: {id} {what}"));
-        self.scene.docker_tells(&app);
+        self.scene.record("mishap", || format!("{app}: {id} {what}"));
+        let runs = |o: &ObservedApp| o.instances.iter().any(|i| i.id == id && i.is_running());
+        let is_end = !self.scene.state().apps.get(&app).is_some_and(runs);
+        self.scene.emit_docker_event(&app, is_end);
     }
 
     pub(super) fn touch(&self, app: &AppName, id: &ContainerId, change: impl FnOnce(&mut Instance)) {
@@ -295,7 +313,7 @@ impl History {
         }
     }
 
-    /// An engine that comes up starts what it is to keep running.
+    /// An engine that starts restarts the containers that it is to keep running.
     pub(super) fn revive_settled(&self) {
         let now = self.scene.now();
         let mut revived = Vec::new();
@@ -309,13 +327,13 @@ impl History {
             }
         }
         for (app, id) in revived {
-            self.scene.begin_life(&app, &id);
+            self.scene.start_program(&app, &id);
         }
     }
 
     pub(super) async fn reboot(&mut self) {
         self.let_clock_settle().await;
-        self.scene.happens("reboot", String::new);
+        self.scene.record("reboot", String::new);
         self.crash().await;
         self.kill_containers();
         {

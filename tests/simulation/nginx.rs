@@ -1,4 +1,4 @@
-//! nginx, played: a set on disk, the set that its workers answer with, and the older ones that still finish requests.
+//! Simulated nginx: the set on disk, the set that its workers serve, and older sets that still finish requests.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -13,17 +13,17 @@ use tokio::time::Instant;
 
 use crate::{
     oracle::Before,
-    scene::{Scene, leaves},
+    scene::{Scene, is_leaving},
 };
 
 const TEMPLATES: &str = "templates of this host";
 
 impl Scene {
-    /// What is on disk first; then what needs the templates, which whoever publishes has to itself; the workers last.
+    /// The set on disk first; then what needs the templates, which a publisher locks; the workers last.
     pub async fn proxy(&self) -> ObservedProxy {
         let (live, published, drifted) = {
             let mut state = self.state();
-            state.looked_at_proxy = Instant::now();
+            state.proxy_observed_at = Instant::now();
             (state.proxy.live.clone(), state.proxy.published, state.proxy.drifted)
         };
         drop(self.templates.lock().await);
@@ -44,15 +44,15 @@ impl Scene {
         }
     }
 
-    /// Nothing of the agent goes on while it gets no time.
-    async fn given_time(&self) {
-        let still = || self.state().still_until.filter(|until| *until > Instant::now());
+    /// Waits while the agent is stalled.
+    async fn wait_out_stall(&self) {
+        let still = || self.state().stalled_until.filter(|until| *until > Instant::now());
         while let Some(until) = still() {
             tokio::time::sleep_until(until).await;
         }
     }
 
-    /// Without a master nobody knows whose worker a process is.
+    /// Without a master the owner of a worker process is unknown.
     pub fn old_workers(&self) -> Option<usize> {
         let now = Instant::now();
         let proxy = &mut self.state().proxy;
@@ -61,15 +61,21 @@ impl Scene {
     }
 
     pub async fn publish(&self, vhosts: &BTreeMap<AppName, Vhost>) -> Result<Published, NginxError> {
-        self.note_belief();
-        self.state().changing_since = Instant::now();
+        self.note_snapshot();
+        {
+            let mut state = self.state();
+            state.changing_since = Instant::now();
+            state.observed_at_change = state.observed_at.clone();
+        }
         let _templates = self.templates.lock().await;
         tokio::time::sleep(self.chance.millis(5, 60)).await;
-        self.given_time().await;
+        self.wait_out_stall().await;
         let now = self.now();
         let (generation, rejected) = {
             let mut state = self.state();
-            let leaving = state.apps.keys().filter(|app| leaves(&state, app)).cloned().collect();
+            // An app that an earlier set left out may still be served by its workers.
+            let has_left = |app: &AppName| state.leaving.contains(app) && !vhosts.contains_key(app);
+            let leaving = state.apps.keys().filter(|app| is_leaving(&state, app) || has_left(app)).cloned().collect();
             if state.disk_full {
                 let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
                 return Err(demae::host::files::FileError::cannot_write("/nginx".as_ref(), full).into());
@@ -81,7 +87,7 @@ impl Scene {
             let old = proxy.live.clone().unwrap_or_default();
             let mut new = Manifest { templates: TEMPLATES.into(), ..Manifest::default() };
             for (app, vhost) in vhosts {
-                // The template that it names is broken: its last good part stays.
+                // A broken template: its last good part stays.
                 if vhost.template.is_some() {
                     let error = "the template is broken".to_owned();
                     new.rejected.insert(app.clone(), Rejected { vhost: vhost.clone(), error, at: now });
@@ -102,7 +108,7 @@ impl Scene {
             }
             new.generation = old.generation + 1;
             let served = proxy.runs && proxy.served.as_ref().is_some_and(|m| m.generation == old.generation);
-            new.follow(&old, served.then_some(proxy.since), now);
+            new.inherit(&old, served.then_some(proxy.since), now);
             let generation = new.generation;
             let live = new.clone();
             (proxy.live, proxy.published, proxy.drifted) = (Some(new), now, false);
@@ -112,17 +118,17 @@ impl Scene {
             state.leaving = leaving;
             (generation, rejected)
         };
-        self.happens("nginx set", || format!("generation {generation}: {:?}", vhosts.keys().collect::<Vec<_>>()));
-        // The agent may end here: the new set lies on disk, and the old one is served.
+        self.record("nginx set", || format!("generation {generation}: {:?}", vhosts.keys().collect::<Vec<_>>()));
+        // The agent may be killed here: the new set is on disk, and the old one is served.
         tokio::time::sleep(self.chance.millis(0, 5)).await;
-        self.given_time().await;
+        self.wait_out_stall().await;
         self.load().await?;
         Ok(Published { generation, reloaded: true, rejected })
     }
 
     pub async fn reload(&self) -> Result<(), NginxError> {
         tokio::time::sleep(self.chance.millis(1, 10)).await;
-        self.given_time().await;
+        self.wait_out_stall().await;
         if self.state().proxy.broken {
             return Err(NginxError::Broken("[emerg] unknown directive".into()));
         }
@@ -134,7 +140,7 @@ impl Scene {
             return Err(NginxError::NotRunning("nginx does not run".into()));
         }
         let generation = self.state().proxy.live.as_ref().map_or(0, |m| m.generation);
-        if self.state().proxy.deaf {
+        if self.state().proxy.ignores_reloads {
             tokio::time::sleep(Duration::from_secs(10)).await;
             let last = "it answers with the one before".to_owned();
             return Err(NginxError::NotProven { generation, last });
@@ -144,7 +150,7 @@ impl Scene {
         Ok(())
     }
 
-    /// Workers take the set on disk over: by a reload, or since nginx was started.
+    /// Workers switch to the set on disk: by a reload, or at the start of nginx.
     pub fn serve_live(&self, by_agent: bool) {
         let finishing = self.chance.millis(50, 4_000);
         let now = self.now();
@@ -165,6 +171,6 @@ impl Scene {
                 }
             }
         }
-        self.happens("nginx serves", String::new);
+        self.record("nginx serves", String::new);
     }
 }

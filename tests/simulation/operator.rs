@@ -1,10 +1,11 @@
-//! What an operator does, and what is meant by it.
+//! The operator's actions, and the state that they intend.
 
 use demae::model::name::AppName;
 
 use crate::{
     history::{App, History, Kind},
     scene::{Meant, VERSIONS},
+    store::MODE,
 };
 
 impl History {
@@ -43,9 +44,9 @@ impl History {
         )
     }
 
-    /// Puts all keys of an app that is meant to be here.
+    /// Puts all keys of an app that belongs on this host.
     pub(super) fn place(&self, app: &App) {
-        // Both keys are written before the watch can tell of either.
+        // Both keys are written before the watch can deliver either.
         let revision = self.store.etcd().data.revision + 2;
         self.mean(&app.name, |m| {
             if !m.present {
@@ -99,7 +100,7 @@ impl History {
                 "breaks its spec".into()
             }
             14 if present => {
-                self.store.put(&format!("apps/{name}/paused"), "by hand");
+                self.store.put(&format!("apps/{name}/paused"), "for a test");
                 self.mean(&name, |m| m.special = true);
                 "pauses it".into()
             }
@@ -121,7 +122,7 @@ impl History {
                     let revision = self.store.etcd().data.revision + 1;
                     self.mean(&app.name, |m| m.drain(drained, revision));
                 }
-                self.store.put("hosts/host1/mode", self.mode);
+                self.store.put(MODE, self.mode);
                 format!("sets the mode {}", self.mode)
             }
             _ => {
@@ -129,9 +130,9 @@ impl History {
                 self.apps[at].bad_template = false;
                 self.mean(&name, |m| m.special = false);
                 self.place(&self.apps[at].clone());
-                "puts it right".into()
+                "repairs it".into()
             }
         };
-        self.scene.happens("operator", || format!("{name}: {what}"));
+        self.scene.record("operator", || format!("{name}: {what}"));
     }
 }

@@ -1,4 +1,4 @@
-//! What must hold at each effect of the agent, judged by what the host really is. None of demae's decisions is used here.
+//! Invariants at each effect of the agent, judged by the true state of the host, without any of demae's decisions.
 
 use std::{sync::atomic::Ordering, time::Duration};
 
@@ -14,14 +14,16 @@ use demae::{
 use tokio::time::Instant;
 
 use crate::chance::SLOWEST_CHECK;
-use crate::scene::{Program, Scene, State, Upstreamed, believed, changes_over, is_routed, leaves, serving, upstreamed};
+use crate::scene::{
+    Program, Scene, State, Upstreamed, allows_gap, desired_of, is_leaving, is_routed, serving, upstreamed,
+};
 
-/// Most containers of an app: three that serve, three that come, and up to as many that nobody wants any more, while one
-/// more is being made. Those that served and have left the routes are not counted: they stay until their requests end.
+/// Most containers of an app: three serving, three starting, up to as many superseded, and one being created. Instances
+/// that left the routes are not counted: they stay until their requests end.
 const MOST: usize = 10;
 
 impl Scene {
-    /// Something that the agent does to an app: done, counted, and judged.
+    /// An effect of the agent on an app: applied, counted, and judged.
     pub fn effect<T>(
         &self,
         app: &AppName,
@@ -43,11 +45,11 @@ impl Scene {
         }
         *state.effects.entry(app.clone()).or_default() += 1;
         drop(state);
-        self.happens("step", || format!("{app}: {what}"));
+        self.record("step", || format!("{app}: {what}"));
         result
     }
 
-    /// Notes which instances requests stopped going to.
+    /// Records which instances lost their routes.
     pub fn routes_changed(&self, state: &mut State, app: &AppName) {
         let now = Instant::now();
         let Some(observed) = state.apps.get(app) else { return };
@@ -67,51 +69,51 @@ impl Scene {
         }
     }
 
-    /// Takes notice of what the agent believes now, and judges it.
-    pub fn note_belief(&self) {
+    /// Records the agent's current snapshot, and judges it.
+    pub fn note_snapshot(&self) {
         let mut state = self.state();
         let Some(updates) = &state.updates else { return };
         let new = updates.borrow().snapshot.clone();
-        let Some(new) = new.filter(|n| !state.believed.as_ref().is_some_and(|b| std::sync::Arc::ptr_eq(b, n))) else {
+        let Some(new) = new.filter(|n| !state.snapshot.as_ref().is_some_and(|b| std::sync::Arc::ptr_eq(b, n))) else {
             return;
         };
         let now = Instant::now();
         let nothing = Snapshot::default();
-        let old = state.believed.clone();
+        let old = state.snapshot.clone();
         let old = old.as_deref().unwrap_or(&nothing);
         let apps: Vec<AppName> = old.apps.keys().chain(new.apps.keys()).chain(state.apps.keys()).cloned().collect();
         for app in apps {
             if old.apps.get(&app) != new.apps.get(&app) || old.proven != new.proven {
-                state.believed_changed.insert(app.clone(), now);
+                state.snapshot_changed.insert(app.clone(), now);
             }
             let goes = new.proven && matches!(new.apps.get(&app), None | Some(DesiredApp::Absent(_)));
-            // News that was lost is no new belief: the next full read tells.
+            // A lost event changes no snapshot: the next full read does.
             let gone = old.proven && matches!(old.apps.get(&app), None | Some(DesiredApp::Absent(_)));
             let is_here = state.apps.get(&app).is_some_and(|o| !o.instances.is_empty());
-            // Once let go, it is gone until an agent is told to have it again.
-            if goes && state.consented.contains(&app) {
-                state.let_go.insert(app.clone());
+            // Once removed by an acceptance, it stays removed until an agent wants it again.
+            if goes && state.accepted_removals.contains(&app) {
+                state.removed_by_acceptance.insert(app.clone());
             } else if !goes && new.proven {
-                state.let_go.remove(&app);
+                state.removed_by_acceptance.remove(&app);
             }
             let meant = state.meant.get(&app);
-            let is_meant = state.let_go.contains(&app)
+            let is_meant = state.removed_by_acceptance.contains(&app)
                 || meant.is_none_or(|m| !m.present || m.drained || new.revision <= m.absent_until);
             if goes && !gone && is_here && !is_meant {
-                state.violate(format!("{app} is believed to be unwanted, and nobody meant that"));
+                state.violate(format!("{app} is unwanted in the snapshot, and was not meant to be"));
             }
         }
         if new.proven && !self.accepted.load(Ordering::Relaxed) {
-            if new.revision < state.newest {
-                let newest = state.newest;
-                state.violate(format!("revision {} is believed after {newest}", new.revision));
+            if new.revision < state.newest_revision {
+                let newest_revision = state.newest_revision;
+                state.violate(format!("revision {} is trusted after {newest_revision}", new.revision));
             }
-            state.newest = new.revision;
+            state.newest_revision = new.revision;
         }
-        state.believed = Some(new);
+        state.snapshot = Some(new);
     }
 
-    /// What a step may not touch, and may not cut.
+    /// Containers that a step may not touch, and requests that it may not cut.
     pub fn judge_step(&self, app: &AppName, step: &Step) {
         let mut state = self.state();
         let handle = match step {
@@ -120,17 +122,17 @@ impl Scene {
             _ => return,
         };
         if state.foreign.contains(&handle.id) {
-            let wrong = format!("`{step}` for {app} touches a container of somebody else");
+            let wrong = format!("`{step}` for {app} touches a foreign container");
             state.violate(wrong);
         }
         let Some(instance) = find(&state, app, &handle.id) else { return };
         let ends = matches!(step, Step::Stop { .. } | Step::Discard { .. });
-        if !ends || instance.phase != Phase::Running || changes_over(&state, app) {
+        if !ends || instance.phase != Phase::Running || allows_gap(&state, app) {
             return;
         }
-        // It was decided for another wish, perhaps one whose order asks for a gap.
-        let looked = state.looked.get(app).copied().unwrap_or(state.woke);
-        if state.believed_changed.get(app).is_some_and(|at| *at > looked) {
+        // The desired state changed since, perhaps from one whose order allows a gap.
+        let observed_at = state.observed_at.get(app).copied().unwrap_or(state.resumed);
+        if state.snapshot_changed.get(app).is_some_and(|at| *at > observed_at) {
             return;
         }
         let Some(program) = state.programs.get(&instance.id) else { return };
@@ -157,70 +159,66 @@ impl Before {
         Self { upstreamed: upstreamed(state, app), serving: serving(state, app) }
     }
 
-    /// What got worse by an effect.
+    /// What an effect made worse.
     pub fn judge(&self, state: &State, app: &AppName, seen: Option<&ObservedApp>) -> Option<String> {
         let now = upstreamed(state, app);
         let serving = serving(state, app);
-        let mut looked = state.looked.get(app).copied().unwrap_or(state.looked_at_proxy);
-        let mut begun = state.begun.get(app).copied().unwrap_or(state.woke);
+        let mut observed_at = state.observed_at.get(app).copied().unwrap_or(state.proxy_observed_at);
+        let mut begun = state.begun.get(app).copied().unwrap_or(state.resumed);
         if seen.is_none() {
-            looked = looked.min(state.changing_since);
+            // A set is decided on what had been observed by then.
+            observed_at = state.observed_at_change.get(app).copied().unwrap_or(state.proxy_observed_at);
+            observed_at = observed_at.min(state.changing_since);
             begun = state.changing_since;
         }
-        // Nothing is begun on what was seen before a standstill.
-        if begun >= state.woke {
-            looked = looked.max(state.woke);
+        // No step starts from observations made before a standstill.
+        if begun >= state.resumed {
+            observed_at = observed_at.max(state.resumed);
         }
-        // What changed after the agent looked, it could not know.
-        // Nor that an instance is well until a check of it was answered.
+        // The agent cannot know changes after its observation, nor that an instance is healthy before a probe
+        // has returned.
         let known = |p: &Program| if p.answers { p.changed + Duration::from_millis(SLOWEST_CHECK) } else { p.changed };
-        let moved = |id: &ContainerId| state.programs.get(id).is_some_and(|p| known(p) > looked);
+        let changed_since = |id: &ContainerId| state.programs.get(id).is_some_and(|p| known(p) > observed_at);
         let unseen = |o: &ObservedApp| o.instances.iter().any(|i| find(state, app, &i.id).is_none());
-        let excused = changes_over(state, app)
+        let excused = allows_gap(state, app)
             || seen.is_none()
                 && now.dead < now.all
                 && self.upstreamed.all < now.all
                 && is_broken_since(state, app, &now.behind)
-            || now.behind.iter().any(moved)
+            || now.behind.iter().any(changed_since)
             || seen.is_some_and(unseen)
-            || state.apps.get(app).is_some_and(|o| o.instances.iter().any(|i| moved(&i.id)))
-            || state.died.get(app).is_some_and(|at| *at > looked)
-            || state.meddled.get(app).is_some_and(|at| *at > looked)
-            || state.believed_changed.get(app).is_some_and(|at| *at > looked);
+            || state.apps.get(app).is_some_and(|o| o.instances.iter().any(|i| changed_since(&i.id)))
+            || state.died.get(app).is_some_and(|at| *at > observed_at)
+            || state.meddled.get(app).is_some_and(|at| *at > observed_at)
+            || state.snapshot_changed.get(app).is_some_and(|at| *at > observed_at);
         if excused {
             return None;
         }
-        // An app that nginx did not know had nothing to lose.
+        // An app without a virtual host had nothing to lose.
         let before = &self.upstreamed;
         if before.all > 0 && now.dead * before.all > before.dead * now.all {
             let (dead, all) = (now.dead, now.all);
-            return Some(format!(
-                "{dead} of {all} upstreams lead nowhere, and {} of {} before",
-                before.dead, before.all
-            ));
+            return Some(format!("{dead} of {all} upstreams are dead, and {} of {} before", before.dead, before.all));
         }
-        // A reload makes workers old, with all that they know.
+        // A reload makes workers old, with their upstreams.
         if now.old_dead > before.old_dead && seen.is_some() {
-            return Some(format!(
-                "{} upstreams of old workers lead nowhere, and {} before",
-                now.old_dead, before.old_dead
-            ));
+            return Some(format!("{} upstreams of old workers are dead, and {} before", now.old_dead, before.old_dead));
         }
         let left = seen.is_none() && state.leaving.contains(app);
-        if serving == 0 && self.serving > 0 && !leaves(state, app) && !left {
-            return Some("the last instance that served does not any more".to_owned());
+        if serving == 0 && self.serving > 0 && !is_leaving(state, app) && !left {
+            return Some("the last serving instance does not serve any more".to_owned());
         }
         None
     }
 }
 
-/// Whether an upstream broke after the app's part of nginx's set was written, and rightly stands in it all the same. A
-/// paused app is left as it is. Slots are only counted there, and whom they lead to is not the set's business. If
-/// workers take such a set over late, nginx passes over whoever does not answer.
+/// True if an upstream broke after the app's part of the nginx set was written, and may stay in it: a paused app is not
+/// changed, and a set counts slots without knowing their instances. If workers load such a set late, nginx skips dead
+/// upstreams.
 fn is_broken_since(state: &State, app: &AppName, behind: &[ContainerId]) -> bool {
     let by_slots = state.proxy.live.as_ref().and_then(|m| m.vhosts.get(app));
     let by_slots = by_slots.is_some_and(|v| matches!(v.upstreams, Upstreams::Slots(_)));
-    let is_paused = matches!(believed(state, app), Some(DesiredApp::Paused(_)));
+    let is_paused = matches!(desired_of(state, app), Some(DesiredApp::Paused(_)));
     let since_written = |at: &Instant| state.proxy.written.get(app).is_some_and(|written| at > written);
     let mut programs = behind.iter().filter_map(|id| state.programs.get(id));
     (by_slots || is_paused)

@@ -1,4 +1,4 @@
-//! What programs in containers do by themselves: get ready, hang, lie, end, and are started anew by Docker.
+//! Programs in containers: they start, hang, lie, exit, and are restarted by Docker.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::scene::{Behaviour, Engine, Scene, State, version};
 
 impl Scene {
-    pub fn begin_life(self: &Arc<Self>, app: &AppName, id: &ContainerId) {
+    pub fn start_program(self: &Arc<Self>, app: &AppName, id: &ContainerId) {
         let (life, behaviour) = {
             let mut state = self.state();
             let Some(version) = state.apps.get(app).and_then(|o| o.instances.iter().find(|i| i.id == *id)).map(version)
@@ -24,10 +24,10 @@ impl Scene {
             (program.life, behaviour)
         };
         let (scene, app, id) = (self.clone(), app.clone(), id.clone());
-        tokio::spawn(async move { scene.live(&app, &id, life, behaviour).await });
+        tokio::spawn(async move { scene.run_program(&app, &id, life, behaviour).await });
     }
 
-    async fn live(self: Arc<Self>, app: &AppName, id: &ContainerId, life: u64, behaviour: Behaviour) {
+    async fn run_program(self: Arc<Self>, app: &AppName, id: &ContainerId, life: u64, behaviour: Behaviour) {
         let soon = self.chance.millis(5, 2_000);
         match behaviour {
             Behaviour::NeverHealthy | Behaviour::Missing => return,
@@ -45,20 +45,20 @@ impl Scene {
                 .get(app)
                 .is_some_and(|o| o.instances.iter().any(|i| i.id == *id && i.phase == Phase::Running));
             match state.programs.get_mut(id).filter(|p| p.life == life && runs) {
-                // The agent may be at something that was right before that.
+                // The agent may be running a step that was right before this.
                 Some(program) => (program.answers, program.changed) = (true, Instant::now()),
                 None => return,
             }
         }
-        self.happens("ready", || format!("{app}: {id}"));
-        self.health_tells(app);
+        self.record("ready", || format!("{app}: {id}"));
+        self.notify_health(app);
         if behaviour == Behaviour::Crashes {
             tokio::time::sleep(self.chance.millis(500, 90_000)).await;
             self.die(app, id, Some(life), 1);
         }
     }
 
-    /// A process ends. Docker starts it again if it is to be kept running.
+    /// A process exits. Docker restarts it if it is to be kept running.
     pub fn die(self: &Arc<Self>, app: &AppName, id: &ContainerId, life: Option<u64>, code: i64) {
         let again = {
             let mut state = self.state();
@@ -77,28 +77,28 @@ impl Scene {
             instance.phase = if instance.settled { Phase::Restarting } else { Phase::Exited(code) };
             instance.settled
         };
-        self.happens("death", || format!("{app}: {id} with code {code}"));
-        self.docker_tells(app);
-        self.health_tells(app);
+        self.record("death", || format!("{app}: {id} with code {code}"));
+        self.emit_docker_event(app, true);
+        self.notify_health(app);
         if again {
             let (scene, app, id) = (self.clone(), app.clone(), id.clone());
             tokio::spawn(async move {
                 tokio::time::sleep(scene.chance.millis(100, 3_000)).await;
-                scene.docker_starts(&app, &id);
+                scene.docker_restarts(&app, &id);
             });
         }
     }
 
-    fn docker_starts(self: &Arc<Self>, app: &AppName, id: &ContainerId) {
+    fn docker_restarts(self: &Arc<Self>, app: &AppName, id: &ContainerId) {
         let now = self.now();
         let started = {
             let mut state = self.state();
             let up = state.engine != Engine::Down;
             let instance = state.apps.get_mut(app).and_then(|o| o.instances.iter_mut().find(|i| i.id == *id));
             match instance.filter(|i| i.phase == Phase::Restarting) {
-                // An engine that is not there does it when it is back.
+                // An engine that is down restarts it once it is up.
                 Some(_) if !up => None,
-                // A dead socket keeps the program from binding its own.
+                // A stale socket keeps the program from binding its own.
                 Some(i) if i.stale_socket => None,
                 Some(i) => {
                     (i.phase, i.started, i.restarts) = (Phase::Running, now, i.restarts + 1);
@@ -109,22 +109,22 @@ impl Scene {
         };
         match started {
             Some(true) => {
-                self.happens("restart", || format!("{app}: {id}"));
-                self.begin_life(app, id);
-                self.docker_tells(app);
+                self.record("restart", || format!("{app}: {id}"));
+                self.start_program(app, id);
+                self.emit_docker_event(app, false);
             }
             Some(false) => {}
             None => {
                 let (scene, app, id) = (self.clone(), app.clone(), id.clone());
                 tokio::spawn(async move {
                     tokio::time::sleep(scene.chance.millis(500, 10_000)).await;
-                    scene.docker_starts(&app, &id);
+                    scene.docker_restarts(&app, &id);
                 });
             }
         }
     }
 
-    pub fn end_life(&self, id: &ContainerId) {
+    pub fn stop_program(&self, id: &ContainerId) {
         if let Some(program) = self.state().programs.get_mut(id) {
             program.answers = false;
             program.life += 1;

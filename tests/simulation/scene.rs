@@ -1,4 +1,4 @@
-//! The host of a history: what its containers, files and nginx really are, whatever the agent believes.
+//! The host of a history: the true state of its containers, files and nginx.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,10 +11,10 @@ use std::{
 };
 
 use demae::{
-    host::docker::DockerError,
+    host::docker::{ContainerEvent, DockerError},
     model::{
         desired::{DesiredApp, Snapshot},
-        name::{AppName, ContainerId},
+        name::{AppName, ContainerId, ReleaseId},
         observed::{Address, Instance, InstanceKey, ObservedApp, Phase},
         proxy::{Manifest, Upstreams, Vhost},
         spec::{Order, Probe, SETTLE},
@@ -29,18 +29,18 @@ use tokio::{
 
 use crate::chance::Chance;
 
-/// How the program of a version behaves once started.
+/// Behaviour of a version's program once started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Behaviour {
     Works,
     Slow,
     NeverHealthy,
     Exits,
-    /// It is healthy for a while, and then ends.
+    /// Healthy for a while, then exits.
     Crashes,
-    /// It is healthy, and does not answer through nginx.
+    /// Healthy, and does not answer through nginx.
     Lies,
-    /// Its image is nowhere.
+    /// Its image does not exist.
     Missing,
 }
 
@@ -50,27 +50,27 @@ pub struct Program {
     pub answers: bool,
     /// When that last changed, or its container did.
     pub changed: Instant,
-    /// Counts the starts, so that an old life does not end a new one.
+    /// Counts the starts, so that an earlier run does not end a later one.
     pub life: u64,
-    /// When requests stopped being sent to it.
+    /// When it lost its routes.
     pub left: Option<Instant>,
-    /// How long its last requests take.
+    /// Duration of its last requests.
     pub lingers: Duration,
     pub settled_by: Option<Instant>,
 }
 
-/// What people mean with an app.
+/// The intended state of an app.
 #[derive(Debug, Clone)]
 pub struct Meant {
-    /// Whether it belongs here.
+    /// True if it belongs on this host.
     pub present: bool,
-    /// Whether the whole host is to be empty.
+    /// True if the whole host is drained.
     pub drained: bool,
-    /// The revision of the store up to which it did not; the highest one of all stores.
+    /// The store revision up to which it did not belong here; the highest one of all stores.
     pub absent_until: i64,
     pub version: usize,
     pub replicas: usize,
-    /// Whether a person has to act before it converges: it is paused, broken, or shares a virtual host.
+    /// True if a person has to act before it converges: it is paused, invalid, or shares a virtual host.
     pub special: bool,
 }
 
@@ -83,7 +83,7 @@ impl Meant {
     }
 }
 
-/// nginx, and the sets on its disk.
+/// nginx, and its sets on disk.
 #[derive(Debug, Default)]
 pub struct Proxy {
     /// The set on disk.
@@ -92,20 +92,20 @@ pub struct Proxy {
     pub written: BTreeMap<AppName, Instant>,
     pub published: Timestamp,
     pub runs: bool,
-    /// Somebody else's file makes `nginx -t` fail.
+    /// A file outside demae makes `nginx -t` fail.
     pub broken: bool,
-    /// Reloads are accepted and change nothing.
-    pub deaf: bool,
+    /// Reloads are accepted and have no effect.
+    pub ignores_reloads: bool,
     pub drifted: bool,
-    /// The set that workers answer with.
+    /// The set that workers serve.
     pub served: Option<Manifest>,
     /// Since when, by the wall clock.
     pub since: Timestamp,
-    /// Sets that older workers still know, and until when.
+    /// Sets of older workers, and until when they run.
     pub old: Vec<(Manifest, Instant)>,
 }
 
-/// Whether Docker answers.
+/// State of the Docker engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Engine {
     Up,
@@ -120,42 +120,47 @@ pub struct State {
     pub images: BTreeSet<String>,
     pub proxy: Proxy,
     pub engine: Engine,
-    /// One in so many calls fails, or its answer is lost; 0 for none.
+    /// One in so many calls fails, or loses its response; 0 for none.
     pub unreliable: usize,
     pub disk_full: bool,
-    /// Until when the agent gets no time to run. What it asked for before goes on.
-    pub still_until: Option<Instant>,
-    /// When it last got time to run again, after so long that it must notice.
-    pub woke: Instant,
-    /// When the last step for an app was begun.
+    /// Until when the agent is stalled. Calls in flight continue.
+    pub stalled_until: Option<Instant>,
+    /// When it last resumed from a stall that it must detect.
+    pub resumed: Instant,
+    /// When the last step for an app started.
     pub begun: BTreeMap<AppName, Instant>,
-    /// When the agent last looked at an app.
-    pub looked: BTreeMap<AppName, Instant>,
-    pub looked_at_proxy: Instant,
-    /// When the making of the set that is live was begun: it was right then, and may be served much later.
+    /// When the agent last observed an app.
+    pub observed_at: BTreeMap<AppName, Instant>,
+    /// The same, when the last change of nginx began.
+    pub observed_at_change: BTreeMap<AppName, Instant>,
+    pub proxy_observed_at: Instant,
+    /// When building the live set started: it was right then, and may be served much later.
     pub changing_since: Instant,
-    /// Apps that were to leave when that was begun. A later agent may finish it, whatever it knows itself.
+    /// Apps that were leaving at that time, or had been left out before. A later agent may load the set, whatever its own
+    /// state.
     pub leaving: BTreeSet<AppName>,
-    pub believed: Option<Arc<Snapshot>>,
-    /// When what is believed of an app last changed.
-    pub believed_changed: BTreeMap<AppName, Instant>,
+    pub snapshot: Option<Arc<Snapshot>>,
+    /// When the desired state of an app last changed in the snapshot.
+    pub snapshot_changed: BTreeMap<AppName, Instant>,
     pub news: Option<UnboundedSender<AppName>>,
-    pub listeners: Vec<UnboundedSender<Result<AppName, DockerError>>>,
+    pub listeners: Vec<UnboundedSender<Result<ContainerEvent, DockerError>>>,
     pub made: u64,
     pub updates: Option<watch::Receiver<Update>>,
-    /// What people mean, whatever becomes of the store.
+    /// The intended state, independent of the store.
     pub meant: BTreeMap<AppName, Meant>,
-    /// When somebody last removed a container of an app.
+    /// When a container of an app was last removed manually.
     pub meddled: BTreeMap<AppName, Instant>,
     /// When an instance of an app last died. It may have been removed since.
     pub died: BTreeMap<AppName, Instant>,
-    /// Apps that a person let leave, until an agent has made use of that.
-    pub consented: BTreeSet<AppName>,
-    /// Those that an agent has let go by that.
-    pub let_go: BTreeSet<AppName>,
-    /// The newest revision that was believed, by any agent.
-    pub newest: i64,
-    /// Containers of others.
+    /// Apps whose removal a person accepted, until an agent has used that.
+    pub accepted_removals: BTreeSet<AppName>,
+    /// Releases of which an instance was made to hang.
+    pub hung: BTreeSet<(AppName, ReleaseId)>,
+    /// Apps that an agent has removed by that acceptance.
+    pub removed_by_acceptance: BTreeSet<AppName>,
+    /// The newest_revision revision of a trusted snapshot, of any agent.
+    pub newest_revision: i64,
+    /// Foreign containers.
     pub foreign: BTreeSet<ContainerId>,
     pub tally: BTreeMap<String, u64>,
     pub app_states: BTreeSet<u64>,
@@ -163,14 +168,14 @@ pub struct State {
     pub log: Vec<String>,
     pub trace: DefaultHasher,
     pub violations: Vec<String>,
-    /// Effects on each app, to see that the agent comes to rest.
+    /// Number of effects on each app, to check that the agent comes to rest.
     pub effects: BTreeMap<AppName, u64>,
 }
 
 pub const VERSIONS: usize = 5;
 
 impl State {
-    /// Something that must never be.
+    /// Records a violated invariant.
     pub fn violate(&mut self, what: String) {
         self.log.push(format!("          !!! {what}"));
         self.violations.push(what);
@@ -181,9 +186,9 @@ pub struct Scene {
     pub chance: Chance,
     pub began: Instant,
     skew: AtomicI64,
-    /// Whether a person took the store as it is.
+    /// True if a person accepted the store as it is.
     pub accepted: AtomicBool,
-    /// Held by whoever publishes to nginx.
+    /// Locked by the publisher of nginx sets.
     pub templates: tokio::sync::Mutex<()>,
     state: Mutex<State>,
 }
@@ -202,7 +207,7 @@ impl Scene {
             Behaviour::Missing,
         ];
         let mut behaviours = [Behaviour::Works; VERSIONS];
-        // The first version works, so that there is something to lose.
+        // The first version works, so there is something to lose.
         for behaviour in behaviours.iter_mut().skip(1) {
             *behaviour = *chance.pick(&some).expect("some");
         }
@@ -216,15 +221,16 @@ impl Scene {
             engine: Engine::Up,
             unreliable: 0,
             disk_full: false,
-            still_until: None,
-            woke: now,
+            stalled_until: None,
+            resumed: now,
             begun: BTreeMap::new(),
-            looked: BTreeMap::new(),
-            looked_at_proxy: now,
+            observed_at: BTreeMap::new(),
+            observed_at_change: BTreeMap::new(),
+            proxy_observed_at: now,
             changing_since: now,
             leaving: BTreeSet::new(),
-            believed: None,
-            believed_changed: BTreeMap::new(),
+            snapshot: None,
+            snapshot_changed: BTreeMap::new(),
             news: None,
             listeners: Vec::new(),
             made: 0,
@@ -232,9 +238,10 @@ impl Scene {
             meant: BTreeMap::new(),
             meddled: BTreeMap::new(),
             died: BTreeMap::new(),
-            consented: BTreeSet::new(),
-            let_go: BTreeSet::new(),
-            newest: 0,
+            accepted_removals: BTreeSet::new(),
+            hung: BTreeSet::new(),
+            removed_by_acceptance: BTreeSet::new(),
+            newest_revision: 0,
             foreign: BTreeSet::new(),
             tally: BTreeMap::new(),
             app_states: BTreeSet::new(),
@@ -258,23 +265,23 @@ impl Scene {
         self.state.lock().expect("one thread")
     }
 
-    /// What the wall clock of this host says.
+    /// The wall clock of this host.
     pub fn now(&self) -> Timestamp {
         let passed = i64::try_from(self.began.elapsed().as_millis()).expect("not that long");
         Timestamp::from_millis(1_800_000_000_000 + passed + self.skew.load(Ordering::Relaxed))
     }
 
-    /// Somebody sets the clock.
+    /// Steps the clock.
     pub fn set_clock(&self, by: i64) {
         self.skew.fetch_add(by, Ordering::Relaxed);
     }
 
-    /// Something happens: counted, and told if the history goes wrong.
-    pub fn happens(&self, kind: &str, what: impl FnOnce() -> String) {
+    /// Records an event: counted, and printed if the history fails.
+    pub fn record(&self, kind: &str, what: impl FnOnce() -> String) {
         let at = self.began.elapsed();
         let mut state = self.state();
         *state.tally.entry(kind.to_owned()).or_default() += 1;
-        // Ids of containers are long, and count up here.
+        // Container ids are long here, with many zeros.
         let line = format!("{:>9.3} {kind}: {}", at.as_secs_f64(), what()).replace(&"0".repeat(56), "");
         line.hash(&mut state.trace);
         state.log.push(line);
@@ -284,15 +291,15 @@ impl Scene {
         self.note_state(&mut state);
     }
 
-    /// Keeps what the host looks like now, for the count of distinct states.
+    /// Hashes the state of the host, for the count of distinct states.
     fn note_state(&self, state: &mut State) {
         let mut whole = DefaultHasher::new();
         let mut seen = Vec::new();
         for (app, observed) in &state.apps {
             let mut one = DefaultHasher::new();
-            let believed = state.believed.as_ref().and_then(|s| s.apps.get(app));
-            let wanted = believed.and_then(DesiredApp::target).map(|t| t.release.id.clone());
-            believed.map(std::mem::discriminant).hash(&mut one);
+            let desired = state.snapshot.as_ref().and_then(|s| s.apps.get(app));
+            let wanted = desired.and_then(DesiredApp::target).map(|t| t.release.id.clone());
+            desired.map(std::mem::discriminant).hash(&mut one);
             for i in &observed.instances {
                 let program = state.programs.get(&i.id);
                 (wanted.as_ref() == Some(&i.key.release), observed.proven.as_ref() == Some(&i.key.release))
@@ -313,23 +320,23 @@ impl Scene {
             seen.push(hash);
         }
         let proxy = &state.proxy;
-        (proxy.runs, proxy.broken, proxy.deaf, proxy.drifted, proxy.old.len()).hash(&mut whole);
+        (proxy.runs, proxy.broken, proxy.ignores_reloads, proxy.drifted, proxy.old.len()).hash(&mut whole);
         (state.engine == Engine::Up, state.engine == Engine::Down, state.disk_full).hash(&mut whole);
         state.app_states.extend(seen);
         state.host_states.insert(whole.finish());
     }
 
-    /// Docker tells that something happened to a container, now and then to nobody.
-    pub fn docker_tells(&self, app: &AppName) {
+    /// Emits a Docker event, which is lost now and then.
+    pub fn emit_docker_event(&self, app: &AppName, is_end: bool) {
         let mut state = self.state();
         if state.engine != Engine::Up || state.unreliable > 0 && self.chance.one_in(4) {
             return;
         }
-        state.listeners.retain(|l| l.send(Ok(app.clone())).is_ok());
+        state.listeners.retain(|l| l.send(Ok(ContainerEvent { app: app.clone(), is_end })).is_ok());
     }
 
-    /// The agent's own questions to an instance have another answer.
-    pub fn health_tells(&self, app: &AppName) {
+    /// The agent's probe of an instance has a new result.
+    pub fn notify_health(&self, app: &AppName) {
         if let Some(news) = &self.state().news {
             let _ = news.send(app.clone());
         }
@@ -346,13 +353,13 @@ pub fn unreachable() -> DockerError {
     DockerError::Unreachable { operation: demae::host::docker::Operation::List, reason: "connection refused".into() }
 }
 
-/// The version that an instance is of.
+/// The version of an instance.
 pub fn version(instance: &Instance) -> usize {
-    let image = instance.ordered.as_ref().map(ToString::to_string).unwrap_or_default();
+    let image = instance.requested_image.as_ref().map(ToString::to_string).unwrap_or_default();
     image.rsplit('v').next().and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
-/// Whether a set of virtual hosts, or a symlink, leads to an instance.
+/// True if a virtual host or a route symlink leads to an instance.
 pub fn is_routed(proxy: &Proxy, app: &AppName, observed: &ObservedApp, instance: &Instance) -> bool {
     match &instance.address {
         Some(Address::Socket(_)) => observed.slots.values().flatten().any(|k| *k == instance.key),
@@ -364,19 +371,19 @@ pub fn is_routed(proxy: &Proxy, app: &AppName, observed: &ObservedApp, instance:
     }
 }
 
-/// Whether an instance answers requests now.
+/// True if an instance answers requests now.
 fn answers(state: &State, instance: &Instance) -> bool {
     instance.phase == Phase::Running && state.programs.get(&instance.id).is_some_and(|p| p.answers)
 }
 
-/// Healthy instances that requests reach.
+/// Healthy instances with routes.
 pub fn serving(state: &State, app: &AppName) -> usize {
     let Some(observed) = state.apps.get(app) else { return 0 };
     let fine = |i: &&Instance| answers(state, i) && is_routed(&state.proxy, app, observed, i);
     observed.instances.iter().filter(fine).count()
 }
 
-/// Whether a program of a check-less worker has run long enough, or has answered its checks.
+/// True if a worker without a check has run long enough, or an instance answers its probes.
 pub fn is_well(state: &State, instance: &Instance, now: Timestamp) -> bool {
     if instance.check.probe == Probe::Running {
         return now.since(instance.started) >= SETTLE;
@@ -384,15 +391,15 @@ pub fn is_well(state: &State, instance: &Instance, now: Timestamp) -> bool {
     answers(state, instance)
 }
 
-/// Upstreams that workers of nginx may send a request to.
+/// Upstreams of nginx workers.
 pub struct Upstreamed {
-    /// Of workers that take new requests.
+    /// Of workers that accept new requests.
     pub all: usize,
-    /// Those of these that answer nobody.
+    /// The dead ones of these.
     pub dead: usize,
-    /// Those that answer nobody, of workers that finish their last requests.
+    /// The dead ones of workers that finish their last requests.
     pub old_dead: usize,
-    /// The instances behind these.
+    /// The instances of the dead ones.
     pub behind: Vec<ContainerId>,
 }
 
@@ -417,7 +424,7 @@ pub fn upstreamed(state: &State, app: &AppName) -> Upstreamed {
     let vhosts: Vec<(bool, &Vhost)> = served.map(|v| (false, v)).into_iter().chain(old.map(|v| (true, v))).collect();
     for (is_old, vhost) in vhosts {
         match &vhost.upstreams {
-            // An old worker takes no new requests; those that it has are connected already.
+            // An old worker accepts no new requests; those in flight are connected already.
             Upstreams::Slots(_) if is_old => {}
             Upstreams::Slots(n) => {
                 for slot in 1..=*n {
@@ -430,22 +437,22 @@ pub fn upstreamed(state: &State, app: &AppName) -> Upstreamed {
     Upstreamed { all, dead, old_dead, behind: instances }
 }
 
-/// What the agent believes of an app.
-pub fn believed<'a>(state: &'a State, app: &AppName) -> Option<&'a DesiredApp> {
-    state.believed.as_ref()?.apps.get(app)
+/// The desired state of an app in the agent's snapshot.
+pub fn desired_of<'a>(state: &'a State, app: &AppName) -> Option<&'a DesiredApp> {
+    state.snapshot.as_ref()?.apps.get(app)
 }
 
-/// Whether the agent has reason to take an app away.
-pub fn leaves(state: &State, app: &AppName) -> bool {
-    state.believed.as_ref().is_some_and(|s| match s.apps.get(app) {
+/// True if the agent has reason to remove an app.
+pub fn is_leaving(state: &State, app: &AppName) -> bool {
+    state.snapshot.as_ref().is_some_and(|s| match s.apps.get(app) {
         None => s.proven,
         Some(desired) => matches!(desired, DesiredApp::Absent(_)),
     })
 }
 
-/// Whether a gap is what the app's order asks for: until a new release is proven.
-pub fn changes_over(state: &State, app: &AppName) -> bool {
+/// True if the app's order allows a gap: until a new release is proven.
+pub fn allows_gap(state: &State, app: &AppName) -> bool {
     let proven = state.apps.get(app).and_then(|o| o.proven.as_ref());
-    let target = believed(state, app).and_then(DesiredApp::target);
+    let target = desired_of(state, app).and_then(DesiredApp::target);
     target.is_some_and(|t| t.order == Order::StopFirst && proven != Some(&t.release.id))
 }

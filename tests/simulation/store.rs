@@ -1,8 +1,8 @@
-//! etcd, played: revisions, a watch that loses news, backups that come back, other clusters at the same address. What is
-//! made of it is demae's own.
+//! Simulated etcd: revisions, a watch that loses events, restored backups, other clusters at the same address. The
+//! store code of demae itself is real.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -10,8 +10,8 @@ use std::{
 use demae::{
     model::{name::AppName, release::ReleaseKey},
     store::{
-        Acceptance, Change, Contents, Entry, Identity, Landmark, News, Reading, Session, Shelf, Source, StoreError,
-        Watch,
+        Acceptance, Change, Contents, Entry, Fence, FenceMatch, FleetAcceptance, Identity, News, Proof, Reading,
+        Session, SharedFence, Source, StateStore, StoreError, Update, Watch, Write,
     },
 };
 use tokio::{
@@ -21,15 +21,20 @@ use tokio::{
 
 use crate::scene::Scene;
 
-/// What etcd has.
+/// The key of the host's mode.
+pub const MODE: &str = "hosts/host1/mode";
+
+/// The contents of an etcd.
 #[derive(Clone)]
 pub struct Data {
     pub etcd: u64,
     pub revision: i64,
     pub entries: BTreeMap<Vec<u8>, Entry>,
     pub key: Option<ReleaseKey>,
+    pub fence: Option<Fence>,
+    pub fleet_acceptance: Option<FleetAcceptance>,
     changes: Vec<Change>,
-    /// Before this revision nothing is known.
+    /// History before this revision is compacted.
     pub compacted: i64,
 }
 
@@ -37,28 +42,28 @@ pub struct Etcd {
     pub up: bool,
     pub data: Data,
     pub backup: Option<Data>,
-    /// What one of the addresses leads to by mistake.
+    /// The data behind one of the addresses, if it is the wrong one.
     pub stray: Option<Data>,
     subscribers: Vec<Subscriber>,
 }
 
-/// Somebody who watches, as etcd knows of it.
+/// A watch, on etcd's side.
 struct Subscriber {
     news: mpsc::UnboundedSender<News>,
-    /// Whether nothing gets through any more, and nobody has noticed.
-    deaf: bool,
-    /// Whether it watches what it came to by mistake, which nobody changes.
+    /// True if it delivers nothing any more, undetected.
+    silent: bool,
+    /// True if it watches the wrong etcd, whose data never changes.
     stray: bool,
 }
 
 pub struct Store {
     scene: Arc<Scene>,
     etcd: Mutex<Etcd>,
-    /// Told by the agent that it is to be read in full.
-    pub doubted: Arc<Notify>,
+    /// Notified by the agent to request a full read.
+    pub resync_requested: Arc<Notify>,
 }
 
-/// The store as an agent is given it.
+/// The store as the agent sees it.
 pub struct Members(pub Arc<Store>);
 
 /// A connection to one member.
@@ -67,19 +72,28 @@ pub struct Connected {
     stray: bool,
 }
 
-/// A watch through it.
+/// A watch on that connection.
 pub struct Watching {
     store: Arc<Store>,
     own: mpsc::WeakUnboundedSender<News>,
     news: mpsc::UnboundedReceiver<News>,
-    /// What is on its way, and when it arrives.
-    coming: Option<(Instant, News)>,
+    /// The event in flight, and when it arrives.
+    in_flight: Option<(Instant, News)>,
 }
 
 impl Data {
     /// A new cluster.
     pub fn new(etcd: u64) -> Self {
-        Self { etcd, revision: 1, entries: BTreeMap::new(), key: None, changes: Vec::new(), compacted: 0 }
+        Self {
+            etcd,
+            revision: 1,
+            entries: BTreeMap::new(),
+            key: None,
+            fence: None,
+            fleet_acceptance: None,
+            changes: Vec::new(),
+            compacted: 0,
+        }
     }
 
     fn write(&mut self, key: &[u8], value: Option<&[u8]>) {
@@ -93,14 +107,11 @@ impl Data {
         self.changes.push(Change { key: Some(key.to_vec()), revision: self.revision, value });
     }
 
-    /// Whether this was written in the store that answers now, at that revision, as far as it can tell.
-    fn knows(&self, landmark: &Landmark, revision: i64) -> bool {
-        if landmark.revision < self.compacted {
-            return !landmark.is_leapt_over(revision);
-        }
+    /// True if the history has this write. It is unknown in a compacted one.
+    fn has_in_history(&self, write: &Write) -> bool {
         let is_it =
-            |c: &Change| c.revision == landmark.revision && c.key.as_ref() == Some(&landmark.key) && c.value.is_some();
-        self.changes.iter().any(is_it)
+            |c: &Change| c.revision == write.revision && c.key.as_ref() == Some(&write.key) && c.value.is_some();
+        write.revision >= self.compacted && self.changes.iter().any(is_it)
     }
 
     fn found(&self) -> Reading {
@@ -109,18 +120,24 @@ impl Data {
             cluster,
             etcd: self.etcd,
             revision: self.revision,
-            whole: self.revision,
             key: self.key.as_ref().map(demae::store::fingerprint),
         };
         let contents = Contents::new(self.entries.clone(), self.revision);
-        Reading { contents, identity, key: self.key.clone(), forgotten: None }
+        Reading {
+            contents,
+            identity,
+            key: self.key.clone(),
+            fence: self.fence.clone(),
+            fleet_acceptance: self.fleet_acceptance.clone(),
+            has_newest: true,
+        }
     }
 }
 
 impl Store {
     pub fn new(scene: Arc<Scene>) -> Self {
         let etcd = Etcd { up: true, data: Data::new(1), backup: None, stray: None, subscribers: Vec::new() };
-        Self { scene, etcd: Mutex::new(etcd), doubted: Arc::default() }
+        Self { scene, etcd: Mutex::new(etcd), resync_requested: Arc::default() }
     }
 
     pub fn etcd(&self) -> MutexGuard<'_, Etcd> {
@@ -135,43 +152,43 @@ impl Store {
         self.write(key, None);
     }
 
-    /// All keys in one go, as `etcdctl del --prefix` does.
+    /// Deletes all keys at once, as `etcdctl del --prefix` does.
     pub fn delete_all(&self) {
         let mut etcd = self.etcd();
         etcd.data.revision += 1;
         let revision = etcd.data.revision;
-        etcd.data.key = None;
+        (etcd.data.key, etcd.data.fence, etcd.data.fleet_acceptance) = (None, None, None);
         let keys = std::mem::take(&mut etcd.data.entries).into_keys();
         let changes: Vec<Change> = keys.map(|key| Change { key: Some(key), revision, value: None }).collect();
         etcd.data.changes.extend(changes.clone());
-        self.tell(&mut etcd, changes);
+        self.notify(&mut etcd, changes);
     }
 
     fn write(&self, key: &str, value: Option<&str>) {
         let mut etcd = self.etcd();
         etcd.data.write(key.as_bytes(), value.map(str::as_bytes));
         let changes = etcd.data.changes.last().cloned().into_iter().collect();
-        self.tell(&mut etcd, changes);
+        self.notify(&mut etcd, changes);
     }
 
-    fn tell(&self, etcd: &mut Etcd, changes: Vec<Change>) {
+    fn notify(&self, etcd: &mut Etcd, changes: Vec<Change>) {
         let news = News { changes, head: etcd.data.revision, etcd: etcd.data.etcd, opened: false };
         let chance = &self.scene.chance;
         for subscriber in etcd.subscribers.iter_mut().filter(|s| !s.stray) {
-            subscriber.deaf |= chance.one_in(100);
+            subscriber.silent |= chance.one_in(100);
         }
         // etcd's watches have lost events more than once.
-        etcd.subscribers.retain(|s| s.stray || s.deaf || chance.one_in(25) || s.news.send(news.clone()).is_ok());
+        etcd.subscribers.retain(|s| s.stray || s.silent || chance.one_in(25) || s.news.send(news.clone()).is_ok());
     }
 
-    /// Another state of things, at the same address.
+    /// Replaces the data at the same address.
     pub fn replace(&self, data: Data) {
         let mut etcd = self.etcd();
         etcd.data = data;
         etcd.subscribers.clear();
     }
 
-    /// Where one of the addresses leads.
+    /// Sets the data behind one of the addresses.
     pub fn set_stray(&self, data: Option<Data>) {
         let mut etcd = self.etcd();
         etcd.stray = data;
@@ -198,21 +215,66 @@ impl Store {
         self.reach()
     }
 
-    /// What a person writes who takes this store because of a block of this kind, and that all of these leave.
+    /// The acceptance that a person writes for this store, a block of this kind, and the removal of these apps.
     pub fn accept(&self, leaving: impl Iterator<Item = AppName>, kind: Option<String>) -> Vec<u8> {
         let identity = self.etcd().data.found().identity;
         serde_json::to_vec(&Acceptance { identity: Some(identity), leaving: leaving.collect(), kind, at: None })
             .expect("JSON")
     }
 
-    /// Whether an app has a spec.
+    /// Accepts this store for the whole fleet.
+    pub fn accept_for_fleet(&self, leaving: BTreeSet<AppName>) {
+        let mut etcd = self.etcd();
+        let identity = etcd.data.found().identity;
+        let at = demae::model::time::Timestamp::now();
+        let id = etcd.data.revision.to_string();
+        etcd.data.fleet_acceptance = Some(FleetAcceptance { version: 1, id, identity, leaving, at });
+    }
+
+    /// The agent's publisher, reduced to its fence: writes and responses are lost now and then.
+    pub async fn write_fences(self: Arc<Self>, fence: Arc<SharedFence>, updates: tokio::sync::watch::Receiver<Update>) {
+        loop {
+            tokio::time::sleep(self.scene.chance.millis(100, 1_000)).await;
+            let (trusted, known) = {
+                let update = updates.borrow();
+                (update.trusted, update.etcd)
+            };
+            let record = fence.record();
+            let Some((value, newest)) = record.to_write().filter(|_| trusted) else { continue };
+            let mut etcd = self.etcd();
+            if !etcd.up || etcd.data.etcd != known || self.scene.chance.one_in(20) {
+                continue;
+            }
+            match record.compare(etcd.data.fence.as_ref()) {
+                FenceMatch::Older => {
+                    self.resync_requested.notify_one();
+                    continue;
+                }
+                FenceMatch::Current => {}
+                FenceMatch::Unacknowledged | FenceMatch::Missing => {
+                    etcd.data.fence = Some(value);
+                    etcd.data.revision += 1;
+                }
+            }
+            if !self.scene.chance.one_in(20) {
+                fence.acknowledge(&newest);
+            }
+        }
+    }
+
+    /// True if the host's mode is `drained`.
+    pub fn is_drained(&self) -> bool {
+        self.etcd().data.entries.get(MODE.as_bytes()).is_some_and(|entry| entry.value() == b"drained")
+    }
+
+    /// True if an app has a spec.
     pub fn has(&self, app: &AppName) -> bool {
         self.etcd().data.entries.contains_key(format!("apps/{app}/spec").as_bytes())
     }
 }
 
 impl Etcd {
-    /// What a member answers with.
+    /// The data that a member serves.
     fn at(&mut self, stray: bool) -> &mut Data {
         match &mut self.stray {
             Some(other) if stray => other,
@@ -228,8 +290,8 @@ impl Source for Members {
         2
     }
 
-    fn doubted(&self) -> Arc<Notify> {
-        self.0.doubted.clone()
+    fn resync_requested(&self) -> Arc<Notify> {
+        self.0.resync_requested.clone()
     }
 
     async fn open(&self, turn: usize) -> Result<Connected, StoreError> {
@@ -247,13 +309,34 @@ impl Source for Members {
 impl Session for Connected {
     type Watch = Watching;
 
-    async fn read(&self, landmark: Option<Landmark>) -> Result<Reading, StoreError> {
+    async fn read(&self, newest: Option<Write>) -> Result<Reading, StoreError> {
         self.store.answer().await?;
         let mut reading = self.store.etcd().at(self.stray).found();
         self.store.answer().await?;
-        let knows = |l: &Landmark| self.store.etcd().at(self.stray).knows(l, reading.identity.revision);
-        reading.forgotten = landmark.filter(|l| !l.is_in(&reading.contents) && !knows(l));
+        let is_known = |w: &Write| reading.contents.shows(w) || self.store.etcd().at(self.stray).has_in_history(w);
+        reading.has_newest = newest.as_ref().is_none_or(is_known);
         Ok(reading)
+    }
+
+    async fn prove(&self, since: i64) -> Result<Proof, StoreError> {
+        self.store.answer().await?;
+        let mut etcd = self.store.etcd();
+        let data = etcd.at(self.stray);
+        let written = data.entries.iter().filter(|(_, entry)| entry.modified() > since);
+        Ok(Proof {
+            revision: data.revision,
+            etcd: data.etcd,
+            total: data.entries.len(),
+            written: written.map(|(key, entry)| Write { key: key.clone(), revision: entry.modified() }).collect(),
+            key: data.key.as_ref().map(demae::store::fingerprint),
+            fence: data.fence.clone(),
+            fleet_acceptance: data.fleet_acceptance.clone(),
+        })
+    }
+
+    async fn fleet_acceptance(&self) -> Result<Option<FleetAcceptance>, StoreError> {
+        self.store.answer().await?;
+        Ok(self.store.etcd().at(self.stray).fleet_acceptance.clone())
     }
 
     async fn release_key(&self) -> Result<Option<ReleaseKey>, StoreError> {
@@ -287,27 +370,27 @@ impl Session for Connected {
         if !changes.is_empty() {
             let _ = out.send(News { changes, head, etcd: id, opened: false });
         }
-        etcd.subscribers.push(Subscriber { news: out, deaf: false, stray: self.stray });
-        Ok(Watching { store: self.store.clone(), own, news, coming: None })
+        etcd.subscribers.push(Subscriber { news: out, silent: false, stray: self.stray });
+        Ok(Watching { store: self.store.clone(), own, news, in_flight: None })
     }
 }
 
 impl Watch for Watching {
     async fn next(&mut self) -> Result<News, StoreError> {
-        if self.coming.is_none() {
+        if self.in_flight.is_none() {
             let closed = || StoreError::Watch { endpoint: ADDRESS.into(), reason: "was closed".into() };
             let news = self.news.recv().await.ok_or_else(closed)?;
-            self.coming = Some((Instant::now() + self.store.scene.chance.millis(1, 30), news));
+            self.in_flight = Some((Instant::now() + self.store.scene.chance.millis(1, 30), news));
         }
-        let (at, _) = self.coming.as_ref().expect("it was just put there");
+        let (at, _) = self.in_flight.as_ref().expect("it was just set");
         tokio::time::sleep_until(*at).await;
-        Ok(self.coming.take().expect("it is still there").1)
+        Ok(self.in_flight.take().expect("it is still set").1)
     }
 
     async fn ask(&mut self) -> Result<(), StoreError> {
         let Some(own) = self.own.upgrade() else { return Ok(()) };
         let mut etcd = self.store.etcd();
-        let asks = |s: &&Subscriber| s.news.same_channel(&own) && !s.deaf;
+        let asks = |s: &&Subscriber| s.news.same_channel(&own) && !s.silent;
         let Some(stray) = etcd.subscribers.iter().find(asks).map(|s| s.stray) else { return Ok(()) };
         let data = etcd.at(stray);
         let _ = own.send(News { changes: Vec::new(), head: data.revision, etcd: data.etcd, opened: false });
@@ -319,20 +402,21 @@ impl Watch for Watching {
     }
 }
 
-/// The agent's disk, as far as the store is concerned.
+/// The agent's disk, reduced to its store files.
 #[derive(Default)]
 pub struct Disk {
     pub ledger: Mutex<Option<Vec<u8>>>,
+    pub head: Mutex<Option<Vec<u8>>>,
     pub accepted: Mutex<Option<Vec<u8>>>,
     pub full: std::sync::atomic::AtomicBool,
 }
 
-impl Shelf for Disk {
+impl StateStore for Disk {
     fn ledger(&self) -> Result<Option<Vec<u8>>, String> {
         Ok(self.ledger.lock().expect("one thread").clone())
     }
 
-    fn keep(&self, text: &[u8]) -> Result<(), String> {
+    fn write_ledger(&self, text: &[u8]) -> Result<(), String> {
         if self.full.load(std::sync::atomic::Ordering::Relaxed) {
             return Err("no space left on device".into());
         }
@@ -344,7 +428,15 @@ impl Shelf for Disk {
         self.accepted.lock().expect("one thread").clone()
     }
 
-    fn use_up(&self) {
+    fn head(&self) -> Option<Vec<u8>> {
+        self.head.lock().expect("one thread").clone()
+    }
+
+    fn write_head(&self, text: &[u8]) {
+        *self.head.lock().expect("one thread") = Some(text.to_vec());
+    }
+
+    fn clear_acceptance(&self) {
         *self.accepted.lock().expect("one thread") = None;
     }
 }

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    path::Path,
     process::{Child, Command, Output},
     time::{Duration, Instant},
 };
@@ -16,14 +17,19 @@ use super::{
 impl Lab {
     /// Starts the agent, without waiting for anything.
     pub fn start_agent(&mut self, env: &[(&str, &str)]) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
+        self.start_agent_of(Path::new(env!("CARGO_BIN_EXE_demae")), env);
+    }
+
+    /// Starts this program as the agent, without waiting for anything.
+    pub fn start_agent_of(&mut self, program: &Path, env: &[(&str, &str)]) {
+        let mut command = Command::new(program);
         command.args(["agent", "--config"]).arg(self.path("agent.toml")).envs(env.iter().copied());
         command.env_remove("ETCDCTL_ENDPOINTS");
         self.agent_process = Some(quiet(&mut command, &self.path("agent.log")));
     }
 
-    /// Waits until it has read etcd, Docker and nginx. What it finds at its start it takes for older than itself, and
-    /// keeps no time of.
+    /// Waits until it has read etcd, Docker and nginx. Changes that it finds at its start are older than it, so it does
+    /// not time them.
     pub fn wait_ready(&self) {
         until("the agent is ready", || self.demae(&["ready"]).status.success());
     }
@@ -65,7 +71,7 @@ impl Lab {
         self.demae_with(&[], args)
     }
 
-    /// Runs the program as an operator here would, with variables of the environment.
+    /// Runs the program as an operator would, with environment variables.
     pub fn demae_with(&self, env: &[(&str, &str)], args: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
         command.args(args).envs(env.iter().copied()).env("DEMAE_CONFIG", self.path("agent.toml"));

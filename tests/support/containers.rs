@@ -1,11 +1,10 @@
-//! Containers of a lab, looked at and touched by hand.
+//! Containers of a lab, inspected and changed from outside demae.
 
 use demae::model::status::{AppStatus, State};
 
 use super::{lab::Lab, process::docker, wait::until};
 
-/// Whether an app is as it should be with this image. Asked of one status: of two, each could be right and both together
-/// wrong.
+/// True if an app has converged on this image. All conditions are read from one status: two reads could disagree.
 pub fn is_done(image: &str) -> impl Fn(&AppStatus) -> bool + use<'_> {
     move |s: &AppStatus| s.state == State::Converged && s.healthy == 1 && s.image.as_deref() == Some(image)
 }
@@ -24,7 +23,7 @@ pub fn only(lab: &Lab, app: &str) -> String {
     found.remove(0)
 }
 
-/// One thing that Docker says of a container, by a template; nothing if there is no such container.
+/// One field of `docker inspect`, by template; empty if there is no such container.
 pub fn inspect(container: &str, template: &str) -> String {
     docker(&["inspect", "--format", template, container])
 }
@@ -42,7 +41,7 @@ pub fn kill_and_wait(lab: &Lab, app: &str, host: &str) {
     });
 }
 
-/// Containers of somebody else. They go with the test.
+/// Containers not created by demae, removed with the test.
 #[derive(Default)]
 pub struct Foreign(Vec<String>);
 
@@ -55,7 +54,7 @@ impl Foreign {
         id
     }
 
-    /// Whether all of them are as they were made.
+    /// True if none of them has changed since its creation.
     pub fn are_untouched(&self) -> bool {
         self.0.iter().all(|id| inspect(id, "{{.Id}} {{.State.Status}}") == format!("{id} created"))
     }
@@ -72,5 +71,15 @@ impl Drop for Foreign {
         for id in &self.0 {
             docker(&["rm", "-f", id]);
         }
+    }
+}
+
+/// Removes all containers with this label of a host.
+pub fn remove_all(host: &str) {
+    let ids = docker(&["ps", "-aq", "--filter", &format!("label=demae.host={host}")]);
+    let mut remove = vec!["rm", "-fv"];
+    remove.extend(ids.lines());
+    if remove.len() > 2 {
+        docker(&remove);
     }
 }

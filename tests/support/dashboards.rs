@@ -1,4 +1,4 @@
-//! The queries of `dashboards/*.json`, asked of a Prometheus: each must parse, and each must have had data.
+//! The queries of `dashboards/*.json`, run on a Prometheus: each must parse, and each must have had data.
 
 use std::{collections::BTreeMap, fs, net::SocketAddr, path::Path};
 
@@ -7,16 +7,16 @@ use serde_json::Value;
 
 use super::load;
 
-/// Something that a dashboard asks.
+/// A query of a dashboard.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Question {
     /// The file, and the panel, variable or annotation.
     pub place: String,
-    /// What it asks, with Grafana's variables.
+    /// The query, with Grafana's variables.
     pub text: String,
 }
 
-/// Every question of every dashboard of a directory.
+/// Every query of every dashboard in a directory.
 pub fn questions(dir: &Path) -> Vec<Question> {
     let mut found = Vec::new();
     let mut files: Vec<_> = fs::read_dir(dir).expect("dashboards").map(|f| f.expect("a file").path()).collect();
@@ -81,7 +81,7 @@ pub fn now() -> f64 {
 pub struct Prometheus(pub SocketAddr);
 
 impl Prometheus {
-    /// Asks its API; the error is in its own words.
+    /// Calls its HTTP API; the error is Prometheus' own text.
     pub fn api(&self, path: &str, parameters: &[(&str, &str)]) -> Result<Value, String> {
         let query: Vec<String> = parameters.iter().map(|(k, v)| format!("{k}={}", encoded(v))).collect();
         let (_, body) = load::get(self.0, "localhost", &format!("/api/v1/{path}?{}", query.join("&")))?;
@@ -128,8 +128,8 @@ impl Prometheus {
         list(&data["result"]).filter_map(|s| s["metric"]["alertname"].as_str().map(str::to_owned)).collect()
     }
 
-    /// Asks all questions; answers with those that are refused, or had no data at any moment between these times.
-    /// `values` are those of Grafana's variables, several where one of them is to have data.
+    /// Runs all queries; returns those that were rejected or had no data between these times. `values` are those of
+    /// Grafana's variables, several where one of them is enough.
     pub fn unanswered(
         &self,
         questions: &[Question],
@@ -158,7 +158,7 @@ impl Prometheus {
         wrong
     }
 
-    /// `label_values(metric, label)`, as Grafana asks it.
+    /// `label_values(metric, label)`, as Grafana evaluates it.
     fn label_values(&self, arguments: &str, from: f64, to: f64) -> Result<usize, String> {
         let (selector, label) = arguments.rsplit_once(',').ok_or("no label is named")?;
         let times = [from, to].map(|t| format!("{t:.3}"));
@@ -168,7 +168,7 @@ impl Prometheus {
     }
 }
 
-/// A question with the values of Grafana's variables in it; one for each combination.
+/// A query with the values of Grafana's variables filled in; one for each combination.
 fn variants(text: &str, values: &BTreeMap<&'static str, Vec<String>>) -> Vec<String> {
     let mut found = vec![text.to_owned()];
     // The longest name first: `$__rate_interval` begins with `$__rate`.

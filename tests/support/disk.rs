@@ -1,20 +1,20 @@
-//! Disks of a test's own, that may be full.
+//! File systems of a test's own, which may be full.
 #![allow(clippy::disallowed_methods, reason = "a test mounts file systems and writes files of its own")]
 
 use std::{fs, io::Write as _, path::PathBuf, process::Command};
 
-/// A small file system in the place of a directory. Docker must see it too, for sockets of apps lie on it.
+/// A small tmpfs mounted over a directory. Docker must see it too, since app sockets are on it.
 pub struct Disk {
     at: PathBuf,
 }
 
 impl Disk {
-    /// Mounts one of 4 MiB and 2,000 files there.
+    /// Mounts one of 4 MiB and 2,000 inodes.
     pub fn mount(at: PathBuf) -> Self {
         Self::of(at, "4m,nr_inodes=2000")
     }
 
-    /// Mounts one of this size there.
+    /// Mounts one of this size.
     pub fn of(at: PathBuf, size: &str) -> Self {
         fs::create_dir_all(&at).expect("a directory");
         let mut command = Command::new("mount");
@@ -23,14 +23,14 @@ impl Disk {
         Self { at }
     }
 
-    /// Leaves not one byte.
+    /// Fills it to the last byte.
     pub fn fill(&self) {
         let mut file = fs::File::options().create(true).append(true).open(self.at.join("filler")).expect("a file");
-        // A page at a time, so that the last one is taken too.
+        // One page at a time, so that the last one is used too.
         while file.write_all(&[0; 4096]).is_ok() {}
     }
 
-    /// Leaves bytes, and nothing to name them by.
+    /// Uses up the inodes; bytes are left.
     pub fn fill_inodes(&self) {
         let dir = self.at.join("many");
         fs::create_dir(&dir).expect("a directory");
@@ -39,9 +39,9 @@ impl Disk {
         assert!(made > 100, "{made} files fill it");
     }
 
-    /// Takes that away again.
+    /// Deletes the fillers.
     pub fn clear(&self) {
-        // One of them is there.
+        // Only one of them exists.
         let _ = fs::remove_file(self.at.join("filler"));
         let _ = fs::remove_dir_all(self.at.join("many"));
     }
@@ -49,7 +49,7 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // Programs of the lab still have files open there; they go right after it.
+        // Processes of the lab still have files open there; they are killed right after it.
         let _ = Command::new("umount").arg("-l").arg(&self.at).status();
     }
 }

@@ -1,10 +1,9 @@
-//! An engine of the test's own: one that may be killed, stopped and started anew.
+//! A Docker engine of the test's own: it can be killed, stopped and restarted.
 //!
-//! It lives in a network namespace of its own, since an engine without a bridge removes the `docker0` that it finds, and
-//! that one belongs to the engine of this machine. Its containers have no network, and are reached by their sockets; or it
-//! has a bridge of its own, and they are reached by ports. Its
-//! containerd is its own too: a second engine would take containers of the first one for lost ones of its own. Images lie
-//! in plain directories, which any file system can hold.
+//! It has its own network namespace, since an engine without a bridge removes the `docker0` that it finds, which
+//! belongs to the engine of this machine. Its containers have no network and are reached by sockets, or use a bridge of
+//! its own and are reached by ports. Its containerd is its own too: a second engine would treat containers of the first
+//! one as lost ones of its own. Images are stored as plain directories (`vfs`), which works on any file system.
 #![allow(clippy::disallowed_methods, reason = "a test starts programs and writes files of its own")]
 
 use std::{
@@ -16,16 +15,16 @@ use std::{
 
 use super::{disk::Disk, names::random, process::run, wait::pause};
 
-/// Longest wait for an engine to come up, or to end.
+/// Longest wait for an engine to start or stop.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Declare it before the lab: what is declared last goes first, and the agent must not see its engine go.
+/// Declare it before the lab: drop order is reversed, and the agent must not see its engine go.
 pub struct Engine {
     dir: tempfile::TempDir,
     live_restore: bool,
     /// The bridge of its containers, if they have a network.
     bridge: Option<String>,
-    /// Whether it publishes ports by rules of the kernel, with no process in between.
+    /// True if it publishes ports by netfilter rules alone, without the userland proxy.
     without_proxy: bool,
     containerd: Child,
     dockerd: Option<Child>,
@@ -39,7 +38,7 @@ impl Engine {
         engine
     }
 
-    /// Starts one whose containers have ports, and outlive it.
+    /// Starts one with published ports and live-restore.
     pub fn with_ports() -> Self {
         let mut engine = Self::prepare(true);
         let number = random();
@@ -56,7 +55,7 @@ impl Engine {
         engine
     }
 
-    /// Starts one that publishes ports by rules of the kernel alone. Only for a test in a network namespace of its own, whose
+    /// Starts one that publishes ports by netfilter rules alone. Only for a test in its own network namespace, whose
     /// rules it changes.
     pub fn without_userland_proxy() -> Self {
         let mut engine = Self::prepare(false);
@@ -65,7 +64,7 @@ impl Engine {
         engine
     }
 
-    /// Starts one whose images and containers lie on a small disk.
+    /// Starts one whose images and containers are on a small disk.
     pub fn on_a_small_disk() -> (Self, Disk) {
         let mut engine = Self::prepare(false);
         let disk = Disk::of(engine.path("data"), "128m");
@@ -85,7 +84,7 @@ impl Engine {
             at("containerd.sock")
         );
         fs::write(at("containerd.toml"), text).expect("a file");
-        // The file of this machine would contradict the flags.
+        // This machine's own file would contradict the flags.
         fs::write(at("daemon.json"), "{}\n").expect("a file");
         let mut command = Command::new("containerd");
         command.args(["--log-level", "warn", "--config", &at("containerd.toml")]);
@@ -101,7 +100,7 @@ impl Engine {
         format!("unix://{}", self.path("docker.sock").display())
     }
 
-    /// Starts it anew, and waits until it answers.
+    /// Starts it and waits until it answers.
     pub fn start(&mut self) {
         self.spawn();
         assert!(within(PATIENCE, || self.answers()), "the engine does not start: {}", self.log("dockerd.log"));
@@ -115,7 +114,7 @@ impl Engine {
         }
     }
 
-    /// SIGTERM, and until it has ended.
+    /// SIGTERM, and waits for its exit.
     pub fn stop(&mut self) {
         if let Some(mut child) = self.dockerd.take() {
             terminate(&child);
@@ -123,7 +122,7 @@ impl Engine {
         }
     }
 
-    /// Brings an image of the engine of this machine here, by the same name.
+    /// Copies an image from this machine's engine, under the same name.
     pub fn load(&self, image: &str) {
         let mut save = Command::new("docker");
         let mut save = save.args(["save", image]).stdout(Stdio::piped()).spawn().expect("docker runs");
@@ -138,7 +137,7 @@ impl Engine {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
-    /// The containers of a host of demae's, by id.
+    /// The ids of a demae host's containers.
     pub fn containers(&self, host: &str) -> Vec<String> {
         let listed = self.docker(&["ps", "-aq", "--no-trunc", "--filter", &format!("label=demae.host={host}")]);
         listed.lines().map(str::to_owned).collect()
@@ -153,7 +152,7 @@ impl Engine {
     }
 
     fn spawn(&mut self) {
-        // One that was killed leaves it, and its number may be somebody else's by now.
+        // A killed engine leaves its pid file, and that pid may belong to another process by now.
         let _ = fs::remove_file(self.path("dockerd.pid"));
         let at = |name: &str| self.path(name).display().to_string();
         let mut command = match &self.bridge {
@@ -168,7 +167,7 @@ impl Engine {
                 command
             }
             None => {
-                // `unshare` becomes the engine, so that a signal reaches it.
+                // `unshare` execs the engine, so a signal reaches it.
                 let mut command = Command::new("unshare");
                 command.args(["--net", "--", "dockerd", "--bridge=none"]);
                 command
@@ -192,7 +191,7 @@ impl Engine {
         command.status().is_ok_and(|s| s.success())
     }
 
-    /// What an engine that does not come up again left running.
+    /// Kills the shims and containers of an engine that did not come up again.
     fn end_leftovers(&self) {
         let dir = self.dir.path().display().to_string();
         for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -203,7 +202,7 @@ impl Engine {
             }
             let pid = process.file_name().to_string_lossy().into_owned();
             let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-            // The container before the one who watches over it.
+            // The container before its shim.
             for number in children.split_whitespace().chain([pid.as_str()]) {
                 let _ = Command::new("kill").args(["-9", number]).status();
             }
@@ -213,7 +212,7 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // Nothing here may panic: a test that failed is panicking already.
+        // Must not panic: a failed test is panicking already.
         if !self.answers() {
             if let Some(mut child) = self.dockerd.take() {
                 let _ = child.kill();
@@ -240,7 +239,7 @@ impl Drop for Engine {
         if let Some(bridge) = &self.bridge {
             let _ = Command::new("ip").args(["link", "del", bridge]).status();
         }
-        // It mounts its own directory on itself, and leaves that behind.
+        // The engine bind-mounts its own directory and leaves the mount behind.
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let below =
             mounts.lines().filter_map(|l| l.split(' ').nth(1)).filter(|m| Path::new(m).starts_with(self.dir.path()));

@@ -1,4 +1,4 @@
-//! One etcd of a test's own.
+//! An etcd process of a test's own.
 #![allow(clippy::disallowed_methods, reason = "a test starts programs and writes files of its own")]
 
 use std::{
@@ -9,22 +9,22 @@ use std::{
 
 use super::process::{quiet, signal};
 
-/// It ends with the test, as by `kill -9`.
+/// Killed with the test, as by `kill -9`.
 pub struct Etcd(Child);
 
 impl Etcd {
-    /// Starts one of a cluster in a directory, where its data and its log are named after it. The cluster is named by the
-    /// addresses at which its members hear each other, this one among them.
+    /// Starts a member in a directory; its data and its log carry its name. `peers` has the peer addresses of all
+    /// members, this one included.
     pub fn start(dir: &Path, name: &str, at: SocketAddr, peers: &[(&str, SocketAddr)], more: &[&str]) -> Self {
-        Self::speaking("http", dir, name, at, peers, more)
+        Self::spawn("http", dir, name, at, peers, more)
     }
 
-    /// Starts one that speaks TLS with its clients.
+    /// Starts a member that uses TLS for clients.
     pub fn start_secured(dir: &Path, name: &str, at: SocketAddr, peers: &[(&str, SocketAddr)], more: &[&str]) -> Self {
-        Self::speaking("https", dir, name, at, peers, more)
+        Self::spawn("https", dir, name, at, peers, more)
     }
 
-    fn speaking(
+    fn spawn(
         scheme: &str,
         dir: &Path,
         name: &str,
@@ -44,7 +44,7 @@ impl Etcd {
         Self(quiet(&mut command, &dir.join(format!("{name}.log"))))
     }
 
-    /// Whether it ended by itself.
+    /// True if it exited by itself.
     pub fn has_ended(&mut self) -> bool {
         self.0.try_wait().expect("a child").is_some()
     }
@@ -56,7 +56,7 @@ impl Etcd {
 
 impl Drop for Etcd {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // It may have exited by itself.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

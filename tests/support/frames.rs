@@ -1,15 +1,15 @@
-//! What goes over a connection of HTTP/2, frame by frame, and which of its streams are watches. RFC 9113, section 4.1.
+//! HTTP/2 frames of a connection, and which of its streams are watches. RFC 9113, section 4.1.
 
 use std::{
     collections::BTreeSet,
     sync::{Mutex, PoisonError},
 };
 
-use super::wire::named;
+use super::wire::count_key;
 
-/// What a client says before its first frame.
+/// Length of the client connection preface.
 const PREFACE: usize = 24;
-/// Length, type, flags, stream.
+/// Length of a frame header: length, type, flags, stream.
 const HEADER: usize = 9;
 const DATA: u8 = 0;
 const END_STREAM: u8 = 1;
@@ -32,7 +32,7 @@ impl Frames {
         Self { rest: Vec::new(), preface: 0 }
     }
 
-    /// Takes what came, and gives the frames that are whole by now.
+    /// Adds received bytes; returns the frames that are complete.
     pub fn take(&mut self, bytes: &[u8]) -> Vec<Frame> {
         self.rest.extend_from_slice(bytes);
         let skipped = self.preface.min(self.rest.len());
@@ -64,23 +64,23 @@ impl Frame {
     }
 }
 
-/// Streams of a connection on which a client asked for a key and did not hang up: its watches.
+/// Streams on which a client sent a key and which it has not closed: its watches.
 #[derive(Default)]
 pub struct Watches(Mutex<BTreeSet<[u8; 4]>>);
 
 impl Watches {
-    /// Takes what a client says.
+    /// Tracks a frame of the client.
     pub fn follow(&self, frame: &Frame) {
         let mut streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if frame.ends() {
             streams.remove(&frame.stream());
-        } else if frame.is_data() && named("/demae/apps/", &frame.0) > 0 {
+        } else if frame.is_data() && count_key("/demae/apps/", &frame.0) > 0 {
             streams.insert(frame.stream());
         }
     }
 
-    /// Whether a server's frame is news for a watch.
-    pub fn is_news(&self, frame: &Frame) -> bool {
+    /// True if a server's frame is a message of a watch.
+    pub fn is_watch_message(&self, frame: &Frame) -> bool {
         frame.is_data() && self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&frame.stream())
     }
 }

@@ -1,4 +1,4 @@
-//! One request, byte for byte as a test wants it, and its answer.
+//! One request, byte for byte, and its response.
 
 use std::{
     io::{Read as _, Write as _},
@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-/// An answer, as it came.
+/// A response, as received.
 #[derive(Debug)]
 pub struct Answer {
     pub status: u16,
@@ -15,18 +15,18 @@ pub struct Answer {
     pub body: String,
 }
 
-/// Sends these bytes on a connection of their own, and reads until the other side closes it.
+/// Sends these bytes on a new connection and reads until the server closes it.
 pub fn send(address: SocketAddr, request: &[u8]) -> Answer {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).expect("a connection");
     stream.set_read_timeout(Some(Duration::from_secs(40))).expect("a timeout");
-    stream.write_all(request).expect("it is taken");
+    stream.write_all(request).expect("it is written");
     read(stream)
 }
 
-/// The rest of what comes on a connection.
+/// Reads the rest of a connection.
 pub fn read(mut stream: TcpStream) -> Answer {
     let mut bytes = Vec::new();
-    // nginx may close the connection hard after an answer to a request that it did not read to its end.
+    // nginx may reset the connection after a response to a request that it did not read in full.
     let _ = stream.read_to_end(&mut bytes);
     let text = String::from_utf8_lossy(&bytes).into_owned();
     let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));

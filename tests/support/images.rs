@@ -3,11 +3,12 @@
 
 use std::{
     fs,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
-use super::process::run;
+use super::{process::run, wait::pause};
 
 /// The example app, built static, once for all tests.
 pub fn example_app() -> PathBuf {
@@ -34,8 +35,8 @@ pub fn example_app() -> PathBuf {
     binary
 }
 
-/// An image of nothing but the example app. It is made from an archive, which takes a tenth of the time of a build, and
-/// holds its name, so that it shares nothing with other images: their end would take it away.
+/// An image of the example app alone. It is imported from an archive, which takes a tenth of the time of a build. The
+/// archive contains the image's name, so no layer is shared with other images and removed with them.
 pub fn build(name: &str, version: &str, dir: &Path) {
     fs::create_dir_all(dir).expect("a directory");
     fs::copy(example_app(), dir.join("app")).expect("copied");
@@ -48,7 +49,58 @@ pub fn build(name: &str, version: &str, dir: &Path) {
     run(&mut import);
 }
 
-/// Builds an image from a directory, sharing nothing with other builds: their end would take it away.
+/// An image of the example app that all labs share: made by the first, removed by the last. Labs give it names of their
+/// own, which costs a tenth of making and removing it.
+pub struct Shared {
+    pub name: String,
+    /// Shared by those that use the image, exclusive while it is made or removed.
+    lock: fs::File,
+}
+
+impl Shared {
+    pub fn take(version: &str, dir: &Path) -> Self {
+        let mut hasher = DefaultHasher::new();
+        fs::read(example_app()).expect("the example app").hash(&mut hasher);
+        let name = format!("demae-test-app-{:x}:{version}", hasher.finish());
+        let locks = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images");
+        fs::create_dir_all(&locks).expect("a directory");
+        let lock = fs::File::create(locks.join(name.replace(':', "-"))).expect("a lock");
+        let exists = || {
+            let mut inspect = Command::new("docker");
+            inspect.args(["image", "inspect", &name]).stdout(Stdio::null()).stderr(Stdio::null());
+            inspect.status().expect("docker runs").success()
+        };
+        loop {
+            lock.lock_shared().expect("the lock");
+            if exists() {
+                return Self { name, lock };
+            }
+            lock.unlock().expect("the lock");
+            // Not waited for: another one may have made it meanwhile, and share it for as long as its test takes.
+            if lock.try_lock().is_ok() {
+                if !exists() {
+                    build(&name, version, dir);
+                }
+                // The last user may remove it before the lock is shared again.
+                lock.unlock().expect("the lock");
+            } else {
+                pause();
+            }
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let is_last = self.lock.unlock().is_ok() && self.lock.try_lock().is_ok();
+        if is_last {
+            let mut remove = Command::new("docker");
+            let _ = remove.args(["rmi", "-f", &self.name]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        }
+    }
+}
+
+/// Builds an image from a directory, sharing no layer with other builds, whose removal would remove it.
 pub fn build_from(name: &str, dir: &Path) {
     let output = Command::new("docker")
         .args(["build", "-q", "--no-cache", "--force-rm", "-t", name])

@@ -1,6 +1,6 @@
-//! A host of its own: real etcd, real nginx, the real agent, on the Docker engine of this machine.
+//! A host of its own: real etcd, real nginx, the real agent, on this machine's Docker engine.
 //!
-//! Everything carries a random name, so that labs run side by side; everything goes when the lab does.
+//! Every name is random, so labs run in parallel; dropping the lab remove_on_drop everything.
 #![allow(
     clippy::disallowed_methods,
     clippy::print_stderr,
@@ -19,6 +19,7 @@ use std::{
 use demae::model::status::{AppStatus, HostStatus, State};
 
 use super::{
+    containers::remove_all,
     etcd::Etcd,
     images, load,
     names::{free_address, random},
@@ -37,9 +38,10 @@ pub struct Lab {
     nginx_process: Option<Child>,
     pub(super) agent_process: Option<Child>,
     images: std::sync::Mutex<Vec<String>>,
+    shared_images: std::sync::Mutex<Vec<images::Shared>>,
 }
 
-/// What differs from lab to lab.
+/// Settings that differ between labs.
 #[derive(Default)]
 pub struct Setup<'a> {
     /// Lines for the file's `[nginx]`.
@@ -78,6 +80,7 @@ impl Lab {
             nginx_process: None,
             agent_process: None,
             images: Vec::new().into(),
+            shared_images: Vec::new().into(),
             tag,
             dir,
         };
@@ -114,7 +117,7 @@ impl Lab {
             setup.sections
         );
         fs::write(self.path("agent.toml"), text).expect("a file");
-        // Workers are nobody in particular, as on most hosts: root would reach what was never opened to it.
+        // Workers run as `nobody`, as on most hosts: root could open sockets that no other user may.
         let user = if rustix::process::geteuid().is_root() { "user nobody nogroup;" } else { "" };
         fs::set_permissions(self.dir.path(), fs::Permissions::from_mode(0o755)).expect("a directory");
         let nginx = format!(
@@ -132,7 +135,7 @@ impl Lab {
         let began = Instant::now();
         loop {
             if self.etcd_process.as_mut().is_none_or(Etcd::has_ended) {
-                // Never, or not any more: somebody else may have taken the port between its choice and its use.
+                // Not started yet, or exited: another process may have bound the port meanwhile.
                 let own = [("etcd", free_address())];
                 self.etcd_process = Some(Etcd::start(self.dir.path(), "etcd", self.etcd, &own, &[]));
             }
@@ -145,15 +148,15 @@ impl Lab {
         }
     }
 
-    /// `-STOP`, `-CONT` and the like, to etcd.
+    /// Sends `-STOP`, `-CONT` and the like to etcd.
     pub fn signal_etcd(&self, name: &str) {
         self.etcd_process.as_ref().expect("etcd runs").signal(name);
     }
 
-    /// Takes back all that etcd lent, as it does by itself to an agent that says nothing for long.
+    /// Revokes all leases, as etcd does when an agent sends no keep-alive for long.
     pub fn revoke_leases(&self) {
         let output = self.etcdctl().args(["lease", "list"]).output().expect("etcdctl runs");
-        // The first line says how many there are.
+        // The first line is their number.
         for lease in String::from_utf8_lossy(&output.stdout).lines().skip(1) {
             run(self.etcdctl().args(["lease", "revoke", lease]).stdout(Stdio::null()));
         }
@@ -176,7 +179,7 @@ impl Lab {
         until("nginx takes connections", || std::net::TcpStream::connect(ingress).is_ok());
     }
 
-    /// Ends nginx as its supervisor would.
+    /// Stops nginx as its supervisor would.
     pub fn stop_nginx(&mut self) {
         if let Some(child) = &mut self.nginx_process {
             signal(child.id(), "-TERM");
@@ -201,7 +204,7 @@ impl Lab {
         let mut command = self.etcdctl();
         command.arg("put").arg(format!("/demae/{key}")).stdin(Stdio::piped()).stdout(Stdio::null());
         let mut child = command.spawn().expect("etcdctl runs");
-        child.stdin.take().expect("a pipe").write_all(value).expect("it is taken");
+        child.stdin.take().expect("a pipe").write_all(value).expect("it is written");
         assert!(child.wait().expect("etcdctl ends").success(), "put {key}");
     }
 
@@ -212,8 +215,8 @@ impl Lab {
         command.arg("txn").stdin(Stdio::piped()).stdout(Stdio::null());
         let mut child = command.spawn().expect("etcdctl runs");
         let puts: String = pairs.iter().map(|(k, v)| format!("put /demae/{k} {v:?}\n")).collect();
-        // No conditions; what to do then; nothing else.
-        child.stdin.take().expect("a pipe").write_all(format!("\n{puts}\n\n").as_bytes()).expect("it is taken");
+        // No conditions; the puts; nothing in the else branch.
+        child.stdin.take().expect("a pipe").write_all(format!("\n{puts}\n\n").as_bytes()).expect("it is written");
         assert!(child.wait().expect("etcdctl ends").success(), "txn");
     }
 
@@ -228,31 +231,44 @@ impl Lab {
         String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
     }
 
-    /// The revision of the store.
+    /// The current revision of the store.
     pub fn revision(&self) -> i64 {
         let output = self.etcdctl().args(["get", "/nothing", "-w", "json"]).output().expect("etcdctl runs");
         let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("json");
         json["header"]["revision"].as_i64().expect("a revision")
     }
 
-    /// Has etcd forget all that was before now.
+    /// Compacts etcd's history up to now.
     pub fn compact(&self) {
         run(self.etcdctl().arg("compact").arg(self.revision().to_string()).stdout(Stdio::null()));
     }
 
-    /// An image of the example app that tells this version. Removed with the lab.
+    /// An image of the example app with this version. Removed with the lab.
     pub fn image(&self, version: &str) -> String {
         let name = format!("demae-lab-{}:{version}", self.tag);
         let mut images = self.images.lock().expect("no test panicked with it");
         if !images.contains(&name) {
-            images::build(&name, version, &self.path(&format!("image-{version}")));
+            let shared = images::Shared::take(version, &self.path(&format!("image-{version}")));
+            docker(&["tag", &shared.name, &name]);
+            self.shared_images.lock().expect("no test panicked with it").push(shared);
             images.push(name.clone());
         }
         name
     }
 
-    /// Has an image removed with the lab.
-    pub fn removes(&self, image: String) {
+    /// The same, shared with no other lab: for tests that remove it.
+    pub fn own_image(&self, version: &str) -> String {
+        let name = format!("demae-lab-{}-own:{version}", self.tag);
+        let mut images = self.images.lock().expect("no test panicked with it");
+        if !images.contains(&name) {
+            images::build(&name, version, &self.path(&format!("own-{version}")));
+            images.push(name.clone());
+        }
+        name
+    }
+
+    /// Removes an image with the lab.
+    pub fn remove_on_drop(&self, image: String) {
         self.images.lock().expect("no test panicked with it").push(image);
     }
 
@@ -282,7 +298,7 @@ impl Lab {
         self.status()?.apps.into_iter().find(|a| a.app == app)
     }
 
-    /// Waits until an app is as a test wants it.
+    /// Waits until an app's status matches.
     pub fn wait_app(&self, app: &str, what: &str, fits: impl Fn(&AppStatus) -> bool) -> AppStatus {
         let began = Instant::now();
         loop {
@@ -301,7 +317,7 @@ impl Lab {
         }
     }
 
-    /// Waits until the agent has seen this revision and everything is converged.
+    /// Waits until the agent has seen this revision and every app has converged.
     pub fn wait_converged(&self, revision: i64) -> HostStatus {
         let began = Instant::now();
         loop {
@@ -316,21 +332,21 @@ impl Lab {
         }
     }
 
-    /// Puts, and waits until the new release serves; the old one may still be draining.
+    /// Puts a key and waits until the new release serves; the old one may still be draining.
     pub fn take_over(&self, app: &str, key: &str, value: &str) -> AppStatus {
         let before = self.app(app).and_then(|a| a.release);
         self.put(key, value);
         self.wait_app(app, "serving another release", |s| s.release != before && s.serving.is_none() && s.healthy > 0)
     }
 
-    /// Puts, and waits until the app is converged with it.
+    /// Puts a key and waits until the app has converged on it.
     pub fn deploy(&self, app: &str, key: &str, value: &str) -> AppStatus {
         let before = self.app(app).and_then(|a| a.release);
         self.put(key, value);
         self.wait_app(app, "converged on another release", |s| s.state == State::Converged && s.release != before)
     }
 
-    /// What `/metrics` tells of one series, summed over its labels that contain a text.
+    /// The value of a series in `/metrics`, summed over its labels that contain a text.
     pub fn metric(&self, name: &str, labels: &str) -> f64 {
         let (_, text) = load::get(self.metrics, "localhost", "/metrics").expect("metrics");
         let lines = text.lines().filter(|l| l.starts_with(name) && l.contains(labels));
@@ -347,7 +363,7 @@ impl Lab {
         output.lines().map(str::to_owned).collect()
     }
 
-    /// Every file below the state and run directories, but those that are there on an empty host.
+    /// Every file below the state and run directories that does not exist on an empty host.
     pub fn traces(&self) -> Vec<String> {
         let mut found = Vec::new();
         for dir in ["state/routes", "state/sockets", "state/proven", "state/verdicts", "run/env"] {
@@ -367,7 +383,7 @@ impl Lab {
         found
     }
 
-    /// One request of its own through nginx.
+    /// One request through nginx, on a connection of its own.
     pub fn get(&self, host: &str, path: &str) -> Result<(u16, String), String> {
         load::get(self.ingress, host, path)
     }
@@ -376,12 +392,9 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         kill(&mut self.agent_process);
-        let ids = docker(&["ps", "-aq", "--filter", &format!("label=demae.host={}", self.host)]);
-        let mut remove = vec!["rm", "-fv"];
-        remove.extend(ids.lines());
-        if remove.len() > 2 {
-            docker(&remove);
-        }
+        // Read before the containers go: a load that still runs fills the log with refused connections then.
+        let nginx_log = fs::read_to_string(self.path("nginx-error.log")).unwrap_or_default();
+        remove_all(&self.host);
         for image in self.images.lock().unwrap_or_else(std::sync::PoisonError::into_inner).iter() {
             docker(&["rmi", "-f", image]);
         }
@@ -390,9 +403,8 @@ impl Drop for Lab {
         let contradictions: Vec<String> =
             self.agent_log().lines().filter(|l| l.contains("model and host differ")).map(str::to_owned).collect();
         if std::thread::panicking() || !contradictions.is_empty() {
-            let refusals = fs::read_to_string(self.path("nginx-error.log")).unwrap_or_default();
-            for (whose, log) in [("agent", self.agent_log()), ("nginx", refusals)] {
-                eprintln!("the end of the {whose}'s log:");
+            for (name, log) in [("agent", self.agent_log()), ("nginx", nginx_log)] {
+                eprintln!("the end of the {name}'s log:");
                 let lines: Vec<&str> = log.lines().collect();
                 for line in &lines[lines.len().saturating_sub(40)..] {
                     eprintln!("  {line}");
@@ -416,7 +428,7 @@ fn walk(dir: &Path, found: &mut Vec<String>) {
     }
 }
 
-/// For a spec: run as whoever runs the tests, so that a test that is not root can reach the sockets.
+/// A line for specs: apps run as the user of the test, so that a test that is not root can reach their sockets.
 pub fn user_line() -> String {
     use std::os::unix::fs::MetadataExt as _;
     match fs::metadata("/proc/self") {

@@ -1,7 +1,7 @@
-//! A client that sends requests without pause and believes nothing: an answer counts when it is whole and says 200.
+//! A load client that sends requests without pause: a response counts if it is complete and has status 200.
 //!
-//! It repeats nothing. A request on a used connection that ends without a byte is counted apart, since other clients
-//! would repeat it and call it a success.
+//! It retries nothing. A request on a reused connection that ends without a byte is counted separately, since other
+//! clients would retry it.
 
 use std::{
     collections::BTreeMap,
@@ -15,16 +15,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How one client behaves.
+/// Behaviour of one client.
 #[derive(Debug, Clone)]
 pub struct Client {
-    /// Whether it uses a connection again.
+    /// True if it reuses its connection.
     pub keep_alive: bool,
-    /// Whether it sends a body.
+    /// True if it sends a body.
     pub post: bool,
     /// What it asks for.
     pub path: String,
-    /// Between two requests.
+    /// Pause between two requests.
     pub pause: Duration,
 }
 
@@ -46,7 +46,7 @@ impl Client {
     }
 }
 
-/// All styles at once: connections kept and new, with and without bodies, and two requests of two seconds at any time.
+/// All styles at once: reused and new connections, with and without bodies, and two requests of two seconds in flight.
 pub fn mixed(pause: Duration) -> Vec<Client> {
     let quick = [Client::get(true), Client::get(false), Client::post(true), Client::post(false)];
     let mut clients: Vec<Client> = quick.into_iter().map(|c| c.pausing(pause)).collect();
@@ -54,20 +54,20 @@ pub fn mixed(pause: Duration) -> Vec<Client> {
     clients
 }
 
-/// What was counted.
+/// Counters of a load.
 #[derive(Debug, Default, Clone)]
 pub struct Tally {
     pub requests: u64,
-    /// Not 200, cut, refused.
+    /// Not 200, cut off, or refused.
     pub failed: u64,
-    /// Ended without a byte on a connection that had been used before.
+    /// Ended without a byte on a reused connection.
     pub stale: u64,
-    /// Of those that failed: whole answers that are not 200.
+    /// Of the failed ones: complete responses with another status than 200.
     pub wrong: u64,
-    /// The first failures, in words.
+    /// The first failures.
     pub reasons: Vec<String>,
     pub slowest: Duration,
-    /// Answers by the word after `version=`.
+    /// Responses by the word after `version=`.
     pub versions: BTreeMap<String, u64>,
     /// When each word after `release=` was first seen.
     pub first_seen: BTreeMap<String, Instant>,
@@ -80,7 +80,7 @@ struct Shared {
     tally: Mutex<Tally>,
 }
 
-/// Clients at work.
+/// Running clients.
 pub struct Load {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -100,17 +100,17 @@ impl Load {
         Self { shared, threads }
     }
 
-    /// Requests answered or failed so far.
+    /// Requests completed or failed so far.
     pub fn requests(&self) -> u64 {
         self.shared.requests.load(Ordering::Relaxed)
     }
 
-    /// What was counted so far.
+    /// The counters so far.
     pub fn so_far(&self) -> Tally {
         self.shared.tally.lock().expect("a tally").clone()
     }
 
-    /// Lets every request under way end, and counts.
+    /// Lets requests in flight end; returns the counters.
     pub fn stop(self) -> Tally {
         self.shared.stop.store(true, Ordering::Relaxed);
         for thread in self.threads {
@@ -134,7 +134,7 @@ fn work(shared: &Shared, address: SocketAddr, host: &str, client: &Client) {
         {
             let mut tally = shared.tally.lock().expect("a tally");
             tally.requests += 1;
-            // What is slow on purpose says nothing.
+            // Slow paths are slow on purpose.
             if !client.path.starts_with("/slow") {
                 tally.slowest = tally.slowest.max(took);
             }
@@ -167,7 +167,7 @@ fn work(shared: &Shared, address: SocketAddr, host: &str, client: &Client) {
 const NO_BYTES: &str = "the connection ended without a byte";
 const NOT_200: &str = "answered with ";
 
-/// One request; its body, or why there is none.
+/// One request; its body, or why it failed.
 fn ask(
     connection: &mut Option<BufReader<TcpStream>>,
     address: SocketAddr,
@@ -246,11 +246,11 @@ fn read_chunks(stream: &mut BufReader<TcpStream>, bytes: &mut Vec<u8>) -> Result
     }
 }
 
-/// One request of its own; the body of any answer that is whole, whatever its status.
+/// One request on its own connection; the body of any complete response, whatever its status.
 pub fn get(address: SocketAddr, host: &str, path: &str) -> Result<(u16, String), String> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).map_err(|e| e.to_string())?;
     stream.set_read_timeout(Some(Duration::from_secs(30))).map_err(|e| e.to_string())?;
-    // By HTTP/1.0 an answer comes in one piece, without chunks.
+    // HTTP/1.0, so the response is not chunked.
     write!(stream, "GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n").map_err(|e| e.to_string())?;
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).map_err(|e| e.to_string())?;

@@ -1,4 +1,4 @@
-//! What goes wrong on a host sooner or later, one thing after the other, each waited for until Prometheus has seen it.
+//! Faults that occur on a host sooner or later, one after the other, each awaited until Prometheus has seen it.
 #![allow(clippy::disallowed_methods, reason = "a test starts programs")]
 
 use std::{
@@ -14,23 +14,23 @@ use super::{dashboards::Prometheus, load};
 
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// A host that this is done to.
+/// The host to inject the faults into.
 pub struct Site<'a> {
     /// Its name in demae.
     pub host: &'a str,
-    /// Where its nginx listens.
+    /// Address of its nginx.
     pub ingress: SocketAddr,
-    /// Where its agent listens.
+    /// Address of its agent.
     pub agent: SocketAddr,
-    /// Who scrapes it.
+    /// The Prometheus that scrapes it.
     pub prometheus: Prometheus,
     /// Puts a key below the prefix.
     pub put: &'a dyn Fn(&str, &str),
-    /// Deletes all keys that begin so, below the prefix.
+    /// Deletes all keys with this prefix, below demae's prefix.
     pub del: &'a dyn Fn(&str),
-    /// An image of the example app that tells this version.
+    /// An image of the example app with this version.
     pub image: &'a dyn Fn(&str) -> String,
-    /// A line for specs, with the user that apps run as.
+    /// A line for specs: the user that apps run as.
     pub user: &'a str,
 }
 
@@ -67,14 +67,14 @@ impl Site<'_> {
         last.expect("a status")
     }
 
-    /// Puts, and waits until the app is converged with another release.
+    /// Puts a key and waits until the app has converged on another release.
     pub fn deploy(&self, app: &str, key: &str, value: &str) -> AppStatus {
         let before = self.app(app).and_then(|a| a.release);
         (self.put)(key, value);
         self.wait_app(app, "converged on another release", |s| s.state == State::Converged && s.release != before)
     }
 
-    /// Waits until a query has this value at least, or has none where `None` is given.
+    /// Waits until a query has at least this value.
     pub fn scraped(&self, query: &str, at_least: f64) {
         wait(&format!("Prometheus has seen `{query}` at {at_least}"), || {
             self.prometheus.value(query).is_some_and(|v| v >= at_least)
@@ -89,8 +89,8 @@ impl Site<'_> {
     }
 }
 
-/// What a person must end: a release that fails, a spec that makes no sense, an app that is held back; and one that
-/// Docker refuses. They are undone by [`mend`].
+/// Blocks that need a person: a failing release, an invalid spec, a paused app; and one that Docker refuses. Undone by
+/// [`mend`].
 pub fn block(site: &Site<'_>) {
     let sick = site.socket_spec(&(site.image)("v1"), "sick.test").replace("app.sock}", "app.sock, MOOD: sick}");
     (site.put)("apps/sick/spec", &sick.replace("start_period: 10s", "start_period: 1s, retries: 1"));
@@ -106,18 +106,18 @@ pub fn block(site: &Site<'_>) {
     site.scraped("sum(demae_step_failures_total{error=\"docker\"})", 1.0);
 }
 
-/// Undoes [`block`], once the alert for a release that failed has come, and waits until it is gone.
+/// Undoes [`block`] once the alert for the failing release fires, and waits until it is resolved.
 pub fn mend(site: &Site<'_>) {
     let fires = || site.prometheus.firing().iter().any(|a| a == "DemaeReleaseHalted");
     wait("the alert for a release that failed", fires);
     for app in ["sick", "typo", "lost", "held"] {
         (site.del)(&format!("apps/{app}/"));
     }
-    wait("nothing is blocked any more", || site.prometheus.value("sum(demae_blocks)") == Some(0.0));
-    wait("the alert is gone", || !fires());
+    wait("no app is blocked", || site.prometheus.value("sum(demae_blocks)") == Some(0.0));
+    wait("the alert is resolved", || !fires());
 }
 
-/// Nobody changed the store, and an instance dies; another one falls ill.
+/// Drift without a change in the store: one instance dies, another becomes unhealthy.
 pub fn drift(site: &Site<'_>, app: &str, virtual_host: &str) {
     let status = Command::new("docker").args(["kill", &site.container(app)]).stdout(Stdio::null()).status();
     assert!(status.expect("docker runs").success());
@@ -129,14 +129,14 @@ pub fn drift(site: &Site<'_>, app: &str, virtual_host: &str) {
     site.wait_app(app, "replaced", |s| s.state == State::Converged && s.healthy > 0);
 }
 
-/// A stream outlives the drain of its instance, and keeps a worker of nginx too. The app has a port, and is on v2.
-/// `while_draining` is called in the middle of it.
+/// A stream outlives the drain of its instance and also keeps an nginx worker. The app has a port and is on v2.
+/// `while_draining` is called meanwhile.
 pub fn cut(site: &Site<'_>, app: &str, virtual_host: &str, while_draining: impl FnOnce()) {
     (site.put)(&format!("apps/{app}/spec"), &site.port_spec(&(site.image)("v1"), virtual_host, "12s"));
-    // An instance drains as long as its own spec said when it was made.
+    // An instance drains for as long as the spec that it was created from says.
     site.deploy(app, &format!("apps/{app}/image"), &(site.image)("v1"));
     let mut stream = TcpStream::connect(site.ingress).expect("a connection");
-    write!(stream, "GET /stream?600 HTTP/1.1\r\nHost: {virtual_host}\r\n\r\n").expect("it is taken");
+    write!(stream, "GET /stream?600 HTTP/1.1\r\nHost: {virtual_host}\r\n\r\n").expect("it is written");
     stream.read_exact(&mut [0]).expect("the answer begins");
     (site.put)(&format!("apps/{app}/image"), &(site.image)("v2"));
     site.scraped(&format!("sum(demae_app_wait{{app=\"{app}\",kind=\"drain\"}})"), 1.0);
@@ -147,7 +147,7 @@ pub fn cut(site: &Site<'_>, app: &str, virtual_host: &str, while_draining: impl 
     site.wait_app(app, "converged", |s| s.state == State::Converged);
 }
 
-/// Waits until something holds.
+/// Waits until a condition holds.
 pub fn wait(what: &str, mut holds: impl FnMut() -> bool) {
     let began = Instant::now();
     while !holds() {

@@ -1,11 +1,11 @@
-//! What the tests on real etcd, nginx and Docker share.
+//! Support code of the tests on real etcd, nginx and Docker.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 pub mod agent;
+pub mod bench;
 pub mod containers;
 pub mod dashboards;
 pub mod disk;
-pub mod doubts;
 pub mod engine;
 pub mod etcd;
 pub mod files;
@@ -21,5 +21,6 @@ pub mod prometheus;
 pub mod receiver;
 pub mod registry;
 pub mod relay;
+pub mod trust;
 pub mod wait;
 pub mod wire;

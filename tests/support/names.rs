@@ -17,11 +17,11 @@ pub fn random() -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Ports that this process has been given.
+/// Keeps the claimed port names of this process.
 static TAKEN: Mutex<Vec<UnixListener>> = Mutex::new(Vec::new());
 
-/// A port below the ephemeral ones, so that no outgoing connection takes it between here and its use. No other test is given
-/// it either: a name that the kernel frees with this process stands for it.
+/// A port below the ephemeral range, so no outgoing connection takes it before its use. An abstract socket, which the
+/// kernel frees with this process, reserves it among the tests.
 pub fn free_address() -> SocketAddr {
     loop {
         let port = 10_000 + u16::from_str_radix(&random()[..4], 16).expect("a number") % 9_000;

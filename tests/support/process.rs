@@ -1,4 +1,4 @@
-//! Programs that tests run.
+//! Processes that tests run.
 #![allow(clippy::disallowed_methods, reason = "a test starts programs and writes files of its own")]
 
 use std::{
@@ -12,31 +12,31 @@ pub fn docker(args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
-/// A program to run, for tests that start none otherwise.
+/// A command, for tests that start no other process.
 pub fn command(program: &str) -> Command {
     Command::new(program)
 }
 
-/// Runs a program that must do well.
+/// Runs a program that must succeed.
 pub fn run(command: &mut Command) {
     let status = command.status().expect("it runs");
     assert!(status.success(), "{command:?}: {status}");
 }
 
-/// Starts a program that writes to a log.
+/// Starts a program with its output in a log file.
 pub fn quiet(command: &mut Command, log: &Path) -> Child {
     let log = fs::File::options().create(true).append(true).open(log).expect("a log");
     command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("it starts")
 }
 
-/// `-STOP`, `-CONT` and the like.
+/// Sends `-STOP`, `-CONT` and the like.
 pub fn signal(pid: u32, name: &str) {
     run(Command::new("kill").args([name, &pid.to_string()]));
 }
 
 pub(super) fn kill(child: &mut Option<Child>) {
     if let Some(mut child) = child.take() {
-        // It may have ended by itself.
+        // It may have exited by itself.
         let _ = child.kill();
         child.wait().expect("it ends");
     }

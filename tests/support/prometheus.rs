@@ -1,4 +1,4 @@
-//! A Prometheus of its own, with demae's rules, that scrapes the agent of a lab.
+//! A Prometheus with demae's rules that scrapes the agent of a lab.
 #![allow(clippy::disallowed_methods, reason = "a test starts programs and writes files of its own")]
 
 use std::{
@@ -10,15 +10,15 @@ use std::{
 use super::{dashboards::Prometheus, lab::Lab, load, names::free_address, wait::until};
 
 pub struct Running {
-    pub asked: Prometheus,
+    pub client: Prometheus,
     child: Child,
 }
 
-/// The name of the host, as the label `instance` says it.
+/// The host's name in the label `instance`.
 pub const INSTANCE: &str = "host1";
 
 impl Running {
-    /// Starts it; it has scraped the agent once when this returns.
+    /// Starts it and waits until it has scraped the agent once.
     pub fn start(lab: &Lab) -> Self {
         let address = free_address();
         let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("dashboards/rules/demae.yml");
@@ -40,9 +40,9 @@ impl Running {
             .stderr(log)
             .spawn()
             .expect("prometheus runs");
-        let running = Self { asked: Prometheus(address), child };
+        let running = Self { client: Prometheus(address), child };
         until("prometheus answers", || load::get(address, "localhost", "/-/ready").is_ok_and(|(code, _)| code == 200));
-        until("the agent was scraped", || running.asked.value("up{job=\"demae\"}") == Some(1.0));
+        until("the agent was scraped", || running.client.value("up{job=\"demae\"}") == Some(1.0));
         running
     }
 }

@@ -1,4 +1,4 @@
-//! Whoever a webhook tells: takes requests, keeps them, and answers as it is told to.
+//! A webhook receiver: records requests and answers with a given status.
 
 use std::{
     collections::BTreeMap,
@@ -10,40 +10,40 @@ use std::{
 
 /// One request.
 #[derive(Debug, Clone)]
-pub struct Told {
-    /// By lower-case name.
+pub struct Delivery {
+    /// Keyed by lower-case name.
     pub headers: BTreeMap<String, String>,
     pub body: String,
 }
 
 pub struct Receiver {
     pub address: SocketAddr,
-    told: Arc<Mutex<Vec<Told>>>,
+    deliveries: Arc<Mutex<Vec<Delivery>>>,
 }
 
 impl Receiver {
-    /// Answers each request with the status that `status` gives for how many came before it.
+    /// Answers each request with `status(n)`, where n is the number of requests before it.
     pub fn start(status: impl Fn(usize) -> u16 + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
-        let told = Arc::new(Mutex::new(Vec::new()));
-        let (kept, status) = (told.clone(), Arc::new(status));
-        // It ends with the test's process.
+        let deliveries = Arc::new(Mutex::new(Vec::new()));
+        let (kept, status) = (deliveries.clone(), Arc::new(status));
+        // Ends with the test process.
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let (kept, status) = (kept.clone(), status.clone());
                 thread::spawn(move || serve(&stream, &kept, &*status));
             }
         });
-        Self { address, told }
+        Self { address, deliveries }
     }
 
-    pub fn told(&self) -> Vec<Told> {
-        self.told.lock().expect("no thread panicked with it").clone()
+    pub fn deliveries(&self) -> Vec<Delivery> {
+        self.deliveries.lock().expect("no thread panicked with it").clone()
     }
 }
 
-fn serve(stream: &TcpStream, kept: &Mutex<Vec<Told>>, status: &dyn Fn(usize) -> u16) -> Option<()> {
+fn serve(stream: &TcpStream, kept: &Mutex<Vec<Delivery>>, status: &dyn Fn(usize) -> u16) -> Option<()> {
     let mut input = BufReader::new(stream);
     loop {
         let mut headers = BTreeMap::new();
@@ -65,7 +65,7 @@ fn serve(stream: &TcpStream, kept: &Mutex<Vec<Told>>, status: &dyn Fn(usize) -> 
         let body = String::from_utf8_lossy(&body).into_owned();
         let before = {
             let mut kept = kept.lock().ok()?;
-            kept.push(Told { headers, body });
+            kept.push(Delivery { headers, body });
             kept.len() - 1
         };
         let answer = format!("HTTP/1.1 {} whatever\r\ncontent-length: 0\r\n\r\n", status(before));

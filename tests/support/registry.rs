@@ -1,4 +1,4 @@
-//! A registry of its own, on loopback.
+//! A Docker registry on loopback.
 #![allow(clippy::disallowed_methods, reason = "a test starts programs and writes files of its own")]
 
 use std::{
@@ -17,7 +17,7 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Starts it at an address that is free, with its files in a directory that is there.
+    /// Starts it at a free address, with its files in an existing directory.
     pub fn start(address: SocketAddr, dir: &Path) -> Self {
         let config = dir.join("registry.yml");
         let text = format!(
@@ -36,12 +36,12 @@ impl Registry {
         Self { address, child, names: Vec::new().into() }
     }
 
-    /// What a version of the app is called here.
+    /// The name of a version of the app in this registry.
     pub fn name(&self, version: &str) -> String {
         format!("localhost:{}/app:{version}", self.address.port())
     }
 
-    /// Brings an image here, and takes the name it has here from the engine, so that it must be pulled.
+    /// Pushes an image and removes its registry name from the engine, so that it must be pulled.
     pub fn push(&self, image: &str, version: &str) {
         let name = self.name(version);
         for args in [&["tag", image, &name][..], &["push", "-q", &name], &["rmi", &name]] {

@@ -1,9 +1,9 @@
-//! A relay between the agent and the engine. It passes requests on, holds them, or loses their answers, as it is told.
+//! A proxy between the agent and the engine. It passes requests on, holds them, or drops their responses.
 //!
-//! Each connection carries one request: the relay puts `Connection: close` into its head. So only the first head of a
-//! connection is ever read, and all that follows is copied as bytes, whatever it is: chunks, streams, upgraded
-//! connections. To look for further heads in what a client writes would mean to know where each body ends. The agent's
-//! client makes a new connection for each request anyway.
+//! Each connection carries one request: the proxy adds `Connection: close` to its head. So only the first head of a
+//! connection is parsed, and everything after it is copied as bytes: chunks, streams, upgraded connections. Parsing
+//! further heads would require knowing where each body ends. The agent's client opens a new connection per request
+//! anyway.
 
 use std::{
     collections::HashMap,
@@ -17,20 +17,20 @@ use std::{
 
 /// What happens to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    /// It is kept until it is released, as by an engine that hangs. Then it is carried out, whoever still listens.
+enum Action {
+    /// Kept until it is released, as by an engine that hangs. Then it is executed, even if the client is gone.
     Hold,
-    /// The engine does it. Its answer is thrown away, and the connection ends without a byte.
+    /// The engine executes it. Its response is dropped, and the connection ends without a byte.
     Lose,
-    /// The answer begins, and what should follow never comes: for streams.
+    /// The response head is passed on, and nothing after it: for streams.
     Mute,
-    /// The engine never hears of it, and this is said in its place.
+    /// The engine does not get it, and this message is returned instead.
     Refuse(&'static str),
 }
 
 struct Rule {
-    fits: Box<dyn Fn(&str) -> bool + Send>,
-    fate: Fate,
+    matches: Box<dyn Fn(&str) -> bool + Send>,
+    action: Action,
     once: bool,
 }
 
@@ -41,9 +41,9 @@ struct State {
     released: u64,
     held: usize,
     lost: usize,
-    /// The first lines of all requests.
+    /// The request lines of all requests.
     seen: Vec<String>,
-    /// Both ends of each connection, by its number.
+    /// Both ends of each open connection, by number.
     open: HashMap<u64, Vec<UnixStream>>,
     next: u64,
 }
@@ -60,13 +60,13 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Listens at this path for the engine of this machine.
+    /// Listens at this path and forwards to this machine's engine.
     pub fn start(path: &Path) -> Self {
         let listener = UnixListener::bind(path).expect("a socket");
         let shared =
             Arc::new(Shared { engine: engine_socket(), state: Mutex::new(State::default()), changed: Condvar::new() });
         let accepting = shared.clone();
-        // It ends with the test's process.
+        // Ends with the test process.
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let shared = accepting.clone();
@@ -81,37 +81,37 @@ impl Relay {
         format!("unix://{}", self.path.display())
     }
 
-    /// Holds every request whose first line fits.
-    pub fn hold(&self, fits: impl Fn(&str) -> bool + Send + 'static) {
-        self.rule(fits, Fate::Hold, false);
+    /// Holds every request whose request line matches.
+    pub fn hold(&self, matches: impl Fn(&str) -> bool + Send + 'static) {
+        self.rule(matches, Action::Hold, false);
     }
 
-    /// Holds the next request that fits, and no other.
-    pub fn hold_next(&self, fits: impl Fn(&str) -> bool + Send + 'static) {
-        self.rule(fits, Fate::Hold, true);
+    /// Holds the next request that matches, and no other.
+    pub fn hold_next(&self, matches: impl Fn(&str) -> bool + Send + 'static) {
+        self.rule(matches, Action::Hold, true);
     }
 
-    /// Has requests that fit done, and loses their answers.
-    pub fn lose(&self, fits: impl Fn(&str) -> bool + Send + 'static) {
-        self.rule(fits, Fate::Lose, false);
+    /// Executes matching requests and drops their responses.
+    pub fn lose(&self, matches: impl Fn(&str) -> bool + Send + 'static) {
+        self.rule(matches, Action::Lose, false);
     }
 
-    /// Has the next request that fits done, and loses its answer.
-    pub fn lose_next(&self, fits: impl Fn(&str) -> bool + Send + 'static) {
-        self.rule(fits, Fate::Lose, true);
+    /// Executes the next matching request and drops its response.
+    pub fn lose_next(&self, matches: impl Fn(&str) -> bool + Send + 'static) {
+        self.rule(matches, Action::Lose, true);
     }
 
-    /// Answers the next request that fits with a conflict and these words, as the engine would.
-    pub fn refuse_next(&self, fits: impl Fn(&str) -> bool + Send + 'static, words: &'static str) {
-        self.rule(fits, Fate::Refuse(words), true);
+    /// Answers the next matching request with 409 and this message, as the engine would.
+    pub fn refuse_next(&self, matches: impl Fn(&str) -> bool + Send + 'static, words: &'static str) {
+        self.rule(matches, Action::Refuse(words), true);
     }
 
-    /// Lets answers begin, and nothing follow.
-    pub fn mute(&self, fits: impl Fn(&str) -> bool + Send + 'static) {
-        self.rule(fits, Fate::Mute, false);
+    /// Passes on the heads of matching responses and nothing after them.
+    pub fn mute(&self, matches: impl Fn(&str) -> bool + Send + 'static) {
+        self.rule(matches, Action::Mute, false);
     }
 
-    /// Forgets all it was told, and carries out what it holds.
+    /// Removes all rules and executes the held requests.
     pub fn pass(&self) {
         let mut state = self.shared.lock();
         state.rules.clear();
@@ -119,33 +119,33 @@ impl Relay {
         self.shared.changed.notify_all();
     }
 
-    /// Ends all connections that are open. What is held on them is never carried out.
+    /// Closes all open connections. Requests held on them are never executed.
     pub fn cut(&self) {
         let mut state = self.shared.lock();
         for stream in state.open.drain().flat_map(|(_, ends)| ends) {
-            // It may have ended by itself.
+            // It may be closed already.
             let _ = stream.shutdown(Shutdown::Both);
         }
         self.shared.changed.notify_all();
     }
 
-    /// How many requests are held now.
+    /// The number of requests held now.
     pub fn held(&self) -> usize {
         self.shared.lock().held
     }
 
-    /// How many answers were lost.
+    /// The number of responses dropped.
     pub fn lost(&self) -> usize {
         self.shared.lock().lost
     }
 
-    /// How many requests have come whose first line fits.
-    pub fn seen(&self, fits: impl Fn(&str) -> bool) -> usize {
-        self.shared.lock().seen.iter().filter(|line| fits(line)).count()
+    /// The number of requests so far whose request line matches.
+    pub fn seen(&self, matches: impl Fn(&str) -> bool) -> usize {
+        self.shared.lock().seen.iter().filter(|line| matches(line)).count()
     }
 
-    fn rule(&self, fits: impl Fn(&str) -> bool + Send + 'static, fate: Fate, once: bool) {
-        self.shared.lock().rules.push(Rule { fits: Box::new(fits), fate, once });
+    fn rule(&self, matches: impl Fn(&str) -> bool + Send + 'static, action: Action, once: bool) {
+        self.shared.lock().rules.push(Rule { matches: Box::new(matches), action, once });
     }
 }
 
@@ -161,17 +161,17 @@ impl Shared {
     }
 
     fn serve(&self, client: &UnixStream) {
-        // Whatever breaks off here ends this connection, as it would without a relay.
+        // An error here ends this connection, as it would without a proxy.
         let Ok((head, rest)) = read_head(client) else { return };
         let Ok(end) = client.try_clone() else { return };
         let line = String::from_utf8_lossy(&head).lines().next().unwrap_or_default().to_owned();
-        let (number, fate) = self.admit(line, end);
-        if fate == Some(Fate::Hold) {
+        let (number, action) = self.admit(line, end);
+        if action == Some(Action::Hold) {
             self.wait(number);
         }
-        let ended = self.carry_out(number, fate, client, &head, &rest);
+        let ended = self.execute(number, action, client, &head, &rest);
         let mut state = self.lock();
-        if ended.is_ok() && fate == Some(Fate::Lose) {
+        if ended.is_ok() && action == Some(Action::Lose) {
             state.lost += 1;
         }
         for stream in state.open.remove(&number).into_iter().flatten() {
@@ -179,25 +179,25 @@ impl Shared {
         }
     }
 
-    /// Gives a request its number and its fate.
-    fn admit(&self, line: String, client: UnixStream) -> (u64, Option<Fate>) {
+    /// Registers a request; returns its number and the rule for it.
+    fn admit(&self, line: String, client: UnixStream) -> (u64, Option<Action>) {
         let mut state = self.lock();
         let number = state.next;
         state.next += 1;
         state.open.insert(number, vec![client]);
-        let rule = state.rules.iter().position(|r| (r.fits)(&line));
-        let fate = rule.map(|at| {
-            let fate = state.rules[at].fate;
+        let rule = state.rules.iter().position(|r| (r.matches)(&line));
+        let action = rule.map(|at| {
+            let action = state.rules[at].action;
             if state.rules[at].once {
                 state.rules.remove(at);
             }
-            fate
+            action
         });
         state.seen.push(line);
-        (number, fate)
+        (number, action)
     }
 
-    /// Until it is released, or cut.
+    /// Waits until the request is released or its connection is closed.
     fn wait(&self, number: u64) {
         let mut state = self.lock();
         state.held += 1;
@@ -208,15 +208,15 @@ impl Shared {
         state.held -= 1;
     }
 
-    fn carry_out(
+    fn execute(
         &self,
         number: u64,
-        fate: Option<Fate>,
+        action: Option<Action>,
         mut client: &UnixStream,
         head: &[u8],
         rest: &[u8],
     ) -> io::Result<()> {
-        if let Some(Fate::Refuse(words)) = fate {
+        if let Some(Action::Refuse(words)) = action {
             let body = format!("{{\"message\":\"{words}\"}}");
             return write!(
                 client,
@@ -233,27 +233,27 @@ impl Shared {
         (&engine).write_all(rest)?;
         let (from, to) = (client.try_clone()?, engine.try_clone()?);
         thread::spawn(move || {
-            // A client that has written all may still read: only this direction ends.
+            // A client that has sent everything may still read: only this direction ends.
             let _ = io::copy(&mut &from, &mut &to);
             let _ = to.shutdown(Shutdown::Write);
         });
-        match fate {
-            Some(Fate::Lose) => io::copy(&mut &engine, &mut io::sink())?,
-            Some(Fate::Mute) => {
+        match action {
+            Some(Action::Lose) => io::copy(&mut &engine, &mut io::sink())?,
+            Some(Action::Mute) => {
                 let (head, _) = read_head(&engine)?;
                 client.write_all(&head)?;
                 io::copy(&mut &engine, &mut io::sink())?;
-                // The end would be something that follows.
+                // Closing the connection would be a message too.
                 self.wait(number);
                 0
             }
-            Some(Fate::Hold | Fate::Refuse(_)) | None => io::copy(&mut &engine, &mut client)?,
+            Some(Action::Hold | Action::Refuse(_)) | None => io::copy(&mut &engine, &mut client)?,
         };
         Ok(())
     }
 }
 
-/// A head with its empty line, and what came behind it.
+/// A head with its empty line, and the bytes after it.
 fn read_head(mut stream: &UnixStream) -> io::Result<(Vec<u8>, Vec<u8>)> {
     let (mut bytes, mut buffer) = (Vec::new(), [0; 16 * 1024]);
     loop {
@@ -268,7 +268,7 @@ fn read_head(mut stream: &UnixStream) -> io::Result<(Vec<u8>, Vec<u8>)> {
     }
 }
 
-/// The head of a request after whose answer the engine ends the connection. One that asks for an upgrade stays as it is.
+/// The request head with `Connection: close` added. An upgrade request stays unchanged.
 fn closing(head: &[u8]) -> Vec<u8> {
     if String::from_utf8_lossy(head).to_ascii_lowercase().contains("\r\nconnection:") {
         return head.to_vec();
@@ -277,19 +277,19 @@ fn closing(head: &[u8]) -> Vec<u8> {
     [&head[..line], &b"Connection: close\r\n"[..], &head[line..]].concat()
 }
 
-/// Requests with this method, and with this in their path.
+/// Matches requests with this method and with this text in their path.
 pub fn is(method: &str, part: &str) -> impl Fn(&str) -> bool + Send + use<> {
     let (method, part) = (format!("{method} "), part.to_owned());
     move |line: &str| line.starts_with(&method) && line.contains(&part)
 }
 
-/// Looks at the containers of one app.
-pub fn looks_at(app: &str) -> impl Fn(&str) -> bool + Send + use<> {
-    // The last of the labels that are asked for, in JSON, in a query.
+/// Matches requests that list the containers of one app.
+pub fn lists_containers_of(app: &str) -> impl Fn(&str) -> bool + Send + use<> {
+    // The last label of the filter, JSON in a query string.
     is("GET", &format!("demae.app%3D{app}%22"))
 }
 
-/// Posts to the engine itself, past all relays, and waits for the end of the answer.
+/// Posts to the engine directly and waits for the end of the response.
 pub fn post(path: &str) -> io::Result<String> {
     let mut stream = UnixStream::connect(engine_socket())?;
     write!(stream, "POST {path} HTTP/1.0\r\n\r\n")?;
@@ -298,8 +298,8 @@ pub fn post(path: &str) -> io::Result<String> {
     Ok(answer)
 }
 
-/// Where the tests' own `docker` finds the engine.
+/// The engine socket that the tests' own `docker` uses.
 fn engine_socket() -> PathBuf {
-    let host = std::env::var("DOCKER_HOST").unwrap_or_default();
+    let host = std::env::var("DOCKER_HOST").unwrap_or_else(|_| String::new());
     host.strip_prefix("unix://").unwrap_or("/var/run/docker.sock").into()
 }

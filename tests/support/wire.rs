@@ -1,4 +1,4 @@
-//! A wire between the agent and etcd, on which answers may get lost and requests be held up.
+//! A proxy between the agent and etcd that can drop responses and hold requests.
 #![allow(clippy::disallowed_methods, reason = "a test writes files of its own")]
 
 use std::{
@@ -17,24 +17,24 @@ use super::{
     lab::Lab,
 };
 
-/// Whether a request fits, by what is read of it at once.
-type Fits = Box<dyn FnMut(&[u8]) -> bool + Send>;
+/// Matches a request by the bytes of one read.
+type Matches = Box<dyn FnMut(&[u8]) -> bool + Send>;
 
 /// What happens to a request.
 struct Rule {
-    fits: Fits,
-    fate: Fate,
+    matches: Matches,
+    action: Action,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Fate {
-    /// It arrives, and from then on no answer comes back on its connection.
+enum Action {
+    /// It is delivered, and from then on no response comes back on its connection.
     Mute,
     /// It is kept until it is released.
     Hold,
 }
 
-/// What of the watch gets lost; all else arrives, signs of life of the connection too.
+/// Which watch messages are dropped; everything else is delivered, including keep-alives of the connection.
 #[derive(Clone, Copy, Default, PartialEq)]
 enum Loss {
     #[default]
@@ -47,7 +47,7 @@ enum Loss {
 struct State {
     rule: Option<Rule>,
     loss: Loss,
-    swallowed: usize,
+    dropped: usize,
     open: Vec<TcpStream>,
     lost: usize,
     holding: bool,
@@ -65,15 +65,15 @@ impl Shared {
     }
 }
 
-/// Passes on what is said, both ways, until it is told otherwise.
+/// Forwards both directions until a rule matches.
 pub struct Wire {
     at: SocketAddr,
     shared: Arc<Shared>,
 }
 
 impl Wire {
-    /// Leads the agent of a lab to the lab's etcd, from its next start on. It ends with the test's process.
-    pub fn lead(lab: &Lab) -> Self {
+    /// Puts the proxy between a lab's agent and etcd, from the agent's next start on. It ends with the test process.
+    pub fn intercept(lab: &Lab) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a socket");
         let wire = Self { at: listener.local_addr().expect("an address"), shared: Arc::default() };
         let config = fs::read_to_string(lab.path("agent.toml")).expect("a file");
@@ -81,71 +81,71 @@ impl Wire {
         let (shared, server) = (wire.shared.clone(), lab.etcd);
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                // A server that is away ends the connection.
+                // If the server is down, the connection ends.
                 if let Ok(server) = TcpStream::connect(server) {
-                    carry(&shared, client, server);
+                    forward(&shared, client, server);
                 }
             }
         });
         wire
     }
 
-    /// The next request that fits arrives, and from then on no answer comes back on its connection.
-    pub fn lose_answer(&self, fits: impl FnMut(&[u8]) -> bool + Send + 'static) {
-        self.shared.lock().rule = Some(Rule { fits: Box::new(fits), fate: Fate::Mute });
+    /// The next matching request is delivered, and from then on no response comes back on its connection.
+    pub fn lose_answer(&self, matches: impl FnMut(&[u8]) -> bool + Send + 'static) {
+        self.shared.lock().rule = Some(Rule { matches: Box::new(matches), action: Action::Mute });
     }
 
-    /// The next request that fits is kept until it is released.
-    pub fn hold(&self, fits: impl FnMut(&[u8]) -> bool + Send + 'static) {
-        self.shared.lock().rule = Some(Rule { fits: Box::new(fits), fate: Fate::Hold });
+    /// The next matching request is kept until it is released.
+    pub fn hold(&self, matches: impl FnMut(&[u8]) -> bool + Send + 'static) {
+        self.shared.lock().rule = Some(Rule { matches: Box::new(matches), action: Action::Hold });
     }
 
-    /// Whether a request is held.
+    /// True if a request is held.
     pub fn is_holding(&self) -> bool {
         self.shared.lock().holding
     }
 
-    /// Lets it go on.
+    /// Releases the held request.
     pub fn release(&self) {
         self.shared.lock().holding = false;
         self.shared.released.notify_all();
     }
 
-    /// How many requests have lost their answers.
+    /// The number of requests whose responses were dropped.
     pub fn lost(&self) -> usize {
         self.shared.lock().lost
     }
 
-    /// The next message of a watch gets lost.
-    pub fn swallow_one(&self) {
+    /// Drops the next watch message.
+    pub fn drop_next_watch_message(&self) {
         self.shared.lock().loss = Loss::Next;
     }
 
-    /// All messages of watches get lost, until told otherwise.
-    pub fn swallow_all(&self) {
+    /// Drops all watch messages.
+    pub fn drop_watch_messages(&self) {
         self.shared.lock().loss = Loss::All;
     }
 
-    /// They arrive again.
-    pub fn swallow_none(&self) {
+    /// Delivers watch messages again.
+    pub fn deliver_watch_messages(&self) {
         self.shared.lock().loss = Loss::Nothing;
     }
 
-    /// How many messages of watches were lost.
-    pub fn swallowed(&self) -> usize {
-        self.shared.lock().swallowed
+    /// The number of watch messages dropped.
+    pub fn dropped(&self) -> usize {
+        self.shared.lock().dropped
     }
 
-    /// Ends all connections that are open.
+    /// Closes all open connections.
     pub fn cut(&self) {
         for stream in self.shared.lock().open.drain(..) {
-            // It may have ended by itself.
+            // It may be closed already.
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
 }
 
-fn carry(shared: &Arc<Shared>, client: TcpStream, server: TcpStream) {
+fn forward(shared: &Arc<Shared>, client: TcpStream, server: TcpStream) {
     let both = [&client, &server].map(|s| s.try_clone().expect("a socket"));
     shared.lock().open.extend(both);
     let mute = Arc::new(AtomicBool::new(false));
@@ -159,13 +159,13 @@ fn carry(shared: &Arc<Shared>, client: TcpStream, server: TcpStream) {
         pass(&mut from, &mut to, |bytes| {
             frames.take(bytes).iter().for_each(|frame| watches.follow(frame));
             let mut state = shared.lock();
-            match state.rule.take_if(|rule| (rule.fits)(bytes)).map(|rule| rule.fate) {
-                // Before the request is passed on: no answer can come first.
-                Some(Fate::Mute) => {
+            match state.rule.take_if(|rule| (rule.matches)(bytes)).map(|rule| rule.action) {
+                // Before the request is passed on: no response can come first.
+                Some(Action::Mute) => {
                     mute.store(true, Ordering::SeqCst);
                     state.lost += 1;
                 }
-                Some(Fate::Hold) => {
+                Some(Action::Hold) => {
                     state.holding = true;
                     while state.holding {
                         state = shared.released.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -186,9 +186,9 @@ fn carry(shared: &Arc<Shared>, client: TcpStream, server: TcpStream) {
             }
             let mut state = shared_back.lock();
             let mut arrives = |frame: &Frame| {
-                let is_lost = state.loss != Loss::Nothing && watches_back.is_news(frame);
+                let is_lost = state.loss != Loss::Nothing && watches_back.is_watch_message(frame);
                 if is_lost {
-                    state.swallowed += 1;
+                    state.dropped += 1;
                     state.loss = if state.loss == Loss::Next { Loss::Nothing } else { state.loss };
                 }
                 !is_lost
@@ -198,7 +198,7 @@ fn carry(shared: &Arc<Shared>, client: TcpStream, server: TcpStream) {
     });
 }
 
-/// One direction, until an end of it is gone; with what is left of all that is read.
+/// Copies one direction until either end closes; `left` returns what to forward of each read.
 fn pass(from: &mut TcpStream, to: &mut TcpStream, mut left: impl FnMut(&[u8]) -> Vec<u8>) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer) {
@@ -206,11 +206,11 @@ fn pass(from: &mut TcpStream, to: &mut TcpStream, mut left: impl FnMut(&[u8]) ->
             break;
         }
     }
-    // Whoever waits at the other end learns of it.
+    // The reader at the other end sees the end of the stream.
     let _ = to.shutdown(Shutdown::Write);
 }
 
-/// How often a key is named in what was read at once.
-pub fn named(key: &str, bytes: &[u8]) -> usize {
+/// How often a key occurs in the bytes of one read.
+pub fn count_key(key: &str, bytes: &[u8]) -> usize {
     bytes.windows(key.len()).filter(|w| *w == key.as_bytes()).count()
 }

@@ -1,5 +1,5 @@
-//! Keys: each means one thing or nothing, no two mean the same, and names in them are names. A prefix comes off where it was
-//! put on, and nowhere else.
+//! Keys: each has one meaning or none, no two mean the same, and names in them are valid. A prefix is stripped only
+//! where it was added.
 
 use std::path::{Component, Path};
 
@@ -7,7 +7,7 @@ use demae::store::keys::{BadKey, Key, Prefix};
 
 use super::{is_control, is_label, is_variable};
 
-/// A key; or, with a NUL in it, a prefix and a key.
+/// Input: a key; or, with a NUL, a prefix and a key.
 pub fn check(bytes: &[u8]) {
     match bytes.iter().position(|b| *b == 0) {
         Some(at) => {
@@ -28,7 +28,7 @@ fn one(bytes: &[u8]) {
     assert_eq!(read.is_ok(), known, "by its form: {read:?}");
     match &read {
         Ok(key) => {
-            assert_eq!(written(key).as_bytes(), bytes, "another key means the same");
+            assert_eq!(written(key).as_bytes(), bytes, "two keys with one meaning");
             for name in names(key) {
                 is_one_step(name);
             }
@@ -37,12 +37,12 @@ fn one(bytes: &[u8]) {
             let (owner, problem) = match bad {
                 BadKey::App(app, problem) => (Some(format!("apps/{app}/")), problem),
                 BadKey::Set(set, problem) => (Some(format!("env/{set}/")), problem),
-                BadKey::Nobody(problem) => (None, problem),
+                BadKey::Unowned(problem) => (None, problem),
             };
             let text = problem.to_string();
-            assert!(!problem.message.trim().is_empty(), "a problem says nothing: {problem:?}");
-            assert!(!text.contains(is_control), "a terminal would not show this as it is: {text:?}");
-            // A bad key breaks an app only if it lies below that app.
+            assert!(!problem.message.trim().is_empty(), "a problem without a message: {problem:?}");
+            assert!(!text.contains(is_control), "a terminal would interpret this: {text:?}");
+            // A bad key breaks an app only if it is below that app.
             assert!(owner.is_none_or(|o| bytes.starts_with(o.as_bytes())), "not its key: {bad:?}");
         }
     }
@@ -81,7 +81,7 @@ fn names(key: &Key) -> Vec<&str> {
     }
 }
 
-/// Joined to a directory, a name leads one step down.
+/// A name must be a single normal path component.
 fn is_one_step(name: &str) {
     let parts: Vec<Component<'_>> = Path::new(name).components().collect();
     assert!(matches!(parts[..], [Component::Normal(part)] if part == name), "{name:?} is a path");
@@ -91,25 +91,25 @@ fn below(text: &str, key: &[u8]) {
     let prefix = match Prefix::new(text) {
         Ok(prefix) => prefix,
         Err(why) => {
-            assert!(!why.contains(is_control), "a terminal would not show this as it is: {why:?}");
+            assert!(!why.contains(is_control), "a terminal would interpret this: {why:?}");
             return;
         }
     };
     let begin = prefix.as_str();
     assert!(begin.starts_with('/') && !begin.ends_with('/') && begin.len() > 1, "{begin:?}");
     assert!(!begin.contains(|c: char| c.is_control() || c.is_whitespace()), "{begin:?}");
-    assert_eq!(Prefix::new(begin), Ok(prefix.clone()), "as it was taken");
+    assert_eq!(Prefix::new(begin), Ok(prefix.clone()), "the normalised prefix is stable");
     if let Ok(rest) = std::str::from_utf8(key) {
         let whole = prefix.key(rest);
-        assert_eq!(prefix.strip(whole.as_bytes()), Some(key), "what was put on comes off");
-        let (from, to) = prefix.intent();
+        assert_eq!(prefix.strip(whole.as_bytes()), Some(key), "an added prefix is stripped");
+        let (from, to) = prefix.desired_range();
         let is_read = (from.as_slice()..to.as_slice()).contains(&whole.as_bytes());
         assert!(is_read || Key::parse(key).is_err(), "a known key is not read: {whole:?}");
         assert!(!is_read || !["state/", "secret/"].iter().any(|s| rest.starts_with(s)), "agents' own: {whole:?}");
-        // Another cluster's keys may begin with the same letters.
-        assert_eq!(prefix.strip(format!("{begin}x/{rest}").as_bytes()), None, "of a neighbour");
+        // Keys of another cluster may begin with the same letters.
+        assert_eq!(prefix.strip(format!("{begin}x/{rest}").as_bytes()), None, "a neighbouring prefix");
     }
     if let Some(rest) = prefix.strip(key) {
-        assert_eq!([begin.as_bytes(), b"/", rest].concat(), key, "what comes off was put on");
+        assert_eq!([begin.as_bytes(), b"/", rest].concat(), key, "a stripped prefix was there");
     }
 }

@@ -1,4 +1,4 @@
-//! A ledger: what was kept comes back; what was cut, changed or made up does not.
+//! Ledgers: what was saved is loaded; truncated, modified or forged files are not.
 
 use std::collections::BTreeMap;
 
@@ -9,37 +9,37 @@ use demae::{
         status::StoreBlock,
         time::Timestamp,
     },
-    store::{Contents, Entry, Identity, Ledger, LedgerError, keys::Prefix},
+    store::{Contents, Entry, FenceRecord, Identity, Ledger, LedgerError, Nonce, keys::Prefix},
 };
 use sha2::{Digest as _, Sha256};
 
 use super::Bytes;
 
-/// Times that RFC 3339 can write, up to the year 9999.
+/// Last time in RFC 3339, in the year 9999.
 const LAST_TIME: u64 = 253_402_207_200_000;
 
-/// The bytes as a ledger, as the text of one with its checksum mended, and as what one is made of.
+/// Input: a ledger; a ledger's text without its checksum; and the fields of one.
 pub fn check(bytes: &[u8]) {
     let host = HostName::try_from("web1").expect("a name");
     let prefix = Prefix::new("/demae").expect("a prefix");
     let parse = |text: &[u8]| Ledger::parse(text, &host, &prefix);
 
     if let Ok(ledger) = parse(bytes) {
-        assert!(ledger.text(&host, &prefix) == bytes, "taken, and not what was written: {ledger:?}");
+        assert!(ledger.text(&host, &prefix) == bytes, "accepted, but not as it was written: {ledger:?}");
     }
 
-    // A checksum holds against accidents. Whoever can write the file can mend it, and must not make the agent panic.
+    // The checksum detects accidents. Anyone who can write the file can forge it, which must not make the agent panic.
     let sum: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
     let sealed = [format!("demae-ledger 1 {sum}\n").as_bytes(), bytes].concat();
     if let Ok(ledger) = parse(&sealed) {
-        assert!(parse(&ledger.text(&host, &prefix)).as_ref() == Ok(&ledger), "not the same twice: {ledger:?}");
+        assert!(parse(&ledger.text(&host, &prefix)).as_ref() == Ok(&ledger), "not stable: {ledger:?}");
     }
 
     let mut from = Bytes(bytes);
     let ledger = ledger(&mut from);
     let text = ledger.text(&host, &prefix);
-    assert!(parse(&text).as_ref() == Ok(&ledger), "what was kept does not come back: {ledger:?}");
-    is_told_apart(&text, &host, &prefix);
+    assert!(parse(&text).as_ref() == Ok(&ledger), "the saved ledger is not loaded: {ledger:?}");
+    refuses_foreign(&text, &host, &prefix);
     damage(&text, &mut from, &|text| parse(text).is_ok());
 }
 
@@ -50,11 +50,10 @@ fn ledger(from: &mut Bytes<'_>) -> Ledger {
     let identity = Identity {
         etcd: from.number(),
         revision: from.number().cast_signed(),
-        whole: from.number().cast_signed(),
         cluster: some(1).then(|| from.text()),
         key: some(2).then(|| from.text()),
     };
-    let held = some(4).then(|| StoreBlock { kind: from.text(), message: from.text(), remedy: from.text() });
+    let quarantine = some(4).then(|| StoreBlock { kind: from.text(), message: from.text(), remedy: from.text() });
     let key = ReleaseKey::new(from.field().unwrap_or_default());
     let mut entries = BTreeMap::new();
     while let Some(name) = from.field() {
@@ -65,40 +64,45 @@ fn ledger(from: &mut Bytes<'_>) -> Ledger {
     let web = AppName::try_from("web").expect("a name");
     let last_good = if some(8) { [(web, entries.clone())].into() } else { BTreeMap::new() };
     let contents = Contents::new(entries, identity.revision);
-    Ledger { identity, saved: Timestamp::from_millis(saved), contents, key, last_good, held }
+    let nonce = |word: &str| vec![Nonce::new(word)];
+    let fence = some(16).then(|| FenceRecord { acknowledged: nonce("a"), pending: nonce("b") });
+    let fleet_acceptance = some(32).then(|| from.text());
+    let saved = Timestamp::from_millis(saved);
+    Ledger { identity, saved, contents, key, last_good, quarantine, fence, fleet_acceptance }
 }
 
-/// Another host's, and that of other keys, are not taken for ours.
-fn is_told_apart(text: &[u8], host: &HostName, prefix: &Prefix) {
+/// The ledger of another host, or of another prefix, is refused.
+fn refuses_foreign(text: &[u8], host: &HostName, prefix: &Prefix) {
     let other = HostName::try_from("web2").expect("a name");
     let elsewhere = Prefix::new("/demae2").expect("a prefix");
     for read in [Ledger::parse(text, &other, prefix), Ledger::parse(text, host, &elsewhere)] {
-        assert!(matches!(read, Err(LedgerError::Foreign { .. })), "taken for ours: {read:?}");
+        assert!(matches!(read, Err(LedgerError::Foreign { .. })), "a foreign ledger is accepted: {read:?}");
     }
 }
 
-/// The length of the first line: its beginning, the form, and the checksum.
+/// Length of the first line: magic, format and checksum.
 const FIRST_LINE: usize = 80;
 
-/// Cut or changed anywhere, or with something put in its first line: never taken. A short one is cut after each of its bytes.
-fn damage(text: &[u8], from: &mut Bytes<'_>, is_taken: &dyn Fn(&[u8]) -> bool) {
+/// Truncated or modified anywhere, or with a byte inserted in the first line: always refused. A short one is truncated
+/// at each byte.
+fn damage(text: &[u8], from: &mut Bytes<'_>, is_accepted: &dyn Fn(&[u8]) -> bool) {
     let places: Vec<usize> = if text.len() < 320 {
         (0..text.len()).collect()
     } else {
-        // The first line, the last bytes, and some between.
+        // The first line, the last bytes, and some in between.
         let between = (0..8).map(|n| n * text.len() / 8 + from.below(text.len() / 8));
         [0, 12, 13, 14, 15, FIRST_LINE - 1, FIRST_LINE, text.len() - 1].into_iter().chain(between).collect()
     };
     let mask = from.byte().max(1);
     for at in places {
-        assert!(!is_taken(&text[..at]), "cut after {at} bytes: {:?}", String::from_utf8_lossy(text));
+        assert!(!is_accepted(&text[..at]), "truncated after {at} bytes: {:?}", String::from_utf8_lossy(text));
         let mut changed = text.to_vec();
         changed[at] ^= mask;
-        assert!(!is_taken(&changed), "byte {at} changed by {mask}: {:?}", String::from_utf8_lossy(text));
+        assert!(!is_accepted(&changed), "byte {at} changed by {mask}: {:?}", String::from_utf8_lossy(text));
         for put in [b'0', b'+', b' ', b'\n', mask].into_iter().filter(|_| at < FIRST_LINE) {
             let mut longer = text.to_vec();
             longer.insert(at, put);
-            assert!(!is_taken(&longer), "{put} put in at {at}: {:?}", String::from_utf8_lossy(text));
+            assert!(!is_accepted(&longer), "{put} inserted at {at}: {:?}", String::from_utf8_lossy(text));
         }
     }
 }

@@ -1,8 +1,7 @@
-//! What must hold for any bytes: one function for each reader or writer of what others wrote. It panics where something
-//! does not hold.
+//! Properties for any input: one function for each parser or writer of untrusted data. It panics on a violation.
 //!
-//! libFuzzer calls them with what it makes up (`fuzz/fuzz_targets/`), `tests/fuzz/` with mutations of the corpus. They
-//! do not ask the code that they judge: each rule is written a second time, from its documentation.
+//! libFuzzer calls them with generated input (`fuzz/fuzz_targets/`), `tests/fuzz/` with mutations of the corpus. They
+//! are independent of the code under test: each rule is reimplemented from its documentation.
 
 mod env_file;
 mod keys;
@@ -16,7 +15,7 @@ pub use ledger::check as ledger;
 pub use spec::{check as spec, denied};
 pub use templates::{Directive, check as templates, directives};
 
-/// Decisions and fields, taken from the bytes of an input. Where there are no more, all decisions are 0.
+/// Decisions and fields from the bytes of an input. Past the end all decisions are 0.
 struct Bytes<'a>(&'a [u8]);
 
 impl<'a> Bytes<'a> {
@@ -30,7 +29,7 @@ impl<'a> Bytes<'a> {
         }
     }
 
-    /// A number from 0 up to, and without, `n`.
+    /// A number from 0 to `n`, exclusive.
     fn below(&mut self, n: usize) -> usize {
         (usize::from(self.byte()) * 256 + usize::from(self.byte())) % n.max(1)
     }
@@ -39,7 +38,7 @@ impl<'a> Bytes<'a> {
         (0..8).fold(0, |n, _| (n << 8) | u64::from(self.byte()))
     }
 
-    /// What stands before the next NUL, which no name and no value of an environment can have.
+    /// The bytes before the next NUL, which no name and no value of an environment can contain.
     fn field(&mut self) -> Option<&'a [u8]> {
         let all = self.0;
         if all.is_empty() {
@@ -55,13 +54,13 @@ impl<'a> Bytes<'a> {
     }
 }
 
-/// A name from a field: as it stands, or, since few inputs are names, spelled in letters that names have.
+/// A name from a field: as is, or, since few inputs are valid, mapped to the letters of names.
 fn name<T: TryFrom<String>>(field: &[u8], letters: &[u8]) -> Option<T> {
     let plain = || field.iter().map(|b| char::from(letters[usize::from(*b) % letters.len()])).collect::<String>();
     T::try_from(String::from_utf8_lossy(field).into_owned()).ok().or_else(|| T::try_from(plain()).ok())
 }
 
-/// Whether a label may stand in a name: `[a-z0-9]`, and `-` inside, up to 40.
+/// Whether a name is a valid label: `[a-z0-9]`, and `-` inside, up to 40.
 fn is_label(text: &str) -> bool {
     text.len() <= 40
         && text.split('-').all(|part| part.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9')))
@@ -69,7 +68,7 @@ fn is_label(text: &str) -> bool {
         && !text.ends_with('-')
 }
 
-/// Whether a variable may be called so.
+/// Whether a variable name is valid.
 fn is_variable(text: &str) -> bool {
     let word = |c: char| ('!'..='~').contains(&c) && !matches!(c, '=' | '/' | '"' | '\'' | '`' | '#' | '\\');
     (1..=255).contains(&text.len())
@@ -78,7 +77,7 @@ fn is_variable(text: &str) -> bool {
         && !text.starts_with("DEMAE_")
 }
 
-/// Whether a terminal would do something else than show it: control characters, and what turns text around.
+/// Whether a terminal would interpret it instead of showing it: control characters, and bidirectional overrides.
 fn is_control(c: char) -> bool {
     c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

@@ -1,5 +1,5 @@
-//! A spec: every text is read in bounded time, to a sound spec or to problems that help. No spec asks for more of its host
-//! than a spec may.
+//! Specs: every text is parsed in bounded time, to a valid spec or to helpful problems. No spec can ask for more of its
+//! host than specs may.
 
 use std::{
     sync::LazyLock,
@@ -21,58 +21,57 @@ use serde_json::Value;
 
 use super::is_control;
 
-/// Longest time for one text, on a loaded machine and without optimisation. What grows with the square of a text takes
-/// minutes.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// What the problems of one text may come to in bytes. They are published, in values of at most 1.5 MiB.
-const MOST_TOLD: usize = 512 * 1024;
-/// The directory of its socket, as the agent gives it to the container.
+/// Time limit for one text, on a loaded machine and without optimisation. Quadratic parsing takes minutes.
+const TIME_LIMIT: Duration = Duration::from_secs(20);
+/// Total size of the problems of one text, in bytes. They are published, in values of at most 1.5 MiB.
+const MAX_PROBLEMS: usize = 512 * 1024;
+/// The socket directory that the agent mounts into the container.
 const SOCKET_DIR: &str = "/var/lib/demae/sockets/web/0123456789ab.1";
 
 static SCHEMA: LazyLock<Value> =
     LazyLock::new(|| serde_json::from_str(spec::SCHEMA).expect("the schema of a spec is JSON"));
 
-/// Holds the reader of specs to its promises.
+/// Checks the spec parser.
 pub fn check(bytes: &[u8]) {
     let begun = Instant::now();
     let read = Spec::parse(bytes);
     let took = begun.elapsed();
-    assert!(took < PATIENCE, "a text of {} bytes took {took:?}", bytes.len());
+    assert!(took < TIME_LIMIT, "a text of {} bytes took {took:?}", bytes.len());
     assert!(read == Spec::parse(bytes), "the same text is read in two ways: {read:?}");
     match &read {
         Ok(spec) => {
             has_only_known_keys(bytes);
-            can_be_counted_with(spec);
+            durations_are_in_range(spec);
             asks_for_nothing_denied(spec);
         }
         Err(problems) => help(bytes, problems),
     }
 }
 
-/// Problems say what is wrong and where, and can be shown as they are.
+/// Problems name the error and its place, and are safe to display.
 fn help(bytes: &[u8], problems: &Problems) {
-    assert!(!problems.is_empty(), "it is refused without a reason");
+    assert!(!problems.is_empty(), "refused without a reason");
     let last = last_line(bytes);
-    let (mut before, mut told) = ((0, 0), 0);
+    let (mut before, mut reported) = ((0, 0), 0);
     for problem in problems.iter() {
         let text = problem.to_string();
-        assert!(!problem.message.trim().is_empty(), "a problem says nothing: {problem:?}");
-        assert!(problem.hint.as_ref().is_none_or(|h| !h.trim().is_empty()), "a hint says nothing: {problem:?}");
-        assert!(!text.contains(is_control), "a terminal would not show this as it is: {text:?}");
+        assert!(!problem.message.trim().is_empty(), "a problem without a message: {problem:?}");
+        assert!(problem.hint.as_ref().is_none_or(|h| !h.trim().is_empty()), "an empty hint: {problem:?}");
+        assert!(!text.contains(is_control), "a terminal would interpret this: {text:?}");
         if bytes.len() <= yaml::MAX_TEXT {
             assert!((1..=last).contains(&problem.line), "there are {last} lines: {problem:?}");
             assert!(problem.column >= 1, "columns begin at 1: {problem:?}");
         } else {
-            assert_eq!(problem.line, 0, "this was not read: {problem:?}");
+            assert_eq!(problem.line, 0, "a place in a text that was not parsed: {problem:?}");
         }
         assert!(before <= (problem.line, problem.column), "not in the order of the text: {problems:?}");
         before = (problem.line, problem.column);
-        told += text.len();
+        reported += text.len();
     }
-    assert!(told <= MOST_TOLD, "the problems of {} bytes come to {told} bytes", bytes.len());
+    assert!(reported <= MAX_PROBLEMS, "the problems of {} bytes come to {reported} bytes", bytes.len());
 }
 
-/// The number of the last line. YAML breaks lines at CR, LF and CR LF.
+/// The number of the last line. YAML line breaks are CR, LF and CR LF.
 fn last_line(bytes: &[u8]) -> usize {
     let is_break = |(i, b): (usize, &u8)| *b == b'\n' || (*b == b'\r' && bytes.get(i + 1) != Some(&b'\n'));
     let breaks = bytes.iter().enumerate().filter(|at| is_break(*at)).count();
@@ -80,15 +79,15 @@ fn last_line(bytes: &[u8]) -> usize {
     (breaks + usize::from(is_open)).max(1)
 }
 
-/// What was read has no key that the schema forbids, and nothing was left out unseen.
+/// A parsed spec has no key that the schema forbids, and no part of the text was ignored.
 fn has_only_known_keys(bytes: &[u8]) {
     assert!(bytes.len() <= yaml::MAX_TEXT, "{} bytes were read", bytes.len());
-    assert!(!bytes.contains(&0), "what stands behind a NUL was not read");
+    assert!(!bytes.contains(&0), "the text after a NUL was ignored");
     let node = yaml::parse(bytes).expect("what is a spec is YAML");
     let mut unknown = Vec::new();
     walk(&node, &SCHEMA, true, &mut unknown);
     assert!(unknown.is_empty(), "the schema has no {unknown:?}");
-    // JSON is read a second time, by other eyes.
+    // Parse JSON a second time, with an independent parser.
     if let (Ok(Value::Object(json)), yaml::Value::Map(entries)) = (serde_json::from_slice::<Value>(bytes), &node.value)
     {
         let mut keys: Vec<&str> = entries.iter().map(|(key, _)| key.name.as_str()).collect();
@@ -99,7 +98,7 @@ fn has_only_known_keys(bytes: &[u8]) {
     }
 }
 
-/// Keys of mappings that the schema closes, and does not name.
+/// Collects keys of closed mappings that the schema does not name.
 fn walk(node: &yaml::Node, schema: &Value, is_top: bool, unknown: &mut Vec<String>) {
     let yaml::Value::Map(entries) = &node.value else { return };
     if schema["additionalProperties"] != Value::Bool(false) {
@@ -114,24 +113,24 @@ fn walk(node: &yaml::Node, schema: &Value, is_top: bool, unknown: &mut Vec<Strin
     }
 }
 
-/// Times can be multiplied as the agent does, added to now, and told to Docker, which takes nanoseconds in 63 bits.
-fn can_be_counted_with(spec: &Spec) {
+/// Durations can be multiplied as in the agent, added to now, and passed to Docker, which takes nanoseconds in 63 bits.
+fn durations_are_in_range(spec: &Spec) {
     let health = &spec.health;
     let forgiven = health.interval.checked_mul(health.retries).expect("the failures that are forgiven come to an end");
-    let mut told = vec![health.interval, health.timeout, health.start_period, spec.container.stop_grace_period];
-    for time in &told {
-        assert!(i64::try_from(time.as_nanos()).is_ok(), "Docker cannot be told {time:?}");
+    let mut times = vec![health.interval, health.timeout, health.start_period, spec.container.stop_grace_period];
+    for time in &times {
+        assert!(i64::try_from(time.as_nanos()).is_ok(), "Docker cannot represent {time:?}");
     }
-    told.extend([health.start_interval, health.deadline(), forgiven]);
-    told.extend(spec.ingress.iter().flat_map(|i| [i.drain, i.read_timeout]));
-    for time in told {
+    times.extend([health.start_interval, health.deadline(), forgiven]);
+    times.extend(spec.ingress.iter().flat_map(|i| [i.drain, i.read_timeout]));
+    for time in times {
         assert!(Instant::now().checked_add(time).is_some(), "{time:?} from now is never");
     }
     assert!(spec.ingress.as_ref().is_none_or(|i| !i.hosts.is_empty() && i.read_timeout.as_secs() > 0), "{spec:?}");
     assert!(spec.deploy.replicas_per_host > 0 && health.retries > 0 && health.successes > 0, "{spec:?}");
 }
 
-/// The body of the create call is what demae gives a container, and of the spec's only what a spec may have.
+/// The body of the create call holds what demae adds, and only allowed parts of the spec.
 fn asks_for_nothing_denied(spec: &Spec) {
     let app = AppName::try_from("web").expect("a name");
     let host = HostName::try_from("web1").expect("a name");
@@ -164,10 +163,13 @@ fn asks_for_nothing_denied(spec: &Spec) {
     assert!(denied.is_empty(), "{denied:?} in {body}");
     let variables = list(&body["Env"]).count();
     assert_eq!(variables, spec.environment.len() + 4, "variables of the spec, and four of demae: {body}");
-    assert!(body["Labels"]["demae.app"] == "web" && body["Labels"]["demae.host"] == "web1", "taken over: {body}");
+    assert!(
+        body["Labels"]["demae.app"] == "web" && body["Labels"]["demae.host"] == "web1",
+        "labels are missing: {body}"
+    );
 }
 
-/// What may stand in the body of a create call.
+/// Allowed keys in the body of a create call.
 const BODY: &[&str] = &[
     "Image",
     "Cmd",
@@ -182,7 +184,7 @@ const BODY: &[&str] = &[
     "StopTimeout",
     "HostConfig",
 ];
-/// What may stand in its `HostConfig`. Rights, devices, namespaces, security options and sysctls are not among it.
+/// Allowed keys in its `HostConfig`. Not among them: privileges, devices, namespaces, security options, sysctls.
 const HOST_CONFIG: &[&str] = &[
     "Mounts",
     "PortBindings",
@@ -198,10 +200,10 @@ const HOST_CONFIG: &[&str] = &[
     "NanoCpus",
     "PidsLimit",
 ];
-/// Directories of the host that apps may have parts of.
+/// Host directories below which apps may mount.
 const MOUNTABLE: &[&str] = &["srv", "opt", "mnt", "media", "data", "home"];
 
-/// What in the body of a create call no spec may ask for. It lists what is allowed, so that what Docker learns tomorrow is
+/// Everything in the body of a create call that no spec may ask for. An allow list, so that new features of Docker are
 /// denied.
 pub fn denied(body: &Value) -> Vec<String> {
     let mut found = Vec::new();
@@ -271,7 +273,7 @@ fn is_harmless(mount: &Value) -> bool {
     let (source, target) = (text("Source"), text("Target"));
     let comes_from = match text("Type") {
         "bind" => source == SOCKET_DIR || is_mountable(source),
-        // Anything with a slash would be a path, and `.` and `..` would be directories of Docker's.
+        // A name with a slash would be a path; `.` and `..` would be directories of Docker's.
         "volume" => !source.is_empty() && !source.contains('/') && !source.starts_with('.'),
         _ => false,
     };
@@ -287,7 +289,7 @@ fn is_mountable(path: &str) -> bool {
         }
 }
 
-/// The parts of a path that is absolute, not the root, and leads nowhere but down.
+/// The parts of an absolute path, other than the root, without `..`.
 fn parts(path: &str) -> Option<Vec<&str>> {
     let parts: Vec<&str> = path.strip_prefix('/')?.split('/').collect();
     parts.iter().all(|p| !matches!(*p, "" | "." | "..") && !p.contains('\0')).then_some(parts)

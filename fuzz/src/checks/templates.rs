@@ -1,5 +1,5 @@
-//! nginx's files: whatever values pass for names and numbers, the text has the directives that harmless values give, nested
-//! alike, and differs only in the values.
+//! nginx files: any valid values give the same directives, with the same nesting, as harmless values, and differ only
+//! in the values.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -13,23 +13,23 @@ use demae::{
     },
     model::{
         name::{AppName, VirtualHost},
-        proxy::{RESPONSE_HEADER_SIZE, Upstreams, Vhost},
+        proxy::{Upstreams, Vhost},
     },
 };
 
 use super::{Bytes, name};
 
-/// What names of apps are spelled in, and those of virtual hosts.
+/// Letters of names of apps and virtual hosts.
 const LETTERS: &[u8] = b"abcdefghijklmnopqrstuvwxyz0123456789-.";
-/// More are told by nothing that fewer do not tell.
-const MOST_HOSTS: usize = 12;
-/// Bytes of a bucket of nginx's hash of names, unless the file sets another size: a cache line.
+/// More hosts test nothing new.
+const MAX_HOSTS: usize = 12;
+/// Bucket size of nginx's hash of server names unless set otherwise: a cache line.
 const BUCKET: usize = 64;
 
-/// A directive: how deep it stands, its words, and whether a block follows.
+/// A directive: its depth, its words, and whether it opens a block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Directive {
-    /// How many blocks are open around it.
+    /// The number of enclosing blocks.
     pub depth: usize,
     /// Its name and its arguments, with their quotes.
     pub words: Vec<String>,
@@ -37,7 +37,7 @@ pub struct Directive {
     pub is_block: bool,
 }
 
-/// The values of one app, and what they look like in a file.
+/// The values of one app.
 struct Values {
     app: AppName,
     hosts: Vec<VirtualHost>,
@@ -47,7 +47,7 @@ struct Values {
 }
 
 thread_local! {
-    // Templates are read once: each profile, with an nginx that knows `keepalive_min_timeout` and with one that does not.
+    // Templates are loaded once: for each profile, with and without `keepalive_min_timeout`.
     static RENDERERS: Vec<Renderer> = [Profile::Default, Profile::Strict]
         .into_iter()
         .flat_map(|profile| [((1, 22, 1), profile), ((1, 28, 0), profile)])
@@ -60,7 +60,7 @@ thread_local! {
         .collect();
 }
 
-/// Two numbers, how many upstreams, their ports, then names with a NUL between them: of the app, and of its hosts.
+/// Input: two numbers, the number of upstreams, their ports, then names separated by NUL: the app's, and its hosts'.
 pub fn check(bytes: &[u8]) {
     let mut from = Bytes(bytes);
     let (max_body_size, read_timeout) = (from.number(), from.number());
@@ -69,8 +69,8 @@ pub fn check(bytes: &[u8]) {
     let app = from.field().and_then(|f| name(f, LETTERS)).unwrap_or_else(|| AppName::try_from("web").expect("a name"));
     let mut hosts = Vec::new();
     while let Some(field) = from.field() {
-        if hosts.len() < MOST_HOSTS {
-            // One for all other hosts has a text of another form.
+        if hosts.len() < MAX_HOSTS {
+            // A catch-all host renders differently.
             hosts.extend(name::<VirtualHost>(field, LETTERS).filter(|host| !host.is_catch_all()));
         }
     }
@@ -82,8 +82,8 @@ pub fn check(bytes: &[u8]) {
     let layout = Layout::new("/var/lib/demae", "/run/demae");
     let paths: Vec<String> = (1..=slots).map(|slot| layout.route(&hostile.app, slot).display().to_string()).collect();
     for (slot, path) in (1..=slots).zip(&paths) {
-        assert_eq!(*path, format!("/var/lib/demae/routes/{}/{slot}.sock", hostile.app), "a route of its own");
-        assert!(path.len() <= MAX_SOCKET_PATH, "the kernel takes no socket at {path}");
+        assert_eq!(*path, format!("/var/lib/demae/routes/{}/{slot}.sock", hostile.app), "the path of the route");
+        assert!(path.len() <= MAX_SOCKET_PATH, "too long for a socket: {path}");
     }
     RENDERERS.with(|renderers| {
         for renderer in renderers {
@@ -104,22 +104,11 @@ pub fn check(bytes: &[u8]) {
 }
 
 fn vhost(values: &Values, upstreams: Upstreams) -> Vhost {
-    Vhost {
-        hosts: values.hosts.clone(),
-        upstreams,
-        template: None,
-        max_body_size: values.max_body_size,
-        read_timeout: values.read_timeout,
-        response_header_size: RESPONSE_HEADER_SIZE,
-        request_buffering: true,
-        path: None,
-        strip_path: false,
-        endpoint: None,
-        more: Vec::new(),
-    }
+    let (max_body_size, read_timeout) = (values.max_body_size, values.read_timeout);
+    Vhost { max_body_size, read_timeout, ..Vhost::plain(values.hosts.clone(), upstreams) }
 }
 
-/// As many values, none of them in the text of a template by itself.
+/// As many values, none of which occurs in a template.
 fn harmless(hostile: &Values) -> Values {
     let host = |i: usize| VirtualHost::try_from(format!("host-{i}.harmless.invalid")).expect("a name");
     Values {
@@ -131,7 +120,7 @@ fn harmless(hostile: &Values) -> Values {
     }
 }
 
-/// Whole words of the harmless file, and what they are in the hostile one.
+/// Maps whole words of the harmless file to those of the hostile one.
 fn swaps(from: &Values, to: &Values) -> BTreeMap<String, String> {
     let mut swaps = BTreeMap::new();
     let mut swap = |form: &dyn Fn(&Values) -> String| swaps.insert(form(from), form(to));
@@ -164,7 +153,7 @@ fn is_same_but_for_values(hostile: &str, harmless: &str, swaps: &BTreeMap<String
         }
     }
     assert!(found == wanted, "other directives than with harmless values: {found:#?} is not {wanted:#?}");
-    // Were the values not in the file, nothing would be compared. Sockets and ports are in it one at a time.
+    // Every value must occur, or nothing would be compared. A file has either sockets or ports.
     let has_all = |is_wanted: &dyn Fn(&str) -> bool| swaps.keys().filter(|k| is_wanted(k)).all(|k| used.contains(k));
     let (is_socket, is_port) = (|k: &str| k.starts_with("unix:"), |k: &str| k.starts_with("127."));
     assert!(
@@ -173,7 +162,7 @@ fn is_same_but_for_values(hostile: &str, harmless: &str, swaps: &BTreeMap<String
     );
 }
 
-/// The part of all apps: no value stands in it, and its hash of names takes the longest of them.
+/// The shared file contains no values, and its hash of server names fits the longest name.
 fn is_host_part_free_of_values(renderer: &Renderer, values: &Values) {
     let hash = ["server_names_hash_bucket_size", "server_names_hash_max_size"];
     let vhosts = BTreeMap::from([(values.app.clone(), vhost(values, Upstreams::Slots(1)))]);
@@ -188,20 +177,20 @@ fn is_host_part_free_of_values(renderer: &Renderer, values: &Values) {
     let (sizes, rest): (Vec<Directive>, Vec<Directive>) =
         part(&vhosts, &nothing).into_iter().partition(|d| hash.contains(&d.words[0].as_str()));
     let alone = part(&BTreeMap::new(), &nothing);
-    assert!(rest == alone && part(&vhosts, &taken) == alone, "names changed what all share: {rest:#?}");
+    assert!(rest == alone && part(&vhosts, &taken) == alone, "names changed the shared file: {rest:#?}");
     let bucket = sizes.iter().find(|d| d.words[0] == hash[0]).map_or(BUCKET, |d| d.words[1].parse().expect("a number"));
     for host in &values.hosts {
-        // nginx keeps a pointer, two bytes and the name, in whole words, and a pointer behind the last one.
+        // nginx stores a pointer, two bytes and the name, in whole words, and a pointer after the last one.
         let needed = 8 + (host.as_str().len() + 2).next_multiple_of(8) + 8;
         assert!(needed <= bucket, "`{host}` needs a bucket of {needed} bytes, and there are {bucket}");
     }
 }
 
-/// The directives of a file, by the rules of nginx's own reader: words end at blanks, `;` and `{`; `#` and `}` mean something
-/// where a word could begin; quotes hold to their like; a backslash takes what follows as it is.
+/// Parses directives by the rules of nginx's own parser: words end at blanks, `;` and `{`; `#` and `}` are special only
+/// at the start of a word; quotes close at the same quote; a backslash escapes the next character.
 ///
 /// # Errors
-/// Where nginx would stop.
+/// Where nginx would report an error.
 pub fn directives(text: &str) -> Result<Vec<Directive>, String> {
     let mut found = Vec::new();
     let mut words: Vec<String> = Vec::new();

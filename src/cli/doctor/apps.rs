@@ -1,17 +1,20 @@
-//! Apps: what is left of those that are not wanted, and what those that are wanted may trip over.
+//! Apps: leftovers of unwanted ones, and problems ahead of wanted ones.
 
 use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _};
 
-use super::{Findings, Patient};
-use crate::model::{
-    desired::{DesiredApp, Snapshot},
-    name::AppName,
-    problem::chain,
-    spec::VolumeSource,
+use super::{Context, Findings};
+use crate::{
+    host::docker::Lists,
+    model::{
+        desired::{DesiredApp, Snapshot},
+        name::AppName,
+        problem::chain,
+        spec::VolumeSource,
+    },
 };
 
-pub(super) async fn leftovers(patient: &Patient<'_>, snapshot: Option<&Snapshot>, found: &mut Findings) {
-    let world = patient.world;
+pub(super) async fn leftovers(context: &Context<'_>, snapshot: Option<&Snapshot>, found: &mut Findings) {
+    let world = context.world;
     let mut here: BTreeSet<AppName> = match world.apps_on_disk() {
         Ok(apps) => apps,
         Err(e) => return found.warn("leftovers", chain(&e), "run this as the agent's user"),
@@ -20,24 +23,24 @@ pub(super) async fn leftovers(patient: &Patient<'_>, snapshot: Option<&Snapshot>
     match world.docker.list(None).await {
         Ok(listed) => here.extend(listed.into_iter().map(|c| c.app)),
         Err(e) => {
-            let remedy = "let Docker answer first: what is left of apps in containers is not known";
+            let remedy = "get Docker to answer first: leftover containers are unknown";
             return found.warn("leftovers", chain(&e), remedy);
         }
     }
     let wanted = |app: &AppName| snapshot.apps.get(app).is_some_and(|d| !matches!(d, DesiredApp::Absent(_)));
     let left: Vec<&str> = here.iter().filter(|app| !wanted(app)).map(AppName::as_str).collect();
     if left.is_empty() {
-        found.ok("leftovers", "nothing is left of apps that are not wanted here");
+        found.ok("leftovers", "no leftovers of apps that are not wanted here");
     } else {
-        let remedy = "a running agent takes it away, containers and files; `demae plan` shows how";
+        let remedy = "a running agent removes containers and files; `demae plan` shows how";
         found.warn("leftovers", format!("of apps that are not wanted here: {}", left.join(", ")), remedy);
     }
 }
 
-/// Containers of this host's name that another agent made.
-pub(super) async fn foreign(patient: &Patient<'_>, found: &mut Findings) {
-    // If Docker does not answer, that was told of above.
-    let Ok((_, foreign)) = patient.world.docker.list_all(None).await else { return };
+/// Containers of another agent with this host's name.
+pub(super) async fn foreign(context: &Context<'_>, found: &mut Findings) {
+    // If Docker does not answer, that is reported already.
+    let Ok(Lists { foreign, .. }) = context.world.docker.list_all(None).await else { return };
     if let Some(first) = foreign.first() {
         found.fail(
             "foreign containers",
@@ -52,22 +55,22 @@ pub(super) async fn foreign(patient: &Patient<'_>, found: &mut Findings) {
     }
 }
 
-/// Containers that look like demae's, and are somebody else's.
-pub(super) async fn copies(patient: &Patient<'_>, found: &mut Findings) {
-    // If Docker does not answer, that was told of above.
-    let Ok(copies) = patient.world.docker.copies().await else { return };
+/// Containers with demae's labels that demae did not create.
+pub(super) async fn copies(context: &Context<'_>, found: &mut Findings) {
+    // If Docker does not answer, that is reported already.
+    let Ok(copies) = context.world.docker.copies().await else { return };
     if copies.is_empty() {
-        found.ok("copies", "every container with the labels of this host was made by demae");
+        found.ok("copies", "every container with the labels of this host was created by demae");
     } else {
-        let text = format!("with the labels of this host, and not made by demae: {}", copies.join(", "));
-        found.warn("copies", text, "demae leaves them alone; `docker rm` them when nobody needs them any more");
+        let text = format!("with the labels of this host, but not created by demae: {}", copies.join(", "));
+        found.warn("copies", text, "demae leaves them alone; `docker rm` them when they are not needed any more");
     }
 }
 
-/// Whether the user of each container may write to what is mounted from the host.
-pub(super) async fn mounts(patient: &Patient<'_>, snapshot: &Snapshot, found: &mut Findings) {
+/// Checks that the user of each container may write to its host directories.
+pub(super) async fn mounts(context: &Context<'_>, snapshot: &Snapshot, found: &mut Findings) {
     let before = found.0.len();
-    let (mut fit, mut unknown, mut docker_answers) = (0, Vec::new(), patient.docker_answers);
+    let (mut fit, mut unknown, mut docker_answers) = (0, Vec::new(), context.docker_answers);
     for (app, desired) in &snapshot.apps {
         let DesiredApp::Run(target) = desired else { continue };
         let container = &target.release.container;
@@ -76,7 +79,7 @@ pub(super) async fn mounts(patient: &Patient<'_>, snapshot: &Snapshot, found: &m
             let meta = match fs::metadata(path) {
                 Ok(meta) => meta,
                 Err(e) => {
-                    let remedy = format!("make it, for the app's user: Docker refuses to start `{app}` without it");
+                    let remedy = format!("create it for the app's user: Docker refuses to start `{app}` without it");
                     found.fail("mounts", format!("app `{app}` mounts `{path}`: {e}"), remedy);
                     continue;
                 }
@@ -86,13 +89,13 @@ pub(super) async fn mounts(patient: &Patient<'_>, snapshot: &Snapshot, found: &m
                 fit += 1;
                 continue;
             }
-            // Without `user` the image decides. A name is only known inside of it.
+            // Without `user` the image decides. A user name is only known inside of it.
             let mut user = container.user.clone();
             if user.is_none() && docker_answers {
                 let image = target.release.image.tagged();
-                match patient.world.docker.image_user(&image).await {
+                match context.world.docker.image_user(&image).await {
                     Ok(of_image) => user = of_image,
-                    // Who does not tell of one image is not asked about others.
+                    // If Docker fails for one image, do not ask for others.
                     Err(_) => docker_answers = false,
                 }
             }
@@ -118,18 +121,18 @@ pub(super) async fn mounts(patient: &Patient<'_>, snapshot: &Snapshot, found: &m
     unknown.dedup();
     if !unknown.is_empty() {
         let remedy = if docker_answers {
-            "give `user` as numbers, or pull the image here: a name says nothing outside of it"
+            "give `user` as numbers, or pull the image here: a user name is only known inside the image"
         } else {
-            "let Docker answer first: it knows the users of images"
+            "get Docker to answer first: it knows the users of images"
         };
-        found.warn("mounts", format!("whose the directories must be is not known for: {}", unknown.join(", ")), remedy);
+        found.warn("mounts", format!("the owner that directories need is unknown for: {}", unknown.join(", ")), remedy);
     }
     if fit > 0 && found.0.len() == before {
         found.ok("mounts", format!("{fit} directories of the host fit the users of their apps"));
     }
 }
 
-/// `1000` or `1000:1000`; nothing for names, but that of root.
+/// Parses `1000` or `1000:1000`; `None` for names other than root.
 fn ids(user: &str) -> Option<(u32, Option<u32>)> {
     if matches!(user, "" | "root") {
         return Some((0, None));

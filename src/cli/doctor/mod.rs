@@ -1,4 +1,4 @@
-//! `demae doctor`: looks at everything an agent needs, changes nothing, and says what to do about what it finds.
+//! `demae doctor`: checks everything that an agent needs, changes nothing, and suggests fixes.
 
 mod apps;
 mod host;
@@ -26,22 +26,22 @@ enum Output {
     Json,
 }
 
-/// How bad a finding is.
+/// The severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Level {
     /// As it should be.
     Ok,
-    /// It works, and will bite some day.
+    /// It works, and may cause trouble later.
     Warn,
     /// An agent cannot do its work.
     Fail,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Debug, Serialize)]
 struct Finding {
-    /// What was looked at, in one word or two.
+    /// The name of the check.
     check: &'static str,
     level: Level,
     /// What was found.
@@ -51,7 +51,7 @@ struct Finding {
     remedy: Option<String>,
 }
 
-/// Findings, in the order in which they were looked for.
+/// Findings, in the order of the checks.
 #[derive(Debug, Default)]
 struct Findings(Vec<Finding>);
 
@@ -71,36 +71,36 @@ impl Findings {
     }
 }
 
-/// What is looked at.
-struct Patient<'a> {
+/// The inputs of all checks.
+struct Context<'a> {
     config: &'a Config,
     world: &'a World,
-    /// Whether Docker answers. If it does not, nobody is to wait for it again.
+    /// Whether Docker answers. If not, no other check waits for it again.
     docker_answers: bool,
 }
 
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     let config = Config::load(&args.common)?;
     let world = setup::world(&config, None, std::sync::Arc::new(NoMeter))?;
-    let mut patient = Patient { config: &config, world: &world, docker_answers: false };
+    let mut context = Context { config: &config, world: &world, docker_answers: false };
     let found = runtime(1)?.block_on(async {
         let mut found = Findings::default();
-        patient.docker_answers = host::docker(&patient, &mut found).await;
-        if patient.docker_answers || config.nginx.container.is_none() {
-            host::nginx(&patient, &mut found).await;
+        context.docker_answers = host::docker(&context, &mut found).await;
+        if context.docker_answers || config.nginx.container.is_none() {
+            host::nginx(&context, &mut found).await;
         }
-        host::directories(&patient, &mut found).await;
-        host::sockets(&patient, &mut found);
-        host::ports(&patient, &mut found);
-        store::members(&patient, &mut found).await;
-        let snapshot = store::standing(&patient, &mut found).await;
-        if patient.docker_answers {
-            apps::leftovers(&patient, snapshot.as_ref(), &mut found).await;
-            apps::copies(&patient, &mut found).await;
-            apps::foreign(&patient, &mut found).await;
+        host::directories(&context, &mut found).await;
+        host::sockets(&context, &mut found);
+        host::ports(&context, &mut found);
+        store::members(&context, &mut found).await;
+        let snapshot = store::trust(&context, &mut found).await;
+        if context.docker_answers {
+            apps::leftovers(&context, snapshot.as_ref(), &mut found).await;
+            apps::copies(&context, &mut found).await;
+            apps::foreign(&context, &mut found).await;
         }
         if let Some(snapshot) = &snapshot {
-            apps::mounts(&patient, snapshot, &mut found).await;
+            apps::mounts(&context, snapshot, &mut found).await;
         }
         found.0
     });
@@ -128,5 +128,5 @@ fn print(found: &[Finding], printer: &mut Printer) {
     }
     let count = |level: Level| found.iter().filter(|f| f.level == level).count();
     let (fails, warns) = (count(Level::Fail), count(Level::Warn));
-    printer.line(&format!("{} looked at, {warns} to think about, {fails} to mend", found.len()));
+    printer.line(&format!("{} checks, {warns} warnings, {fails} failures", found.len()));
 }

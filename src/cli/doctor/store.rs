@@ -1,8 +1,8 @@
-//! etcd: each member, and whether the store is the one from before.
+//! etcd: each member, and whether the store is the trusted one.
 
 use std::time::Duration;
 
-use super::{Findings, Patient};
+use super::{Context, Findings};
 use crate::{
     cli::setup::{self, Disk},
     host::{probe, tls},
@@ -10,23 +10,23 @@ use crate::{
     store::{self, client::EtcdConfig},
 };
 
-/// The first versions of each line in which users have only the rights that they were given (CVE-2026-33343).
+/// The first version of each release line that enforces the rights of users (CVE-2026-33343).
 const SAFE: [(u32, u32, u32); 3] = [(3, 4, 44), (3, 5, 30), (3, 6, 11)];
-/// Clocks that differ by more than this make logs and ages hard to read.
-const CLOCK: Duration = Duration::from_secs(5);
+/// Larger clock skew makes logs and ages hard to read.
+const MAX_CLOCK_SKEW: Duration = Duration::from_secs(5);
 
-pub(super) async fn members(patient: &Patient<'_>, found: &mut Findings) {
-    let etcd = &patient.config.etcd;
-    for (endpoint, asked) in store::members(etcd, &patient.config.host).await {
-        match asked {
+pub(super) async fn members(context: &Context<'_>, found: &mut Findings) {
+    let etcd = &context.config.etcd;
+    for (endpoint, result) in store::members(etcd, &context.config.host).await {
+        match result {
             Err(e) => {
                 let reason = e.to_string();
                 let remedy = if is_of_rights(&reason) {
                     RIGHTS
                 } else if endpoint.starts_with("https://") || etcd.cacert.is_some() {
-                    "see that it runs there, that the certificates are good, and that no firewall is between"
+                    "make sure that it runs there, that the certificates are valid, and that no firewall is in between"
                 } else {
-                    "see that it runs there, and whether it wants https; `etcd.endpoints` in the agent's file"
+                    "make sure that it runs there, and check whether it needs https; `etcd.endpoints` in the agent's file"
                 };
                 found.fail("etcd", reason, remedy);
             }
@@ -44,7 +44,7 @@ pub(super) async fn members(patient: &Patient<'_>, found: &mut Findings) {
                     let remedy = if is_of_rights(&reason) {
                         RIGHTS
                     } else {
-                        "an agent can read it, and tell it nothing: if it is out of space, compact it, defragment it, and `etcdctl alarm disarm`"
+                        "an agent can read it, but publish nothing: if it is out of space, compact it, defragment it, and `etcdctl alarm disarm`"
                     };
                     found.fail("etcd", reason, remedy);
                 }
@@ -54,8 +54,8 @@ pub(super) async fn members(patient: &Patient<'_>, found: &mut Findings) {
     }
 }
 
-/// What to do about missing rights.
-const RIGHTS: &str = "give this user the rights that docs/keys.md names, and see that name and password are right";
+/// The remedy for missing rights.
+const RIGHTS: &str = "give this user the rights that docs/keys.md names, and check name and password";
 
 fn is_of_rights(reason: &str) -> bool {
     reason.contains("permission denied") || reason.contains("authenticat")
@@ -71,83 +71,83 @@ fn is_safe(version: &str) -> bool {
     }
 }
 
-/// Longest wait for a member to tell its time.
-const TIME: Duration = Duration::from_secs(2);
+/// Timeout for the time of a member.
+const TIME_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// etcd's HTTP side tells its time.
+/// Compares clocks by the `Date` header of etcd.
 async fn clock(endpoint: &str, etcd: &EtcdConfig, found: &mut Findings) {
     let (scheme, address) = endpoint.split_once("://").unwrap_or(("", endpoint));
     let date = if scheme == "https" || scheme.is_empty() && etcd.cacert.is_some() {
-        let own = etcd.cert.as_ref().map(|(cert, key)| (cert.as_path(), key.as_path()));
-        let trust = tls::Trust { cacert: etcd.cacert.as_deref(), own };
+        let client = etcd.cert.as_ref().map(|(cert, key)| (cert.as_path(), key.as_path()));
+        let certificates = tls::ClientCertificates { cacert: etcd.cacert.as_deref(), client };
         match format!("https://{address}/version").parse() {
-            Ok(uri) => tls::date(uri, trust, TIME).await,
+            Ok(uri) => tls::date(uri, certificates, TIME_TIMEOUT).await,
             Err(_) => Ok(None),
         }
     } else {
-        probe::get_tcp(address, "localhost", "/version", TIME).await.map(|answer| answer.date)
+        probe::get_tcp(address, "localhost", "/version", TIME_TIMEOUT).await.map(|answer| answer.date)
     };
     let remedy = "compare `timedatectl` on both machines";
-    let theirs = match date.map(|date| date.as_deref().and_then(Timestamp::parse_http)) {
-        Ok(Some(theirs)) => theirs,
-        Ok(None) => return found.warn("clock", format!("{endpoint} did not tell its time"), remedy),
-        Err(e) => return found.warn("clock", format!("{endpoint} did not tell its time: {e}"), remedy),
+    let their_time = match date.map(|date| date.as_deref().and_then(Timestamp::parse_http)) {
+        Ok(Some(their_time)) => their_time,
+        Ok(None) => return found.warn("clock", format!("{endpoint} did not report its time"), remedy),
+        Err(e) => return found.warn("clock", format!("{endpoint} did not report its time: {e}"), remedy),
     };
-    let ours = Timestamp::now();
-    let apart = ours.since(theirs).max(theirs.since(ours));
-    if apart > CLOCK {
-        let remedy = "let both machines keep time by NTP; deadlines do not depend on it, but ages and logs do";
+    let our_time = Timestamp::now();
+    let apart = our_time.since(their_time).max(their_time.since(our_time));
+    if apart > MAX_CLOCK_SKEW {
+        let remedy = "synchronise both machines by NTP; deadlines do not depend on it, but ages and logs do";
         found.warn("clock", format!("this machine and {endpoint} are {} s apart", apart.as_secs()), remedy);
     } else {
-        found.ok("clock", format!("as that of {endpoint}"));
+        found.ok("clock", format!("in sync with {endpoint}"));
     }
 }
 
-/// Whether an agent would take the store; what it says, if it can be read.
-pub(super) async fn standing(patient: &Patient<'_>, found: &mut Findings) -> Option<Snapshot> {
-    let config = patient.config;
-    let viewer = setup::viewer(config, patient.world).await.ok()?;
-    // If no member answers, that was told of above.
-    let compared = store::compare(&config.etcd, &viewer, &Disk(patient.world.layout.clone())).await.ok()?;
-    // One of another host, or of another version, is a reason not to believe the store, which is told of below.
+/// Checks whether an agent would trust the store; returns its content if it can be read and is trusted.
+pub(super) async fn trust(context: &Context<'_>, found: &mut Findings) -> Option<Snapshot> {
+    let config = context.config;
+    let viewer = setup::viewer(config, context.world).await.ok()?;
+    // If no member answers, that is reported already.
+    let compared = store::compare(&config.etcd, &viewer, &Disk(context.world.layout.clone())).await.ok()?;
+    // The ledger of another host, or of another version, is a reason to distrust the store, which is reported below.
     if let Some(lost @ (store::LedgerError::Read(_) | store::LedgerError::Damaged(_))) = &compared.lost {
-        let remedy = "run this as the agent's user, or root. An agent that cannot read it either writes it anew once it has read the store, and until then changes nothing";
+        let remedy = "run this as the agent's user, or root. An agent that cannot read it either rewrites it once it has read the store, and changes nothing until then";
         found.warn("ledger", lost.to_string(), remedy);
     }
     match (&compared.block, &compared.found.cluster) {
         (Some(block), _) => {
-            found.fail("store", format!("an agent does not believe it: {}", block.message), block.remedy.clone());
+            found.fail("store", format!("an agent does not trust it: {}", block.message), block.remedy.clone());
         }
         (None, None) => found.warn(
             "store",
-            format!("it has no `{}`, so a wiped one is not known from it", config.etcd.prefix.key("cluster")),
+            format!("it has no `{}`, so a wipe would not be detected", config.etcd.prefix.key("cluster")),
             "run `demae init`, once",
         ),
         (None, Some(cluster)) => {
             let known = match (&compared.known, &compared.lost) {
-                (Some(_), _) => "the one from before",
-                (None, Some(_)) => "and whether it is the one from before is not known",
+                (Some(_), _) => "the trusted one",
+                (None, Some(_)) => "but without a readable ledger it cannot be compared with the trusted one",
                 (None, None) => "new to this host",
             };
             found.ok("store", format!("`{cluster}`, {known}, at revision {}", compared.found.revision));
         }
     }
-    match setup::agent_id(&patient.world.layout) {
+    match setup::agent_id(&context.world.layout) {
         Err(e) => {
-            found.fail("name", e.message, "no agent starts that cannot read it: mend its rights, or remove it");
+            found.fail("name", e.message, "an agent needs it to start: fix its mode, or remove it");
         }
         Ok(id) => {
-            // If no member answers, that was told of above.
+            // If no member answers, that is reported already.
             if let Ok(Some(block)) = store::claimed(&config.etcd, &config.host, id.as_deref()).await {
                 found.fail("name", block.message, block.remedy);
             }
         }
     }
     for problem in &compared.snapshot.unreadable {
-        let remedy = problem.hint.clone().unwrap_or_else(|| "mend or delete the key".to_owned());
+        let remedy = problem.hint.clone().unwrap_or_else(|| "fix or delete the key".to_owned());
         found.warn("keys", format!("`{}`: {}", problem.key, problem.message), remedy);
     }
-    // By a store that is not believed no agent takes anything away, and nobody is to mend hosts for its sake.
+    // No agent removes anything by a store that is not trusted, so leftovers are not reported either.
     compared.block.is_none().then_some(compared.snapshot)
 }
 
@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_in_which_rights_hold_are_known() {
+    fn etcd_versions_with_enforced_rights_are_known() {
         for (version, safe) in [
             ("3.4.23", false),
             ("3.4.44", true),

@@ -16,6 +16,7 @@ use crate::model::{
     observed::InstanceKey,
     release::Release,
     spec::{Endpoint, Probe, VolumeSource},
+    text::json,
 };
 
 /// Everything that a container is created from.
@@ -27,49 +28,50 @@ pub struct CreateRequest<'a> {
     pub key: &'a InstanceKey,
     /// The release.
     pub release: &'a Release,
-    /// The image id that the release was resolved to.
+    /// The image id that the release resolved to.
     pub image: &'a str,
-    /// The directory of the host for its socket.
+    /// The host directory for its socket.
     pub socket_dir: Option<&'a str>,
-    /// The loopback port for its port.
+    /// The loopback port that its port is published on.
     pub port: Option<u16>,
-    /// Loopback ports for its other ports, in their order.
+    /// Loopback ports that its other ports are published on, in their order.
     pub more_ports: &'a [u16],
-    /// How long requests may take to leave it.
+    /// Its drain time.
     pub drain: std::time::Duration,
-    /// The host that its health check asks for, unless the check names one.
+    /// The `Host` header of its health check, unless the check sets one.
     pub check_host: Option<&'a str>,
 }
 
-/// Who has a name that a container was to get.
+/// The owner of a container name that was refused as taken.
 enum NameOwner {
-    /// The container that was asked for is there already.
-    Us(ContainerId),
+    /// The requested container exists already.
+    SameInstance,
     /// Another container.
-    Other,
-    /// No container that can be seen.
-    Nobody,
+    OtherContainer,
+    /// No visible container.
+    NotVisible,
 }
 
 impl Docker {
-    /// Creates a container beside whatever runs. If one of ours with the same key is there already, that is the one.
+    /// Creates a container beside whatever runs. Returns `None` if there is one with the same labels already, whose ports may
+    /// be others.
     ///
     /// # Errors
-    /// If the engine cannot; a name taken by somebody else gets the container another name. One that is taken by nobody yet
-    /// is an error too: an agent that was killed may have asked for it, and it is about to be there.
-    pub async fn create(&self, request: &CreateRequest<'_>) -> Result<ContainerId, DockerError> {
+    /// If the engine cannot. If another container has the name, a different one is tried. A taken name without a
+    /// visible container is an error: an earlier agent's create call may still be in flight under that name.
+    pub async fn create(&self, request: &CreateRequest<'_>) -> Result<Option<ContainerId>, DockerError> {
         let body = ContainerCreateBody { labels: Some(self.labels(request)), ..Self::body(&self.host, request) };
         let base = format!("demae.{}.{}.{}", self.host, request.app, request.key);
         for attempt in 0..10 {
             let name = if attempt == 0 { base.clone() } else { format!("{base}.{attempt}") };
             let options = CreateContainerOptionsBuilder::default().name(&name).build();
             match self.call(Operation::Create, |client| client.create_container(Some(options), body.clone())).await {
-                Ok(created) => return id(&created.id),
+                Ok(created) => return id(&created.id).map(Some),
                 Err(e) if e.is_status(409) => match self.owner(&name, request).await? {
-                    NameOwner::Us(found) => return Ok(found),
-                    NameOwner::Nobody => return Err(e),
-                    NameOwner::Other => {
-                        tracing::warn!("container name `{name}` belongs to somebody else; taking another");
+                    NameOwner::SameInstance => return Ok(None),
+                    NameOwner::NotVisible => return Err(e),
+                    NameOwner::OtherContainer => {
+                        tracing::warn!("container name `{name}` belongs to another container; trying the next one");
                     }
                 },
                 Err(e) => return Err(e),
@@ -78,26 +80,23 @@ impl Docker {
         Err(DockerError::Refused {
             operation: Operation::Create,
             status: 409,
-            message: format!("`{base}` and nine names after it belong to somebody else"),
+            message: format!("`{base}` and nine names after it belong to other containers"),
         })
     }
 
-    /// Whose the container by this name is, by its labels.
+    /// The owner of this name, by the container's labels.
     async fn owner(&self, name: &str, request: &CreateRequest<'_>) -> Result<NameOwner, DockerError> {
         let found = match self.call(Operation::Inspect, |client| client.inspect_container(name, None)).await {
             Ok(found) => found,
-            // The name is taken before the container is there, and after it was removed.
-            Err(e) if e.is_status(404) => return Ok(NameOwner::Nobody),
+            // The name is reserved before the container is visible, and still after its removal.
+            Err(e) if e.is_status(404) => return Ok(NameOwner::NotVisible),
             Err(e) => return Err(e),
         };
         let labels = found.config.and_then(|c| c.labels).unwrap_or_default();
-        // What may differ between two calls for the same instance.
+        // These may differ between two calls for the same instance.
         let varies = |name: &str| [label::PORT, label::MORE_PORTS, label::CHECK_HOST].contains(&name);
         let same = self.labels(request).iter().all(|(k, v)| varies(k) || labels.get(k) == Some(v));
-        match found.id.filter(|_| same) {
-            Some(found) => Ok(NameOwner::Us(id(&found)?)),
-            None => Ok(NameOwner::Other),
-        }
+        Ok(if same { NameOwner::SameInstance } else { NameOwner::OtherContainer })
     }
 
     fn labels(&self, r: &CreateRequest<'_>) -> HashMap<String, String> {
@@ -107,7 +106,6 @@ impl Docker {
     }
 
     fn labels_of(host: &HostName, r: &CreateRequest<'_>) -> HashMap<String, String> {
-        let json = |value: Result<String, serde_json::Error>| value.unwrap_or_default();
         let mut labels: HashMap<String, String> =
             r.release.container.labels.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
         labels.extend([
@@ -117,7 +115,7 @@ impl Docker {
             (label::NUMBER.to_owned(), r.key.number.to_string()),
             (label::DRAIN.to_owned(), r.drain.as_millis().to_string()),
             (label::IMAGE.to_owned(), r.release.image.to_string()),
-            (label::HEALTH.to_owned(), json(serde_json::to_string(&r.release.health))),
+            (label::HEALTH.to_owned(), json(&r.release.health)),
         ]);
         if let Some(port) = r.port {
             labels.insert(label::PORT.to_owned(), port.to_string());
@@ -127,14 +125,14 @@ impl Docker {
             labels.insert(label::MORE_PORTS.to_owned(), ports.join(","));
         }
         if !r.release.more_endpoints.is_empty() {
-            let endpoints = json(serde_json::to_string(&r.release.more_endpoints));
+            let endpoints = json(&r.release.more_endpoints);
             labels.insert(label::MORE_ENDPOINTS.to_owned(), endpoints);
         }
         if let Some(host) = r.check_host {
             labels.insert(label::CHECK_HOST.to_owned(), host.to_owned());
         }
         if let Some(endpoint) = &r.release.endpoint {
-            labels.insert(label::ENDPOINT.to_owned(), json(serde_json::to_string(endpoint)));
+            labels.insert(label::ENDPOINT.to_owned(), json(endpoint));
         }
         labels
     }
@@ -142,7 +140,7 @@ impl Docker {
     fn body(host: &HostName, r: &CreateRequest<'_>) -> ContainerCreateBody {
         let c = &r.release.container;
         let mut env: Vec<String> = r.release.env.iter().map(|(k, v)| format!("{k}={}", v.expose())).collect();
-        env.extend(facts(r.app, r.key, host.as_str()).map(|(k, v)| format!("{k}={v}")));
+        env.extend(injected_env(r.app, r.key, host.as_str()).map(|(k, v)| format!("{k}={v}")));
         let mut mounts: Vec<Mount> = c
             .volumes
             .iter()
@@ -186,13 +184,13 @@ impl Docker {
         let host_config = HostConfig {
             mounts: Some(mounts),
             port_bindings: Some(published),
-            // A candidate is not revived: its end is evidence. Once proven it is settled.
+            // No restarts of a candidate: its exit is evidence. The policy changes once the release is proven.
             restart_policy: Some(RestartPolicy { name: Some(RestartPolicyNameEnum::NO), maximum_retry_count: None }),
             log_config: Some(log_config),
             network_mode: c.network.clone(),
-            extra_hosts: some(c.extra_hosts.clone()),
-            cap_drop: some(c.cap_drop.clone()),
-            tmpfs: some(c.tmpfs.iter().map(|t| (t.clone(), String::new())).collect::<HashMap<_, _>>()),
+            extra_hosts: none_if_empty(c.extra_hosts.clone()),
+            cap_drop: none_if_empty(c.cap_drop.clone()),
+            tmpfs: none_if_empty(c.tmpfs.iter().map(|t| (t.clone(), String::new())).collect::<HashMap<_, _>>()),
             readonly_rootfs: Some(c.read_only),
             init: Some(c.init),
             memory: c.memory,
@@ -208,7 +206,7 @@ impl Docker {
             working_dir: c.working_dir.clone(),
             env: Some(env),
             labels: Some(Self::labels_of(host, r)),
-            exposed_ports: some(exposed),
+            exposed_ports: none_if_empty(exposed),
             healthcheck: Some(health(r.release)),
             stop_signal: c.stop_signal.clone(),
             stop_timeout: i64::try_from(c.stop_grace_period.as_secs()).ok(),
@@ -218,13 +216,17 @@ impl Docker {
     }
 }
 
-/// The body of the create call, as the engine gets it: for whoever checks what a spec can ask for.
+/// The body of the create call as sent to the engine: for tests of what a spec can ask for.
 pub fn create_body(host: &HostName, request: &CreateRequest<'_>) -> serde_json::Value {
-    serde_json::to_value(Docker::body(host, request)).unwrap_or_default()
+    serde_json::to_value(Docker::body(host, request)).expect("a body is JSON")
 }
 
-/// What demae tells every container about itself.
-pub fn facts<'a>(app: &AppName, key: &InstanceKey, host: &str) -> impl Iterator<Item = (&'a str, String)> + use<'a> {
+/// Variables that demae adds to the environment of every container.
+pub fn injected_env<'a>(
+    app: &AppName,
+    key: &InstanceKey,
+    host: &str,
+) -> impl Iterator<Item = (&'a str, String)> + use<'a> {
     [
         ("DEMAE_APP", app.to_string()),
         ("DEMAE_RELEASE", key.release.to_string()),
@@ -234,7 +236,7 @@ pub fn facts<'a>(app: &AppName, key: &InstanceKey, host: &str) -> impl Iterator<
     .into_iter()
 }
 
-/// Docker's own check, or none: an image's check must not run beside ours.
+/// Docker's own check, or none: an image's check must not run beside demae's.
 fn health(release: &Release) -> HealthConfig {
     let h = &release.health;
     let nanos = |d: std::time::Duration| i64::try_from(d.as_nanos()).ok();
@@ -261,8 +263,8 @@ fn mount(typ: MountType, source: &str, target: &str, read_only: bool) -> Mount {
     }
 }
 
-/// Nothing in place of an empty list, which some versions of the API take for a wish.
-fn some<T: IntoIterator + Clone>(list: T) -> Option<T> {
+/// `None` for an empty list, which some versions of the API take as an override.
+fn none_if_empty<T: IntoIterator + Clone>(list: T) -> Option<T> {
     if list.clone().into_iter().next().is_some() { Some(list) } else { None }
 }
 

@@ -1,9 +1,10 @@
-//! From what the engine says of a container to what it is.
+//! Parses the engine's description of a container.
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use bollard::models::{
-    ContainerInspectResponse, ContainerStateStatusEnum, EndpointSettings, HealthStatusEnum, RestartPolicyNameEnum,
+    ContainerInspectResponse, ContainerStateStatusEnum, EndpointSettings, HealthStatusEnum, NetworkSettings,
+    RestartPolicyNameEnum,
 };
 
 use super::{DockerError, Result, label};
@@ -22,11 +23,11 @@ impl Found {
     }
 }
 
-/// What is put behind the name of a container that is ended before its release was proven, so that the next agent does
-/// not take the end for a failure of the release.
-pub(super) const LEAVING: &str = "-leaving";
+/// Suffix of the name of a container that is stopped before its release was proven, so that the next agent does not
+/// count its exit as a failure of the release.
+pub(super) const LEAVING_SUFFIX: &str = "-leaving";
 
-/// A container of this host, as the engine tells of it.
+/// A container of this host, as the engine describes it.
 #[derive(Debug, Clone)]
 pub struct Found {
     /// Which app.
@@ -35,45 +36,45 @@ pub struct Found {
     pub key: InstanceKey,
     /// Docker's id.
     pub id: ContainerId,
-    /// Docker's id of its image.
+    /// Docker's image id.
     pub image: String,
-    /// The image as it was ordered; a container that an older demae made does not tell.
-    pub ordered: Option<ImageRef>,
-    /// What Docker says of it.
+    /// The image as requested; `None` for containers of older demae versions.
+    pub requested_image: Option<ImageRef>,
+    /// Its state.
     pub phase: Phase,
-    /// What Docker's own check says, or that it runs; `None` if the agent must ask.
+    /// The result of Docker's own check, or of a `running` check; `None` if the agent must probe.
     pub health: Option<Health>,
     /// Whether Docker keeps it running.
     pub settled: bool,
     /// Whether it was OOM-killed.
     pub out_of_memory: bool,
-    /// Whether it was ended before its release was proven.
+    /// Whether it was stopped before its release was proven.
     pub leaving: bool,
     /// When it last started, or was created.
     pub started: Timestamp,
-    /// How often the engine has started it again.
+    /// Restart count of the engine.
     pub restarts: u32,
-    /// Where the app listens inside.
+    /// Where the app listens inside the container.
     pub endpoint: Option<Endpoint>,
     /// The published port.
     pub port: Option<u16>,
-    /// Where it listens beside that, each with its published port if it is one.
+    /// Further endpoints, each with its published port if it is one.
     pub more: Vec<(Endpoint, Option<u16>)>,
-    /// Its own address, while it runs in a network.
+    /// Its IP address, while it runs in a network.
     pub ip: Option<IpAddr>,
-    /// The host that its check asks for, unless the check names one.
+    /// The `Host` header of its check, unless the check sets one.
     pub check_host: Option<String>,
-    /// Its process.
+    /// Its pid.
     pub pid: Option<i32>,
     /// Its check.
     pub check: HealthCheck,
     /// Its drain time.
     pub drain: Duration,
-    /// How long it may take to end.
+    /// Its stop grace period.
     pub grace: Duration,
 }
 
-/// A container from its labels and what the engine says of it.
+/// Parses a container from its labels and state.
 pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, clock: &Clock) -> Result<Found> {
     let bad = |what: &str| DockerError::Labels { id: id.get(..12).unwrap_or(id).to_owned(), what: what.to_owned() };
     let config = details.config.unwrap_or_default();
@@ -89,15 +90,15 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
         Some(text) => Some(serde_json::from_str(text).map_err(|_| bad(label::ENDPOINT))?),
     };
     let state = details.state.unwrap_or_default();
-    let steady = |stamp: Option<&str>| clock.steady(stamp.and_then(Timestamp::parse).unwrap_or_default());
-    let started = steady(state.started_at.as_deref()).max(steady(details.created.as_deref()));
+    let to_monotonic = |stamp: Option<&str>| clock.to_monotonic(stamp.and_then(Timestamp::parse).unwrap_or_default());
+    let started = to_monotonic(state.started_at.as_deref()).max(to_monotonic(details.created.as_deref()));
     let out_of_memory = state.oom_killed == Some(true);
     let phase = match state.status {
         Some(ContainerStateStatusEnum::CREATED) => Phase::Created,
         Some(ContainerStateStatusEnum::RUNNING | ContainerStateStatusEnum::STOPPING) => Phase::Running,
         Some(ContainerStateStatusEnum::PAUSED) => Phase::Paused,
         Some(ContainerStateStatusEnum::RESTARTING) => Phase::Restarting,
-        // Of a dead one the removal failed half-way. It can only be removed again.
+        // `dead`: removal failed half-way. It can only be removed again.
         Some(ContainerStateStatusEnum::EXITED | ContainerStateStatusEnum::DEAD) => {
             Phase::Exited(state.exit_code.unwrap_or(-1))
         }
@@ -109,7 +110,7 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
         Probe::Command(_) => Some(docker_health(state.health.unwrap_or_default(), started, clock)),
         Probe::Running => Some(match phase {
             Phase::Running if clock.now() >= started.plus(SETTLE) => Health::Healthy,
-            Phase::Restarting => Health::Unhealthy { since: started, answer: "it ends again and again".into() },
+            Phase::Restarting => Health::Unhealthy { since: started, answer: "it is in a restart loop".into() },
             _ => Health::Starting(String::new()),
         }),
     };
@@ -136,18 +137,18 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
         key: InstanceKey { release, number },
         id: ContainerId::try_from(id).map_err(|_| bad("id"))?,
         image: details.image.unwrap_or_default(),
-        ordered: get(label::IMAGE).and_then(|i| ImageRef::try_from(i).ok()),
+        requested_image: get(label::IMAGE).and_then(|i| ImageRef::try_from(i).ok()),
         phase,
         health,
         settled,
         out_of_memory,
-        leaving: dead || !settled && details.name.as_deref().is_some_and(|name| name.ends_with(LEAVING)),
+        leaving: dead || !settled && details.name.as_deref().is_some_and(|name| name.ends_with(LEAVING_SUFFIX)),
         started,
         restarts: details.restart_count.and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
         endpoint,
         port,
         more,
-        ip: details.network_settings.and_then(|n| n.networks).into_iter().flatten().find_map(|(_, n)| own_address(&n)),
+        ip: address(details.network_settings),
         check_host: get(label::CHECK_HOST).map(str::to_owned),
         pid: state.pid.and_then(|p| i32::try_from(p).ok()).filter(|p| *p > 0),
         check,
@@ -156,25 +157,30 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
     })
 }
 
-/// The address of a container in one of its networks, by IPv6 where that is all it has.
+/// The address of a container in one of its networks.
+pub(super) fn address(settings: Option<NetworkSettings>) -> Option<IpAddr> {
+    settings?.networks?.into_values().find_map(|network| own_address(&network))
+}
+
+/// The address of a container in one of its networks; IPv6 if it has no IPv4 address.
 fn own_address(network: &EndpointSettings) -> Option<IpAddr> {
     let parsed = |address: &Option<String>| address.as_ref()?.parse().ok();
     parsed(&network.ip_address).or_else(|| parsed(&network.global_ipv6_address))
 }
 
-/// What Docker's own check says.
+/// The result of Docker's own check.
 fn docker_health(health: bollard::models::Health, started: Timestamp, clock: &Clock) -> Health {
     let log = health.log.unwrap_or_default();
-    // What the command printed may hold secrets; its exit code does not.
+    // The command's output may hold secrets; its exit code does not.
     let code = log.last().and_then(|l| l.exit_code);
     let answer = code.map(|c| format!("the check ended with exit code {c}")).unwrap_or_default();
     match health.status {
         Some(HealthStatusEnum::HEALTHY) => Health::Healthy,
         Some(HealthStatusEnum::UNHEALTHY) => {
-            // The first of the failures in a row, as far back as Docker remembers: five checks.
+            // The first of the consecutive failures, as far as Docker keeps them: five checks.
             let failures = log.iter().rev().take_while(|l| l.exit_code != Some(0));
             let since = failures.last().and_then(|l| l.start.as_deref()).and_then(Timestamp::parse);
-            Health::Unhealthy { since: since.map_or(started, |at| clock.steady(at)), answer }
+            Health::Unhealthy { since: since.map_or(started, |at| clock.to_monotonic(at)), answer }
         }
         _ => Health::Starting(answer),
     }

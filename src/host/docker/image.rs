@@ -1,4 +1,4 @@
-//! Images: whether one is here, whose it is, and bringing it here.
+//! Images: inspects and pulls them.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -16,13 +16,13 @@ use serde::Deserialize;
 use super::{Docker, DockerError, Failure, Operation, Result, one_line};
 use crate::model::name::ImageRef;
 
-/// Longest silence of a pull: a registry that hangs in the middle of a layer says nothing for ever.
-const IDLE: Duration = Duration::from_secs(120);
-/// Longest pull.
-const TOTAL: Duration = Duration::from_secs(30 * 60);
+/// Idle timeout of a pull: a registry that hangs in the middle of a layer stays silent for ever.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
+/// Total timeout of a pull.
+const TOTAL_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 impl Docker {
-    /// The local id of an image, if it is here.
+    /// The local id of an image, if it is present.
     ///
     /// # Errors
     /// If the engine does not answer.
@@ -30,7 +30,7 @@ impl Docker {
         Ok(self.inspect_image(reference).await?.and_then(|image| image.id))
     }
 
-    /// The user that an image names, empty for root; `None` if the image is not here.
+    /// The user that an image sets, empty for root; `None` if the image is not present.
     ///
     /// # Errors
     /// If the engine does not answer.
@@ -39,7 +39,7 @@ impl Docker {
         Ok(found.map(|image| image.config.and_then(|c| c.user).unwrap_or_default()))
     }
 
-    /// The labels that an image gives to its containers; `None` if it is not here.
+    /// The labels that an image gives to its containers; `None` if it is not present.
     pub(super) async fn image_labels(&self, reference: &str) -> Result<Option<HashMap<String, String>>> {
         let found = self.inspect_image(reference).await?;
         Ok(found.map(|image| image.config.and_then(|c| c.labels).unwrap_or_default()))
@@ -47,7 +47,7 @@ impl Docker {
 
     async fn inspect_image(&self, reference: &str) -> Result<Option<ImageInspect>> {
         match self.call(Operation::InspectImage, |client| client.inspect_image(reference)).await {
-            // 400: Docker does not take it for a reference; pulling it tells why.
+            // 400: not a valid reference to Docker; the pull reports why.
             Err(e) if e.is_status(404) || e.is_status(400) => Ok(None),
             found => found.map(Some),
         }
@@ -56,7 +56,7 @@ impl Docker {
     /// Pulls an image, with the credentials that `docker login` left for this user.
     ///
     /// # Errors
-    /// If it cannot be had, and whether trying again can help.
+    /// If the pull fails; the error says whether a retry can help.
     pub async fn pull(&self, image: &ImageRef) -> Result<()> {
         let options = CreateImageOptionsBuilder::default().from_image(&image.tagged()).build();
         let mut progress = self.client(Operation::Pull)?.create_image(Some(options), None, credentials(image));
@@ -64,13 +64,15 @@ impl Docker {
             let message = one_line(&message);
             DockerError::Image { image: image.to_string(), temporary: is_temporary(&message), message }
         };
-        // What came over the line, by layer: Docker tells how much of each is here.
+        // Bytes downloaded, by layer: Docker reports the progress of each.
         let mut layers: HashMap<String, u64> = HashMap::new();
         let began = Instant::now();
         let pulling = async {
             loop {
-                match tokio::time::timeout(IDLE, progress.next()).await {
-                    Err(_) => return Err(failed(format!("the registry said nothing for {} s", IDLE.as_secs()))),
+                match tokio::time::timeout(IDLE_TIMEOUT, progress.next()).await {
+                    Err(_) => {
+                        return Err(failed(format!("no data from the registry for {} s", IDLE_TIMEOUT.as_secs())));
+                    }
                     Ok(None) => return Ok(()),
                     Ok(Some(Ok(info))) => {
                         if let Some(message) = info.error_detail.and_then(|e| e.message) {
@@ -84,18 +86,18 @@ impl Docker {
                         }
                     }
                     Ok(Some(Err(Error::DockerResponseServerError { message, .. }))) => return Err(failed(message)),
-                    Ok(Some(Err(e))) => return Err(failed(super::causes(&e))),
+                    Ok(Some(Err(e))) => return Err(failed(super::one_line_chain(&e))),
                 }
             }
         };
-        let (ended, failure) = match tokio::time::timeout(TOTAL, pulling).await {
+        let (ended, failure) = match tokio::time::timeout(TOTAL_TIMEOUT, pulling).await {
             Ok(ended) => {
                 let failure = ended.is_err().then_some(Failure::Refused);
                 (ended, failure)
             }
             Err(_) => {
-                let late = failed(format!("it was not here after {} minutes", TOTAL.as_secs() / 60));
-                (Err(late), Some(Failure::Timeout))
+                let timed_out = failed(format!("not complete after {} minutes", TOTAL_TIMEOUT.as_secs() / 60));
+                (Err(timed_out), Some(Failure::Timeout))
             }
         };
         self.meter.called(Operation::Pull, began.elapsed(), failure);
@@ -106,11 +108,10 @@ impl Docker {
     }
 }
 
-/// Docker answers 500 to everything that goes wrong with a registry; only its words tell what helps. What is not known
-/// is taken for temporary.
+/// Docker answers 500 to every registry failure; only the message says what helps. Unknown messages count as temporary.
 fn is_temporary(message: &str) -> bool {
     let message = message.to_lowercase();
-    let final_words = [
+    let permanent = [
         "manifest unknown",
         "not found",
         "unauthorized",
@@ -125,7 +126,7 @@ fn is_temporary(message: &str) -> bool {
         "forbidden",
         "no basic auth credentials",
     ];
-    !final_words.iter().any(|w| message.contains(w))
+    !permanent.iter().any(|w| message.contains(w))
 }
 
 #[derive(Deserialize)]
@@ -139,7 +140,7 @@ struct AuthEntry {
     auth: Option<String>,
 }
 
-/// What `docker login` left for the registry of an image. It is read at each pull, so that a renewed login is seen.
+/// The credentials of `docker login` for an image's registry, read at each pull so that a renewed login is seen.
 fn credentials(image: &ImageRef) -> Option<DockerCredentials> {
     let directory = std::env::var_os("DOCKER_CONFIG")
         .map(PathBuf::from)
@@ -175,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_of_registries_are_told_apart() {
+    fn permanent_and_temporary_registry_errors_are_distinguished() {
         assert!(!is_temporary("manifest for web:v9 not found: manifest unknown"));
         assert!(!is_temporary("pull access denied for web, repository does not exist or may require 'docker login'"));
         assert!(is_temporary(

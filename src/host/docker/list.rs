@@ -1,4 +1,4 @@
-//! Which containers there are.
+//! Lists containers.
 
 use std::collections::HashMap;
 
@@ -18,32 +18,44 @@ use crate::{
 /// The containers of one app.
 #[derive(Debug, Default)]
 pub struct Instances {
-    /// Those of this agent.
+    /// This agent's containers.
     pub own: Vec<Found>,
-    /// Those of another one with this host's name.
+    /// Containers of another agent with this host's name.
     pub foreign: Vec<Foreign>,
 }
 
-/// Containers with the labels of this host's: those of this agent, those of another one, and those that demae did not
-/// make.
+/// Containers with this host's labels: this agent's, another agent's, and those that demae did not create.
 #[derive(Default)]
 struct Labelled {
     own: Vec<ContainerSummary>,
     foreign: Vec<Foreign>,
     copies: Vec<ContainerSummary>,
+    /// Whether the owner of some is unknown, since their image cannot be inspected.
+    has_unknown: bool,
 }
 
-/// What stands for the id of an agent that wrote none on its containers.
-const NO_ID: &str = "none";
+/// Containers of this host, without details.
+#[derive(Debug, Default)]
+pub struct Lists {
+    /// This agent's.
+    pub listed: Vec<Listed>,
+    /// Those of another agent with this host's name.
+    pub foreign: Vec<Foreign>,
+    /// Whether these are all: the owner of a container is unknown while its image cannot be inspected.
+    pub is_complete: bool,
+}
 
-/// One line of a list: enough to see whether anything changed.
+/// The agent id of containers without one.
+const NO_AGENT_ID: &str = "none";
+
+/// A listed container: enough to detect changes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Listed {
     /// Which app.
     pub app: AppName,
     /// Docker's id.
     pub id: String,
-    /// Its state in Docker's words.
+    /// Its state, as Docker names it.
     pub state: String,
     /// Its published ports.
     pub ports: Vec<u16>,
@@ -55,40 +67,47 @@ impl Docker {
     /// # Errors
     /// If the engine does not answer.
     pub async fn list(&self, app: Option<&AppName>) -> Result<Vec<Listed>> {
-        Ok(self.list_all(app).await?.0)
+        Ok(self.list_all(app).await?.listed)
     }
 
-    /// The same, and the containers of another agent with this host's name.
+    /// The same, and containers of another agent with this host's name.
     ///
     /// # Errors
     /// If the engine does not answer.
-    pub async fn list_all(&self, app: Option<&AppName>) -> Result<(Vec<Listed>, Vec<Foreign>)> {
-        let found = self.told_apart(app).await?;
+    pub async fn list_all(&self, app: Option<&AppName>) -> Result<Lists> {
+        let found = self.labelled(app).await?;
         let mut listed: Vec<Listed> = found.own.iter().filter_map(listing).collect();
         listed.sort();
-        Ok((listed, found.foreign))
+        Ok(Lists { listed, foreign: found.foreign, is_complete: !found.has_unknown })
     }
 
-    /// Names of containers with the labels of this host's that demae did not make.
+    /// Names of containers with this host's labels that demae did not create.
     ///
     /// # Errors
     /// If the engine does not answer.
     pub async fn copies(&self) -> Result<Vec<String>> {
-        Ok(self.told_apart(None).await?.copies.iter().map(|container| name(container).to_owned()).collect())
+        Ok(self.labelled(None).await?.copies.iter().map(|container| name(container).to_owned()).collect())
     }
 
-    /// The containers of an app, with details.
+    /// The containers of an app, with details. If the ids of this agent's are known from a list that was just made, and
+    /// no other agent has any here, that list need not be made again.
     ///
     /// # Errors
     /// If the engine does not answer, or a container has labels that make no sense.
-    pub async fn instances(&self, app: &AppName, clock: &Clock) -> Result<Instances> {
-        let (listed, foreign) = self.list_all(Some(app)).await?;
+    pub async fn instances(&self, app: &AppName, listed: Option<Vec<String>>, clock: &Clock) -> Result<Instances> {
+        let (listed, foreign) = match listed {
+            Some(listed) => (listed, Vec::new()),
+            None => {
+                let Lists { listed, foreign, .. } = self.list_all(Some(app)).await?;
+                (listed.into_iter().map(|l| l.id).collect(), foreign)
+            }
+        };
         let inspect = |id: String| async move {
             let details = self.call(Operation::Inspect, |client| client.inspect_container(&id, None)).await;
             (id, details)
         };
         let mut instances = Vec::new();
-        for (id, details) in join_all(listed.into_iter().map(|l| inspect(l.id))).await {
+        for (id, details) in join_all(listed.into_iter().map(inspect)).await {
             match details {
                 Ok(details) => instances.push(read(app, &id, details, clock)?),
                 // Gone since the list.
@@ -100,24 +119,25 @@ impl Docker {
         Ok(Instances { own: instances, foreign })
     }
 
-    /// Containers with the labels of this host's, or of one of its apps: those that demae made, and all others.
-    async fn told_apart(&self, app: Option<&AppName>) -> Result<Labelled> {
+    /// Containers with the labels of this host, or of one of its apps, by owner.
+    async fn labelled(&self, app: Option<&AppName>) -> Result<Labelled> {
         let mut labels = vec![format!("{}={}", label::HOST, self.host)];
         labels.extend(app.map(|app| format!("{}={app}", label::APP)));
         let options =
             ListContainersOptionsBuilder::default().all(true).filters(&HashMap::from([("label", labels)])).build();
         let labelled = self.call(Operation::List, |client| client.list_containers(Some(options))).await?;
-        let told = labelled.into_iter().map(|container| async { (self.is_made_here(&container).await, container) });
+        let checked = labelled.into_iter().map(|container| async { (self.is_made_here(&container).await, container) });
         let mut found = Labelled::default();
-        for (is_made_here, container) in join_all(told).await {
+        for (is_made_here, container) in join_all(checked).await {
             match is_made_here {
                 Ok(true) => match self.other_owner(&container) {
                     None => found.own.push(container),
                     Some(owner) => found.foreign.push(Foreign { name: name(&container).to_owned(), owner }),
                 },
                 Ok(false) => found.copies.push(container),
-                // Whose it is shows when its app is looked at, which waits for that. All others are not held up.
-                Err(DockerError::Refused { .. }) if app.is_none() => {}
+                // Ownership is unknown here; the per-app inspect decides, and fails until the image can be inspected.
+                // Other containers are not held up.
+                Err(DockerError::Refused { .. }) if app.is_none() => found.has_unknown = true,
                 Err(e) => return Err(e),
             }
         }
@@ -125,26 +145,28 @@ impl Docker {
         Ok(found)
     }
 
-    /// Whose a container is, if it is not this agent's.
+    /// The owner of a container, if it is not this agent.
     fn other_owner(&self, container: &ContainerSummary) -> Option<String> {
         let owner = self.owner.as_ref()?;
         let labels = container.labels.as_ref()?;
         match labels.get(label::AGENT) {
             Some(id) if id == owner.id() || owner.has_adopted(id) => None,
-            Some(id) => Some(format!("the one with the id {id}")),
+            Some(id) => Some(format!("agent {id}")),
             None => {
                 let app = AppName::try_from(labels.get(label::APP)?.as_str()).ok()?;
-                let is_ours = owner.knows(&app) || owner.has_adopted(NO_ID);
+                let is_ours = owner.has_traces_of(&app) || owner.has_adopted(NO_AGENT_ID);
                 (!is_ours).then(|| {
-                    format!("this one's directories know nothing of app `{app}`, and the container names no agent (id `{NO_ID}`)")
+                    format!(
+                        "the container has no agent id (`{NO_AGENT_ID}`), and this agent has no files of app `{app}`"
+                    )
                 })
             }
         }
     }
 
-    /// Labels alone say little: an image that somebody commits from a container has its labels, and so has whatever is run
-    /// from it. What demae makes is named after its instance; a person may have renamed it, and then its image tells whose
-    /// the labels are. One whose image is gone is left alone.
+    /// Labels alone prove little: an image committed from a container has its labels, and so has every container run
+    /// from it. Containers of demae are named after their instance; for a renamed one the image tells where the labels
+    /// are from. One whose image is gone is left alone.
     async fn is_made_here(&self, container: &ContainerSummary) -> Result<bool> {
         if name(container).starts_with(&format!("demae.{}.", self.host)) {
             return Ok(true);
@@ -155,7 +177,7 @@ impl Docker {
 }
 
 fn name(container: &ContainerSummary) -> &str {
-    // Names that begin with those of other containers are links to it.
+    // Names prefixed with that of another container are links to it.
     let names = container.names.iter().flatten().map(|name| name.trim_start_matches('/'));
     names.min_by_key(|name| name.matches('/').count()).unwrap_or_default()
 }

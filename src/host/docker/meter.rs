@@ -1,42 +1,42 @@
-//! What is asked of the engine, by name, and who hears how long it took.
+//! Names of the calls to the engine, and the hook that measures them.
 
 use std::{fmt, time::Duration};
 
 /// A call to the engine: a bounded set, for messages and metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
-    /// Its version.
+    /// The engine's version.
     Version,
-    /// Where it keeps things.
+    /// The engine's directories.
     Info,
-    /// Containers by label.
+    /// List containers by label.
     List,
-    /// One container.
+    /// Inspect a container.
     Inspect,
-    /// One image.
+    /// Inspect an image.
     InspectImage,
-    /// Make a container.
+    /// Create a container.
     Create,
-    /// Start or unpause one.
+    /// Start or unpause a container.
     Start,
-    /// End one.
+    /// Stop a container.
     Stop,
-    /// Remove one.
+    /// Remove a container.
     Remove,
-    /// Change its restart policy, or its name.
+    /// Change a container's restart policy or name.
     Update,
-    /// Send it a signal.
+    /// Send a signal to a container.
     Signal,
-    /// Run a command in it.
+    /// Run a command in a container.
     Exec,
-    /// Bring an image here.
+    /// Pull an image.
     Pull,
-    /// Listen for events.
+    /// Stream events.
     Events,
 }
 
 impl Operation {
-    /// Every operation that is measured; events are listened to for days.
+    /// Every operation that is measured; an event stream lasts for days.
     pub const MEASURED: [Self; 13] = [
         Self::Version,
         Self::Info,
@@ -53,8 +53,8 @@ impl Operation {
         Self::Pull,
     ];
 
-    /// Whether that something is not there is an answer like any other.
-    pub fn may_find_nothing(self) -> bool {
+    /// Whether 404 is an ordinary answer, not a failure.
+    pub fn allows_not_found(self) -> bool {
         matches!(self, Self::Inspect | Self::InspectImage | Self::Stop | Self::Remove)
     }
 
@@ -83,8 +83,8 @@ impl Operation {
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Version => "tell its version",
-            Self::Info => "tell about itself",
+            Self::Version => "report its version",
+            Self::Info => "report its settings",
             Self::List => "list containers",
             Self::Inspect => "inspect",
             Self::InspectImage => "inspect the image",
@@ -96,7 +96,7 @@ impl fmt::Display for Operation {
             Self::Signal => "signal the container",
             Self::Exec => "run a command",
             Self::Pull => "pull the image",
-            Self::Events => "tell events",
+            Self::Events => "stream events",
         })
     }
 }
@@ -104,11 +104,11 @@ impl fmt::Display for Operation {
 /// How a call failed: a bounded set, for metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
-    /// The engine is not there.
+    /// The engine cannot be reached.
     Unreachable,
-    /// It did not answer in time.
+    /// No answer in time.
     Timeout,
-    /// It said no. That something is not there is an answer, and no failure.
+    /// The engine refused. An expected 404 is no failure.
     Refused,
 }
 
@@ -126,16 +126,16 @@ impl Failure {
     }
 }
 
-/// Hears of every call. It must not block: a deploy waits for it.
+/// Measures every call. Must not block: a deploy waits for it.
 pub trait Meter: Send + Sync {
-    /// A call ended, well or not.
+    /// A call ended, successful or not.
     fn called(&self, operation: Operation, took: Duration, failure: Option<Failure>);
 
-    /// An image came, with so many bytes over the line.
+    /// An image was pulled; `bytes` were downloaded.
     fn pulled(&self, bytes: u64, took: Duration);
 }
 
-/// Hears nothing: for commands that ask once and leave.
+/// Measures nothing: for one-off commands.
 #[derive(Debug, Clone, Copy)]
 pub struct NoMeter;
 

@@ -1,7 +1,7 @@
 //! The Docker engine: the only users of `bollard`.
 //!
 //! Only containers with our label *and* our host name are ever seen, so several agents can share one engine. Every call
-//! has a deadline; after one has passed nothing is assumed, the next look tells.
+//! has a deadline; after a timeout nothing is assumed, the next observation decides.
 
 mod create;
 mod found;
@@ -12,6 +12,7 @@ mod meter;
 use std::{
     collections::HashMap,
     fmt,
+    net::IpAddr,
     path::PathBuf,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
@@ -31,10 +32,10 @@ use bollard::{
 use futures_util::{Stream, StreamExt as _, stream};
 
 pub use crate::model::observed::Foreign;
-pub use create::{CreateRequest, create_body, facts};
+pub use create::{CreateRequest, create_body, injected_env};
 pub use found::Found;
-use found::LEAVING;
-pub use list::{Instances, Listed};
+use found::LEAVING_SUFFIX;
+pub use list::{Instances, Listed, Lists};
 pub use meter::{Failure, Meter, NoMeter, Operation};
 
 use crate::model::{
@@ -42,8 +43,17 @@ use crate::model::{
     problem::chain,
 };
 
-/// Longest time for an ordinary call. A loaded engine takes a second or two to start a container.
-const CALL: Duration = Duration::from_secs(60);
+/// Something happened to a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerEvent {
+    /// Its app.
+    pub app: AppName,
+    /// Whether it answers no more.
+    pub is_end: bool,
+}
+
+/// Timeout of an ordinary call. A loaded engine takes a second or two to start a container.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 mod label {
     pub(super) const HOST: &str = "demae.host";
@@ -64,10 +74,10 @@ mod label {
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DockerError {
-    /// The engine is not there, or did not answer in time: nothing is known.
+    /// The engine cannot be reached, or did not answer in time: nothing is known.
     #[error("Docker does not answer ({operation}): {reason}")]
     Unreachable {
-        /// What was asked.
+        /// The call.
         operation: Operation,
         /// Why.
         reason: String,
@@ -75,24 +85,24 @@ pub enum DockerError {
     /// The engine refused.
     #[error("Docker cannot {operation}: {message}")]
     Refused {
-        /// What was asked.
+        /// The call.
         operation: Operation,
         /// The HTTP status.
         status: u16,
-        /// In its own words.
+        /// The engine's message.
         message: String,
     },
-    /// The image is nowhere to be had, or may not be.
+    /// The image does not exist, or access to it is denied.
     #[error("image `{image}` cannot be pulled: {message}")]
     Image {
         /// Which.
         image: String,
-        /// In the registry's words.
+        /// The registry's message.
         message: String,
         /// Whether trying again can help without a person.
         temporary: bool,
     },
-    /// The container is in the way of its own labels.
+    /// The container's labels do not parse.
     #[error("container {id} has labels that demae does not write: {what}")]
     Labels {
         /// Which.
@@ -108,7 +118,7 @@ impl DockerError {
             Error::DockerResponseServerError { status_code, message } => {
                 DockerError::Refused { operation, status: status_code, message: one_line(&message) }
             }
-            other => DockerError::Unreachable { operation, reason: causes(&other) },
+            other => DockerError::Unreachable { operation, reason: one_line_chain(&other) },
         }
     }
 
@@ -116,19 +126,19 @@ impl DockerError {
         matches!(self, DockerError::Refused { status, .. } if *status == wanted)
     }
 
-    /// Whether a container could not be made since its image is gone.
+    /// Whether a container could not be created because its image is missing.
     pub fn is_image_gone(&self) -> bool {
         matches!(self, DockerError::Refused { operation: Operation::Create, status: 404, message }
             if message.to_lowercase().contains("no such image"))
     }
 
-    /// Whether another program holds the port that was asked for.
+    /// Whether the requested port is in use by another program.
     pub fn is_port_taken(&self) -> bool {
         matches!(self, DockerError::Refused { message, .. }
             if message.contains("port is already allocated") || message.contains("address already in use"))
     }
 
-    /// Whether the engine found no space where it keeps images and containers. It tells in words only.
+    /// Whether the engine's disk is full. Only the message says so.
     pub fn is_full(&self) -> bool {
         matches!(self, DockerError::Refused { message, .. } | DockerError::Image { message, .. }
             if message.to_lowercase().contains("no space left on device"))
@@ -142,26 +152,28 @@ impl DockerError {
 
 type Result<T, E = DockerError> = std::result::Result<T, E>;
 
-/// The engine of this machine, seen by one host.
+/// The engine of this machine, scoped to one host name.
 #[derive(Clone)]
 pub struct Docker {
     socket: String,
     client: OnceLock<Client>,
     host: HostName,
     meter: Arc<dyn Meter>,
-    /// Longest time for an ordinary call.
-    longest: Duration,
+    /// Timeout of an ordinary call.
+    timeout: Duration,
     owner: Option<Arc<dyn Owner>>,
 }
 
-/// Which containers of this host's name belong to this agent. Two agents may have one name by mistake, with a store each.
+/// Decides which containers of this host's name belong to this agent. Two agents may have one name by mistake, with a
+/// store each.
 pub trait Owner: Send + Sync {
-    /// The id that is written on what this agent makes.
+    /// The agent id that is written to labels.
     fn id(&self) -> &str;
-    /// Whether containers of the agent with this id were taken over.
+    /// Whether containers of the agent with this id were adopted.
     fn has_adopted(&self, id: &str) -> bool;
-    /// Whether this agent's directories know an app: for containers that an older demae made, which names no agent.
-    fn knows(&self, app: &AppName) -> bool;
+    /// Whether this agent's directories have traces of an app: for containers of older demae versions, which have no
+    /// agent id.
+    fn has_traces_of(&self, app: &AppName) -> bool;
 }
 
 impl fmt::Debug for Docker {
@@ -171,18 +183,18 @@ impl fmt::Debug for Docker {
 }
 
 impl Docker {
-    /// The engine behind a unix socket. It need not run, nor need the socket be there yet.
+    /// The engine behind a unix socket. Neither engine nor socket need exist yet.
     pub fn behind(socket: &str, host: HostName) -> Self {
         let (client, meter) = (OnceLock::new(), Arc::new(NoMeter));
-        Self { socket: socket.to_owned(), client, host, meter, longest: CALL, owner: None }
+        Self { socket: socket.to_owned(), client, host, meter, timeout: CALL_TIMEOUT, owner: None }
     }
 
-    /// bollard makes no client without a socket, so it is made when it is first needed and can be.
+    /// bollard makes no client without a socket, so the client is created on first use.
     fn client(&self, operation: Operation) -> Result<&Client> {
         if let Some(client) = self.client.get() {
             return Ok(client);
         }
-        match Client::connect_with_unix(&self.socket, CALL.as_secs(), bollard::API_DEFAULT_VERSION) {
+        match Client::connect_with_unix(&self.socket, CALL_TIMEOUT.as_secs(), bollard::API_DEFAULT_VERSION) {
             Ok(client) => Ok(self.client.get_or_init(|| client)),
             Err(e) => {
                 if Operation::MEASURED.contains(&operation) {
@@ -193,26 +205,26 @@ impl Docker {
         }
     }
 
-    /// Lets somebody hear how long calls take.
-    pub fn metered(self, meter: Arc<dyn Meter>) -> Self {
+    /// Reports the duration of every call to `meter`.
+    pub fn with_meter(self, meter: Arc<dyn Meter>) -> Self {
         Self { meter, ..self }
     }
 
-    /// Leaves alone what another agent of this host's name made. Without it, all of this host's name is this agent's.
-    pub fn owned(self, owner: Arc<dyn Owner>) -> Self {
+    /// Leaves containers of other agents with this host's name alone. Without an owner all of them are this agent's.
+    pub fn with_owner(self, owner: Arc<dyn Owner>) -> Self {
         Self { owner: Some(owner), ..self }
     }
 
-    /// Waits no longer than this for the answer to an ordinary call: a person is waiting too.
-    pub fn impatient(self, longest: Duration) -> Self {
-        Self { longest, ..self }
+    /// Sets the timeout of ordinary calls: a person is waiting too.
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
     }
 
     async fn call<'d, T, C>(&'d self, operation: Operation, call: impl FnOnce(&'d Client) -> C) -> Result<T>
     where
         C: Future<Output = std::result::Result<T, Error>>,
     {
-        self.within(self.longest, operation, call(self.client(operation)?)).await
+        self.within(self.timeout, operation, call(self.client(operation)?)).await
     }
 
     async fn within<T>(
@@ -228,7 +240,7 @@ impl Docker {
                 let e = DockerError::of(operation)(e);
                 let failure = match &e {
                     DockerError::Unreachable { .. } => Some(Failure::Unreachable),
-                    e if e.is_status(404) && operation.may_find_nothing() => None,
+                    e if e.is_status(404) && operation.allows_not_found() => None,
                     _ => Some(Failure::Refused),
                 };
                 (Err(e), failure)
@@ -251,7 +263,7 @@ impl Docker {
         Ok((version.version.unwrap_or_default(), version.api_version.unwrap_or_default()))
     }
 
-    /// Where the engine keeps images and containers; nothing if it is on no disk of this machine.
+    /// The engine's data directory; `None` if it is on no disk of this machine.
     ///
     /// # Errors
     /// If the engine does not answer.
@@ -270,7 +282,16 @@ impl Docker {
         Ok(numeric_user(&user))
     }
 
-    /// Starts a container, or unpauses it. One that runs is left alone.
+    /// The address of a container in its network; `None` if it has none of its own.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn address_of(&self, id: &ContainerId) -> Result<Option<IpAddr>> {
+        let found = self.call(Operation::Inspect, |client| client.inspect_container(id.as_str(), None)).await?;
+        Ok(found::address(found.network_settings))
+    }
+
+    /// Starts or unpauses a container. No effect on a running one.
     ///
     /// # Errors
     /// If the engine cannot.
@@ -283,7 +304,7 @@ impl Docker {
         }
     }
 
-    /// Marks a container as one that is being ended. One that is gone is done.
+    /// Marks a container as being stopped. No effect if it is gone.
     ///
     /// # Errors
     /// If the engine cannot.
@@ -294,11 +315,12 @@ impl Docker {
         };
         let name = found.name.unwrap_or_default();
         let name = name.trim_start_matches('/');
-        if name.ends_with(LEAVING) {
+        if name.ends_with(LEAVING_SUFFIX) {
             return Ok(());
         }
-        // Somebody else may have that name.
-        let names = (0..10).map(|n| if n == 0 { format!("{name}{LEAVING}") } else { format!("{name}.{n}{LEAVING}") });
+        // Another container may have that name.
+        let names = (0..10)
+            .map(|n| if n == 0 { format!("{name}{LEAVING_SUFFIX}") } else { format!("{name}.{n}{LEAVING_SUFFIX}") });
         let mut last = Ok(());
         for name in names {
             let options = RenameContainerOptionsBuilder::default().name(&name).build();
@@ -310,25 +332,25 @@ impl Docker {
         last
     }
 
-    /// Asks a container to end, and kills it after its grace. One that has ended, or is gone, is done.
+    /// Stops a container, and kills it after its grace period. No effect if it has exited or is gone.
     ///
     /// # Errors
     /// If the engine cannot.
     pub async fn stop(&self, id: &ContainerId, grace: Duration) -> Result<()> {
         let seconds = i32::try_from(grace.as_secs()).unwrap_or(i32::MAX);
         let options = StopContainerOptionsBuilder::default().t(seconds).build();
-        let patient = self.client(Operation::Stop)?.clone().with_timeout(grace + Duration::from_secs(15));
-        let stop = patient.stop_container(id.as_str(), Some(options));
+        let client = self.client(Operation::Stop)?.clone().with_timeout(grace + Duration::from_secs(15));
+        let stop = client.stop_container(id.as_str(), Some(options));
         match self.within(grace + Duration::from_secs(15), Operation::Stop, stop).await {
             Err(e) if e.is_status(404) => Ok(()),
             other => other,
         }
     }
 
-    /// Removes a container. One that is gone is done.
+    /// Removes a container. No effect if it is gone.
     ///
     /// # Errors
-    /// If the engine cannot, for one because it still runs, or somebody else is about to remove it and may fail.
+    /// If the engine cannot: the container still runs, or another removal is in progress and may fail.
     pub async fn remove(&self, id: &ContainerId) -> Result<()> {
         let options = RemoveContainerOptionsBuilder::default().v(true).build();
         match self.call(Operation::Remove, |client| client.remove_container(id.as_str(), Some(options))).await {
@@ -337,7 +359,7 @@ impl Docker {
         }
     }
 
-    /// Lets the engine keep a container running, also when no agent is there.
+    /// Sets the restart policy so that the engine keeps a container running without an agent.
     ///
     /// # Errors
     /// If the engine cannot.
@@ -347,8 +369,8 @@ impl Docker {
         self.call(Operation::Update, |client| client.update_container(id.as_str(), body)).await
     }
 
-    /// The last lines of a container's log, as far as they come quickly; whole, since whoever takes secrets out must
-    /// see them whole.
+    /// The last lines of a container's log, as far as they come quickly. Lines are whole: secrets are redacted
+    /// afterwards and must not be split.
     pub async fn log_tail(&self, id: &ContainerId) -> String {
         let options = LogsOptionsBuilder::default().stdout(true).stderr(true).tail("30").build();
         let Ok(client) = self.client(Operation::Inspect) else { return String::new() };
@@ -359,14 +381,14 @@ impl Docker {
                 text.push_str(&String::from_utf8_lossy(&line.into_bytes()));
             }
         };
-        // A log that hangs is evidence that does not come; the verdict stands without it.
+        // If reading the log hangs, the verdict goes without it.
         let _ = tokio::time::timeout(Duration::from_secs(2), reading).await;
         text
     }
 
-    /// The apps whose containers something happens to. Ends when the engine does, or goes silent for good; whoever
-    /// listens looks at everything and asks again.
-    pub fn events(&self) -> impl Stream<Item = Result<AppName>> + use<> {
+    /// What happens to containers. Ends when the engine does, or stays silent for good; the caller then relists everything
+    /// and subscribes again.
+    pub fn events(&self) -> impl Stream<Item = Result<ContainerEvent>> + use<> {
         let filters = HashMap::from([
             ("label", vec![format!("{}={}", label::HOST, self.host)]),
             ("type", vec!["container".to_owned()]),
@@ -379,19 +401,22 @@ impl Docker {
         let apps = client.events(Some(options)).filter_map(async |event| match event {
             Err(e) => Some(Err(DockerError::of(Operation::Events)(e))),
             Ok(event) if event.typ == Some(EventMessageTypeEnum::CONTAINER) => {
-                // Checks run by exec would wake us twice a second and change nothing.
-                if event.action.as_deref().is_some_and(|a| a.starts_with("exec_")) {
+                let action = event.action.as_deref().unwrap_or_default();
+                // Health checks by exec would wake the agent twice a second and change nothing.
+                if action.starts_with("exec_") {
                     return None;
                 }
+                let is_end = matches!(action, "die" | "oom" | "pause" | "destroy");
                 let attributes = event.actor?.attributes?;
-                AppName::try_from(attributes.get(label::APP)?.as_str()).ok().map(Ok)
+                let app = AppName::try_from(attributes.get(label::APP)?.as_str()).ok()?;
+                Some(Ok(ContainerEvent { app, is_end }))
             }
             Ok(_) => None,
         });
         apps.right_stream()
     }
 
-    /// The process of a container that need not be ours, if it runs.
+    /// The pid of a container, not necessarily demae's, if it runs.
     ///
     /// # Errors
     /// If there is no such container, or the engine does not answer.
@@ -401,7 +426,7 @@ impl Docker {
         Ok(pid.filter(|p| *p > 0))
     }
 
-    /// Sends a signal to a container that need not be ours.
+    /// Sends a signal to a container, not necessarily demae's.
     ///
     /// # Errors
     /// If the engine cannot.
@@ -410,7 +435,7 @@ impl Docker {
         self.call(Operation::Signal, |client| client.kill_container(container, Some(options))).await
     }
 
-    /// Runs a command in a container that need not be ours: its exit code and what it printed.
+    /// Runs a command in a container, not necessarily demae's: its exit code and output.
     ///
     /// # Errors
     /// If the engine cannot.
@@ -435,8 +460,11 @@ impl Docker {
                     }
                 }
             };
-            if tokio::time::timeout(CALL, reading).await.is_err() {
-                return Err(DockerError::Unreachable { operation: Operation::Exec, reason: "it does not end".into() });
+            if tokio::time::timeout(CALL_TIMEOUT, reading).await.is_err() {
+                return Err(DockerError::Unreachable {
+                    operation: Operation::Exec,
+                    reason: "the command does not exit".into(),
+                });
             }
         }
         let inspected = self.call(Operation::Exec, |client| client.inspect_exec(&exec)).await?;
@@ -444,7 +472,7 @@ impl Docker {
     }
 }
 
-/// The user id of `user`, `user:group` or nothing; `None` for a name.
+/// The user id of `user`, `user:group` or an empty string; `None` for a name.
 fn numeric_user(user: &str) -> Option<u32> {
     match user.split(':').next() {
         None | Some("" | "root") => Some(0),
@@ -457,6 +485,6 @@ fn one_line(text: &str) -> String {
     line.chars().take(400).collect()
 }
 
-fn causes(error: &dyn std::error::Error) -> String {
+fn one_line_chain(error: &dyn std::error::Error) -> String {
     one_line(&chain(error))
 }

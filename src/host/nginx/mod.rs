@@ -1,6 +1,6 @@
 //! nginx: rendered, tested as part of the tree it will load, made live by one rename, and proven by a worker's answer.
 //!
-//! Whenever this agent ends, what lies at the live path is a set that nginx has taken.
+//! Whenever the agent is killed, the live path leads to a set that passed `nginx -t`.
 
 mod render;
 mod server;
@@ -44,17 +44,18 @@ use render::PROBE_HOST;
 use set::{Parts, Saved, Set, digest_of};
 use stage::Tree;
 
-/// Longest wait for a worker that answers with a new generation.
-const PROOF: Duration = Duration::from_secs(10);
-/// How long a question to an app through nginx is repeated.
-const REPEATED: Duration = Duration::from_secs(5);
-/// After this time nginx has connected to an app, or has said that it cannot: `proxy_connect_timeout` of the template is 5 s.
-const CONNECTED: Duration = Duration::from_secs(6);
-/// Between two questions to nginx while waiting for it.
-const ASK_AGAIN: Duration = Duration::from_millis(2);
-/// Most bytes of an error of nginx's that are shown.
-const MOST_ERROR: usize = 1000;
-/// What the manifest of a set is called.
+/// Timeout for a worker that answers with a new generation.
+const PROOF_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a request to an app through nginx is retried.
+const RETRY_PERIOD: Duration = Duration::from_secs(5);
+/// After this time nginx has connected to an app, or has answered with an error: `proxy_connect_timeout` of the
+/// template is 5 s.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(6);
+/// Poll interval while waiting for nginx.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+/// Longest error of nginx that is shown, in bytes.
+const MAX_ERROR: usize = 1000;
+/// File name of the manifest of a set.
 const MANIFEST: &str = "manifest.json";
 
 /// Why nginx does not serve what it should.
@@ -63,89 +64,90 @@ pub enum NginxError {
     /// nginx does not run, or cannot be reached.
     #[error("{0}")]
     NotRunning(String),
-    /// Its own tree cannot be read, or does not include ours.
+    /// nginx's configuration cannot be read, or does not include demae's.
     #[error(transparent)]
     Stage(#[from] stage::StageError),
-    /// It refuses its tree even without anything new of ours.
+    /// nginx refuses its configuration even without anything new of demae's.
     #[error("`nginx -t` fails even without anything new of demae's: {0}{hint}", hint = hint(.0))]
     Broken(String),
-    /// A template of demae's own is broken.
+    /// A built-in template is broken.
     #[error("the configuration of the host cannot be made: {0}")]
     Template(String),
-    /// It was told to reload, and no worker answers with the new set.
-    #[error("nginx was reloaded and no worker answers with generation {generation} after {} s: {last}", PROOF.as_secs())]
+    /// nginx was reloaded, and no worker answers with the new set.
+    #[error("nginx was reloaded and no worker answers with generation {generation} after {} s: {last}", PROOF_TIMEOUT.as_secs())]
     NotProven {
         /// The set.
         generation: u64,
-        /// The last answer.
+        /// The last response.
         last: String,
     },
     /// A file could not be written.
     #[error(transparent)]
     File(#[from] FileError),
-    /// Whether something is there cannot be told.
+    /// The host's templates cannot be read.
     #[error("cannot read the templates of this host, and nothing changes in nginx until that works: {}", chain(.0))]
     Templates(FileError),
-    /// nginx gets no answer of an app.
+    /// nginx gets no response from an app.
     #[error("{0}")]
     NoAnswer(String),
-    /// Whether an app answers through nginx cannot be told, for a reason that is not the app's.
+    /// Whether an app answers through nginx is unknown, for a reason that is not the app's.
     #[error("{0}")]
     Inconclusive(String),
 }
 
-/// A question to an app through nginx.
+/// A request to an app through nginx that proves its route.
 #[derive(Debug)]
 pub struct Proof {
-    /// For this host.
+    /// The `Host` header.
     pub host: String,
     /// `GET` of this path.
     pub path: String,
-    /// Which path the app is asked for then.
-    pub inside: String,
-    /// Where it listens for that.
+    /// The path that the app receives.
+    pub app_path: String,
+    /// The endpoint of the app.
     pub endpoint: Endpoint,
-    /// Longest time for one answer. Longer than nginx takes to find out that it cannot connect.
+    /// Timeout of one request. Longer than nginx takes to find out that it cannot connect.
     pub limit: Duration,
-    /// Whether an answer that does not come within the limit is as good: nobody said how long this path may take.
+    /// Whether a timeout counts as success: no limit is known for this path.
     pub may_be_slow: bool,
 }
 
 impl Proof {
-    /// A question for each way into an app.
+    /// A proof for each ingress of an app.
     pub fn all(ingress: &Ingress, check: &HealthCheck) -> Vec<Self> {
-        // Only where the health check asks, its path is known to be one.
+        // The path of the health check is only known to exist at its own endpoint.
         let other = HealthCheck { probe: Probe::Tcp, ..check.clone() };
         let check_of = |way: &Ingress| if way.endpoint == ingress.endpoint { check } else { &other };
         ingress.all().filter_map(|way| Self::of(way, check_of(way))).collect()
     }
 
-    /// Never stricter than the health check: its path and its limit where it has them, else any path and no limit. Nothing
-    /// for an app that takes no requests.
+    /// Never stricter than the health check: uses its path and limit if it has them, else any path and no limit. `None`
+    /// for an app without ingress.
     fn of(ingress: &Ingress, check: &HealthCheck) -> Option<Self> {
         let host = ingress.example_host()?;
         let (asked, may_be_slow) = match &check.probe {
             Probe::Http(path) => (path.as_str(), false),
             _ => ("/", true),
         };
-        let (path, inside, may_be_slow) = match &ingress.path {
+        let (path, app_path, may_be_slow) = match &ingress.path {
             None => (asked.to_owned(), asked, may_be_slow),
             Some(below) if ingress.strip_path => (format!("{below}{asked}"), asked, may_be_slow),
             Some(below) if asked == below.as_str() || asked.starts_with(&format!("{below}/")) => {
                 (asked.to_owned(), asked, may_be_slow)
             }
-            // What is asked of the app itself lies beside what it serves here.
+            // The path of the health check is outside of the ingress path.
             Some(below) => (below.to_string(), below.as_str(), true),
         };
-        let limit = if may_be_slow { CONNECTED } else { (check.timeout + Duration::from_secs(1)).max(CONNECTED) };
-        let (inside, endpoint) = (inside.to_owned(), ingress.endpoint.clone());
-        Some(Self { host, path, inside, endpoint, limit, may_be_slow })
+        let limit =
+            if may_be_slow { CONNECT_TIMEOUT } else { (check.timeout + Duration::from_secs(1)).max(CONNECT_TIMEOUT) };
+        let (app_path, endpoint) = (app_path.to_owned(), ingress.endpoint.clone());
+        Some(Self { host, path, app_path, endpoint, limit, may_be_slow })
     }
 }
 
-/// What an app answers where it listens.
-async fn direct(proof: &Proof, address: Option<&Address>) -> Option<u16> {
-    let (host, path, limit) = (&proof.host, &proof.inside, proof.limit);
+/// The status of a request sent straight to the app.
+async fn direct_status(proof: &Proof, address: Option<&Address>) -> Option<u16> {
+    let (host, path, limit) = (&proof.host, &proof.app_path, proof.limit);
     let answer = match address? {
         Address::Socket(socket) => probe::get_unix(Path::new(socket), host, path, limit).await,
         Address::Port(port) => probe::get_tcp(&format!("127.0.0.1:{port}"), host, path, limit).await,
@@ -153,7 +155,7 @@ async fn direct(proof: &Proof, address: Option<&Address>) -> Option<u16> {
     Some(answer.ok()?.status)
 }
 
-/// What to do about an error of nginx that many will meet.
+/// What to do about a common error of nginx.
 fn hint(error: &str) -> &'static str {
     if error.contains("duplicate default server") {
         " (another site is the default server: remove it, on Debian `/etc/nginx/sites-enabled/default`, or set `nginx.default_server` to false)"
@@ -168,22 +170,22 @@ impl From<io::Error> for NginxError {
     }
 }
 
-/// How nginx is found.
+/// Where nginx is.
 #[derive(Debug, Clone)]
 pub struct NginxConfig {
     /// Its main file.
     pub conf: PathBuf,
-    /// Where its pid file is, unless its main file says.
+    /// Its pid file, unless the main file names one.
     pub pid: PathBuf,
     /// Where the agent reaches it, `address:port`.
     pub address: String,
-    /// The group its workers run as, if that cannot be seen.
+    /// The group of its workers, if it cannot be detected.
     pub group: Option<u32>,
-    /// What is in its text.
+    /// What its configuration contains.
     pub settings: Settings,
 }
 
-/// One nginx, and the sets that were made for it.
+/// One nginx, and the sets rendered for it.
 pub struct Nginx {
     server: Box<dyn Server>,
     config: NginxConfig,
@@ -191,7 +193,7 @@ pub struct Nginx {
     clock: Arc<Clock>,
     renderer: Mutex<Option<(String, Renderer)>>,
     master: AtomicI32,
-    /// The group that workers last had; negative before the first.
+    /// The last known group of the workers; negative before the first.
     group: AtomicI64,
 }
 
@@ -207,7 +209,7 @@ pub struct Published {
 }
 
 impl Nginx {
-    /// Nothing is done yet.
+    /// Does no I/O.
     pub fn new(server: Box<dyn Server>, config: NginxConfig, layout: Layout, clock: Arc<Clock>) -> Self {
         Self {
             server,
@@ -220,11 +222,11 @@ impl Nginx {
         }
     }
 
-    /// What nginx serves, and what it is meant to.
+    /// What nginx serves, and what is live on disk.
     pub async fn observe(&self) -> ObservedProxy {
-        let (live, published, drifted) = match self.manifest() {
+        let (live, published, drifted) = match self.live_set() {
             Ok(Some((saved, drifted))) => {
-                (Some(self.timed(saved.manifest)), self.clock.steady(saved.published), drifted)
+                (Some(self.with_monotonic_times(saved.manifest)), self.clock.to_monotonic(saved.published), drifted)
             }
             Ok(None) => (None, Timestamp::default(), false),
             Err(e) => {
@@ -232,9 +234,9 @@ impl Nginx {
             }
         };
         let serving = self.serving().await;
-        let (templates, trouble) = match self.current_basis().await {
+        let (templates, trouble) = match self.read_basis().await {
             Ok(basis) => (basis, None),
-            // What the texts depend on is not known now, so what is live stays as it is.
+            // The basis of the texts is unknown now, so the live set stays.
             Err(e) => (live.as_ref().map(|m| m.templates.clone()).unwrap_or_default(), Some(e.to_string())),
         };
         ObservedProxy {
@@ -246,40 +248,40 @@ impl Nginx {
             unreadable: false,
             templates,
             old_workers: self.old_workers().await.ok(),
-            workers_since: self.workers_since(),
+            workers_since: self.workers_since(published),
             changing: false,
         }
     }
 
-    /// What texts would be made with now, beside the apps.
-    async fn current_basis(&self) -> Result<String, NginxError> {
+    /// The current basis of all texts, apart from the apps.
+    async fn read_basis(&self) -> Result<String, NginxError> {
         let root = self.server.root().await?;
         let tree = set::survey(self, &root)?;
         self.with_renderer(|renderer| self.basis(renderer, &tree)).await
     }
 
-    /// Stands for everything that texts are made with, beside the apps: templates, settings, and what the host's own files
-    /// set already.
+    /// A fingerprint of everything that texts depend on apart from the apps: templates, settings, and directives of the
+    /// host's own files.
     fn basis(&self, renderer: &Renderer, tree: &Tree) -> String {
         let settings = tree.settings.keys().map(|name| format!("+{name}"));
         format!("{}{}", renderer.fingerprint(), settings.collect::<String>())
     }
 
-    /// A manifest with its times by the clock that nobody sets.
-    fn timed(&self, mut manifest: Manifest) -> Manifest {
+    /// A manifest with its times on the monotonic clock.
+    fn with_monotonic_times(&self, mut manifest: Manifest) -> Manifest {
         let changed = manifest.changed.values_mut();
         let refused = manifest.rejected.values_mut().map(|r| &mut r.at);
-        changed.chain(refused).for_each(|at| *at = self.clock.steady(*at));
+        changed.chain(refused).for_each(|at| *at = self.clock.to_monotonic(*at));
         manifest
     }
 
-    /// Workers that serve, or may serve, an older set than the live one.
+    /// Counts workers that serve, or may serve, an older set than the live one.
     ///
     /// # Errors
     /// If nginx does not run.
     pub async fn old_workers(&self) -> Result<usize, NginxError> {
-        let published = self.saved()?.map(|saved| saved.published).unwrap_or_default();
-        let age = self.clock.now().since(self.clock.steady(published));
+        let published = self.read_manifest()?.map(|saved| saved.published).unwrap_or_default();
+        let age = self.clock.now().since(self.clock.to_monotonic(published));
         Ok(server::old_workers(self.master().await?, age)?)
     }
 
@@ -295,7 +297,7 @@ impl Nginx {
         Ok(master)
     }
 
-    /// Whether nginx's files lead to demae's. One that runs may have been started before that.
+    /// Checks that nginx's configuration includes demae's. A running nginx may have been started before that.
     ///
     /// # Errors
     /// If they do not, or cannot be read.
@@ -304,14 +306,16 @@ impl Nginx {
         Ok(stage::check_include(&root, &self.config.conf, &self.layout.nginx_live())?)
     }
 
-    /// Since when there are workers that take new requests; now if there are none.
-    fn workers_since(&self) -> Timestamp {
+    /// Since when workers serve the set published at that time, if they do: the start of the oldest such worker, or of
+    /// the oldest of all; now if there is none.
+    fn workers_since(&self, published: Timestamp) -> Timestamp {
         let now = self.clock.now();
-        let age = self.known_master().and_then(server::oldest_worker).unwrap_or_default();
+        let oldest = |master| server::oldest_worker(master, now.since(published));
+        let age = self.known_master().and_then(oldest).unwrap_or_default();
         Timestamp::from_millis(now.as_millis() - i64::try_from(age.as_millis()).unwrap_or(0))
     }
 
-    /// The version of the program.
+    /// The version of the binary.
     ///
     /// # Errors
     /// If it cannot be run.
@@ -320,10 +324,10 @@ impl Nginx {
         Ok(version(&text))
     }
 
-    /// The master process that was last seen, without looking again.
+    /// The last known master process, if it still runs.
     pub fn known_master(&self) -> Option<i32> {
         let pid = self.master.load(Ordering::Relaxed);
-        (pid > 0 && server::runs(pid)).then_some(pid)
+        (pid > 0 && server::is_running(pid)).then_some(pid)
     }
 
     /// The group that may connect to sockets: that of nginx's workers.
@@ -340,21 +344,21 @@ impl Nginx {
                 self.group.store(i64::from(group), Ordering::Relaxed);
                 Some(group)
             }
-            // While it is away, the workers of the next one are taken to have the group of the last one.
+            // While nginx is down, its next workers are assumed to have the same group.
             None => u32::try_from(self.group.load(Ordering::Relaxed)).ok(),
         }
     }
 
-    /// Makes a set of vhosts live, as far as nginx takes it, and proves it. A vhost that nginx refuses is left out, or
-    /// stays as it was; all others go on.
+    /// Publishes a set of vhosts, as far as nginx accepts it, and proves it. A refused vhost is left out, or keeps its
+    /// last good text; all others go on.
     ///
     /// # Errors
-    /// If nothing could be made live, or no worker answers with it.
+    /// If nothing could be published, or no worker answers with it.
     pub async fn publish(&self, wanted: &BTreeMap<AppName, Vhost>) -> Result<Published, NginxError> {
-        let mut slot = self.renderer.lock().await;
-        self.fill(&mut slot).await?;
-        let Some((_, renderer)) = slot.as_ref() else { return Err(NginxError::Template("no templates".into())) };
-        let live = self.manifest()?;
+        let mut cached = self.renderer.lock().await;
+        self.load_renderer(&mut cached).await?;
+        let Some((_, renderer)) = cached.as_ref() else { return Err(NginxError::Template("no templates".into())) };
+        let live = self.live_set()?;
         let unchanged = live.as_ref().is_some_and(|(_, drifted)| !drifted);
         let saved = live.map(|(saved, _)| saved);
         let old = saved.as_ref().map(|saved| saved.manifest.clone()).unwrap_or_default();
@@ -363,10 +367,12 @@ impl Nginx {
             None => Parts::new(),
         };
         let served = self.serving().await.ok();
-        // Never a number that was used: workers of another set would answer with it.
-        let used = self.sets()?.into_iter().chain(served).max().unwrap_or(0);
+        // Never reuse a number: workers of another set would answer with it.
+        let used = self.generations()?.into_iter().chain(served).max().unwrap_or(0);
         let generation = old.generation.max(used) + 1;
-        let old_served_since = (served == Some(old.generation)).then(|| self.clock.wall(self.workers_since()));
+        let published = saved.as_ref().map(|saved| self.clock.to_monotonic(saved.published)).unwrap_or_default();
+        let is_served = served == Some(old.generation);
+        let old_served_since = is_served.then(|| self.clock.wall(self.workers_since(published)));
         let root = self.server.root().await?;
         let tree = set::survey(self, &root)?;
         let lost: BTreeSet<String> = old.own_templates.difference(renderer.present()).cloned().collect();
@@ -378,18 +384,18 @@ impl Nginx {
             last_good: &last_good,
             root: &root,
             tree: &tree,
-            lost: &lost,
+            lost_templates: &lost,
         };
-        let chosen = set.choose(wanted).await?;
-        let told: BTreeMap<AppName, String> =
-            chosen.rejected.iter().map(|(app, r)| (app.clone(), r.error.clone())).collect();
-        let vhosts = chosen.vhosts();
-        // One that is gone is remembered for as long as anything is served by it.
+        let selected = set.select(wanted).await?;
+        let refusals: BTreeMap<AppName, String> =
+            selected.rejected.iter().map(|(app, r)| (app.clone(), r.error.clone())).collect();
+        let vhosts = selected.vhosts();
+        // A lost template is recorded for as long as an app is served with it.
         let in_use = |name: &String| vhosts.values().flat_map(Vhost::all).any(|v| Renderer::template_of(v) == name);
         let lost = lost.iter().filter(|name| in_use(name)).cloned();
         let manifest = Manifest {
             generation,
-            rejected: chosen.rejected.clone(),
+            rejected: selected.rejected.clone(),
             templates: self.basis(renderer, &tree),
             own_templates: renderer.own().iter().cloned().chain(lost).collect(),
             vhosts,
@@ -397,60 +403,60 @@ impl Nginx {
         };
         if let Some(saved) = saved
             && unchanged
-            && chosen.is_as_in(&saved.files)
+            && selected.matches_digests(&saved.files)
             && manifest.vhosts == old.vhosts
         {
-            // Only what was refused is new, or how the same text is made: nothing for nginx to load.
+            // Only the refusals or the basis changed: nothing for nginx to load.
             let Manifest { rejected, templates, own_templates, .. } = manifest;
             let manifest = Manifest { rejected, templates, own_templates, ..saved.manifest.clone() };
-            self.keep_manifest(&Saved { manifest, ..saved })?;
-            return Ok(Published { generation: old.generation, reloaded: false, rejected: told });
+            self.rewrite_manifest(&Saved { manifest, ..saved })?;
+            return Ok(Published { generation: old.generation, reloaded: false, rejected: refusals });
         }
-        set.write(&chosen, manifest, old_served_since)?;
+        set.write(&selected, manifest, old_served_since)?;
         files::symlink(&PathBuf::from(format!("{generation}.set")), &self.layout.nginx_live())?;
         self.sweep(generation);
-        self.reload_to(generation).await?;
-        Ok(Published { generation, reloaded: true, rejected: told })
+        self.reload_and_prove(generation).await?;
+        Ok(Published { generation, reloaded: true, rejected: refusals })
     }
 
-    /// Tells nginx to load the live set, and proves that it did.
+    /// Reloads nginx with the live set, and proves it.
     ///
     /// # Errors
     /// If nginx does not run, or no worker answers with the live set.
     pub async fn reload(&self) -> Result<u64, NginxError> {
-        let Some(saved) = self.saved()? else {
+        let Some(saved) = self.read_manifest()? else {
             return Err(NginxError::NotRunning("there is no live configuration".into()));
         };
         let generation = saved.manifest.generation;
         let root = self.server.root().await?;
         self.test(&root, &self.layout.nginx_generation(generation)).await?.map_err(NginxError::Broken)?;
-        self.reload_to(generation).await?;
+        self.reload_and_prove(generation).await?;
         Ok(generation)
     }
 
-    async fn reload_to(&self, generation: u64) -> Result<(), NginxError> {
+    async fn reload_and_prove(&self, generation: u64) -> Result<(), NginxError> {
         let master = self.master().await?;
         let before = server::workers(master)?;
         self.server.reload(master).await?;
         failpoint::boundary("reloaded");
         self.prove(generation).await?;
-        // The master lets old workers take connections for another 100 ms. Whoever asks nginx after this asks new ones.
-        let until = Instant::now() + PROOF;
+        // Old workers accept connections for another 100 ms. After this wait every request reaches new ones.
+        let until = Instant::now() + PROOF_TIMEOUT;
         while Instant::now() < until && server::workers(master)?.iter().any(|pid| before.contains(pid)) {
-            tokio::time::sleep(ASK_AGAIN).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
 
-    /// Asks an app through nginx, as a client would, until it answers or the time is over. Whatever the app says is an
-    /// answer: whether it is well is asked of itself, and rules of a template may stand before it here. A 502 or a 504 may
-    /// be nginx's or its own; the app, asked at `address`, tells which.
+    /// Requests an app through nginx, as a client would, until it answers or the time is over. Any status from the app
+    /// will do: its health is probed directly, and a template may have rules in front of it. A 502 or a 504 may come
+    /// from nginx or from the app; a direct request to `address` tells which.
     ///
     /// # Errors
-    /// [`NginxError::NoAnswer`] if nginx gets no answer of the app; another one if nothing can be said about the app.
-    pub async fn ask_app(&self, proof: &Proof, address: Option<&Address>) -> Result<(), NginxError> {
+    /// [`NginxError::NoAnswer`] if nginx gets no response from the app; any other error is inconclusive.
+    pub async fn probe_app(&self, proof: &Proof, address: Option<&Address>) -> Result<(), NginxError> {
         let Proof { host, path, limit, .. } = proof;
-        let until = Instant::now() + REPEATED;
+        let until = Instant::now() + RETRY_PERIOD;
         // A template may limit the rate of requests.
         let mut pause = Duration::from_millis(10);
         loop {
@@ -459,10 +465,12 @@ impl Nginx {
                 Ok(answer) if answer.unknown_host => {
                     NginxError::Inconclusive(format!("nginx at {} does not know host `{host}`", self.config.address))
                 }
-                Ok(probe::Answer { status: 502, .. }) if direct(proof, address).await == Some(502) => return Ok(()),
-                // nginx has connected, and waits for less long than the health check does, or than anybody said.
+                Ok(probe::Answer { status: 502, .. }) if direct_status(proof, address).await == Some(502) => {
+                    return Ok(());
+                }
+                // nginx has connected; its read timeout is shorter than the health check's, or no limit is known.
                 Ok(probe::Answer { status: 504, .. })
-                    if proof.may_be_slow || direct(proof, address).await.is_some() =>
+                    if proof.may_be_slow || direct_status(proof, address).await.is_some() =>
                 {
                     return Ok(());
                 }
@@ -473,7 +481,7 @@ impl Nginx {
                     NginxError::NoAnswer(format!("`GET {path}` for host `{host}` is answered with status 502"))
                 }
                 Ok(_) => return Ok(()),
-                // nginx answers 502 or 504 itself when it cannot connect. So the app has the request, and takes its time.
+                // nginx answers 502 or 504 itself when it cannot connect. So the app has the request and is slow.
                 Err(_) if began.elapsed() >= *limit && proof.may_be_slow => return Ok(()),
                 Err(e) => NginxError::Inconclusive(format!(
                     "`GET {path}` for host `{host}` through nginx at {}: {e}",
@@ -481,7 +489,7 @@ impl Nginx {
                 )),
             };
             if Instant::now() >= until {
-                // An nginx that answers nobody says nothing about the app.
+                // If nginx answers no request at all, nothing is known about the app.
                 return Err(match self.serving().await {
                     Ok(_) => error,
                     Err(e) => NginxError::NotRunning(e),
@@ -500,10 +508,10 @@ impl Nginx {
         number.ok_or_else(|| format!("nginx at {} does not serve demae's files", self.config.address))
     }
 
-    /// After the reload old workers keep taking connections for a moment, so one answer of an old one proves nothing,
-    /// and one of a new one everything.
+    /// Old workers accept connections for a moment after a reload: a response of an old one proves nothing, one of a
+    /// new one is proof.
     async fn prove(&self, generation: u64) -> Result<(), NginxError> {
-        let until = Instant::now() + PROOF;
+        let until = Instant::now() + PROOF_TIMEOUT;
         loop {
             let last = match self.serving().await {
                 Ok(found) if found == generation => return Ok(()),
@@ -513,27 +521,27 @@ impl Nginx {
             if Instant::now() >= until {
                 return Err(NginxError::NotProven { generation, last });
             }
-            tokio::time::sleep(ASK_AGAIN).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
-    /// Writes what the live set says of itself anew. Its files stay as they are.
-    fn keep_manifest(&self, saved: &Saved) -> Result<(), NginxError> {
+    /// Rewrites the manifest of the live set. Its other files stay as they are.
+    fn rewrite_manifest(&self, saved: &Saved) -> Result<(), NginxError> {
         let json = serde_json::to_vec_pretty(saved).map_err(|e| NginxError::Template(e.to_string()))?;
         Ok(files::write(&self.layout.nginx_live().join(MANIFEST), &json, 0o644)?)
     }
 
-    /// What the live set says of itself.
-    fn saved(&self) -> Result<Option<Saved>, FileError> {
+    /// The manifest of the live set.
+    fn read_manifest(&self) -> Result<Option<Saved>, FileError> {
         let path = self.layout.nginx_live().join(MANIFEST);
         let Some(text) = files::read(&path)? else { return Ok(None) };
         serde_json::from_slice(&text).map(Some).map_err(|e| FileError::not_ours(&path, e.into()))
     }
 
-    /// The live set, and whether its files are not as they were written.
-    fn manifest(&self) -> Result<Option<(Saved, bool)>, FileError> {
+    /// The manifest of the live set, and whether its files drifted.
+    fn live_set(&self) -> Result<Option<(Saved, bool)>, FileError> {
         let live = self.layout.nginx_live();
-        let Some(saved) = self.saved()? else { return Ok(None) };
+        let Some(saved) = self.read_manifest()? else { return Ok(None) };
         let mut drifted = false;
         for (file, digest) in &saved.files {
             drifted |= files::read(&live.join(file))?.map(|t| digest_of(&t)).as_ref() != Some(digest);
@@ -543,45 +551,46 @@ impl Nginx {
         Ok(Some((saved, drifted)))
     }
 
-    /// Runs `nginx -t` on nginx's own tree with a set in the place of the live one: what it warns of, or why it refuses it.
+    /// Runs `nginx -t` on nginx's own tree with a set in place of the live one: its warnings, or its error.
     async fn test(&self, root: &Path, set: &Path) -> Result<Result<Vec<String>, String>, NginxError> {
         let test = self.layout.nginx_test();
         let (main, _) = stage::stage(root, &self.config.conf, &self.layout.nginx_live(), set, &test)?;
-        let (fine, text) =
+        let (ok, text) =
             self.server.run(vec!["-t".into(), "-q".into(), "-c".into(), main.display().to_string()]).await?;
         files::remove_dir(&test)?;
         let warnings = || text.lines().filter(|line| line.contains("[warn]")).map(str::to_owned).collect();
-        Ok(if fine { Ok(warnings()) } else { Err(emergency(&text)) })
+        Ok(if ok { Ok(warnings()) } else { Err(error_line(&text)) })
     }
 
     async fn with_renderer<T>(&self, read: impl FnOnce(&Renderer) -> T) -> Result<T, NginxError> {
-        let mut slot = self.renderer.lock().await;
-        self.fill(&mut slot).await?;
-        slot.as_ref().map(|(_, r)| read(r)).ok_or_else(|| NginxError::Template("no templates".into()))
+        let mut cached = self.renderer.lock().await;
+        self.load_renderer(&mut cached).await?;
+        cached.as_ref().map(|(_, r)| read(r)).ok_or_else(|| NginxError::Template("no templates".into()))
     }
 
-    /// Reads templates and version again if either may have changed: nginx was started anew, or a file was.
-    async fn fill(&self, slot: &mut Option<(String, Renderer)>) -> Result<(), NginxError> {
+    /// Reloads templates and version if either may have changed: nginx was restarted, or a file was written.
+    async fn load_renderer(&self, cached: &mut Option<(String, Renderer)>) -> Result<(), NginxError> {
         let templates = self.config.settings.templates.as_deref();
-        let changes = templates.map(changes).transpose().map_err(NginxError::Templates)?;
-        let state = format!("{:?} {changes:?}", self.known_master());
-        if slot.as_ref().is_none_or(|(known, _)| *known != state) {
+        let mtimes = templates.map(mtimes).transpose().map_err(NginxError::Templates)?;
+        let state = format!("{:?} {mtimes:?}", self.known_master());
+        if cached.as_ref().is_none_or(|(known, _)| *known != state) {
             let (_, text) = self.server.run(vec!["-v".into()]).await?;
             let renderer = Renderer::new(self.config.settings.clone(), version(&text));
-            *slot = Some((state, renderer.map_err(NginxError::Templates)?));
+            *cached = Some((state, renderer.map_err(NginxError::Templates)?));
         }
         Ok(())
     }
 
-    /// The numbers of all sets on disk.
-    fn sets(&self) -> Result<Vec<u64>, FileError> {
+    /// The generations of all sets on disk.
+    fn generations(&self) -> Result<Vec<u64>, FileError> {
         let names = files::list(&self.layout.nginx())?;
         Ok(names.iter().filter_map(|name| name.strip_suffix(".set")?.parse().ok()).collect())
     }
 
-    /// Removes sets that are neither live nor the one before.
+    /// Removes all sets except the live and the previous one.
     fn sweep(&self, generation: u64) {
-        for name in files::list(&self.layout.nginx()).unwrap_or_default() {
+        // What is left behind is swept the next time.
+        for name in files::list(&self.layout.nginx()).into_iter().flatten() {
             let number = name.strip_suffix(".set").and_then(|n| n.parse::<u64>().ok());
             if number.is_some_and(|n| n + 1 < generation || n > generation)
                 && let Err(e) = files::remove_dir(&self.layout.nginx().join(&name))
@@ -592,30 +601,29 @@ impl Nginx {
     }
 }
 
-/// The files of a directory, and when each was written; nothing where one cannot be looked at, which is told when it is
-/// read.
-fn changes(dir: &Path) -> Result<Vec<(String, Option<Timestamp>)>, FileError> {
+/// The files of a directory with their mtimes; `None` if one cannot be read, which is reported when it is read.
+fn mtimes(dir: &Path) -> Result<Vec<(String, Option<Timestamp>)>, FileError> {
     let written =
         |name: &String| std::fs::metadata(dir.join(name)).and_then(|m| m.modified()).map(Timestamp::from_system);
     Ok(files::list(dir)?.into_iter().map(|name| (name.clone(), written(&name).ok())).collect())
 }
 
-/// The line that says why, of what `nginx -t` prints.
-fn emergency(text: &str) -> String {
+/// The error line in the output of `nginx -t`.
+fn error_line(text: &str) -> String {
     let line = text.lines().find(|l| l.contains("[emerg]")).or_else(|| text.lines().find(|l| !l.trim().is_empty()));
-    let line = line.unwrap_or("it says nothing").trim();
+    let line = line.unwrap_or("no output").trim();
     // Some lines carry the time and the process: `2026/01/31 12:00:00 [emerg] 1#1: what it is about`.
     match line.split_once("[emerg]") {
         Some((_, rest)) => {
             let rest = rest.trim();
             let numbered = rest.split_once(": ").filter(|(n, _)| n.bytes().all(|b| b.is_ascii_digit() || b == b'#'));
-            bounded(format!("[emerg] {}", numbered.map_or(rest, |(_, text)| text)), MOST_ERROR)
+            bounded(format!("[emerg] {}", numbered.map_or(rest, |(_, text)| text)), MAX_ERROR)
         }
-        None => bounded(line.strip_prefix("nginx: ").unwrap_or(line), MOST_ERROR),
+        None => bounded(line.strip_prefix("nginx: ").unwrap_or(line), MAX_ERROR),
     }
 }
 
-/// `nginx version: nginx/1.22.1`; the oldest there is if it cannot be read.
+/// Parses `nginx version: nginx/1.22.1`; zeros if it cannot be parsed.
 fn version(text: &str) -> (u32, u32, u32) {
     let numbers = text.split("nginx/").nth(1).unwrap_or_default();
     let mut parts = numbers.split(|c: char| !c.is_ascii_digit()).map(|p| p.parse().unwrap_or(0));
@@ -633,7 +641,7 @@ mod tests {
         assert_eq!(version("nginx version: nginx/1.27.4 (Ubuntu)"), (1, 27, 4));
         let text = "nginx: [warn] x\nnginx: [emerg] unknown directive \"y\" in /a:1\nnginx: test failed\n";
         let timed = "2026/11/21 20:01:11 [emerg] 29921#29921: open() failed in /a:1";
-        assert_eq!(emergency(timed), "[emerg] open() failed in /a:1");
-        assert_eq!(emergency(text), "[emerg] unknown directive \"y\" in /a:1");
+        assert_eq!(error_line(timed), "[emerg] open() failed in /a:1");
+        assert_eq!(error_line(text), "[emerg] unknown directive \"y\" in /a:1");
     }
 }

@@ -1,4 +1,4 @@
-//! From values to text for nginx. Only checked names and numbers get here, so nothing can be slipped in.
+//! Renders nginx configuration. Only checked names and numbers get here, so nothing can be injected.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,27 +21,27 @@ use crate::{
     },
 };
 
-/// The template of an app, unless the host has its own.
+/// The default template of an app.
 const DEFAULT: &str = include_str!("../../../deploy/nginx/default.conf.hbs");
-/// What every location of an app says; templates of a host include it as `{{> demae-proxy}}`.
+/// The directives of every location of an app; templates of a host include it as `{{> demae-proxy}}`.
 const PROXY: &str = include_str!("../../../deploy/nginx/proxy.conf.hbs");
-/// The locations of an app that lies below a path.
+/// The locations of an app below a path.
 const PATH: &str = include_str!("../../../deploy/nginx/path.conf.hbs");
-/// What is in each of them.
+/// The directives in each of them.
 const PATH_BODY: &str = include_str!("../../../deploy/nginx/path-body.conf.hbs");
-/// The template of what all apps share.
+/// The template of the shared file.
 const HOST: &str = include_str!("../../../deploy/nginx/host.conf.hbs");
-/// The virtual host that tells the generation. `.invalid` belongs to nobody, RFC 2606.
+/// The virtual host that answers with the generation. `.invalid` is reserved by RFC 2606.
 pub const PROBE_HOST: &str = "generation.demae.invalid";
-/// How a template's file ends.
+/// Suffix of template files.
 const SUFFIX: &str = ".conf.hbs";
-/// From this version on nginx keeps connections to upstreams unless told not to, and knows `keepalive 0`: nginx 1.29.7,
-/// `ngx_http_upstream_keepalive_module.c`.
-const KEEPS_UPSTREAMS: (u32, u32, u32) = (1, 29, 7);
-/// From this version on nginx knows `keepalive_min_timeout`.
-const KNOWS_MIN_TIMEOUT: (u32, u32, u32) = (1, 27, 4);
+/// From this version on nginx keeps connections to upstreams unless configured otherwise, and knows `keepalive 0`:
+/// nginx 1.29.7, `ngx_http_upstream_keepalive_module.c`.
+const KEEPS_UPSTREAM_CONNECTIONS: (u32, u32, u32) = (1, 29, 7);
+/// The first nginx with `keepalive_min_timeout`.
+const HAS_MIN_TIMEOUT: (u32, u32, u32) = (1, 27, 4);
 
-/// Headers by which proxies speak to apps, beside those that are always set; and whether one of a trusted proxy is kept.
+/// Headers that proxies set for apps, besides those that are always set; and whether one of a trusted proxy is kept.
 /// `Proxy` becomes `HTTP_PROXY` in the environment of a CGI program; the last two replace the path in some frameworks.
 const FORWARDED: [(&str, bool); 9] = [
     ("Forwarded", true),
@@ -55,36 +55,36 @@ const FORWARDED: [(&str, bool); 9] = [
     ("X-Rewrite-URL", false),
 ];
 
-/// How clients' connections are treated, so that none is lost to a reload.
+/// Keep-alive of clients, so that no request is lost to a reload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Profile {
     /// As nginx ships, with `keepalive_min_timeout` where nginx knows it.
     #[default]
     Default,
-    /// No keep-alive: nothing is lost on any version, at the price of a handshake for each request.
+    /// No keep-alive: no request is lost on any version, at the price of a handshake for each.
     Strict,
 }
 
 impl Profile {
-    /// Whether connections of clients are kept.
+    /// Whether client connections are kept alive.
     pub fn is_default(self) -> bool {
         self == Self::Default
     }
 }
 
-/// What an operator of a host decides about nginx's text.
+/// What the operator of a host configures.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Values of `listen`, each for every virtual host.
+    /// Values of `listen` for every virtual host.
     pub listen: Vec<String>,
-    /// Whether ours is the default server.
+    /// Whether demae's server is the default server.
     pub default_server: bool,
-    /// How clients' connections are treated.
+    /// Keep-alive of clients.
     pub profile: Profile,
     /// A directory with templates of this host.
     pub templates: Option<PathBuf>,
-    /// Addresses and networks of proxies in front of this nginx, whose forwarded headers are believed.
+    /// Addresses and networks of trusted proxies in front of this nginx, whose forwarded headers are kept.
     pub trusted: Vec<String>,
 }
 
@@ -126,32 +126,32 @@ struct AppView<'a> {
     uri: &'static str,
 }
 
-/// Host names that are served alike.
+/// Host names with the same server.
 #[derive(Serialize)]
 struct Site {
     names: String,
-    /// The files with locations of other apps below these hosts, as nginx's `include` takes it.
+    /// Pattern of the files with locations of other apps below these hosts, for nginx's `include`.
     paths: Option<String>,
 }
 
-/// A header that is not passed on from clients.
+/// A header that is not passed through from clients.
 #[derive(Serialize)]
 struct Header {
     name: &'static str,
-    /// What the app gets.
+    /// The value that the app gets.
     value: String,
-    /// nginx's variable of what came, if a trusted proxy may set it.
+    /// nginx's variable of the received header, if a trusted proxy may set it.
     kept: Option<String>,
 }
 
-/// A further try of a request that reached no instance.
+/// A retry of a request that reached no instance.
 #[derive(Serialize)]
 struct Retry {
     name: &'static str,
     then: Option<&'static str>,
 }
 
-/// Who else is below the hosts of an app: what its text depends on beside itself.
+/// Which hosts have apps at their root and below paths: an app's text depends on it.
 #[derive(Debug, Default, Clone)]
 pub struct Neighbours {
     /// Hosts with an app below a path.
@@ -161,7 +161,7 @@ pub struct Neighbours {
 }
 
 impl Neighbours {
-    /// Of a set of vhosts.
+    /// Collected from vhosts.
     pub fn of<'v>(vhosts: impl IntoIterator<Item = &'v Vhost>) -> Self {
         let mut found = Self::default();
         for vhost in vhosts.into_iter().flat_map(Vhost::all) {
@@ -172,7 +172,7 @@ impl Neighbours {
     }
 }
 
-/// The templates of a host, read.
+/// The loaded templates of a host.
 pub struct Renderer {
     handlebars: Handlebars<'static>,
     settings: Settings,
@@ -185,10 +185,10 @@ pub struct Renderer {
 }
 
 impl Renderer {
-    /// Reads the templates. One that is broken breaks the apps that use it, and no others.
+    /// Loads the templates. A broken one breaks only the apps that use it.
     ///
     /// # Errors
-    /// If the directory is there and cannot be read: what is in it is not known then.
+    /// If the directory exists and cannot be read: its templates are unknown then.
     pub fn new(settings: Settings, nginx_version: (u32, u32, u32)) -> Result<Self, FileError> {
         let mut texts = BTreeMap::from([
             ("default".to_owned(), Ok(DEFAULT.to_owned())),
@@ -196,7 +196,7 @@ impl Renderer {
             ("demae-path".to_owned(), Ok(PATH_BODY.to_owned())),
         ]);
         let own = settings.templates.as_deref().map(read_templates).transpose()?.unwrap_or_default();
-        // An empty file stands for the template of demae's that has its name.
+        // An empty file means the built-in template of that name.
         let is_own = |text: &Result<String, String>| text.as_ref().map_or(true, |text| !text.trim().is_empty());
         let (own, empty): (BTreeMap<_, _>, BTreeMap<_, _>) = own.into_iter().partition(|(_, text)| is_own(text));
         let names: BTreeSet<String> = own.keys().cloned().collect();
@@ -205,11 +205,11 @@ impl Renderer {
             texts.insert(name, Err("the file is empty".to_owned()));
         }
         texts.extend(own);
-        let keepalive_min_timeout = nginx_version >= KNOWS_MIN_TIMEOUT;
-        let upstream_keepalive_off = nginx_version >= KEEPS_UPSTREAMS;
+        let keepalive_min_timeout = nginx_version >= HAS_MIN_TIMEOUT;
+        let upstream_keepalive_off = nginx_version >= KEEPS_UPSTREAM_CONNECTIONS;
         let mut digest = Sha256::new();
-        let given = (&settings.listen, settings.default_server, settings.profile, &settings.trusted);
-        digest.update(format!("{given:?} {keepalive_min_timeout} {upstream_keepalive_off} {HOST} {PATH}"));
+        let basis = (&settings.listen, settings.default_server, settings.profile, &settings.trusted);
+        digest.update(format!("{basis:?} {keepalive_min_timeout} {upstream_keepalive_off} {HOST} {PATH}"));
         let mut handlebars = Handlebars::new();
         handlebars.set_strict_mode(true);
         handlebars.register_escape_fn(handlebars::no_escape);
@@ -242,38 +242,38 @@ impl Renderer {
         })
     }
 
-    /// Stands for everything the text depends on, beside the apps.
+    /// A fingerprint of everything that the text depends on apart from the apps.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 
-    /// Names of the templates that are this host's own.
+    /// Names of this host's own templates.
     pub fn own(&self) -> &BTreeSet<String> {
         &self.own
     }
 
-    /// Names of the templates that this host has a file for, empty ones among them.
+    /// Names of the template files of this host, including empty ones.
     pub fn present(&self) -> &BTreeSet<String> {
         &self.present
     }
 
-    /// The template of an app, by name.
+    /// The name of an app's template.
     pub fn template_of(vhost: &Vhost) -> &str {
         vhost.template.as_ref().map_or("default", TemplateName::as_str)
     }
 
-    /// What is said of an app whose template is gone.
-    pub fn lost(&self, template: &str) -> String {
+    /// The error for an app whose template is gone.
+    pub fn lost_error(&self, template: &str) -> String {
         let dir = self.settings.templates.as_deref().unwrap_or(Path::new("")).display().to_string();
         let back = if template == "default" {
             "; put it back, or put an empty file there to go back to demae's own"
         } else {
             "; put it back, or name another one in the spec"
         };
-        format!("template `{dir}/{template}{SUFFIX}`, by which it is served, is not there any more{back}")
+        format!("template `{dir}/{template}{SUFFIX}`, by which it is served, is missing{back}")
     }
 
-    /// The part that all apps share. `taken` are directives that the host's own files set already.
+    /// The shared file. `taken` are directives that the host's own files set already.
     pub fn host(
         &self,
         generation: u64,
@@ -284,13 +284,13 @@ impl Renderer {
         let names = || vhosts.iter().flat_map(|v| v.all()).flat_map(|v| &v.hosts);
         let longest = names().map(|h| h.as_str().len()).max().unwrap_or(0).max(PROBE_HOST.len());
         let count = names().count() + 2;
-        // nginx's own default of 64 holds names of up to 46 characters; 512 holds the longest there can be.
+        // nginx's default of 64 holds names of up to 46 characters; 512 holds the longest possible name.
         let bucket = (longest > 40).then_some(if longest > 100 { 512 } else { 128 });
         let max_size = (count > 400).then(|| (count * 4).next_power_of_two());
         let free = |name: &str| !taken.contains_key(name);
-        let around = Neighbours::of(vhosts.iter().copied());
-        let rootless = around.with_paths.difference(&around.with_root);
-        let has_catch_all = around.with_root.iter().any(VirtualHost::is_catch_all);
+        let neighbours = Neighbours::of(vhosts.iter().copied());
+        let rootless = neighbours.with_paths.difference(&neighbours.with_root);
+        let has_catch_all = neighbours.with_root.iter().any(VirtualHost::is_catch_all);
         let view = HostView {
             generation,
             listen: &self.settings.listen,
@@ -305,33 +305,33 @@ impl Renderer {
         self.handlebars.render(" host", &view).map_err(|e| e.to_string())
     }
 
-    /// The files of one app, by name.
+    /// Renders the files of one app, by name.
     ///
     /// # Errors
-    /// If its template is broken, or not there, or cannot serve what is wanted.
+    /// If its template is broken or missing, or cannot serve the vhost.
     pub fn app(
         &self,
         app: &AppName,
         vhost: &Vhost,
-        around: &Neighbours,
+        neighbours: &Neighbours,
         layout: &Layout,
     ) -> Result<BTreeMap<String, Vec<u8>>, String> {
         let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
-        for (number, one) in vhost.all().enumerate() {
-            for (name, text) in self.one(app, number, one, around, layout)? {
+        for (number, ingress) in vhost.all().enumerate() {
+            for (name, text) in self.ingress_files(app, number, ingress, neighbours, layout)? {
                 files.entry(name).or_default().extend(text);
             }
         }
         Ok(files)
     }
 
-    /// The files of one of the ways into an app. Each has an upstream of its own, named by its number after the first.
-    fn one(
+    /// Renders the files of one ingress of an app. Each has its own upstream, with a number from the second on.
+    fn ingress_files(
         &self,
         app: &AppName,
         number: usize,
         vhost: &Vhost,
-        around: &Neighbours,
+        neighbours: &Neighbours,
         layout: &Layout,
     ) -> Result<BTreeMap<String, Vec<u8>>, String> {
         let name = Self::template_of(vhost);
@@ -352,27 +352,27 @@ impl Renderer {
             }
             Upstreams::Ports(ports) => ports.iter().map(|port| format!("127.0.0.1:{port}")).collect(),
         };
-        let named: Vec<&VirtualHost> = vhost.hosts.iter().collect();
+        let hosts: Vec<&VirtualHost> = vhost.hosts.iter().collect();
         let (shared, plain): (Vec<&VirtualHost>, Vec<&VirtualHost>) =
-            named.iter().partition(|host| around.with_paths.contains(**host));
+            hosts.iter().partition(|host| neighbours.with_paths.contains(**host));
         let plain = if plain.is_empty() { None } else { Some(site(&plain, None)) };
         let shared = shared.into_iter().map(|host| site(&[host], Some(layout)));
-        // Below a path, its locations are in the servers of its hosts.
+        // Below a path its locations are in the servers of its hosts.
         let sites = if vhost.path.is_some() { Vec::new() } else { plain.into_iter().chain(shared).collect() };
         let default = if catch_all { " default_server" } else { "" };
         let path = vhost.path.as_ref().map_or("", UrlPath::as_str);
-        // What is not kept in a buffer cannot be sent twice.
+        // A request that is not buffered cannot be retried.
         let retries = if servers.len() > 1 && vhost.request_buffering {
             vec![Retry { name: "next", then: Some("last") }, Retry { name: "last", then: None }]
         } else {
             Vec::new()
         };
         let prefix = Some(path).filter(|_| vhost.strip_path);
-        // No app has such a name, since names have no `_`.
-        let named_for = if number == 0 { app.to_string() } else { format!("{app}_{}", number + 1) };
+        // App names have no `_`, so this is not another app's.
+        let upstream_name = if number == 0 { app.to_string() } else { format!("{app}_{}", number + 1) };
         let view = AppView {
-            app: &named_for,
-            server_names: names(&named),
+            app: &upstream_name,
+            server_names: names(&hosts),
             hosts: vhost.hosts.iter().map(VirtualHost::as_str).collect(),
             servers,
             sites,
@@ -422,12 +422,12 @@ pub(super) fn file_of(app: &AppName) -> String {
     format!("app-{app}.conf")
 }
 
-/// The file with what an app has below a host; of all apps, as a pattern. It is no `.conf`, so that only the server of the
-/// host includes it.
+/// The file with the locations of an app below a host; a pattern for all apps without one. Not a `.conf`, so that only
+/// the server of the host includes it.
 fn path_file(host: &VirtualHost, app: Option<&AppName>) -> String {
     let host = host.as_str().replace('*', "_");
     let app = app.map_or("*", AppName::as_str);
-    // Neither name has this sign, so none of one host is taken for one of another.
+    // Neither name has an `@`, so files of two hosts are never confused.
     format!("path@{host}@{app}.loc")
 }
 
@@ -436,7 +436,7 @@ fn names(hosts: &[&VirtualHost]) -> String {
     hosts.iter().map(name).collect::<Vec<_>>().join(" ")
 }
 
-/// Host names that are served alike; with what other apps have below the first of them.
+/// Host names with the same server, and the locations of other apps below the first of them.
 fn site(hosts: &[&VirtualHost], shared: Option<&Layout>) -> Site {
     let pattern = |layout: &Layout| layout.nginx_live().join(path_file(hosts[0], None)).display().to_string();
     Site { names: names(hosts), paths: shared.map(pattern) }
@@ -454,7 +454,7 @@ fn read_templates(dir: &Path) -> Result<BTreeMap<String, Result<String, String>>
             Ok(Some(bytes)) => String::from_utf8(bytes).map_err(|e| {
                 format!("`{}` is not UTF-8 at byte {}", dir.join(&file).display(), e.utf8_error().valid_up_to())
             }),
-            // It went since the list.
+            // It was removed since the list.
             Ok(None) => continue,
             Err(e) => Err(chain(&e)),
         };
@@ -466,7 +466,6 @@ fn read_templates(dir: &Path) -> Result<BTreeMap<String, Result<String, String>>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::proxy::RESPONSE_HEADER_SIZE;
 
     fn settings() -> Settings {
         Settings {
@@ -483,19 +482,9 @@ mod tests {
     }
 
     fn vhost(upstreams: Upstreams, template: Option<&str>) -> Vhost {
-        Vhost {
-            hosts: vec!["web.example.com".try_into().expect("a host"), "*.web.example.com".try_into().expect("a host")],
-            upstreams,
-            template: template.map(|t| t.try_into().expect("a name")),
-            max_body_size: 1_048_576,
-            read_timeout: 60,
-            response_header_size: RESPONSE_HEADER_SIZE,
-            request_buffering: true,
-            path: None,
-            strip_path: false,
-            endpoint: None,
-            more: Vec::new(),
-        }
+        let hosts = ["web.example.com", "*.web.example.com"].map(|host| host.try_into().expect("a host"));
+        let template = template.map(|t| t.try_into().expect("a name"));
+        Vhost { template, max_body_size: 1_048_576, ..Vhost::plain(hosts.into(), upstreams) }
     }
 
     fn text(renderer: &Renderer, vhost: &Vhost) -> Result<String, String> {
@@ -524,17 +513,17 @@ mod tests {
     }
 
     #[test]
-    fn what_a_version_of_nginx_does_not_know_is_not_said() {
-        let said = |version| {
+    fn directives_unknown_to_the_nginx_version_are_omitted() {
+        let directives = |version| {
             let text = text(&renderer(version), &vhost(Upstreams::Slots(1), None)).expect("it renders");
             (text.contains("keepalive_min_timeout 10s;"), text.contains("    keepalive 0;"))
         };
-        assert_eq!(said((1, 22, 1)), (false, false));
-        assert_eq!(said((1, 27, 3)), (false, false));
-        assert_eq!(said((1, 27, 4)), (true, false));
-        assert_eq!(said((1, 29, 6)), (true, false), "it refuses the value 0");
-        assert_eq!(said((1, 29, 7)), (true, true), "it would keep connections to the instance from before");
-        assert_eq!(said((1, 30, 0)), (true, true));
+        assert_eq!(directives((1, 22, 1)), (false, false));
+        assert_eq!(directives((1, 27, 3)), (false, false));
+        assert_eq!(directives((1, 27, 4)), (true, false));
+        assert_eq!(directives((1, 29, 6)), (true, false), "it refuses the value 0");
+        assert_eq!(directives((1, 29, 7)), (true, true), "it would keep connections to the replaced instance");
+        assert_eq!(directives((1, 30, 0)), (true, true));
     }
 
     #[test]
@@ -549,7 +538,7 @@ mod tests {
     }
 
     #[test]
-    fn a_template_that_is_not_there_is_told() {
+    fn missing_template_is_an_error() {
         let error = text(&renderer((1, 22, 1)), &vhost(Upstreams::Slots(1), Some("gone")));
         assert_eq!(error, Err("this host has no template `gone`".to_owned()));
     }

@@ -1,4 +1,4 @@
-//! An nginx that runs: as a process of this machine, or in a container. All that differs between the two is here.
+//! A running nginx: a process of this machine, or in a container. All differences between the two are here.
 
 use std::{
     fs, io,
@@ -11,25 +11,25 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::host::docker::Docker;
 
-/// Longest time for `nginx -t`: 5,000 virtual hosts take a second.
-const TEST: Duration = Duration::from_secs(30);
+/// Timeout of `nginx -t`: 5,000 virtual hosts take a second.
+const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What can be asked of an nginx.
+/// Operations on an nginx.
 pub trait Server: Send + Sync {
     /// Runs nginx with arguments: whether it succeeded, and what it printed.
     fn run<'a>(&'a self, arguments: Vec<String>) -> BoxFuture<'a, io::Result<(bool, String)>>;
-    /// The master process, by its number on this machine.
+    /// The pid of the master process on this machine.
     fn master<'a>(&'a self, pid_file: &'a Path) -> BoxFuture<'a, io::Result<i32>>;
-    /// Tells the master to reload.
+    /// Signals the master to reload.
     fn reload<'a>(&'a self, master: i32) -> BoxFuture<'a, io::Result<()>>;
-    /// What its paths are relative to on this machine.
+    /// The root of its paths on this machine.
     fn root<'a>(&'a self) -> BoxFuture<'a, io::Result<PathBuf>>;
 }
 
-/// A process of this machine.
+/// An nginx that runs as a process of this machine.
 #[derive(Debug)]
 pub struct Local {
-    /// The program.
+    /// The binary.
     pub binary: String,
 }
 
@@ -39,7 +39,8 @@ impl Server for Local {
         Box::pin(async move {
             let mut command = tokio::process::Command::new(&self.binary);
             command.args(arguments).stdin(std::process::Stdio::null()).kill_on_drop(true);
-            let output = tokio::time::timeout(TEST, command.output()).await.map_err(|_| io::ErrorKind::TimedOut)??;
+            let output =
+                tokio::time::timeout(TEST_TIMEOUT, command.output()).await.map_err(|_| io::ErrorKind::TimedOut)??;
             let text = [output.stdout, output.stderr].concat();
             Ok((output.status.success(), String::from_utf8_lossy(&text).into_owned()))
         })
@@ -57,8 +58,8 @@ impl Server for Local {
                 .trim()
                 .parse()
                 .map_err(|_| io::Error::other(format!("`{}` holds no number", pid_file.display())))?;
-            // A stale file may name a process that is somebody else by now.
-            if is_nginx(pid) && runs(pid) {
+            // A stale file may hold the pid of another program.
+            if is_nginx(pid) && is_running(pid) {
                 return Ok(pid);
             }
             Err(io::Error::other(format!("nginx does not run: process {pid} of `{}` is not nginx", pid_file.display())))
@@ -77,14 +78,15 @@ impl Server for Local {
     }
 }
 
-/// In a container, whose first process is the master. The state directory must be mounted into it at the same path.
+/// An nginx in a container, whose first process is the master. The state directory must be mounted into it at the same
+/// path.
 #[derive(Debug)]
 pub struct Contained {
     /// The engine.
     pub docker: Docker,
     /// The container, by name.
     pub container: String,
-    /// The program inside.
+    /// The binary inside.
     pub binary: String,
 }
 
@@ -101,7 +103,7 @@ impl Server for Contained {
         Box::pin(async move {
             let pid = self.docker.pid_of(&self.container).await.map_err(io::Error::other)?;
             let pid = pid.ok_or_else(|| io::Error::other(format!("container `{}` does not run", self.container)))?;
-            // With an init process in front, nginx is its child.
+            // With an init process nginx is its child.
             if is_nginx(pid) {
                 return Ok(pid);
             }
@@ -127,13 +129,13 @@ impl Server for Contained {
     }
 }
 
-/// Whether a process is there, and has not ended: one that nobody has waited for is only a number.
-pub fn runs(pid: i32) -> bool {
+/// Whether a process runs. A zombie does not.
+pub fn is_running(pid: i32) -> bool {
     stat(pid, 3).is_some_and(|state| !matches!(state.as_str(), "Z" | "X"))
 }
 
-/// A field of what the kernel says of a process, numbered as in proc(5), from the third on: it is counted from the end of
-/// the name, which may hold blanks.
+/// A field of `/proc/<pid>/stat`, numbered from the third on as in proc(5). Counted from the end of the name, which may
+/// hold blanks.
 fn stat(pid: i32, field: usize) -> Option<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     text.rsplit_once(')')?.1.split_whitespace().nth(field - 3).map(str::to_owned)
@@ -145,29 +147,29 @@ fn children(pid: i32) -> io::Result<Vec<i32>> {
     Ok(text.split_whitespace().filter_map(|p| p.parse().ok()).collect())
 }
 
-/// How many workers of a master serve an older configuration than the one published so long ago: those that finish
-/// their last requests, and those that were started before it and may still take new ones. A reload does not end them
-/// at once, and an agent that was killed in the middle of one knows of no reload.
+/// Counts workers that serve a configuration older than the one published `published` ago: those that shut down, and
+/// those started before it that may still accept connections. A reload does not end them at once, and an agent that was
+/// killed during one knows of no reload.
 ///
 /// # Errors
-/// If they cannot be listed, which is not none.
+/// If they cannot be listed, which is not zero.
 pub fn old_workers(master: i32, published: Duration) -> io::Result<usize> {
     let is_old = |pid: &i32| is_leaving(*pid) || age(*pid).is_some_and(|age| age > published);
-    // After an upgrade of the program (SIGUSR2) the old master lives on as the parent of the new one, with its own workers.
-    let before = stat(master, 4).and_then(|parent| parent.parse().ok()).filter(|pid| is_nginx(*pid));
-    let theirs = match before {
-        Some(before) => children(before)?.iter().filter(|pid| **pid != master).count(),
+    // After a binary upgrade (SIGUSR2) the old master lives on as the parent of the new one, with its own workers.
+    let old_master = stat(master, 4).and_then(|parent| parent.parse().ok()).filter(|pid| is_nginx(*pid));
+    let of_old_master = match old_master {
+        Some(old_master) => children(old_master)?.iter().filter(|pid| **pid != master).count(),
         None => 0,
     };
-    Ok(theirs + children(master)?.iter().filter(|pid| is_old(pid)).count())
+    Ok(of_old_master + children(master)?.iter().filter(|pid| is_old(pid)).count())
 }
 
 fn is_nginx(pid: i32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "nginx")
 }
 
-/// How long a process has run, by the kernel's clock tick of 10 ms; rounded down, so that a worker is not taken for
-/// older than it is. Whatever becomes of the wall clock.
+/// The age of a process, by the kernel's clock tick of 10 ms; rounded down, so that no worker counts as older than it
+/// is. Independent of the wall clock.
 fn age(pid: i32) -> Option<Duration> {
     let ticks: u64 = stat(pid, 22)?.parse().ok()?;
     let uptime = fs::read_to_string("/proc/uptime").ok()?;
@@ -175,12 +177,14 @@ fn age(pid: i32) -> Option<Duration> {
     Some(uptime.saturating_sub(Duration::from_millis(ticks * 10 + 20)))
 }
 
-/// How long the oldest of the workers has run that take new connections.
-pub fn oldest_worker(master: i32) -> Option<Duration> {
-    workers(master).ok()?.into_iter().filter_map(age).max()
+/// The age of the oldest worker that accepts connections, of those started in the last `published` if there are any: for
+/// a moment after a reload the workers from before it accept connections, too.
+pub fn oldest_worker(master: i32, published: Duration) -> Option<Duration> {
+    let ages: Vec<Duration> = workers(master).ok()?.into_iter().filter_map(age).collect();
+    ages.iter().filter(|age| **age <= published).max().or_else(|| ages.iter().max()).copied()
 }
 
-/// Workers of a master that take new connections.
+/// Workers of a master that accept connections.
 ///
 /// # Errors
 /// If they cannot be listed.
@@ -192,16 +196,16 @@ fn is_leaving(pid: i32) -> bool {
     has_title(pid, "nginx: worker process is shutting down")
 }
 
-/// Whether a process says this first about itself.
+/// Whether the command line of a process begins with this title.
 fn has_title(pid: i32, title: &str) -> bool {
     fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(title.as_bytes()))
 }
 
-/// The group that workers run as, if one runs. One that was only just started still is who its master is: it takes its
-/// title when it has become somebody else (`ngx_worker_process_cycle`, src/os/unix/ngx_process_cycle.c).
+/// The group of the workers, if one runs. A worker that was just started still has its master's: it sets its title
+/// after it drops privileges (`ngx_worker_process_cycle`, src/os/unix/ngx_process_cycle.c).
 pub fn worker_group(master: i32) -> Option<u32> {
-    let has_begun = |pid: &i32| has_title(*pid, "nginx: worker process");
-    let worker = children(master).ok()?.into_iter().find(has_begun)?;
+    let is_worker = |pid: &i32| has_title(*pid, "nginx: worker process");
+    let worker = children(master).ok()?.into_iter().find(is_worker)?;
     let status = fs::read_to_string(format!("/proc/{worker}/status")).ok()?;
     let line = status.lines().find(|l| l.starts_with("Gid:"))?;
     line.split_whitespace().nth(2)?.parse().ok()

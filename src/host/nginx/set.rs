@@ -1,4 +1,4 @@
-//! A set of nginx files in the making: which texts nginx takes, and how that is found out.
+//! Builds a set of nginx files: finds out which texts nginx accepts.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,27 +20,28 @@ use crate::{
     },
 };
 
-/// The file of a set that all apps share.
+/// The shared file of a set.
 pub(super) const SHARED: &str = "00-demae.conf";
-/// Most bytes of a refusal that are kept and shown.
-const MOST_REASON: usize = 1000;
+/// Longest error of a refusal that is kept, in bytes.
+const MAX_REASON: usize = 1000;
 
-/// How many apps of one template are refused one by one, with one error, before what else is new of it is refused too.
-const MOST_OF_TEMPLATE: usize = 8;
+/// How many apps of one template are refused one by one with the same error before all other new ones of it are refused
+/// too.
+const MAX_PER_TEMPLATE: usize = 8;
 
-/// What lies in the directory of a set.
+/// The manifest file of a set.
 #[derive(serde::Serialize, serde::Deserialize)]
 pub(super) struct Saved {
-    /// What it is.
+    /// The manifest.
     #[serde(flatten)]
     pub(super) manifest: Manifest,
-    /// When it was made.
+    /// When it was published.
     pub(super) published: Timestamp,
-    /// Its files, and what was written to each.
+    /// Its files, with the digest of each.
     pub(super) files: BTreeMap<String, String>,
 }
 
-/// What nginx serves of one app: the value, and the files that were made of it, by name.
+/// What nginx serves of one app: the vhost, and its rendered files by name.
 #[derive(Clone, PartialEq)]
 pub(super) struct Part {
     pub(super) vhost: Vhost,
@@ -50,66 +51,66 @@ pub(super) struct Part {
 /// The parts of a set by app.
 pub(super) type Parts = BTreeMap<AppName, Part>;
 
-/// A set that nginx takes, and the parts that it does not take.
-pub(super) struct Chosen {
+/// A set that nginx accepts, and the parts that it refuses.
+pub(super) struct Accepted {
     pub(super) parts: Parts,
     pub(super) rejected: BTreeMap<AppName, Rejected>,
     /// The text of [`SHARED`], for this generation and for the live one.
     pub(super) shared: [String; 2],
 }
 
-/// A set in the making.
+/// The inputs of a new set.
 pub(super) struct Set<'a> {
-    /// For whom.
+    /// The nginx that will load it.
     pub(super) nginx: &'a Nginx,
-    /// Makes its text.
+    /// Renders its text.
     pub(super) renderer: &'a Renderer,
-    /// Its number.
+    /// Its generation.
     pub(super) generation: u64,
-    /// The live one.
+    /// The live set.
     pub(super) old: &'a Manifest,
-    /// The texts of the live one, as they were written. Each was taken by nginx once.
+    /// The parts of the live set as written. nginx accepted each of them.
     pub(super) last_good: &'a Parts,
-    /// Where nginx's paths begin on this machine.
+    /// The root of nginx's paths on this machine.
     pub(super) root: &'a Path,
-    /// nginx's own files.
+    /// What nginx's own files contain.
     pub(super) tree: &'a Tree,
-    /// Templates of this host that the live texts were made with, and that are gone.
-    pub(super) lost: &'a BTreeSet<String>,
+    /// Templates of this host that the live texts were rendered with, and that are gone.
+    pub(super) lost_templates: &'a BTreeSet<String>,
 }
 
-/// Files in a directory that is not live: what was written to each.
+/// Files in the trial directory, by name.
 #[derive(Default)]
 struct Written(BTreeMap<String, Vec<u8>>);
 
 impl Set<'_> {
-    /// What nginx takes of the wanted vhosts. Nothing of it is written where nginx would load it.
+    /// The parts of the wanted vhosts that nginx accepts. Writes nothing where nginx would load it.
     ///
-    /// An app that is refused keeps its last good text, whatever changed: its value, its template, or what either
-    /// refers to.
-    pub(super) async fn choose(&self, wanted: &BTreeMap<AppName, Vhost>) -> Result<Chosen, NginxError> {
-        let chosen = self.try_all(wanted).await;
+    /// A refused app keeps its last good text, whether its vhost changed, its template, or a file that either refers
+    /// to.
+    pub(super) async fn select(&self, wanted: &BTreeMap<AppName, Vhost>) -> Result<Accepted, NginxError> {
+        let accepted = self.run_trial(wanted).await;
         files::remove_dir(&self.nginx.layout.nginx_trial())?;
-        chosen
+        accepted
     }
 
-    async fn try_all(&self, wanted: &BTreeMap<AppName, Vhost>) -> Result<Chosen, NginxError> {
+    async fn run_trial(&self, wanted: &BTreeMap<AppName, Vhost>) -> Result<Accepted, NginxError> {
         let dir = self.nginx.layout.nginx_trial();
         files::remove_dir(&dir)?;
         files::make_dir(&dir, 0o755)?;
         let (parts, rejected, written) = (Parts::new(), BTreeMap::new(), Written::default());
-        let mut trial = Trial { set: self, dir, parts, rejected, of_template: BTreeMap::new(), written };
-        let around = Neighbours::of(wanted.values());
+        let mut trial = Trial { set: self, dir, parts, rejected, refused_by_template: BTreeMap::new(), written };
+        let neighbours = Neighbours::of(wanted.values());
         for (app, vhost) in wanted {
-            match self.render(app, vhost, &around) {
+            match self.render(app, vhost, &neighbours) {
                 Ok(files) => {
                     trial.parts.insert(app.clone(), Part { vhost: vhost.clone(), files });
                 }
                 Err(error) => trial.refuse(app, vhost.clone(), error),
             }
         }
-        trial.settle().await?;
-        // What was refused in another form stays refused in that form, unless the texts are made in another way now.
+        trial.find_accepted().await?;
+        // An earlier refusal of another vhost stays recorded, unless the basis of the texts changed.
         let same_basis = self.old.templates == self.nginx.basis(self.renderer, self.tree);
         for (app, earlier) in self.old.rejected.iter().filter(|_| same_basis) {
             let is_served = trial.parts.get(app).is_some_and(|part| part.vhost == earlier.vhost);
@@ -119,14 +120,21 @@ impl Set<'_> {
         }
         let shared = [self.generation, self.old.generation].map(|generation| self.shared(generation, &trial.parts));
         let [new, old] = shared;
-        Ok(Chosen { shared: [new?, old?], parts: trial.parts, rejected: trial.rejected })
+        Ok(Accepted { shared: [new?, old?], parts: trial.parts, rejected: trial.rejected })
     }
 
-    fn render(&self, app: &AppName, vhost: &Vhost, around: &Neighbours) -> Result<BTreeMap<String, Vec<u8>>, String> {
-        if let Some(lost) = vhost.all().map(Renderer::template_of).find(|template| self.lost.contains(*template)) {
-            return Err(self.renderer.lost(lost));
+    fn render(
+        &self,
+        app: &AppName,
+        vhost: &Vhost,
+        neighbours: &Neighbours,
+    ) -> Result<BTreeMap<String, Vec<u8>>, String> {
+        if let Some(lost) =
+            vhost.all().map(Renderer::template_of).find(|template| self.lost_templates.contains(*template))
+        {
+            return Err(self.renderer.lost_error(lost));
         }
-        self.renderer.app(app, vhost, around, &self.nginx.layout)
+        self.renderer.app(app, vhost, neighbours, &self.nginx.layout)
     }
 
     fn shared(&self, generation: u64, parts: &Parts) -> Result<String, NginxError> {
@@ -135,7 +143,7 @@ impl Set<'_> {
         self.renderer.host(generation, &vhosts, &self.tree.settings, layout).map_err(NginxError::Template)
     }
 
-    /// The last good text of an app, unless it is the one that was refused.
+    /// The last good part of an app, unless its text is the refused one.
     fn last_good(&self, app: &AppName, refused: Option<&Part>) -> Option<Part> {
         self.last_good.get(app).filter(|last| refused.is_none_or(|refused| refused.files != last.files)).cloned()
     }
@@ -144,75 +152,75 @@ impl Set<'_> {
         self.last_good.get(app).is_none_or(|last| last.files != part.files)
     }
 
-    /// Writes a set, with its manifest, so that it can be made live: durably, in one pass.
+    /// Writes a set with its manifest, durably in one pass, ready to go live.
     pub(super) fn write(
         &self,
-        chosen: &Chosen,
+        accepted: &Accepted,
         mut manifest: Manifest,
         old_served_since: Option<Timestamp>,
     ) -> Result<(), NginxError> {
         let dir = self.nginx.layout.nginx_generation(self.generation);
         let write = || {
             let published = Timestamp::now();
-            manifest.follow(self.old, old_served_since, published);
-            let saved = Saved { manifest, published, files: chosen.digests() };
+            manifest.inherit(self.old, old_served_since, published);
+            let saved = Saved { manifest, published, files: accepted.digests() };
             let json = serde_json::to_vec_pretty(&saved).map_err(|e| NginxError::Template(e.to_string()))?;
             files::make_dir(&dir, 0o755)?;
             let shared = (MANIFEST, json.as_slice());
-            for (name, text) in chosen.files().chain([(SHARED, chosen.shared[0].as_bytes()), shared]) {
-                files::write_quickly(&dir.join(name), text, 0o644)?;
+            for (name, text) in accepted.files().chain([(SHARED, accepted.shared[0].as_bytes()), shared]) {
+                files::write_unsynced(&dir.join(name), text, 0o644)?;
             }
             Ok(files::sync_dir(&dir)?)
         };
         write().inspect_err(|_| {
-            // What is left of it is swept with the next set; nothing leads to it.
+            // Leftovers are swept with the next set; nothing leads to them.
             let _ = files::remove_dir(&dir);
         })
     }
 }
 
-impl Chosen {
+impl Accepted {
     fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
         let files = self.parts.values().flat_map(|part| &part.files);
         files.map(|(name, text)| (name.as_str(), text.as_slice()))
     }
 
-    /// What the files of the set hold, by name.
+    /// Digests of the files of the set, by name.
     pub(super) fn digests(&self) -> BTreeMap<String, String> {
         let shared = (SHARED, self.shared[0].as_bytes());
         self.files().chain([shared]).map(|(name, text)| (name.to_owned(), digest_of(text))).collect()
     }
 
-    /// Whether a set with these files holds the same text, but for its generation.
-    pub(super) fn is_as_in(&self, files: &BTreeMap<String, String>) -> bool {
+    /// Whether a set with these digests has the same text, apart from its generation.
+    pub(super) fn matches_digests(&self, files: &BTreeMap<String, String>) -> bool {
         let mut digests = self.digests();
         digests.insert(SHARED.to_owned(), digest_of(self.shared[1].as_bytes()));
         digests == *files
     }
 
-    /// What is served by it.
+    /// The vhosts that it serves.
     pub(super) fn vhosts(&self) -> BTreeMap<AppName, Vhost> {
         self.parts.iter().map(|(app, part)| (app.clone(), part.vhost.clone())).collect()
     }
 }
 
-/// The search for the parts that nginx takes.
+/// The search for the parts that nginx accepts.
 struct Trial<'a, 'b> {
     set: &'a Set<'b>,
-    /// Where it is tested.
+    /// Where they are tested.
     dir: PathBuf,
     parts: Parts,
     rejected: BTreeMap<AppName, Rejected>,
-    /// How many apps of each template are refused with the same error.
-    of_template: BTreeMap<(Option<TemplateName>, String), usize>,
+    /// Counts refused apps by template and error.
+    refused_by_template: BTreeMap<(Option<TemplateName>, String), usize>,
     written: Written,
 }
 
 impl Trial<'_, '_> {
-    /// Puts an app back to its last good text, or leaves it out if it has none.
+    /// Restores an app's last good text, or leaves the app out if it has none.
     fn refuse(&mut self, app: &AppName, vhost: Vhost, error: String) {
         tracing::debug!(app = %app, "nginx does not get this part: {error}");
-        let rejected = Rejected { vhost, error: bounded(error, MOST_REASON), at: Timestamp::now() };
+        let rejected = Rejected { vhost, error: bounded(error, MAX_REASON), at: Timestamp::now() };
         self.rejected.insert(app.clone(), rejected);
         match self.set.last_good(app, self.parts.get(app)) {
             Some(last) => self.parts.insert(app.clone(), last),
@@ -220,25 +228,25 @@ impl Trial<'_, '_> {
         };
     }
 
-    /// Offers all parts to nginx until it takes what is left. `[emerg]` names the file of most mistakes; where it names
-    /// none of ours, the culprits are searched for by halves.
-    async fn settle(&mut self) -> Result<(), NginxError> {
+    /// Tests all parts until nginx accepts the rest. `[emerg]` names the file of most errors; if it names none of
+    /// demae's new ones, the culprits are found by bisection.
+    async fn find_accepted(&mut self) -> Result<(), NginxError> {
         loop {
-            let error = match self.offer().await? {
+            let error = match self.test().await? {
                 Ok(warnings) => {
-                    if self.refuse_taken(&warnings) {
+                    if self.refuse_host_conflicts(&warnings) {
                         continue;
                     }
                     return Ok(());
                 }
                 Err(error) => error,
             };
-            let culprit = self.named(&error);
+            let culprit = self.blamed_app(&error);
             tracing::warn!(app = culprit.as_ref().map(AppName::as_str), "nginx refuses the new configuration: {error}");
             match culprit {
-                Some(app) if self.goes_without_paths(&app, &error).await? => {}
-                Some(app) => self.refuse_with_likes(&app, &error),
-                None => return self.search(error).await,
+                Some(app) if self.refuse_paths_below(&app, &error).await? => {}
+                Some(app) => self.refuse_with_template(&app, &error),
+                None => return self.bisect(error).await,
             }
         }
     }
@@ -246,13 +254,13 @@ impl Trial<'_, '_> {
     fn refuse_part(&mut self, app: &AppName, error: String) {
         if let Some(part) = self.parts.get(app) {
             let vhost = part.vhost.clone();
-            self.refuse(app, vhost, self.set.explained(error));
+            self.refuse(app, vhost, self.set.with_conflicting_file(error));
         }
     }
 
-    /// Refuses what is new below the hosts of an app, if nginx takes the app without it: it is named for the servers, and
-    /// what others have in them must not cost it anything.
-    async fn goes_without_paths(&mut self, app: &AppName, error: &str) -> Result<bool, NginxError> {
+    /// Refuses new parts below the hosts of an app, if nginx accepts the app without them: the error names the app's
+    /// server, but the cause may be what others have in it.
+    async fn refuse_paths_below(&mut self, app: &AppName, error: &str) -> Result<bool, NginxError> {
         let Some(part) = self.parts.get(app) else { return Ok(false) };
         let hosts: BTreeSet<&VirtualHost> = part.vhost.all().flat_map(|v| &v.hosts).collect();
         let is_below = |v: &Vhost| v.path.is_some() && v.hosts.iter().any(|host| hosts.contains(host));
@@ -264,64 +272,64 @@ impl Trial<'_, '_> {
         }
         let before = (self.parts.clone(), self.rejected.clone());
         for (other, vhost) in below.clone() {
-            self.refuse(&other, vhost, format!("it does not go with what app `{app}` has there: {error}"));
+            self.refuse(&other, vhost, format!("nginx refuses it together with app `{app}`: {error}"));
         }
-        if !self.goes_with(app).await? {
+        if !self.is_not_blamed(app).await? {
             (self.parts, self.rejected) = before;
             return Ok(false);
         }
-        // Not all of them need be at fault.
+        // Restore those that are not at fault.
         for (other, _) in below {
             let without = (self.parts.clone(), self.rejected.clone());
             self.parts.extend(before.0.get(&other).map(|part| (other.clone(), part.clone())));
             self.rejected.remove(&other);
-            if !self.goes_with(app).await? {
+            if !self.is_not_blamed(app).await? {
                 (self.parts, self.rejected) = without;
             }
         }
         Ok(true)
     }
 
-    /// Whether nginx takes the parts as they are, or names another new one than this.
-    async fn goes_with(&mut self, app: &AppName) -> Result<bool, NginxError> {
-        let goes = self.offer().await?.err().map(|error| self.named(&error));
-        Ok(goes.is_none_or(|named| named.is_some_and(|named| named != *app)))
+    /// Whether nginx accepts the parts, or names another new one than this.
+    async fn is_not_blamed(&mut self, app: &AppName) -> Result<bool, NginxError> {
+        let blamed = self.test().await?.err().map(|error| self.blamed_app(&error));
+        Ok(blamed.is_none_or(|blamed| blamed.is_some_and(|blamed| blamed != *app)))
     }
 
-    /// Refuses an app, and with the last of many also what else is new of their template: a mistake in a template is one
-    /// of all its apps, and nginx takes a while to read their files for each.
-    fn refuse_with_likes(&mut self, app: &AppName, error: &str) {
+    /// Refuses an app, and after many of the same template all its other new parts: a template error concerns all its
+    /// apps, and each test of nginx takes a while.
+    fn refuse_with_template(&mut self, app: &AppName, error: &str) {
         let Some(part) = self.parts.get(app) else { return };
         let template = part.vhost.template.clone();
-        // An error that is another one for each app, as for a file that some lack, says nothing of the next.
-        let alike = error.replace(&file_of(app), "");
-        let refused = self.of_template.entry((template.clone(), alike)).or_default();
+        // An error that differs between apps, such as a missing file, says nothing about the next.
+        let normalized = error.replace(&file_of(app), "");
+        let refused = self.refused_by_template.entry((template.clone(), normalized)).or_default();
         *refused += 1;
-        let is_last = *refused >= MOST_OF_TEMPLATE;
+        let is_last = *refused >= MAX_PER_TEMPLATE;
         self.refuse_part(app, error.to_owned());
         if !is_last {
             return;
         }
-        let is_like = |part: &Part| part.vhost.all().all(|v| v.template == template);
-        let likes = self.parts.iter().filter(|(app, part)| is_like(part) && self.set.is_new(app, part));
-        for app in likes.map(|(app, _)| app.clone()).collect::<Vec<_>>() {
+        let has_template = |part: &Part| part.vhost.all().all(|v| v.template == template);
+        let same_template = self.parts.iter().filter(|(app, part)| has_template(part) && self.set.is_new(app, part));
+        for app in same_template.map(|(app, _)| app.clone()).collect::<Vec<_>>() {
             self.refuse_part(
                 &app,
-                format!("{MOST_OF_TEMPLATE} apps of the same template are refused, so this one is not tried: {error}"),
+                format!("{MAX_PER_TEMPLATE} apps of the same template are refused, so this one is not tried: {error}"),
             );
         }
     }
 
-    /// The app whose new text nginx names as the place of an error.
-    fn named(&self, error: &str) -> Option<AppName> {
+    /// The app whose new text nginx names in an error.
+    fn blamed_app(&self, error: &str) -> Option<AppName> {
         let rest = error.split(&format!("{}/", self.dir.display())).nth(1)?;
         let file = rest.split(':').next()?;
         let (app, part) = self.parts.iter().find(|(_, part)| part.files.contains_key(file))?;
         self.set.is_new(app, part).then(|| app.clone())
     }
 
-    /// Begins with what was taken before, and adds what is new by halves.
-    async fn search(&mut self, error: String) -> Result<(), NginxError> {
+    /// Bisects: starts with the accepted parts, and adds the new ones by halves.
+    async fn bisect(&mut self, error: String) -> Result<(), NginxError> {
         let wanted = self.parts.clone();
         let new: Vec<AppName> =
             wanted.iter().filter(|(app, part)| self.set.is_new(app, part)).map(|(app, _)| app.clone()).collect();
@@ -334,8 +342,8 @@ impl Trial<'_, '_> {
         if new.is_empty() {
             return Err(NginxError::Broken(error));
         }
-        // It is not for anything new that it is refused.
-        if let Err(error) = self.offer().await? {
+        // Refused without any new part.
+        if let Err(error) = self.test().await? {
             return Err(NginxError::Broken(error));
         }
         let mut groups = vec![new];
@@ -343,8 +351,8 @@ impl Trial<'_, '_> {
             let before = self.parts.clone();
             let add = |app: &AppName| wanted.get(app).map(|part| (app.clone(), part.clone()));
             self.parts.extend(group.iter().filter_map(add));
-            let Err(error) = self.offer().await? else { continue };
-            let culprit = self.named(&error).filter(|app| group.contains(app));
+            let Err(error) = self.test().await? else { continue };
+            let culprit = self.blamed_app(&error).filter(|app| group.contains(app));
             match (culprit, group.as_slice()) {
                 (Some(app), _) => {
                     self.refuse_part(&app, error);
@@ -367,8 +375,8 @@ impl Trial<'_, '_> {
                 }
             }
         }
-        match self.offer().await? {
-            Ok(warnings) if self.refuse_taken(&warnings) => match self.offer().await? {
+        match self.test().await? {
+            Ok(warnings) if self.refuse_host_conflicts(&warnings) => match self.test().await? {
                 Ok(_) => Ok(()),
                 Err(error) => Err(NginxError::Broken(error)),
             },
@@ -377,23 +385,23 @@ impl Trial<'_, '_> {
         }
     }
 
-    /// Refuses apps that name a virtual host of a hand-written server. nginx only warns of it, and the first of the two in
-    /// its files gets all requests. One that is served already stays, and is reported. True if anything else is to be
-    /// offered now.
-    fn refuse_taken(&mut self, warnings: &[String]) -> bool {
+    /// Refuses apps with a virtual host of a hand-written server. nginx only warns, and the first server in its files
+    /// gets all requests. An app that is served already stays, and is reported. True if the parts changed and need
+    /// another test.
+    fn refuse_host_conflicts(&mut self, warnings: &[String]) -> bool {
         let mut changed = false;
         for name in warnings.iter().filter_map(|line| conflicting_name(line)) {
             // `.a.test` stands for `a.test` and `*.a.test`.
-            let is_it = |host: &str| match name.strip_prefix('.') {
+            let matches = |host: &str| match name.strip_prefix('.') {
                 Some(rest) => host.strip_prefix("*.").unwrap_or(host) == rest,
                 None => host == name,
             };
-            let has = |v: &Vhost| v.hosts.iter().any(|host| is_it(host.as_str()));
+            let has = |v: &Vhost| v.hosts.iter().any(|host| matches(host.as_str()));
             let holds = |part: &Part| part.vhost.all().any(has);
             let has_server = |part: &Part| part.vhost.all().any(|v| v.path.is_none() && has(v));
             let mut servers = self.parts.iter().filter(|(_, part)| has_server(part));
             let holder = match (servers.next(), servers.next()) {
-                // Of two of our own neither is a hand-written one.
+                // With two of demae's own, neither is hand-written.
                 (Some(_), Some(_)) => continue,
                 (Some(one), None) => Some(one),
                 (None, _) => self.parts.iter().find(|(_, part)| holds(part)),
@@ -409,7 +417,7 @@ impl Trial<'_, '_> {
             let is_new = self.set.is_new(&app, part);
             let served_already = self.set.last_good.get(&app).is_some_and(holds);
             if !is_new || served_already {
-                let error = bounded(error, MOST_REASON);
+                let error = bounded(error, MAX_REASON);
                 self.rejected.insert(app, Rejected { vhost, error, at: Timestamp::now() });
             } else {
                 self.refuse(&app, vhost, error);
@@ -419,16 +427,16 @@ impl Trial<'_, '_> {
         changed
     }
 
-    /// Has nginx test the parts, as part of its own tree: its warnings, or why it refuses them. What would be included from
-    /// the live set is included from the one under test.
-    async fn offer(&mut self) -> Result<Result<Vec<String>, String>, NginxError> {
+    /// Tests the parts within nginx's own tree: returns its warnings, or its error. Includes from the live set are
+    /// replaced by those of the trial directory.
+    async fn test(&mut self) -> Result<Result<Vec<String>, String>, NginxError> {
         let shared = self.set.shared(self.set.generation, &self.parts)?;
         let (live, here) = (self.set.nginx.layout.nginx_live(), &self.dir);
         let (live, here) = (format!("{}/", live.display()), format!("{}/", here.display()));
         let moved = |text: &[u8]| replaced(text, live.as_bytes(), here.as_bytes());
         let files = self.parts.values().flat_map(|part| &part.files).map(|(name, text)| (name.clone(), moved(text)));
         let files = files.chain([(SHARED.to_owned(), moved(shared.as_bytes()))]).collect();
-        self.written.become_(&self.dir, files)?;
+        self.written.sync_to(&self.dir, files)?;
         self.set.nginx.test(self.set.root, &self.dir).await
     }
 }
@@ -446,15 +454,15 @@ fn replaced(text: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
 }
 
 impl Written {
-    /// Brings the directory to these files. Only what differs is written, and nothing is synced: a set that is not taken
-    /// need not outlive a crash.
-    fn become_(&mut self, dir: &Path, files: BTreeMap<String, Vec<u8>>) -> Result<(), FileError> {
+    /// Updates the directory to these files. Only differences are written, and nothing is synced: a refused set need
+    /// not survive a crash.
+    fn sync_to(&mut self, dir: &Path, files: BTreeMap<String, Vec<u8>>) -> Result<(), FileError> {
         for name in self.0.keys().filter(|name| !files.contains_key(*name)) {
             files::remove_file(&dir.join(name))?;
         }
         for (name, text) in &files {
             if self.0.get(name) != Some(text) {
-                files::write_quickly(&dir.join(name), text, 0o644)?;
+                files::write_unsynced(&dir.join(name), text, 0o644)?;
             }
         }
         self.0 = files;
@@ -463,8 +471,8 @@ impl Written {
 }
 
 impl Set<'_> {
-    /// Adds which file of the host stands in the way, where that is known.
-    fn explained(&self, error: String) -> String {
+    /// Adds which file of the host sets a conflicting directive, if one does.
+    fn with_conflicting_file(&self, error: String) -> String {
         let setting = self.tree.settings.iter().find(|(name, _)| error.contains(name.as_str()));
         match setting {
             Some((name, (file, value))) => {
@@ -475,7 +483,7 @@ impl Set<'_> {
     }
 }
 
-/// The parts of a live set, by the files that lie on disk. One that somebody changed is not among them.
+/// The parts of a live set, from its files on disk. A part with a modified file is left out.
 pub(super) fn parts_of(dir: &Path, saved: &Saved) -> Result<Parts, FileError> {
     let mut parts = Parts::new();
     for (app, vhost) in &saved.manifest.vhosts {
@@ -493,7 +501,7 @@ pub(super) fn parts_of(dir: &Path, saved: &Saved) -> Result<Parts, FileError> {
     Ok(parts)
 }
 
-/// Reads nginx's own files, and what demae needs to know of them.
+/// Reads what demae needs to know of nginx's own files.
 pub(super) fn survey(nginx: &Nginx, root: &Path) -> Result<Tree, NginxError> {
     Ok(stage::survey(root, &nginx.config.conf, &nginx.layout.nginx_live())?.1)
 }

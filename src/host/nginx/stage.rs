@@ -1,8 +1,8 @@
-//! A copy of the tree that nginx loads, in which a set of ours is tested before it is live.
+//! A copy of the configuration tree of nginx, in which a set is tested before it goes live.
 //!
-//! Testing one file by itself proves little: it is the whole tree that nginx refuses or takes. So the tree is copied,
-//! from the main file down to the include of ours, with that include led to the set under test. Everything else is
-//! included from where it is.
+//! Testing one file alone proves little: nginx accepts or refuses the whole tree. So the files from the main file down
+//! to demae's include are copied, with that include pointed to the set under test. Everything else is included from its
+//! place.
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +14,7 @@ use std::{
 
 use crate::host::files::{self, FileError};
 
-/// Deepest chain of includes that is followed.
+/// Maximum depth of includes.
 const MAX_DEPTH: usize = 20;
 
 /// Why the tree could not be copied.
@@ -28,12 +28,12 @@ pub enum StageError {
         /// Why.
         source: io::Error,
     },
-    /// Our set would never be loaded.
+    /// demae's set is not included.
     #[error("`{}` does not include demae's files; add `include {live}/*.conf;` to its `http` block", conf.display())]
     NotIncluded {
         /// The main file.
         conf: PathBuf,
-        /// Where ours lie.
+        /// The live set.
         live: String,
     },
     /// The copy cannot be written.
@@ -41,22 +41,22 @@ pub enum StageError {
     File(#[from] FileError),
 }
 
-/// What was learned on the way.
+/// What the configuration tree contains.
 #[derive(Debug, Default)]
 pub struct Tree {
-    /// What the host's own files set of what demae would set for all servers: the directive, its file and its value.
+    /// Directives of `SHARED_DIRECTIVES` in the host's own files: by name, the file and the value.
     pub settings: BTreeMap<String, (PathBuf, String)>,
-    /// The server names of the host's own files, and one file that has each.
+    /// The server names of the host's own files, with a file that has each.
     pub server_names: BTreeMap<String, PathBuf>,
     /// The value of `pid`, if it is set.
     pub pid: Option<PathBuf>,
 }
 
-/// Directives that may stand once for all servers, and that demae would set where the host does not.
+/// Directives that are allowed once for all servers, and that demae sets unless the host does.
 const SHARED_DIRECTIVES: [&str; 2] = ["server_names_hash_bucket_size", "server_names_hash_max_size"];
 
-/// nginx's files are bytes: comments and names may be in any encoding. Each byte is read as the character of its number, so
-/// that whatever is not looked at stays as it is.
+/// Reads each byte as the character of its number: files of nginx may be in any encoding, and unparsed parts must stay
+/// as they are.
 fn text_of(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| char::from(*byte)).collect()
 }
@@ -70,14 +70,14 @@ fn path_of(text: &str) -> PathBuf {
     PathBuf::from(OsString::from_vec(bytes_of(text)))
 }
 
-/// Copies the tree of `conf` into `test`, with `live` replaced by `set`, and answers with the copied main file.
+/// Copies the tree of `conf` into `test`, with `live` replaced by `set`, and returns the path of the copied main file.
 ///
-/// `root` is what nginx's paths are relative to on this machine.
+/// `root` is the root of nginx's paths on this machine.
 pub fn stage(root: &Path, conf: &Path, live: &Path, set: &Path, test: &Path) -> Result<(PathBuf, Tree), StageError> {
     files::remove_dir(test)?;
     files::make_dir(test, 0o755)?;
     let prefix = conf.parent().unwrap_or(Path::new("/")).to_owned();
-    link_neighbours(root, conf, &prefix, test)?;
+    link_siblings(root, conf, &prefix, test)?;
     let mut stager = Stager { root, prefix, live, set, test, copies: 0, tree: Tree::default() };
     let main = stager.copy(conf, true, 0)?;
     match main {
@@ -86,15 +86,15 @@ pub fn stage(root: &Path, conf: &Path, live: &Path, set: &Path, test: &Path) -> 
     }
 }
 
-/// Reads the tree of `conf` without copying anything: whether ours is included, and what else it says.
+/// Reads the tree of `conf` without copying: whether it includes demae's files, and what it contains.
 pub fn survey(root: &Path, conf: &Path, live: &Path) -> Result<(bool, Tree), StageError> {
     let prefix = conf.parent().unwrap_or(Path::new("/")).to_owned();
     let mut stager = Stager { root, prefix, live, set: live, test: live, copies: 0, tree: Tree::default() };
-    let included = stager.leads_to_us(conf, 0)?;
+    let included = stager.includes_demae(conf, 0)?;
     Ok((included, stager.tree))
 }
 
-/// Whether the tree of `conf` leads to ours.
+/// Checks that the tree of `conf` includes demae's files.
 pub fn check_include(root: &Path, conf: &Path, live: &Path) -> Result<(), StageError> {
     if survey(root, conf, live)?.0 { Ok(()) } else { Err(not_included(conf, live)) }
 }
@@ -103,11 +103,11 @@ fn not_included(conf: &Path, live: &Path) -> StageError {
     StageError::NotIncluded { conf: conf.to_owned(), live: live.display().to_string() }
 }
 
-/// nginx takes relative paths from the directory of its main file, so the copy gets links to everything beside it.
-fn link_neighbours(root: &Path, conf: &Path, prefix: &Path, test: &Path) -> Result<(), StageError> {
-    let beside = under(root, prefix);
+/// Relative paths start at the directory of the main file, so the copy gets links to everything beside it.
+fn link_siblings(root: &Path, conf: &Path, prefix: &Path, test: &Path) -> Result<(), StageError> {
+    let dir = under(root, prefix);
     let read = |source| StageError::Read { path: prefix.to_owned(), source };
-    for entry in fs::read_dir(&beside).map_err(read)? {
+    for entry in fs::read_dir(&dir).map_err(read)? {
         let name = entry.map_err(read)?.file_name();
         if conf.file_name().is_none_or(|c| c != name) {
             files::symlink(&prefix.join(&name), &test.join(&name))?;
@@ -132,7 +132,7 @@ impl Stager<'_> {
         bytes.map(|bytes| text_of(&bytes)).map_err(|source| StageError::Read { path: path.to_owned(), source })
     }
 
-    /// The files that an include names.
+    /// The files that an include matches.
     fn expand(&self, pattern: &str) -> Vec<PathBuf> {
         let absolute = self.prefix.join(path_of(pattern));
         let on_host = under(self.root, &absolute);
@@ -156,7 +156,7 @@ impl Stager<'_> {
         self.prefix.join(path_of(pattern)).starts_with(self.live)
     }
 
-    fn leads_to_us(&mut self, path: &Path, depth: usize) -> Result<bool, StageError> {
+    fn includes_demae(&mut self, path: &Path, depth: usize) -> Result<bool, StageError> {
         if depth > MAX_DEPTH {
             return Ok(false);
         }
@@ -177,8 +177,8 @@ impl Stager<'_> {
                         found = true;
                     } else {
                         for file in self.expand(pattern) {
-                            // A broken neighbour is nginx's to complain about.
-                            found |= self.leads_to_us(&file, depth + 1).unwrap_or(false);
+                            // A broken file of the host is left for nginx to report.
+                            found |= self.includes_demae(&file, depth + 1).unwrap_or(false);
                         }
                     }
                 }
@@ -188,9 +188,9 @@ impl Stager<'_> {
         Ok(found)
     }
 
-    /// Copies a file if it leads to us.
+    /// Copies a file if it includes demae's, directly or not.
     fn copy(&mut self, path: &Path, main: bool, depth: usize) -> Result<Option<PathBuf>, StageError> {
-        if depth > MAX_DEPTH || !self.leads_to_us(path, depth)? {
+        if depth > MAX_DEPTH || !self.includes_demae(path, depth)? {
             return Ok(None);
         }
         let text = self.read(path)?;
@@ -233,12 +233,12 @@ impl Stager<'_> {
         self.copies += 1;
         let name = if main { "demae-test.conf".to_owned() } else { format!("demae-test-{}.inc", self.copies) };
         let copy = self.test.join(name);
-        files::write_quickly(&copy, &bytes_of(&out), 0o644)?;
+        files::write_unsynced(&copy, &bytes_of(&out), 0o644)?;
         Ok(Some(copy))
     }
 }
 
-/// A path of nginx, as this machine sees it.
+/// A path of nginx on this machine.
 fn under(root: &Path, path: &Path) -> PathBuf {
     match path.strip_prefix("/") {
         Ok(rest) if root != Path::new("/") => root.join(rest),
@@ -246,14 +246,14 @@ fn under(root: &Path, path: &Path) -> PathBuf {
     }
 }
 
-/// A simple directive: its words, and where in the text it is, with its semicolon.
+/// A simple directive: its words, and its range in the text, with the semicolon.
 struct Directive {
     words: Vec<String>,
     start: usize,
     end: usize,
 }
 
-/// The simple directives of a file of nginx, at any depth of blocks. The names of blocks count as nothing.
+/// The simple directives of a configuration file, at any depth of blocks. Block headers are skipped.
 fn directives(text: &str) -> Vec<Directive> {
     let mut found = Vec::new();
     let mut words: Vec<String> = Vec::new();
@@ -321,7 +321,7 @@ mod tests {
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "a test writes its own files")]
-    fn the_copy_leads_to_the_set_under_test() {
+    fn staged_copy_includes_the_set_under_test() {
         let dir = tempfile::tempdir().expect("a directory");
         let at = |p: &str| dir.path().join(p);
         for d in ["etc/conf.d", "live", "7.set"] {

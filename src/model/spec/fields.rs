@@ -1,4 +1,4 @@
-//! The mappings of a spec, asked for key by key: which keys there are, and what is told of one that is none.
+//! Readers for the mappings of a spec: known keys, and problems for unknown ones.
 
 use super::values::printable;
 use crate::model::{
@@ -7,7 +7,7 @@ use crate::model::{
     yaml::{Key, Node, Value},
 };
 
-/// Keys of each mapping of a spec, by its dotted path. The JSON Schema is held to this list by a test.
+/// Keys of each mapping of a spec, by its dotted path. A test compares the JSON Schema with this list.
 pub(super) const KEYS: &[(&str, &[&str])] = &[
     (
         "",
@@ -76,7 +76,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
     ("deploy.update_config", &["parallelism", "order", "monitor", "failure_action"]),
 ];
 
-/// Keys that Compose knows and a host cannot use, each with what to do instead.
+/// Compose keys that are not supported, each with the remedy.
 const NOT_HERE: &[(&str, &str)] = &[
     ("build", "build the image elsewhere and name it in `image`"),
     ("ports", "use `ingress.port`; nginx is the way in"),
@@ -105,7 +105,7 @@ pub(super) struct Reader {
     pub(super) problems: Problems,
 }
 
-/// The entries of one mapping, asked for by name.
+/// The entries of one mapping, by name.
 pub(super) struct Fields<'n> {
     path: &'static str,
     entries: &'n [(Key, Node)],
@@ -126,10 +126,10 @@ impl Reader {
         self.problems.push(Problem::new(key, message).at(node.line, node.column));
     }
 
-    /// The mapping at `path`, after its keys have been checked.
+    /// The mapping at `path`, with its keys checked.
     pub(super) fn fields<'n>(&mut self, path: &'static str, node: &'n Node) -> Fields<'n> {
         let Value::Map(entries) = &node.value else {
-            let message = format!("a mapping is wanted here, this is {}", node.value.kind());
+            let message = format!("expected a mapping, found {}", node.value.kind());
             self.problem(path, node, message);
             return Fields { path, entries: &[] };
         };
@@ -156,14 +156,14 @@ impl Reader {
         match &node.value {
             Value::Scalar { text, .. } => Some(text),
             other => {
-                let message = format!("a single value is wanted here, this is {}", other.kind());
+                let message = format!("expected a single value, found {}", other.kind());
                 self.problem(key, node, message);
                 None
             }
         }
     }
 
-    /// A scalar read by `read`; on a mistake a problem is kept and the answer is `None`.
+    /// A scalar parsed by `read`; on an error a problem is recorded and `None` returned.
     pub(super) fn read<T, E: ToString>(
         &mut self,
         fields: &Fields<'_>,
@@ -200,14 +200,14 @@ impl Reader {
             None => &[],
             Some(Node { value: Value::Seq(items), .. }) => items,
             Some(node) => {
-                let message = format!("a list is wanted here, this is {}", node.value.kind());
+                let message = format!("expected a list, found {}", node.value.kind());
                 self.problem(fields.key(name), node, message);
                 &[]
             }
         }
     }
 
-    /// A list of scalars, each read by `read`.
+    /// A list of scalars, each parsed by `read`.
     pub(super) fn items<T, E: ToString>(
         &mut self,
         fields: &Fields<'_>,
@@ -254,7 +254,7 @@ impl Reader {
                 }
             }
             other => {
-                let message = format!("a mapping or a list is wanted here, this is {}", other.kind());
+                let message = format!("expected a mapping or a list, found {}", other.kind());
                 self.problem(fields.key(name), node, message);
             }
         }

@@ -1,6 +1,6 @@
-//! What an operator writes about an app: the checked form of `apps/<app>/spec`.
+//! The spec of an app: the checked form of `apps/<app>/spec`.
 //!
-//! A [`Spec`] only comes out of [`Spec::parse`], which reports every problem of a text, not the first.
+//! A [`Spec`] is only created by [`Spec::parse`], which reports every problem of a text, not the first.
 
 mod fields;
 mod read;
@@ -17,32 +17,32 @@ use super::{
     problem::Problems,
 };
 
-/// The JSON Schema (draft 2020-12) of a spec. A test holds it and the reader to the same keys.
+/// The JSON Schema (draft 2020-12) of a spec. A test ensures that it has the same keys as the reader.
 pub const SCHEMA: &str = include_str!("spec.schema.json");
 
-/// An app as its operator wants it.
+/// The spec of an app.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Spec {
     /// The image, unless `apps/<app>/image` names another.
     pub image: Option<ImageRef>,
-    /// What containers are made from.
+    /// Settings of its containers.
     pub container: ContainerSpec,
-    /// Values written in the spec itself.
+    /// Variables in the spec itself.
     pub environment: BTreeMap<EnvName, Secret>,
-    /// Sets whose variables the app takes, in order; a later one wins.
+    /// Sets of variables, in order; later values win.
     pub env_from: Vec<SetName>,
     /// When an instance counts as healthy.
     pub health: HealthCheck,
     /// How requests reach it; a worker has none.
     pub ingress: Option<Ingress>,
-    /// When the image is asked for at its registry.
+    /// When the image is pulled.
     pub pull_policy: PullPolicy,
     /// Where it runs, how many, and in what order it is replaced.
     pub deploy: Deploy,
 }
 
 impl Spec {
-    /// Reads and checks a YAML or JSON text.
+    /// Parses and checks a YAML or JSON text.
     ///
     /// # Errors
     /// Every problem found, in the order of the text.
@@ -81,12 +81,12 @@ pub struct ContainerSpec {
     /// Labels of the container, beside demae's own.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
-    /// Capabilities taken away.
+    /// Dropped capabilities.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub cap_drop: Vec<String>,
     /// Whether the root file system is read-only.
     pub read_only: bool,
-    /// Whether Docker's small init process is PID 1. True unless said otherwise: most programs ignore TERM as PID 1.
+    /// Whether Docker's init process is PID 1. True by default: most programs ignore TERM as PID 1.
     pub init: bool,
     /// Most memory, in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -100,10 +100,10 @@ pub struct ContainerSpec {
     /// The logging driver and its options; json-file with rotation unless given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logging: Option<Logging>,
-    /// The signal that asks the app to end; TERM unless given.
+    /// The signal that asks the app to exit; TERM unless given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_signal: Option<String>,
-    /// How long it may take to end before it is killed.
+    /// Time to exit before it is killed.
     pub stop_grace_period: Duration,
 }
 
@@ -122,7 +122,7 @@ pub struct Volume {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VolumeSource {
-    /// An absolute path on the host. It must exist: demae creates no directories it cannot own.
+    /// An absolute path on the host. It must exist: demae creates no directories that it does not own.
     Host(String),
     /// A named Docker volume.
     Named(String),
@@ -137,24 +137,24 @@ pub struct Logging {
     pub options: BTreeMap<String, String>,
 }
 
-/// How an instance is asked whether it is well. Compose's names; the defaults are shorter, for a deploy.
+/// The health check of an instance. Names are Compose's; the defaults are shorter, for a deploy.
 #[derive(Debug, Clone, PartialEq, Serialize, serde::Deserialize)]
 pub struct HealthCheck {
-    /// What is asked.
+    /// The kind of probe.
     pub probe: Probe,
-    /// Between two checks of an instance that is in service.
+    /// Interval between two checks of an instance in service.
     pub interval: Duration,
-    /// How long one answer may take.
+    /// Timeout of one probe.
     pub timeout: Duration,
-    /// This many failures in a row make an instance unhealthy.
+    /// Consecutive failures that make an instance unhealthy.
     pub retries: u32,
     /// Failures in this time after the start do not count.
     pub start_period: Duration,
-    /// Between two checks of an instance that has not been healthy yet.
+    /// Interval between two checks of an instance that has not been healthy yet.
     pub start_interval: Duration,
-    /// This many successes in a row make an instance healthy.
+    /// Consecutive successes that make an instance healthy.
     pub successes: u32,
-    /// The host that `http` asks for, in place of the app's first virtual host.
+    /// The `Host` of an `http` check, in place of the app's first virtual host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
 }
@@ -175,40 +175,40 @@ impl Default for HealthCheck {
 }
 
 impl HealthCheck {
-    /// How long after its start an instance may take to become healthy: the start period, then the failures that are
-    /// forgiven. There is always such a deadline.
+    /// Time from its start until an instance must be healthy: the start period, then the tolerated failures. There is
+    /// always such a deadline.
     pub fn deadline(&self) -> Duration {
-        // What a label of a container says was not read by this demae.
+        // A label of a container may be from another version and hold any value.
         self.start_period.saturating_add(self.interval.saturating_mul(self.retries))
     }
 }
 
-/// What is asked to learn whether an instance is well.
+/// A kind of probe.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Probe {
     /// `GET` of this path over the instance's socket or port; any 2xx or 3xx answer is a success.
     Http(String),
-    /// That the socket or port takes a connection.
+    /// The socket or port accepts a connection.
     Tcp,
     /// Docker's own check: a command inside the container, as Compose's `test`.
     Command(Vec<String>),
-    /// That the container runs, and has run for [`SETTLE`].
+    /// The container has been running for [`SETTLE`].
     Running,
 }
 
-/// How long a container without any check must have run to count as healthy. Long enough to see a program that ends
-/// at once, which is what the wait is for.
+/// How long a container without a check must run to count as healthy: long enough to notice a program that exits at
+/// once.
 pub const SETTLE: Duration = Duration::from_secs(2);
 
 /// How requests reach an app.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ingress {
-    /// The host names it answers to.
+    /// Its host names.
     pub hosts: Vec<VirtualHost>,
     /// Where it listens.
     pub endpoint: Endpoint,
-    /// Longest wait for requests that are under way when an instance leaves.
+    /// Longest wait for requests in flight when an instance is retired.
     pub drain: Duration,
     /// A template of this host, in place of the default one.
     pub template: Option<TemplateName>,
@@ -216,25 +216,25 @@ pub struct Ingress {
     pub max_body_size: u64,
     /// Longest time between two reads from the app.
     pub read_timeout: Duration,
-    /// Largest headers of an answer, in bytes.
+    /// Largest response header, in bytes.
     pub response_header_size: u64,
-    /// Whether nginx reads the whole body of a request before the app sees any of it.
+    /// Whether nginx buffers the whole body of a request before it forwards it.
     pub request_buffering: bool,
     /// The path below which it is served; the whole host unless given.
     pub path: Option<UrlPath>,
-    /// Whether the app gets the path without that.
+    /// Whether that path is stripped before the request is forwarded.
     pub strip_path: bool,
-    /// Further ways in, each with hosts and an endpoint of its own. None of them has more.
+    /// Further ingresses, each with its own hosts and endpoint. None of them has more.
     pub more: Vec<Ingress>,
 }
 
 impl Ingress {
-    /// Every way in, this one first.
+    /// All ingresses, this one first.
     pub fn all(&self) -> impl Iterator<Item = &Self> + Clone {
         std::iter::once(self).chain(&self.more)
     }
 
-    /// Where else the app listens, each endpoint once.
+    /// The further endpoints of the app, each once.
     pub fn more_endpoints(&self) -> Vec<Endpoint> {
         let mut found: Vec<Endpoint> = Vec::new();
         for ingress in &self.more {
@@ -245,17 +245,17 @@ impl Ingress {
         found
     }
 
-    /// Everywhere the app listens, each endpoint once.
+    /// All endpoints of the app, each once.
     pub fn endpoints(&self) -> Vec<Endpoint> {
         std::iter::once(self.endpoint.clone()).chain(self.more_endpoints()).collect()
     }
 
-    /// The longest time that requests may take to leave an instance.
+    /// The longest drain time of its ingresses.
     pub fn longest_drain(&self) -> Duration {
         self.all().map(|i| i.drain).max().unwrap_or_default()
     }
 
-    /// A host that it answers to; one for all other hosts only if there is no other.
+    /// One of its hosts; that of a catch-all only if there is no other.
     pub fn example_host(&self) -> Option<String> {
         let host = self.hosts.iter().find(|h| !h.is_catch_all()).or(self.hosts.first());
         host.map(VirtualHost::example)
@@ -272,7 +272,7 @@ pub enum Endpoint {
     Port(u16),
 }
 
-/// When the image is asked for at its registry.
+/// When the image is pulled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PullPolicy {
     /// If it is not on the host.
@@ -289,9 +289,9 @@ pub enum PullPolicy {
 pub struct Deploy {
     /// Instances on each host.
     pub replicas_per_host: u16,
-    /// All must hold for a host to run the app.
+    /// A host runs the app only if all of them hold.
     pub constraints: Vec<Constraint>,
-    /// Whether the new instance starts beside the old one.
+    /// Whether a replacement starts or stops first.
     pub order: Order,
 }
 
@@ -301,12 +301,12 @@ impl Default for Deploy {
     }
 }
 
-/// Which comes first when an instance is replaced.
+/// The order of a replacement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
     /// The new one starts beside the old one. No request is lost.
     StartFirst,
-    /// The old one stops, then the new one starts: for apps of which two must not run.
+    /// The old one stops, then the new one starts: for apps that must not run twice.
     StopFirst,
 }
 
@@ -322,7 +322,7 @@ pub struct Constraint {
 }
 
 impl Constraint {
-    /// Whether a host with these labels satisfies it. A label that is not there is equal to nothing.
+    /// Whether a host with these labels satisfies it. A missing label equals nothing.
     pub fn holds(&self, labels: &BTreeMap<String, String>) -> bool {
         (labels.get(&self.label) == Some(&self.value)) == self.equal
     }

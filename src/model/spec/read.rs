@@ -1,4 +1,4 @@
-//! From a tree with positions to a [`Spec`]: every key known, every value checked, every problem kept.
+//! Parses a tree with positions into a [`Spec`]: every key known, every value checked, every problem reported.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,15 +19,15 @@ use crate::model::{
     yaml::{self, Node, Value},
 };
 
-/// Largest request body unless the spec says otherwise, in bytes. nginx's own 1 MiB refuses a photo; without any limit one
-/// client could fill the disk that nginx keeps bodies on.
+/// Default limit of a request body, in bytes. nginx's own 1 MiB refuses a photo; without a limit one client could fill
+/// nginx's disk.
 const MAX_BODY_SIZE: u64 = 100 * 1024 * 1024;
-/// Most bytes of labels, and of a command that checks health: both are labels of the container.
+/// Most bytes of labels, and of a health check command: both are labels of the container.
 const MOST_LABELS: usize = 16 * 1024;
 const MOST_TEST: usize = 4 * 1024;
-/// Most ways into one app.
+/// Most ingresses of one app.
 const MOST_INGRESSES: usize = 16;
-/// Most virtual hosts of one app: each costs all apps of its host time and memory in nginx.
+/// Most virtual hosts of one app: each costs nginx memory and reload time.
 const MOST_HOSTS: usize = 1000;
 
 pub(super) fn spec(text: &[u8]) -> Result<Spec, Problems> {
@@ -116,7 +116,7 @@ impl Reader {
                 out.insert(name, value);
             }
         }
-        // The engine hands them out with each list of containers.
+        // Docker returns them with each list of containers.
         let bytes: usize = out.iter().map(|(name, value)| name.len() + value.len()).sum();
         if let (true, Some(node)) = (bytes > MOST_LABELS, f.get("labels")) {
             self.problem("labels", node, format!("{bytes} bytes of labels are more than {MOST_LABELS}"));
@@ -131,7 +131,7 @@ impl Reader {
         Logging { driver, options }
     }
 
-    /// One way in, or a list of them.
+    /// One ingress, or a list of them.
     fn ingresses(&mut self, node: &Node) -> Option<Ingress> {
         let Value::Seq(items) = &node.value else { return Some(self.ingress(node)) };
         let mut all = items.iter().map(|item| self.ingress(item)).collect::<Vec<_>>().into_iter();
@@ -162,7 +162,7 @@ impl Reader {
         for way in ingress.all().filter(|_| !ingress.more.is_empty()) {
             let Endpoint::Socket(path) = &way.endpoint else { continue };
             let name = path.rsplit('/').next().unwrap_or_default();
-            // It becomes a part of nginx's text.
+            // It becomes part of nginx's configuration.
             if !name.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b)) {
                 let message = format!(
                     "`{name}`: where there are several sockets, their names have letters, digits, `.`, `-` and `_`"
@@ -173,7 +173,7 @@ impl Reader {
         let mut seen = BTreeSet::new();
         for way in ingress.all() {
             for host in way.hosts.iter().filter(|host| !seen.insert((way.path.clone(), (*host).clone()))) {
-                self.problem("ingress.hosts", node, format!("`{host}` stands in two of them"));
+                self.problem("ingress.hosts", node, format!("`{host}` is in two of them"));
             }
         }
     }
@@ -183,11 +183,11 @@ impl Reader {
         let mut hosts: Vec<VirtualHost> = Vec::new();
         // A set beside the list: a text has room for fifty thousand hosts.
         let mut seen = BTreeSet::new();
-        for host in self.items(&f, "hosts", VirtualHost::asked_for) {
+        for host in self.items(&f, "hosts", VirtualHost::from_spec) {
             if seen.insert(host.clone()) {
                 hosts.push(host);
             } else {
-                self.problem("ingress.hosts", node, format!("`{host}` stands twice"));
+                self.problem("ingress.hosts", node, format!("`{host}` is listed twice"));
             }
         }
         if hosts.len() > MOST_HOSTS {
@@ -235,7 +235,7 @@ impl Reader {
             self.problem("ingress.strip_path", node, "there is no `path` to leave out");
         }
         if let (true, Some(node)) = (hosts.iter().any(VirtualHost::is_catch_all), f.get("path")) {
-            self.problem("ingress.path", node, "`*` stands for whole hosts, and cannot be told apart by path");
+            self.problem("ingress.path", node, "`*` matches whole hosts, and cannot have a `path`");
         }
         if let (Some(_), Some(node)) = (&path, f.get("template")) {
             let message = "an app below a `path` is part of the server of its host, and has no template of its own";
@@ -289,15 +289,11 @@ impl Reader {
         }
         let probe = probes.pop().unwrap_or(default.probe);
         if ingress.is_none() && matches!(probe, Probe::Http(_) | Probe::Tcp) {
-            self.problem(
-                "healthcheck",
-                node,
-                "`http` and `tcp` ask where the traffic goes, and there is no `ingress`; use `test`",
-            );
+            self.problem("healthcheck", node, "`http` and `tcp` probe the `ingress`, and there is none; use `test`");
         }
         let host = self.read(&f, "host", host_header);
         if let (Some(_), false, Some(node)) = (&host, matches!(probe, Probe::Http(_)), f.get("host")) {
-            self.problem("healthcheck.host", node, "only `http` asks for a host");
+            self.problem("healthcheck.host", node, "only `http` uses a host");
         }
         let at_least = |least: u64, what: &'static str| {
             move |t: &str| match text::duration(t) {

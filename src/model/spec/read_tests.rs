@@ -8,7 +8,7 @@ fn problems(text: &str) -> String {
 }
 
 #[test]
-fn a_whole_spec_is_read() {
+fn full_spec_is_parsed() {
     let text = r#"
 image: registry.example.com/web:v41
 command: [shop, serve, --listen, /run/shop/http.sock]
@@ -36,13 +36,13 @@ deploy:
 }
 
 #[test]
-fn json_is_read_by_the_same_rules() {
+fn json_spec_is_parsed_like_yaml() {
     let spec = spec(br#"{"image":"web:v1","ingress":{"hosts":["a.example"],"port":8080}}"#).expect("this spec is fine");
     assert_eq!(spec.ingress.map(|i| i.endpoint), Some(Endpoint::Port(8080)));
 }
 
 #[test]
-fn every_problem_is_told_with_its_line_and_a_remedy() {
+fn every_problem_is_reported_with_line_and_remedy() {
     let text = "image: web:v1\nhealthchek: {}\nports: ['80:80']\ningress:\n  hosts: ['x; } server {']\n  sockt: /run/a/b.sock\nstop_grace_period: 10\ndeploy:\n  replicas_per_host: many\n";
     expect_test::expect![[r#"
         line 2: `healthchek`: unknown key (did you mean `healthcheck`?)
@@ -57,7 +57,7 @@ fn every_problem_is_told_with_its_line_and_a_remedy() {
 }
 
 #[test]
-fn the_rights_of_the_host_cannot_be_asked_for() {
+fn spec_cannot_request_host_privileges() {
     for text in [
         "volumes: ['/:/host']",
         "volumes: ['/etc/shadow:/x']",
@@ -79,32 +79,32 @@ fn the_rights_of_the_host_cannot_be_asked_for() {
         "labels: {demae.app: other}",
         "environment: {DEMAE_APP: other}",
     ] {
-        assert_ne!(problems(text), "fine", "{text} was taken");
+        assert_ne!(problems(text), "fine", "{text} was accepted");
     }
 }
 
 #[test]
-fn the_schema_knows_the_keys_that_the_reader_knows() {
+fn schema_and_reader_have_the_same_keys() {
     let schema: serde_json::Value = serde_json::from_str(super::super::SCHEMA).expect("the schema is JSON");
     for (path, keys) in KEYS {
         let mut at = &schema;
         for part in path.split('.').filter(|p| !p.is_empty()) {
             at = &at["properties"][part];
-            // One of a thing or a list of them: the thing stands once, under `$defs`.
+            // One item or a list of them: the item is defined once, under `$defs`.
             if let Some(name) = at["oneOf"][0]["$ref"].as_str().and_then(|r| r.strip_prefix("#/$defs/")) {
                 at = &schema["$defs"][name];
             }
         }
-        let mut told: Vec<&str> = at["properties"]
+        let mut schema_keys: Vec<&str> = at["properties"]
             .as_object()
             .unwrap_or_else(|| panic!("the schema has no `{path}`"))
             .keys()
             .map(String::as_str)
             .collect();
-        told.sort_unstable();
+        schema_keys.sort_unstable();
         let mut read = keys.to_vec();
         read.sort_unstable();
-        assert_eq!(told, read, "keys of `{path}`");
-        assert_eq!(at["additionalProperties"], false, "`{path}` takes no other keys");
+        assert_eq!(schema_keys, read, "keys of `{path}`");
+        assert_eq!(at["additionalProperties"], false, "`{path}` allows no other keys");
     }
 }

@@ -1,9 +1,9 @@
-//! Single values of a spec, checked: what they may be, and what to write instead.
+//! Parsers for single values of a spec: what they may be, and what to write instead.
 
 use super::{Constraint, PullPolicy, Volume, VolumeSource};
 
-/// Below these an app may mount what is on the host. All else belongs to the system, or to demae: a list of what is
-/// refused would always miss something.
+/// Host directories below which an app may mount. All else belongs to the system or to demae: a denylist would be
+/// incomplete.
 pub const MOUNTABLE: &[&str] = &["/srv", "/opt", "/mnt", "/media", "/data", "/home", "/var/www"];
 
 /// Whether an app may mount a path of the host, by its text.
@@ -12,20 +12,20 @@ fn is_mountable(path: &str) -> bool {
     below && !path.ends_with(".sock")
 }
 
-/// Directories inside a container over which nothing may be mounted: the app would lose its own system.
+/// Directories inside a container that must not be mounted over: the app would lose its own system.
 const SYSTEM_DIRS: &[&str] = &[
     "/", "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/run", "/sbin", "/sys", "/usr", "/var",
     "/var/lib", "/var/run",
 ];
 
-/// Whether a directory belongs to the system, so that nothing may be mounted over it.
+/// Whether a directory belongs to the system, so nothing may be mounted over it.
 pub(super) fn is_system_dir(dir: &str) -> bool {
     SYSTEM_DIRS.contains(&dir)
 }
 
 pub(super) fn printable(text: &str) -> Result<&str, String> {
     if text.is_empty() || text.chars().any(char::is_control) {
-        return Err("an empty text and control characters cannot stand here".to_owned());
+        return Err("empty text and control characters are not allowed".to_owned());
     }
     Ok(text)
 }

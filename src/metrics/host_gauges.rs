@@ -1,0 +1,55 @@
+//! Gauges of resources that run out by themselves: disk, ports, certificates.
+
+use super::text::Text;
+use crate::model::time::Timestamp;
+
+/// A directory's file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// The purpose of the directory: a bounded set.
+    pub dir: &'static str,
+    /// Bytes available to this agent.
+    pub free: u64,
+    /// Total bytes.
+    pub size: u64,
+}
+
+/// The last reading of this machine's resources.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct HostGauges {
+    /// File systems.
+    pub disks: Vec<Disk>,
+    /// Certificates by file, and when they expire.
+    pub certificates: Vec<(String, Timestamp)>,
+    /// Loopback ports in use or in quarantine after use, and their total.
+    pub ports: (usize, usize),
+}
+
+impl HostGauges {
+    #[expect(clippy::cast_precision_loss, reason = "Prometheus knows no other numbers")]
+    pub(super) fn write(&self, text: &mut Text) {
+        text.family("demae_disk_free_bytes", "gauge", "Bytes that may still be written, by directory");
+        for disk in &self.disks {
+            text.series("demae_disk_free_bytes", &[("dir", disk.dir)], disk.free as f64);
+        }
+        text.family("demae_disk_size_bytes", "gauge", "Size of the file system, by directory");
+        for disk in &self.disks {
+            text.series("demae_disk_size_bytes", &[("dir", disk.dir)], disk.size as f64);
+        }
+        let name = "demae_certificate_expiry_timestamp_seconds";
+        let help = "When certificates expire that nginx serves for apps, or that etcd is reached with, by file";
+        text.family(name, "gauge", help);
+        for (file, at) in &self.certificates {
+            text.series(name, &[("file", file)], at.as_millis() as f64 / 1000.0);
+        }
+        // Tests of the text have no runtime.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            text.family("demae_tasks", "gauge", "Tasks of the agent that have not ended");
+            text.series("demae_tasks", &[], runtime.metrics().num_alive_tasks() as f64);
+        }
+        let (used, all) = self.ports;
+        text.family("demae_ports", "gauge", "Loopback ports for apps: in use or at rest, and free");
+        text.series("demae_ports", &[("state", "used")], used as f64);
+        text.series("demae_ports", &[("state", "free")], all.saturating_sub(used) as f64);
+    }
+}

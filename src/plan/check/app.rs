@@ -1,0 +1,252 @@
+//! Checks of plans for one app.
+
+use crate::model::{
+    desired::DesiredApp,
+    name::ContainerId,
+    observed::{Address, Instance, Phase},
+    proxy::{Upstreams, Vhost},
+    spec::Order,
+};
+
+use crate::plan::{AppInput, AppPlan, VhostWish, step::Step};
+
+/// How long an older nginx worker may take to read a request before it forwards it.
+const UPLOAD: std::time::Duration = std::time::Duration::from_secs(600);
+
+/// Violations of a plan: what it must not do, or fails to do. Empty if it is fine.
+pub fn violations(input: &AppInput<'_>, plan: &AppPlan) -> Vec<String> {
+    let mut found = Vec::new();
+    if let Some(planned) = &plan.step {
+        check_step(input, &planned.step, &mut found);
+    }
+    check_vhost(input, &plan.vhost, &mut found);
+    if silent(input, plan) {
+        found.push("the app is not converged, and the plan has no step, wait or block".into());
+    }
+    found
+}
+
+/// What nginx is to serve never takes requests away from an app that is wanted, nor leads them from a healthy instance to
+/// none.
+fn check_vhost(input: &AppInput<'_>, wish: &VhostWish, found: &mut Vec<String>) {
+    let Some(live) = input.proxy.live else { return };
+    let takes_requests = match input.desired {
+        DesiredApp::Run(t) | DesiredApp::Invalid { last_good: Some(t), .. } => t.ingress.is_some(),
+        DesiredApp::Absent(_) => false,
+        DesiredApp::Paused(_) | DesiredApp::Unknown(_) | DesiredApp::Invalid { last_good: None, .. } => {
+            if *wish != VhostWish::Keep {
+                found.push("it changes the virtual host of an app that is to stay as it is".into());
+            }
+            return;
+        }
+    };
+    let answers = |port: &u16| {
+        input.observed.instances.iter().any(|i| {
+            i.phase == Phase::Running && i.health.is_healthy() && i.addresses().any(|a| *a == Address::Port(*port))
+        })
+    };
+    let leads_to_healthy = |vhost: &Vhost| {
+        vhost.all().any(|way| matches!(&way.upstreams, Upstreams::Ports(ports) if ports.iter().any(answers)))
+    };
+    match wish {
+        VhostWish::Remove if takes_requests => {
+            found.push("it removes the virtual host of an app that is wanted".into());
+        }
+        VhostWish::Set(vhost) | VhostWish::Announce(vhost)
+            if matches!(vhost.upstreams, Upstreams::Ports(_)) && leads_to_healthy(live) && !leads_to_healthy(vhost) =>
+        {
+            found.push("it leads requests from a healthy instance to none".into());
+        }
+        _ => {}
+    }
+}
+
+fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
+    if matches!(input.desired, DesiredApp::Paused(_)) {
+        found.push(format!("`{step}` touches a paused app"));
+    }
+    if matches!(input.desired, DesiredApp::Unknown(_)) && !matches!(step, Step::Switch(_)) {
+        found.push(format!("`{step}` touches an app whose desired state is unknown"));
+    }
+    if let Some(handle) = step.handle()
+        && input.stopping.contains_key(&handle.id)
+    {
+        found.push(format!("`{step}` acts on an instance that is already being stopped"));
+    }
+    let keeps = matches!(step, Step::Switch(_) | Step::Start(_) | Step::ClearSocket(_));
+    if matches!(input.desired, DesiredApp::Absent(_))
+        && input.stays_until.is_some_and(|t| input.now < t)
+        && !keeps
+        && !input.observed.instances.is_empty()
+    {
+        found.push(format!("`{step}` touches an app that may be put back yet"));
+    }
+    if !input.observed.foreign.is_empty() && !keeps {
+        found.push(format!("`{step}` touches an app of which another agent has containers"));
+    }
+    if input.busy.is_some() {
+        found.push(format!("`{step}` would be a second step at once"));
+    }
+    match step {
+        Step::Start(h) | Step::ClearSocket(h) | Step::Settle(h) | Step::RecordVerdict { handle: h, .. } => {
+            known(input, &h.id, step, found);
+        }
+        Step::Stop { handle, .. } | Step::Remove(handle) | Step::Discard { handle, .. } => {
+            if let Some(instance) = known(input, &handle.id, step, found) {
+                check_ending(input, instance, step, found);
+            }
+        }
+        Step::Create { key, release, .. } => {
+            if input.nested.is_some() {
+                found.push(format!("`{step}` mounts what another mount can replace"));
+            }
+            if input.observed.instances.iter().any(|i| i.key == *key) {
+                found.push(format!("`{step}` would duplicate an instance"));
+            }
+            if wanted_release(input).is_none_or(|w| w != release.id.as_str()) {
+                found.push(format!("`{step}` creates an instance of a release that is not wanted"));
+            }
+        }
+        Step::Switch(slots) => {
+            for key in slots.values() {
+                match input.observed.instances.iter().find(|i| i.key == *key) {
+                    Some(i) if i.phase == Phase::Running && !i.health.is_unhealthy() => {}
+                    _ => found.push(format!("`{step}` routes to {key}, which cannot answer")),
+                }
+            }
+            let served = matches!(input.proxy.live.map(|v| &v.upstreams), Some(Upstreams::Slots(n)) if *n > 0);
+            let wrong = |i: &Instance| i.wrong_socket && input.observed.slots.values().flatten().any(|k| *k == i.key);
+            let leads_astray = input.observed.instances.iter().any(wrong);
+            if slots.is_empty() && served && !leads_astray {
+                found.push(format!("`{step}` removes the routes while nginx uses them"));
+            }
+        }
+        Step::Prove { release, .. } => {
+            let healthy =
+                |i: &&Instance| i.key.release == *release && i.phase == Phase::Running && i.health.is_healthy();
+            if !input.observed.instances.iter().any(|i| healthy(&i)) {
+                found.push(format!("`{step}` proves a release without a healthy instance"));
+            }
+        }
+        Step::CleanUp(left) => {
+            let used = |r: &crate::model::name::ReleaseId| input.observed.instances.iter().any(|i| i.key.release == *r);
+            if left.env_files.iter().any(used) {
+                found.push(format!("`{step}` removes the env-file of a release that has instances"));
+            }
+            if left.socket_dirs.iter().any(|k| input.observed.instances.iter().any(|i| i.key == *k)) {
+                found.push(format!("`{step}` removes the socket of an instance"));
+            }
+            if left.everything && !matches!(input.desired, DesiredApp::Absent(_)) {
+                found.push(format!("`{step}` removes all traces of an app that is wanted"));
+            }
+        }
+        Step::Pull(_) | Step::WriteEnvFile(_) => {}
+    }
+}
+
+/// A container may only be ended when no request goes to it, unless its order is stop-first, and never the last healthy
+/// one.
+fn check_ending(input: &AppInput<'_>, instance: &Instance, step: &Step, found: &mut Vec<String>) {
+    if matches!(step, Step::Remove(_)) && matches!(instance.phase, Phase::Running | Phase::Paused | Phase::Restarting) {
+        found.push(format!("`{step}` removes a container that runs"));
+    }
+    // A stop-first change has a gap until the new release is proven.
+    let changes_over = matches!(input.desired, DesiredApp::Run(t) | DesiredApp::Invalid { last_good: Some(t), .. }
+        if t.order == Order::StopFirst && input.observed.proven.as_ref() != Some(&t.release.id));
+    if changes_over {
+        return;
+    }
+    if routed(input, instance) && instance.phase == Phase::Running {
+        found.push(format!("`{step}` ends an instance that requests go to"));
+    }
+    let left = match &instance.address {
+        // No drain has begun before nginx serves the live set.
+        Some(Address::Port(_)) if !input.proxy.serving => input.now,
+        Some(Address::Port(_)) => input.proxy.changed,
+        _ => input.observed.slots_changed,
+    };
+    if matches!(step, Step::Stop { .. })
+        && instance.phase == Phase::Running
+        && instance.address.is_some()
+        && instance.connections != Some(0)
+        && input.now < instance.idle_at.map_or(left, |idle| idle.max(left)).plus(instance.drain)
+    {
+        found.push(format!("`{step}` cuts connections before their time is over"));
+    }
+    // An older worker may hold a request whose body is still being uploaded, and forward it here.
+    let known = |port: &u16| instance.settled || input.proxy.previous_ports.is_none_or(|ports| ports.contains(port));
+    if matches!(step, Step::Stop { .. })
+        && instance.phase == Phase::Running
+        && instance.connections == Some(0)
+        && input.proxy.old_workers
+        && matches!(&instance.address, Some(Address::Port(port)) if known(port))
+        && input.now < left.plus(UPLOAD)
+    {
+        found.push(format!("`{step}` ends an instance that an older nginx worker may still send a request to"));
+    }
+    if matches!(input.desired, DesiredApp::Unknown(_) | DesiredApp::Invalid { last_good: None, .. })
+        || input.conflict.is_some()
+    {
+        found.push(format!("`{step}` ends an instance though it is not known what is wanted"));
+    }
+    let serves = |i: &Instance| i.phase == Phase::Running && i.health.is_healthy() && i.settled;
+    if matches!(input.desired, DesiredApp::Run(_) | DesiredApp::Invalid { last_good: Some(_), .. })
+        && serves(instance)
+        && !input
+            .observed
+            .instances
+            .iter()
+            .filter(|i| !input.stopping.contains_key(&i.id))
+            .any(|i| i.id != instance.id && i.phase == Phase::Running && i.health.is_healthy())
+    {
+        found.push(format!("`{step}` ends the last healthy instance"));
+    }
+}
+
+fn routed(input: &AppInput<'_>, instance: &Instance) -> bool {
+    match (&instance.address, input.proxy.live.map(|v| &v.upstreams)) {
+        (Some(Address::Socket(_)), _) => input.observed.slots.values().any(|k| k.as_ref() == Some(&instance.key)),
+        (Some(Address::Port(port)), Some(Upstreams::Ports(ports))) => ports.contains(port),
+        _ => false,
+    }
+}
+
+fn known<'a>(input: &AppInput<'a>, id: &ContainerId, step: &Step, found: &mut Vec<String>) -> Option<&'a Instance> {
+    let instance = input.observed.instances.iter().find(|i| i.id == *id);
+    if instance.is_none() {
+        found.push(format!("`{step}` touches a container that is not demae's"));
+    }
+    instance
+}
+
+fn wanted_release<'a>(input: &AppInput<'a>) -> Option<&'a str> {
+    match input.desired {
+        DesiredApp::Run(t) | DesiredApp::Invalid { last_good: Some(t), .. } => Some(t.release.id.as_str()),
+        _ => None,
+    }
+}
+
+/// Whether the app is not converged, and the plan gives no reason.
+fn silent(input: &AppInput<'_>, plan: &AppPlan) -> bool {
+    if plan.step.is_some() || !plan.waits.is_empty() || !plan.blocks.is_empty() {
+        return false;
+    }
+    let instances = &input.observed.instances;
+    match input.desired {
+        DesiredApp::Run(t) => {
+            let healthy = |i: &&Instance| {
+                i.key.release == t.release.id && i.phase == Phase::Running && i.health.is_healthy() && i.settled
+            };
+            let wanted = usize::from(t.replicas);
+            instances.len() != wanted
+                || instances.iter().filter(healthy).count() != wanted
+                || (t.ingress.is_some() && !instances.iter().all(|i| routed(input, i)))
+                || input.observed.proven.as_ref() != Some(&t.release.id)
+        }
+        DesiredApp::Absent(_) => {
+            !instances.is_empty() || !input.observed.slots.is_empty() || input.proxy.live.is_some()
+        }
+        DesiredApp::Invalid { .. } | DesiredApp::Paused(_) => true,
+        DesiredApp::Unknown(_) => !instances.is_empty() || !input.observed.slots.is_empty(),
+    }
+}

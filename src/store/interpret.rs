@@ -1,0 +1,177 @@
+//! What the desired range means for one host.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use super::{
+    contents::{Contents, Entries, Entry},
+    keys::{BadKey, Key},
+};
+use crate::model::{
+    desired::{self, DesiredApp, HostMode, Snapshot, Target},
+    name::{AppName, HostName},
+    problem::{Problem, Problems, catch_panic},
+    release::ReleaseKey,
+    spec::Spec,
+    yaml::{self, Value},
+};
+
+/// Most bytes of a host's labels.
+const MOST_LABELS: usize = 64 * 1024;
+
+/// A spec, or its problems.
+type ReadSpec = Arc<Result<Spec, Problems>>;
+
+/// Makes snapshots of contents. Caches parsed specs, so that one changed key costs one parse.
+#[derive(Clone)]
+pub struct Interpreter {
+    host: HostName,
+    labels: BTreeMap<String, String>,
+    /// By app, with the text that was parsed.
+    specs: HashMap<AppName, (Vec<u8>, ReadSpec)>,
+    last_good: BTreeMap<AppName, Target>,
+    /// The last valid mode of this host; `None` before the first one.
+    mode: Option<HostMode>,
+    /// The last valid labels of this host in the store; `None` before the first ones.
+    host_labels: Option<BTreeMap<String, String>>,
+}
+
+impl Interpreter {
+    /// For a host with these labels in its own configuration.
+    pub fn new(host: HostName, labels: BTreeMap<String, String>) -> Self {
+        Self { host, labels, specs: HashMap::new(), last_good: BTreeMap::new(), mode: None, host_labels: None }
+    }
+
+    /// Records the last valid keys of an app, and the keys of this host from then.
+    pub(super) fn remember(&mut self, app: &AppName, entries: &Entries, hosts: &Entries, key: &ReleaseKey) {
+        let entries = entries.iter().chain(hosts).map(|(k, e)| (k.clone(), e.clone())).collect();
+        let mut then = Self::new(self.host.clone(), self.labels.clone());
+        then.snapshot(&Contents { entries, revision: 0 }, key);
+        self.last_good.extend(then.last_good.remove_entry(app));
+    }
+
+    /// What the contents mean for this host.
+    pub fn snapshot(&mut self, contents: &Contents, key: &ReleaseKey) -> Snapshot {
+        let mut unreadable = Vec::new();
+        let (keys, mode, labels) = self.sort_out(contents, &mut unreadable);
+        let last_good = &self.last_good;
+        let apps = desired::resolve(&keys, key, mode, &labels, |app| last_good.get(app).cloned());
+        for (app, desired) in &apps {
+            match desired {
+                DesiredApp::Run(target) => {
+                    self.last_good.insert(app.clone(), target.clone());
+                }
+                // The target from before it left is no reason to come back.
+                DesiredApp::Absent(_) => {
+                    self.last_good.remove(app);
+                }
+                DesiredApp::Invalid { .. } | DesiredApp::Paused(_) | DesiredApp::Unknown(_) => {}
+            }
+        }
+        self.last_good.retain(|app, _| apps.contains_key(app));
+        Snapshot { revision: contents.revision, proven: true, mode, labels, apps, unreadable }
+    }
+
+    fn sort_out(
+        &mut self,
+        contents: &Contents,
+        unreadable: &mut Vec<Problem>,
+    ) -> (desired::Keys, HostMode, BTreeMap<String, String>) {
+        let mut keys = desired::Keys::default();
+        let mut mode = Some(HostMode::Active);
+        let mut given_labels = Some(BTreeMap::new());
+        for (rest, entry) in &contents.entries {
+            let value = || Some(entry.value().to_vec());
+            match Key::parse(rest) {
+                Ok(Key::Spec(app)) => {
+                    let spec = self.spec(&app, entry);
+                    keys.apps.entry(app).or_default().spec = Some((entry.created(), spec));
+                }
+                Ok(Key::Image(app)) => keys.apps.entry(app).or_default().image = value(),
+                Ok(Key::Restart(app)) => keys.apps.entry(app).or_default().restart = value(),
+                Ok(Key::Paused(app)) => keys.apps.entry(app).or_default().paused = value(),
+                Ok(Key::Env(set, name)) => {
+                    keys.env.entry(set).or_default().insert(name, entry.value().to_vec());
+                }
+                Ok(Key::HostLabels(host)) if host == self.host => match host_labels(entry.value()) {
+                    Ok(labels) => given_labels = Some(labels),
+                    Err(mut problem) => {
+                        // Unreadable labels are not other labels.
+                        given_labels = self.host_labels.clone();
+                        problem.key = format!("hosts/{host}/labels");
+                        unreadable.push(problem);
+                    }
+                },
+                Ok(Key::HostMode(host)) if host == self.host => match host_mode(entry.value()) {
+                    Some(found) => mode = Some(found),
+                    None => {
+                        // An unreadable mode is not a new mode.
+                        mode = self.mode;
+                        let problem = Problem::new(format!("hosts/{host}/mode"), "this is not a mode");
+                        unreadable.push(problem.hint("use `active`, `cordoned` or `drained`"));
+                    }
+                },
+                Ok(Key::HostLabels(_) | Key::HostMode(_) | Key::Cluster) => {}
+                Err(BadKey::Set(set, problem)) => keys.env_problems.entry(set).or_default().push(problem),
+                // An unknown key below an app may be of a newer version: the app is not invalid for it.
+                Err(BadKey::App(_, problem) | BadKey::Unowned(problem)) => unreadable.push(problem),
+            }
+        }
+        for problems in keys.env_problems.values_mut() {
+            *problems = std::mem::take(problems).bounded();
+        }
+        let all: Problems = std::mem::take(unreadable).into_iter().collect();
+        unreadable.extend(all.bounded().iter().cloned());
+        keys.labels_unknown = given_labels.is_none();
+        let mut labels = self.labels.clone();
+        labels.extend(given_labels.iter().flatten().map(|(k, v)| (k.clone(), v.clone())));
+        self.host_labels = given_labels;
+        self.mode = mode;
+        // Cordoned is safe either way: a drained host starts nothing, and an active one stops nothing.
+        let mode = mode.unwrap_or(HostMode::Cordoned);
+        self.specs.retain(|app, _| keys.apps.contains_key(app));
+        (keys, mode, labels)
+    }
+
+    fn spec(&mut self, app: &AppName, entry: &Entry) -> Arc<Result<Spec, Problems>> {
+        match self.specs.get(app) {
+            Some((text, spec)) if text == entry.value() => spec.clone(),
+            _ => {
+                let spec = Arc::new(catch_panic(|| Spec::parse(entry.value())));
+                self.specs.insert(app.clone(), (entry.value().to_vec(), spec.clone()));
+                spec
+            }
+        }
+    }
+}
+
+fn host_mode(value: &[u8]) -> Option<HostMode> {
+    match std::str::from_utf8(value).ok()?.trim() {
+        "active" => Some(HostMode::Active),
+        "cordoned" => Some(HostMode::Cordoned),
+        "drained" => Some(HostMode::Drained),
+        _ => None,
+    }
+}
+
+fn host_labels(value: &[u8]) -> Result<BTreeMap<String, String>, Problem> {
+    let node = yaml::parse(value)?;
+    let Value::Map(entries) = node.value else {
+        return Err(Problem::new("", "write a mapping such as `role: web`").at(node.line, node.column));
+    };
+    // They are published with the host, and a store takes requests of 1.5 MiB.
+    if value.len() > MOST_LABELS {
+        let message = format!("{} bytes of labels are more than {MOST_LABELS}", value.len());
+        return Err(Problem::new("", message).at(node.line, node.column));
+    }
+    let mut labels = BTreeMap::new();
+    for (key, node) in entries {
+        let Value::Scalar { text, .. } = node.value else {
+            return Err(Problem::new(key.name, "a label has a single value").at(node.line, node.column));
+        };
+        labels.insert(key.name, text);
+    }
+    Ok(labels)
+}

@@ -1,0 +1,322 @@
+//! Single planner decisions, as tables of observed state and planned steps.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use demae::{
+    model::{
+        desired::{DesiredApp, Target},
+        mounts::NestedMount,
+        name::{AppName, ReleaseId},
+        observed::{Address, Foreign, Health, ObservedApp, Phase},
+        problem::Problem,
+        proxy::{Upstreams, Vhost},
+        release::{Release, ReleaseKey},
+        spec::{Endpoint, Spec},
+        time::Timestamp,
+    },
+    plan::{
+        AppInput, AppPlan, Backoffs, ProxyView, Stopping, VhostWish,
+        app::plan_app,
+        check::violations,
+        simulate::SimHost,
+        step::{Handle, Planned, Step, StepKind},
+        wait::Wait,
+    },
+};
+
+fn target(text: &str, version: &str) -> Target {
+    let spec = Spec::parse(text.as_bytes()).expect("a spec");
+    let image = format!("web:{version}").as_str().try_into().expect("an image");
+    let endpoint = spec.ingress.as_ref().map(|i| i.endpoint.clone());
+    let key = ReleaseKey::new("key");
+    let release =
+        Release::new(&key, image, spec.container.clone(), BTreeMap::new(), spec.health.clone(), endpoint, None);
+    Target {
+        release: Arc::new(release),
+        replicas: spec.deploy.replicas_per_host,
+        ingress: spec.ingress,
+        order: spec.deploy.order,
+        pull_policy: spec.pull_policy,
+        created: 1,
+        cordoned: false,
+    }
+}
+
+const PORT: &str = "ingress: {hosts: [a.test], port: 8080, drain: 5s}\n";
+
+/// One app on a host, with the other inputs of its plan.
+struct Scene {
+    host: SimHost,
+    desired: DesiredApp,
+    backoffs: Backoffs,
+    stopping: Stopping,
+    nested: Option<NestedMount>,
+    stays_until: Option<Timestamp>,
+    old_workers: bool,
+}
+
+impl Scene {
+    /// With this release serving, or with none.
+    fn new(serving: Option<Target>) -> Self {
+        let app = AppName::try_from("web").expect("a name");
+        let host = SimHost::new(app, ObservedApp::default(), None, Timestamp::from_millis(1_000_000_000));
+        let (desired, backoffs, stopping) = (DesiredApp::Absent(String::new()), Backoffs::new(), Stopping::new());
+        let mut scene = Self { host, desired, backoffs, stopping, nested: None, stays_until: None, old_workers: false };
+        if let Some(target) = serving {
+            scene.desired = DesiredApp::Run(target);
+            scene.settle();
+        }
+        scene
+    }
+
+    fn input(&self) -> AppInput<'_> {
+        AppInput {
+            stopping: &self.stopping,
+            nested: self.nested.as_ref(),
+            stays_until: self.stays_until,
+            proxy: ProxyView { old_workers: self.old_workers, ..self.host.input(&self.desired, &self.backoffs).proxy },
+            ..self.host.input(&self.desired, &self.backoffs)
+        }
+    }
+
+    fn plan(&self) -> AppPlan {
+        let input = self.input();
+        let plan = plan_app(&input);
+        assert_eq!(violations(&input, &plan), Vec::<String>::new(), "{plan:#?}");
+        plan
+    }
+
+    fn kind(&self) -> Option<StepKind> {
+        self.plan().step.map(|planned| planned.step.kind())
+    }
+
+    /// Applies steps until converged, with every instance healthy.
+    fn settle(&mut self) {
+        for _ in 0..100 {
+            let plan = self.plan();
+            self.host.serve(&plan.vhost);
+            match plan.step {
+                Some(planned) => self.host.apply(&planned.step),
+                None if plan.is_converged() => return,
+                None => self.host.advance(Duration::from_secs(1)),
+            }
+        }
+        panic!("it does not converge: {:#?}", self.plan());
+    }
+
+    /// Applies steps until one of this kind is next.
+    fn until(&mut self, kind: StepKind) {
+        for _ in 0..100 {
+            let plan = self.plan();
+            self.host.serve(&plan.vhost);
+            match plan.step {
+                Some(planned) if planned.step.kind() == kind => return,
+                Some(planned) => self.host.apply(&planned.step),
+                None => self.host.advance(Duration::from_millis(500)),
+            }
+        }
+        panic!("no {kind:?} is planned: {:#?}", self.plan());
+    }
+}
+
+#[test]
+fn stopping_instance_delays_no_other_step() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    scene.desired = DesiredApp::Run(target(PORT, "v2"));
+    scene.until(StepKind::Stop);
+    let Some(Planned { step: Step::Stop { handle, .. }, .. }) = scene.plan().step else { panic!("a stop is next") };
+    scene.stopping.insert(handle.id.clone(), scene.host.now.plus(Duration::from_secs(60)));
+    let plan = scene.plan();
+    assert!(plan.step.is_none() && plan.waits.iter().any(|w| matches!(w, Wait::Stopping { .. })), "{plan:#?}");
+    // The next release starts while the old instance stops.
+    scene.desired = DesiredApp::Run(target(PORT, "v3"));
+    assert_eq!(scene.kind(), Some(StepKind::WriteEnvFile));
+    // A plan that stops it again is rejected.
+    let twice = Step::Stop { handle, grace: Duration::ZERO };
+    let plan = AppPlan { step: Some(Planned { step: twice, reason: "a mutation" }), ..AppPlan::default() };
+    assert!(violations(&scene.input(), &plan).iter().any(|v| v.contains("already being stopped")));
+}
+
+#[test]
+fn port_instance_outlives_uploads_that_older_workers_read() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    scene.desired = DesiredApp::Run(target(PORT, "v2"));
+    scene.until(StepKind::Stop);
+    let old = scene
+        .host
+        .observed
+        .instances
+        .iter()
+        .position(|i| i.key.release != scene.desired.target().expect("one").release.id);
+    let old = old.expect("the old one is there");
+    scene.old_workers = true;
+    let left = scene.host.live_changed;
+    for (seconds, connections, stops) in [
+        (1, 0, false),
+        // A connection has the drain time from when it can have begun, then it is cut.
+        (5, 1, false),
+        (6, 1, true),
+        // No connection, but a worker may still be reading a request.
+        (6, 0, false),
+        (300, 0, false),
+        // A later connection is waited for, as long.
+        (300, 1, false),
+        (305, 1, true),
+        (601, 0, true),
+        (601, 1, false),
+        (606, 1, true),
+    ] {
+        scene.host.now = left.plus(Duration::from_secs(seconds));
+        let instance = &mut scene.host.observed.instances[old];
+        instance.connections = Some(connections);
+        if connections == 0 {
+            instance.idle_at = Some(scene.host.now);
+        }
+        let stop = scene.kind() == Some(StepKind::Stop);
+        assert_eq!(stop, stops, "after {seconds} s with {connections} connections");
+    }
+    scene.host.now = left.plus(Duration::from_secs(60));
+    scene.host.observed.instances[old].connections = Some(0);
+    let instance = &scene.host.observed.instances[old];
+    let step =
+        Step::Stop { handle: Handle { key: instance.key.clone(), id: instance.id.clone() }, grace: Duration::ZERO };
+    let plan = AppPlan { step: Some(Planned { step, reason: "a mutation" }), ..AppPlan::default() };
+    assert!(violations(&scene.input(), &plan).iter().any(|v| v.contains("older nginx worker")));
+    scene.old_workers = false;
+    assert_eq!(scene.kind(), Some(StepKind::Stop), "without older workers no request is in flight");
+}
+
+/// Lets the scene's candidate exit with this code; returns the recorded verdict.
+fn fail(scene: &mut Scene, code: i64) -> (String, u32) {
+    scene.until(StepKind::Start);
+    let step = scene.plan().step.expect("a start").step;
+    scene.host.apply(&step);
+    let wanted = scene.desired.target().expect("it is wanted").release.id.clone();
+    let of_it = scene.host.observed.instances.iter_mut().filter(|i| i.key.release == wanted);
+    of_it.for_each(|i| i.phase = Phase::Exited(code));
+    let step = scene.plan().step.expect("a verdict").step;
+    let Step::RecordVerdict { cause, attempts, .. } = &step else { panic!("a verdict: {step}") };
+    let verdict = (cause.clone(), *attempts);
+    scene.host.apply(&step);
+    verdict
+}
+
+#[test]
+fn failed_first_release_is_retried_with_backoff_and_a_later_one_is_not() {
+    let mut scene = Scene::new(None);
+    scene.desired = DesiredApp::Run(target(PORT, "v1"));
+    let mut pauses = Vec::new();
+    for attempt in 1..=4 {
+        assert_eq!(fail(&mut scene, 1).1, attempt);
+        let failed = scene.host.now;
+        // The failed candidate is removed first.
+        scene.until(StepKind::Create);
+        pauses.push(scene.host.now.since(failed).as_secs());
+    }
+    assert!(pauses.windows(2).all(|p| p[1] > p[0]) && pauses[0] <= 6, "{pauses:?}");
+
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    scene.desired = DesiredApp::Run(target(PORT, "v2"));
+    fail(&mut scene, 1);
+    for _ in 0..20 {
+        let plan = scene.plan();
+        plan.step.iter().for_each(|planned| scene.host.apply(&planned.step));
+    }
+    scene.host.now = scene.host.now.plus(Duration::from_secs(3600));
+    let plan = scene.plan();
+    assert!(plan.step.is_none() && plan.blocks.iter().any(|b| b.kind() == "halted"), "{plan:#?}");
+    // When the verdict's inputs change, the verdict is dropped.
+    let stop_first = format!("{PORT}deploy: {{update_config: {{order: stop-first}}}}\n");
+    scene.desired = DesiredApp::Run(target(&stop_first, "v2"));
+    assert!(scene.plan().blocks.is_empty() && scene.plan().step.is_some(), "{:#?}", scene.plan());
+}
+
+#[test]
+fn known_exit_code_is_explained() {
+    let cause = |code: i64, more: &str| {
+        let mut scene = Scene::new(None);
+        scene.desired = DesiredApp::Run(target(&format!("{PORT}{more}"), "v1"));
+        fail(&mut scene, code).0
+    };
+    assert!(cause(100, "").contains("`init: false`"), "{}", cause(100, ""));
+    assert!(!cause(100, "init: false\n").contains("`init: false`") && !cause(1, "").contains("init"));
+}
+
+#[test]
+fn deleted_app_is_kept_until_its_delete_grace_is_over() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    scene.desired = DesiredApp::Absent("it was deleted".into());
+    scene.stays_until = Some(scene.host.now.plus(Duration::from_secs(3)));
+    let plan = scene.plan();
+    assert!(plan.step.is_none() && plan.vhost == VhostWish::Keep, "{plan:#?}");
+    assert!(plan.waits.iter().any(|w| matches!(w, Wait::Deletion(_))), "{plan:#?}");
+    scene.host.now = scene.host.now.plus(Duration::from_secs(3));
+    assert_eq!(scene.plan().vhost, VhostWish::Remove);
+}
+
+#[test]
+fn rollback_to_a_release_with_fewer_endpoints_is_planned() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    let Some(alone) = scene.input().proxy.live.cloned() else { panic!("it has a virtual host") };
+    let list = "ingress:\n  - {hosts: [a.test], port: 8080, drain: 5s}\n  - {hosts: [b.test], port: 9000}\n";
+    scene.desired = DesiredApp::Run(target(list, "v2"));
+    // The virtual host of the second release, before it became unhealthy.
+    let way = |port: u16, inside: u16| Vhost {
+        upstreams: Upstreams::Ports(vec![port]),
+        endpoint: Some(Endpoint::Port(inside)),
+        ..alone.clone()
+    };
+    let both = Vhost { more: vec![way(20_778, 9000)], ..way(20_777, 8080) };
+    scene.host.serve(&VhostWish::Set(both));
+    let wanted = Vhost { endpoint: Some(Endpoint::Port(8080)), ..alone.clone() };
+    assert_eq!(scene.plan().vhost, VhostWish::Set(wanted), "no upstream is an endpoint that it lacks");
+}
+
+#[test]
+fn nothing_is_created_beside_foreign_containers_or_nested_mounts() {
+    let mut scene = Scene::new(None);
+    scene.desired = DesiredApp::Run(target(PORT, "v1"));
+    assert!(scene.kind().is_some());
+    scene.host.observed.foreign = vec![Foreign { name: "demae.a.web".into(), owner: "agent 1".into() }];
+    let plan = scene.plan();
+    assert!(plan.step.is_none() && plan.blocks.iter().any(|b| b.kind() == "foreign"), "{plan:#?}");
+    scene.host.observed.foreign.clear();
+    let owner = AppName::try_from("other").expect("a name");
+    scene.nested = Some(NestedMount { path: "/srv/a/b".into(), above: "/srv/a".into(), owner });
+    let plan = scene.plan();
+    assert!(plan.step.is_none() && plan.blocks.iter().any(|b| b.kind() == "mount_unsafe"), "{plan:#?}");
+}
+
+#[test]
+fn last_healthy_instance_is_kept_for_an_invalid_spec() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    let last_good = scene.desired.target().cloned();
+    scene.desired = DesiredApp::Invalid { problems: Problem::new("spec", "this is not YAML").into(), last_good };
+    let instance = scene.host.observed.instances[0].clone();
+    scene.host.live = None::<Vhost>;
+    let step = Step::Stop { handle: Handle { key: instance.key, id: instance.id }, grace: Duration::ZERO };
+    let plan = AppPlan { step: Some(Planned { step, reason: "a mutation" }), ..AppPlan::default() };
+    assert!(violations(&scene.input(), &plan).iter().any(|v| v.contains("last healthy")));
+}
+
+#[test]
+fn unhealthy_instance_is_replaced_for_that_reason() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    let since = scene.host.now;
+    scene.host.now = since.plus(Duration::from_secs(60));
+    scene.host.observed.instances[0].health = Health::Unhealthy { since, answer: "503".into() };
+    let planned = scene.plan().step.expect("a step");
+    assert_eq!((planned.step.kind(), planned.reason), (StepKind::Create, demae::plan::app::REPLACES_UNHEALTHY));
+}
+
+#[test]
+fn container_whose_port_is_taken_is_removed() {
+    let mut scene = Scene::new(None);
+    scene.desired = DesiredApp::Run(target(PORT, "v1"));
+    scene.until(StepKind::Start);
+    assert!(matches!(scene.host.observed.instances[0].address, Some(Address::Port(_))));
+    scene.host.observed.instances[0].port_taken = true;
+    assert_eq!(scene.kind(), Some(StepKind::Remove));
+    let release: ReleaseId = scene.host.observed.instances[0].key.release.clone();
+    assert!(!scene.host.observed.verdicts.contains_key(&release), "that is no fault of the release");
+}

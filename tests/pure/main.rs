@@ -1,0 +1,9 @@
+//! Tests that need neither etcd nor Docker, and take seconds.
+
+mod cli;
+mod decisions;
+mod documented;
+mod isolation;
+mod layering;
+mod properties;
+mod scenarios;

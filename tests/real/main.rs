@@ -1,0 +1,43 @@
+//! Everything that runs on real etcd, nginx and Docker: one binary, so that the support code is compiled once.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod acceptance;
+mod answers;
+mod benchmarks;
+mod bounds;
+mod container;
+mod container_faults;
+#[cfg(feature = "failpoints")]
+mod crash;
+mod dashboards;
+mod disk;
+mod docker_faults;
+mod doctor;
+mod engine_restarts;
+mod etcd_faults;
+mod etcd_tls;
+mod events;
+mod faults;
+mod footprint;
+mod health;
+mod identity;
+mod kinds;
+mod many;
+mod names;
+mod nginx_faults;
+mod ordinary;
+#[cfg(feature = "otel")]
+mod otel;
+mod restores;
+mod retries;
+mod secrets;
+mod slow_disk;
+mod standstill;
+mod store;
+mod store_trust;
+mod switches;
+mod templates;
+mod upgrade;
+mod verbs;

@@ -1,0 +1,173 @@
+//! Commands that need a host: `agent --once`, `plan`, `status`, SIGTERM, and `dev` from start to Ctrl-C.
+#![expect(clippy::disallowed_methods, reason = "a test runs programs and writes files of its own")]
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use crate::support::{
+    lab::{Lab, Setup},
+    load::{self, Client, Load},
+    process::docker,
+    wait::until,
+};
+use demae::model::status::State;
+
+#[test]
+fn plan_prints_and_once_applies_and_term_keeps_everything_serving() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    let spec = lab.socket_spec(&lab.image("v1"), "web.test", "");
+    lab.put("apps/web/spec", &spec);
+    let plan = || {
+        let output = lab.demae(&["plan"]);
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let (code, text) = plan();
+    assert_eq!(code, Some(2), "{text}");
+    let steps = ["write env-file", "create", "start", "switch 1->", "prove", "settle"];
+    assert!(steps.iter().all(|s| text.contains(s)), "{text}");
+    assert!(lab.containers().is_empty() && lab.traces().is_empty(), "a plan does nothing");
+
+    let once = lab.demae(&["agent", "--once", "--timeout", "60s"]);
+    assert_eq!(once.status.code(), Some(0), "{}", String::from_utf8_lossy(&once.stderr));
+    assert_eq!(lab.get("web.test", "/").expect("an answer").0, 200, "it serves, and no agent runs");
+    let (code, text) = plan();
+    assert_eq!((code, text.as_str()), (Some(0), "web: nothing to do\n"));
+
+    // A person must act: `--once` exits with 1, and `status` reads the store if no agent answers.
+    lab.put("apps/bad/spec", "imagee: x");
+    let once = lab.demae(&["agent", "--once", "--timeout", "60s"]);
+    assert_eq!(once.status.code(), Some(1), "{}", String::from_utf8_lossy(&once.stderr));
+
+    lab.start_agent(&[]);
+    lab.wait_app("web", "converged", |s| s.state == State::Converged);
+    let before = lab.containers();
+    let load = Load::start(lab.ingress, "web.test", vec![Client::get(true), Client::post(false)]);
+    // During a deploy.
+    lab.put("apps/web/image", &lab.image("v2"));
+    until("the deploy began", || lab.containers().len() == 2);
+    let took = lab.stop_agent();
+    assert!(took < Duration::from_secs(10), "it took {took:?} to end");
+    assert!(lab.containers().iter().any(|c| before.contains(c)), "the serving instance is still there");
+    lab.start_agent(&[]);
+    lab.wait_app("web", "converged", |s| s.state == State::Converged && s.image == Some(lab.image("v2")));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
+    let output = lab.demae(&["status", "-o", "json", "web"]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("it is JSON");
+    assert_eq!((json["version"].as_i64(), json["apps"][0]["state"].as_str()), (Some(1), Some("converged")));
+}
+
+#[test]
+fn two_hosts_share_an_engine_and_a_store() {
+    let mut first = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    let mut second = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    // The second host reads the first one's store.
+    let file = second.path("agent.toml");
+    let text = fs::read_to_string(&file).expect("a file").replace(&second.etcd.to_string(), &first.etcd.to_string());
+    fs::write(&file, text).expect("a file");
+    first.start_agent(&[]);
+    second.start_agent(&[]);
+    let image = first.image("v1");
+    first.put("apps/web/spec", &first.socket_spec(&image, "web.test", ""));
+    first.put(
+        "apps/one/spec",
+        &first.socket_spec(&image, "one.test", "deploy: {placement: {constraints: ['place == here']}}\n"),
+    );
+    first.put(&format!("hosts/{}/labels", second.host), "place: here");
+    let a = first.wait_app("web", "converged", |s| s.state == State::Converged);
+    let b = second.wait_app("web", "converged", |s| s.state == State::Converged);
+    assert_eq!(a.release, b.release, "one release, made with one key");
+    second.wait_app("one", "converged", |s| s.state == State::Converged);
+    assert_eq!((first.containers().len(), second.containers().len()), (1, 2));
+    assert!(first.app("one").is_none());
+    first.put(&format!("hosts/{}/mode", first.host), "drained");
+    until("one host is drained", || first.containers().is_empty());
+    assert_eq!((second.containers().len(), second.get("web.test", "/").expect("an answer").0), (2, 200));
+}
+
+/// Kills what `dev` leaves running if a test ends early.
+struct Leftovers<'d>(&'d Path);
+
+impl Drop for Leftovers<'_> {
+    fn drop(&mut self) {
+        let pids = Command::new("pgrep").args(["-f", &self.0.display().to_string()]).output().expect("pgrep runs");
+        for pid in String::from_utf8_lossy(&pids.stdout).lines() {
+            // It may have exited with another.
+            let _ = Command::new("kill").arg(pid).stderr(Stdio::null()).status();
+        }
+        let file = fs::read_to_string(self.0.join("agent.toml")).unwrap_or_default();
+        let Some(host) = file.split('"').nth(1) else { return };
+        let ids = docker(&["ps", "-aq", "--filter", &format!("label=demae.host={host}")]);
+        for id in ids.lines() {
+            docker(&["rm", "-fv", id]);
+        }
+    }
+}
+
+#[test]
+fn dev_starts_resumes_and_cleans_up() {
+    let lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    let dir = lab.path("dev");
+    let start = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
+        command.arg("dev").arg("--dir").arg(&dir).stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(fs::File::options().create(true).append(true).open(lab.path("dev.log")).expect("a log"));
+        command.spawn().expect("it starts")
+    };
+    fs::create_dir(&dir).expect("a directory");
+    let _leftovers = Leftovers(&dir);
+    fs::write(dir.join("precious"), "").expect("a file");
+    assert!(!start().wait().expect("it ends").success(), "a directory with files of others is refused");
+    fs::remove_file(dir.join("precious")).expect("it still exists");
+    let mut dev = start();
+    until("dev is up", || dir.join("dev.env").exists());
+    assert!(!start().wait().expect("it ends").success(), "two cannot share a directory");
+    assert!(dir.join("dev.env").exists(), "the second one removes nothing of the first");
+    let env: Vec<(String, String)> = fs::read_to_string(dir.join("dev.env"))
+        .expect("a file")
+        .lines()
+        .filter_map(|l| l.trim_start_matches("export ").split_once('='))
+        .map(|(k, v)| (k.to_owned(), v.to_owned()))
+        .collect();
+    let get = |name: &str| env.iter().find(|(k, _)| k == name).map(|(_, v)| v.clone()).expect("a variable");
+    let ingress = get("DEMAE_INGRESS").trim_start_matches("http://").parse().expect("an address");
+    let put = |key: &str, value: &str| {
+        let mut etcdctl = Command::new("etcdctl");
+        etcdctl.envs(env.iter().cloned()).args(["put", &format!("/demae/{key}"), value]).stdout(Stdio::null());
+        assert!(etcdctl.status().expect("etcdctl runs").success());
+    };
+    let serves = |word: &str| load::get(ingress, "web.test", "/").is_ok_and(|(_, body)| body.contains(word));
+    put("apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    until("it serves", || serves("version=v1"));
+    // While nginx reloads, workers without the app may still answer.
+    until("the status says that it has converged", || {
+        let mut status = Command::new(env!("CARGO_BIN_EXE_demae"));
+        let status = status.arg("status").envs(env.iter().cloned()).output().expect("it runs");
+        String::from_utf8_lossy(&status.stdout).lines().any(|l| l.contains("web") && l.contains("converged"))
+    });
+
+    // A killed `dev` leaves everything serving; started again, it continues.
+    dev.kill().expect("killed");
+    dev.wait().expect("it ends");
+    assert!(serves("version=v1"), "the app is still served");
+    let mut dev = start();
+    put("apps/web/image", &lab.image("v2"));
+    until("the change is served", || serves("version=v2"));
+
+    let host = fs::read_to_string(dir.join("agent.toml")).expect("a file");
+    let host = host.split('"').nth(1).expect("a host").to_owned();
+    let processes = || {
+        let output = Command::new("pgrep").args(["-f", &dir.display().to_string()]).output().expect("pgrep runs");
+        String::from_utf8_lossy(&output.stdout).lines().filter(|p| Path::new(&format!("/proc/{p}")).exists()).count()
+    };
+    assert!(processes() >= 3);
+    assert!(Command::new("kill").args(["-INT", &dev.id().to_string()]).status().expect("kill runs").success());
+    assert!(dev.wait().expect("it ends").success());
+    assert_eq!(docker(&["ps", "-aq", "--filter", &format!("label=demae.host={host}")]), "", "containers are left");
+    assert_eq!(processes(), 0, "processes are left");
+    assert_eq!(fs::read_dir(&dir).expect("a directory").count(), 0, "files are left");
+}
