@@ -8,7 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use super::{process::run, wait::pause};
+use super::process::run;
 
 /// The example app, built static, once for all tests.
 pub fn example_app() -> PathBuf {
@@ -53,7 +53,7 @@ pub fn build(name: &str, version: &str, dir: &Path) {
 /// own, which costs a tenth of making and removing it.
 pub struct Shared {
     pub name: String,
-    /// Shared by those that use the image, exclusive while it is made or removed.
+    /// Shared by those that use the image, exclusive while it is removed.
     lock: fs::File,
 }
 
@@ -70,23 +70,16 @@ impl Shared {
             inspect.args(["image", "inspect", &name]).stdout(Stdio::null()).stderr(Stdio::null());
             inspect.status().expect("docker runs").success()
         };
-        loop {
-            lock.lock_shared().expect("the lock");
-            if exists() {
-                return Self { name, lock };
-            }
-            lock.unlock().expect("the lock");
-            // Not waited for: another one may have made it meanwhile, and share it for as long as its test takes.
-            if lock.try_lock().is_ok() {
-                if !exists() {
-                    build(&name, version, dir);
-                }
-                // The last user may remove it before the lock is shared again.
-                lock.unlock().expect("the lock");
-            } else {
-                pause();
-            }
+        // One at a time looks and makes. Those that look hold the image, so were it made under an exclusive lock of
+        // the image, many that look at once would keep each other from it.
+        let making = fs::File::create(locks.join(name.replace(':', "-") + ".making")).expect("a lock");
+        making.lock().expect("the lock");
+        // Waits for the last user of before, who may be removing it.
+        lock.lock_shared().expect("the lock");
+        if !exists() {
+            build(&name, version, dir);
         }
+        Self { name, lock }
     }
 }
 
