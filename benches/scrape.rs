@@ -144,6 +144,7 @@ fn app(n: usize, series: Arc<AppSeries>) -> AppView {
 async fn serve(host: HostName, metrics: Arc<Metrics>, view: View) -> (SocketAddr, CancellationToken) {
     let end = CancellationToken::new();
     let status = HostStatus {
+        tcp_routes: None,
         version: demae::model::status::VERSION,
         host: host.clone(),
         mode: HostMode::Active,

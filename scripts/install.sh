@@ -14,6 +14,7 @@ need etcdctl etcd-client
 need nginx nginx
 need curl curl
 need ip iproute2
+need nft nftables
 need docker-registry docker-registry
 need prometheus prometheus
 need openssl openssl

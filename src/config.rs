@@ -11,7 +11,10 @@ use std::{
 use serde::Deserialize;
 
 use crate::{
-    host::nginx::{Profile, Settings},
+    host::{
+        nginx::{Profile, Settings},
+        tcp_routes,
+    },
     model::{env::Secret, event::What, name::HostName, text},
     store::{
         Brake,
@@ -43,6 +46,7 @@ pub struct File {
     docker: DockerFile,
     nginx: NginxFile,
     ports: PortsFile,
+    tcp_routes: TcpRoutesFile,
     webhook: Option<WebhookFile>,
     brake: BrakeFile,
 }
@@ -102,6 +106,16 @@ struct NginxFile {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct PortsFile {
+    range: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct TcpRoutesFile {
+    enabled: Option<bool>,
+    network: Option<String>,
+    bridge: Option<String>,
+    subnet: Option<String>,
     range: Option<String>,
 }
 
@@ -228,6 +242,8 @@ pub struct Config {
     pub nginx: NginxSetup,
     /// Loopback ports for apps.
     pub ports: RangeInclusive<u16>,
+    /// Routes to TCP apps by a table of the kernel.
+    pub tcp_routes: tcp_routes::Settings,
     /// Receiver of events.
     pub webhook: Option<WebhookConfig>,
     /// Limit for mass removals.
@@ -318,6 +334,7 @@ impl Config {
             },
             webhook: file.webhook.map(webhook).transpose()?,
             brake: brake(&file.brake)?,
+            tcp_routes: tcp_routes(file.tcp_routes)?,
             ports: port_range(file.ports.range.as_deref().unwrap_or("20000-29999"))?,
         })
     }
@@ -478,6 +495,42 @@ fn networks(name: &'static str, given: Vec<String>) -> Result<Vec<String>, Confi
         }
     }
     Ok(given)
+}
+
+fn tcp_routes(file: TcpRoutesFile) -> Result<tcp_routes::Settings, ConfigError> {
+    let net = |name: &'static str, given: Option<String>, default: &str| {
+        let text = given.unwrap_or_else(|| default.to_owned());
+        let net: ipnet::Ipv4Net =
+            text.parse().map_err(|_| bad(name)(format!("`{text}` is not an IPv4 network such as `{default}`")))?;
+        if net.prefix_len() > 28 || net.trunc() != net {
+            let first = net.trunc();
+            return Err(bad(name)(format!(
+                "`{text}` must have at least 16 addresses, and begin with its first: {first}"
+            )));
+        }
+        Ok(net)
+    };
+    let word = |name: &'static str, given: Option<String>, default: &str, longest: usize| {
+        let text = given.unwrap_or_else(|| default.to_owned());
+        let fits = |c: u8| c.is_ascii_alphanumeric() || b"-_".contains(&c);
+        let is_fine =
+            text.len() <= longest && text.bytes().all(fits) && text.starts_with(|c: char| c.is_ascii_alphabetic());
+        if is_fine {
+            Ok(text)
+        } else {
+            Err(bad(name)(format!(
+                "`{text}` must have a letter first, then letters, digits, `-` and `_`, at most {longest} in all"
+            )))
+        }
+    };
+    Ok(tcp_routes::Settings {
+        enabled: file.enabled.unwrap_or(true),
+        network: word("tcp_routes.network", file.network, "demae", 60)?,
+        // IFNAMSIZ of linux/if.h, without the final NUL.
+        bridge: word("tcp_routes.bridge", file.bridge, "demae0", 15)?,
+        subnet: net("tcp_routes.subnet", file.subnet, "172.30.0.0/16")?,
+        range: net("tcp_routes.range", file.range, "198.18.0.0/16")?,
+    })
 }
 
 fn port_range(text: &str) -> Result<RangeInclusive<u16>, ConfigError> {

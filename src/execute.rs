@@ -1,6 +1,11 @@
 //! Performs one step. One match, no decisions: a step carries all it needs, is idempotent, and leaves a trace.
 
-use std::{collections::HashSet, net::SocketAddr, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::{SocketAddr, SocketAddrV4},
+    path::Path,
+    time::Duration,
+};
 
 use crate::{
     failpoint,
@@ -10,11 +15,12 @@ use crate::{
         health::{ProbeTarget, Reach, extra_endpoints, host_header},
         nginx::{NginxError, Proof},
         ports::NoPort,
+        tcp_routes::{Lead, TcpRouteError},
     },
     model::{
         env,
         name::{AppName, ContainerId},
-        observed::{Address, Instance, InstanceKey, ObservedApp, Verdict},
+        observed::{Address, Instance, InstanceKey, ObservedApp, Verdict, Via},
         problem::bounded,
         release::Release,
         spec::{ContainerSpec, Endpoint, MOUNTABLE, VolumeSource},
@@ -51,6 +57,9 @@ pub enum StepError {
     /// Ports.
     #[error(transparent)]
     Port(#[from] NoPort),
+    /// Routes by the kernel's table.
+    #[error(transparent)]
+    TcpRoute(#[from] TcpRouteError),
     /// A volume's path leads to a place that apps may not mount.
     #[error(
         "volume `{path}` is really `{real}` of the host, which no app may mount: remove the symlink, or use a directory that apps may mount"
@@ -82,8 +91,8 @@ impl StepError {
     }
 
     /// Every kind.
-    pub const KINDS: [&'static str; 8] =
-        ["docker_unreachable", "docker", "image", "disk_full", "file", "nginx", "port", "gone"];
+    pub const KINDS: [&'static str; 9] =
+        ["docker_unreachable", "docker", "image", "disk_full", "file", "nginx", "port", "tcp_route", "gone"];
 
     /// The kind: a bounded set, for metrics.
     pub fn kind(&self) -> &'static str {
@@ -96,6 +105,7 @@ impl StepError {
             Self::File(_) | Self::Mount { .. } => "file",
             Self::Nginx(_) => "nginx",
             Self::Port(_) => "port",
+            Self::TcpRoute(_) => "tcp_route",
             Self::Gone(_) => "gone",
         }
     }
@@ -116,7 +126,7 @@ impl World {
             Step::Pull(image) => Ok(self.docker.pull(image).await?),
             Step::WriteEnvFile(release) => self.write_env_file(app, release),
             Step::Create { key, release, image, drain, host } => {
-                return self.create(app, key, release, image, (*drain, host.as_deref())).await;
+                return self.create(app, key, release, image, (*drain, host.as_deref()), observed).await;
             }
             Step::Start(handle) => self.start(app, handle, observed).await,
             Step::ClearSocket(handle) => {
@@ -125,7 +135,8 @@ impl World {
                 }
                 Ok(())
             }
-            Step::Switch(slots) => self.switch(app, slots, observed),
+            Step::Switch(Via::Symlinks, slots) => self.switch(app, slots, observed),
+            Step::Switch(Via::Table, slots) => self.switch_table(app, slots, observed).await,
             Step::Prove { release, ingress, check } => {
                 let instance = observed.instances.iter().find(|i| i.key.release == *release && i.health.is_healthy());
                 for proof in ingress.iter().flat_map(|ingress| Proof::all(ingress, check)) {
@@ -161,7 +172,12 @@ impl World {
                     .map_err(|e| FileError::cannot_write(&self.layout.verdict(app, &handle.key.release), e))?;
                 Ok(files::write(&self.layout.verdict(app, &handle.key.release), &text, 0o600)?)
             }
-            Step::CleanUp(leftovers) => Ok(self.clean_up(app, leftovers)?),
+            Step::CleanUp(leftovers) => {
+                if leftovers.everything {
+                    self.tcp_routes.forget(app).await?;
+                }
+                Ok(self.clean_up(app, leftovers)?)
+            }
         };
         done.map(|()| None)
     }
@@ -193,13 +209,17 @@ impl World {
         release: &Release,
         image: &str,
         (drain, check_host): (Duration, Option<&str>),
+        observed: &ObservedApp,
     ) -> Result<Option<NewContainer>, StepError> {
-        let (mut socket_dir, mut port, mut more_ports) = (None, None, Vec::new());
+        let (mut socket_dir, mut port, mut more_ports, mut own_address) = (None, None, Vec::new(), None);
         match &release.endpoint {
             Some(Endpoint::Socket(_)) => {
                 let dir = self.layout.socket_dir(app, key);
                 self.make_socket_dir(app, &dir)?;
                 socket_dir = Some(dir.to_string_lossy().into_owned());
+            }
+            Some(Endpoint::Port(_)) if self.has_own_address(release, observed).await? => {
+                own_address = Some(self.tcp_routes.allocate().await?);
             }
             Some(Endpoint::Port(_)) => {
                 let taken: HashSet<u16> = self.docker.list(None).await?.into_iter().flat_map(|l| l.ports).collect();
@@ -216,14 +236,33 @@ impl World {
         failpoint::boundary("prepared");
         let socket_dir = socket_dir.as_deref();
         let more_ports = more_ports.as_slice();
-        let request = CreateRequest { app, key, release, image, socket_dir, port, more_ports, drain, check_host };
+        let own_address = own_address.as_ref();
+        let request =
+            CreateRequest { app, key, release, image, socket_dir, port, own_address, more_ports, drain, check_host };
         let Some(id) = self.docker.create(&request).await? else { return Ok(None) };
         let address = match &release.endpoint {
             Some(Endpoint::Socket(path)) => Some(self.socket_address(app, key, path)),
-            Some(Endpoint::Port(_)) => port.map(Address::Port),
+            Some(Endpoint::Port(inside)) => own_address
+                .map(|own| Address::Own(SocketAddrV4::new(own.ip, *inside)))
+                .or_else(|| port.map(Address::Port)),
             None => None,
         };
         Ok(Some(NewContainer { id, address }))
+    }
+
+    /// Whether a new container of a release gets an address of its own, in place of published ports. All instances of a
+    /// release are reached in the same way.
+    async fn has_own_address(&self, release: &Release, observed: &ObservedApp) -> Result<bool, StepError> {
+        if !release.more_endpoints.is_empty() || release.container.network.is_some() {
+            return Ok(false);
+        }
+        let why_not = self.tcp_routes.why_unusable().await;
+        let siblings = observed.instances.iter().filter(|i| i.key.release == release.id);
+        match (siblings.filter_map(|i| i.address.as_ref()).next(), why_not) {
+            (Some(Address::Own(_)), Some(why)) => Err(TcpRouteError::Unusable(why).into()),
+            (Some(address), _) => Ok(matches!(address, Address::Own(_))),
+            (None, why_not) => Ok(why_not.is_none()),
+        }
     }
 
     async fn start(&self, app: &AppName, handle: &Handle, observed: &ObservedApp) -> Result<(), StepError> {
@@ -240,7 +279,7 @@ impl World {
             }
         }
         let started = self.docker.start(&handle.id).await;
-        if started.is_ok() && matches!(address, Some(Address::Port(_))) {
+        if started.is_ok() && matches!(address, Some(Address::Port(_) | Address::Own(_))) {
             self.start_probes(app, &handle.id, observed).await;
         }
         match started {
@@ -296,7 +335,7 @@ impl World {
     fn switch(
         &self,
         app: &AppName,
-        slots: &std::collections::BTreeMap<u16, InstanceKey>,
+        slots: &BTreeMap<u16, InstanceKey>,
         observed: &ObservedApp,
     ) -> Result<(), StepError> {
         let dir = self.layout.app_routes(app);
@@ -334,6 +373,24 @@ impl World {
         Ok(())
     }
 
+    async fn switch_table(
+        &self,
+        app: &AppName,
+        slots: &BTreeMap<u16, InstanceKey>,
+        observed: &ObservedApp,
+    ) -> Result<(), StepError> {
+        let lead = |key: &InstanceKey| {
+            let address = observed.instances.iter().find(|i| i.key == *key).and_then(|i| i.address.as_ref());
+            match address {
+                Some(Address::Own(at)) => Ok(Lead { instance: key.clone(), at: *at }),
+                _ => Err(StepError::Gone(key.clone())),
+            }
+        };
+        let leads: BTreeMap<u16, Lead> =
+            slots.iter().map(|(slot, key)| Ok((*slot, lead(key)?))).collect::<Result<_, StepError>>()?;
+        Ok(self.tcp_routes.switch(app, &leads, &observed.slot_addresses).await?)
+    }
+
     async fn stop(&self, handle: &Handle, grace: Duration, observed: &ObservedApp) -> Result<(), StepError> {
         // A candidate may be wanted again before it is removed. Its exit must not count as its own failure then.
         let is_candidate = observed.proven.as_ref() != Some(&handle.key.release)
@@ -352,6 +409,7 @@ impl World {
         for address in instance.into_iter().flat_map(Instance::addresses) {
             match address {
                 Address::Port(port) => self.ports.quarantine(*port),
+                Address::Own(own) => self.tcp_routes.release(*own.ip()).await,
                 Address::Socket(_) => files::remove_dir(&self.layout.socket_dir(app, &handle.key))?,
             }
         }
@@ -449,7 +507,7 @@ fn sockets(observed: &ObservedApp, key: &InstanceKey) -> Result<Vec<String>, Ste
     let instance = observed.instances.iter().find(|i| i.key == *key);
     let sockets = instance.into_iter().flat_map(Instance::addresses).filter_map(|address| match address {
         Address::Socket(path) => Some(path.clone()),
-        Address::Port(_) => None,
+        Address::Port(_) | Address::Own(_) => None,
     });
     let sockets: Vec<String> = sockets.collect();
     if sockets.is_empty() { Err(StepError::Gone(key.clone())) } else { Ok(sockets) }

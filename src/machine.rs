@@ -123,6 +123,11 @@ pub trait Machine: Send + Sync + 'static {
 
     /// How many loopback ports are in use, and how many there are.
     fn ports(&self, used: &BTreeSet<u16>) -> (usize, usize);
+
+    /// Why TCP apps get published ports, if it is not by this host's settings.
+    fn tcp_routes_trouble(&self) -> Option<String> {
+        None
+    }
 }
 
 impl Machine for World {
@@ -197,6 +202,10 @@ impl Machine for World {
 
     async fn reload(&self) -> Result<(), NginxError> {
         self.nginx.reload().await.map(|_| ())
+    }
+
+    fn tcp_routes_trouble(&self) -> Option<String> {
+        self.tcp_routes.trouble()
     }
 
     fn ports(&self, used: &BTreeSet<u16>) -> (usize, usize) {

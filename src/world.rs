@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    net::SocketAddr,
+    net::{SocketAddr, SocketAddrV4},
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -17,10 +17,11 @@ use crate::{
         layout::Layout,
         nginx::Nginx,
         ports::{self, Ports},
+        tcp_routes::{TcpRouteError, TcpRoutes},
     },
     model::{
         name::{AppName, ContainerId, HostName, ReleaseId},
-        observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict, Wanted},
+        observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict, Via, Wanted},
         spec::Endpoint,
     },
 };
@@ -37,6 +38,8 @@ pub struct World {
     pub layout: Layout,
     /// Loopback ports.
     pub ports: Ports,
+    /// Routes by the kernel's table.
+    pub tcp_routes: TcpRoutes,
     /// The monotonic clock.
     pub clock: Arc<Clock>,
     /// Health checks; `None` in commands that observe once.
@@ -54,6 +57,9 @@ pub enum ObserveError {
     /// Files.
     #[error(transparent)]
     File(#[from] FileError),
+    /// Routes by the kernel's table.
+    #[error(transparent)]
+    TcpRoute(#[from] TcpRouteError),
 }
 
 impl ObserveError {
@@ -90,11 +96,14 @@ impl World {
             .into_iter()
             .map(|f| {
                 let leaving = wanted.is_none_or(|w| f.key.release != w.release) || has_several;
-                let count = leaving && !observed.slots.values().flatten().any(|k| *k == f.key);
+                let is_routed = |via: &Via| observed.routes(*via).values().flatten().any(|key| *key == f.key);
+                let count = leaving && !Via::ALL.iter().any(is_routed);
                 self.instance(f, group, count)
             })
             .collect();
         self.check_routes(app, &mut observed)?;
+        let slots = wanted.map_or(0, |wanted| wanted.slots);
+        self.check_table(app, slots, &mut observed).await?;
         if let Some(prober) = &self.prober {
             let alive: Vec<_> = observed.instances.iter().filter(|i| i.is_alive()).map(|i| &i.id).collect();
             prober.retain(app, &alive);
@@ -115,6 +124,27 @@ impl World {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Takes where the slots lead from the kernel's table, and adds the stable addresses of those that the app is to
+    /// have.
+    async fn check_table(&self, app: &AppName, wanted: u16, observed: &mut ObservedApp) -> Result<(), TcpRouteError> {
+        if observed.slot_addresses.is_empty() && wanted == 0 {
+            return Ok(());
+        }
+        let slots = self.tcp_routes.read(app)?;
+        if !slots.0.is_empty() {
+            let elements = self.tcp_routes.elements().await?;
+            let instances = &observed.instances;
+            let leads_to = |at: &SocketAddrV4| instances.iter().find(|i| i.address == Some(Address::Own(*at)));
+            let mapped = slots.0.iter().filter_map(|(n, slot)| match elements.get(&slot.address) {
+                Some(at) => Some((*n, leads_to(at).map(|instance| instance.key.clone()))),
+                None => slot.to.as_ref().map(|_| (*n, None)),
+            });
+            observed.mapped = mapped.collect();
+        }
+        observed.slot_addresses = self.tcp_routes.stable_addresses(app, &slots, wanted)?;
         Ok(())
     }
 
@@ -150,8 +180,13 @@ impl World {
             let target = files::read_link(&routes.join(&name))?;
             observed.slots.insert(slot, target.as_deref().and_then(Layout::instance_of));
         }
-        // Without a directory no route was ever changed.
-        observed.slots_changed = self.clock.to_monotonic(files::modified(&routes)?.unwrap_or_default());
+        let slots = self.tcp_routes.read(app)?;
+        observed.slot_addresses = slots.0.iter().map(|(n, slot)| (*n, slot.address)).collect();
+        let led = slots.0.into_iter().filter_map(|(n, slot)| Some((n, Some(slot.to?.instance))));
+        observed.mapped = led.collect();
+        // Without a directory no symlink was ever changed, without a file no entry of the table.
+        let changed = files::modified(&routes)?.max(files::modified(&layout.tcp_route(app))?);
+        observed.slots_changed = self.clock.to_monotonic(changed.unwrap_or_default());
         for release in files::list(&layout.app_env(app))?.into_iter().filter_map(|n| ReleaseId::try_from(n).ok()) {
             if files::modified(&layout.env_file(app, &release))?.is_some() {
                 observed.env_files.insert(release);
@@ -215,9 +250,10 @@ impl World {
     }
 
     fn instance(&self, found: Found, group: Option<u32>, count: bool) -> Instance {
-        let address = match (&found.endpoint, found.port) {
-            (Some(Endpoint::Socket(path)), _) => Some(self.socket_address(&found.app, &found.key, path)),
-            (Some(Endpoint::Port(_)), Some(port)) => Some(Address::Port(port)),
+        let address = match (&found.endpoint, found.fixed, found.port) {
+            (Some(Endpoint::Socket(path)), ..) => Some(self.socket_address(&found.app, &found.key, path)),
+            (Some(Endpoint::Port(inside)), Some(own), _) => Some(Address::Own(SocketAddrV4::new(own, *inside))),
+            (Some(Endpoint::Port(_)), None, Some(port)) => Some(Address::Port(port)),
             _ => None,
         };
         let more = found.more.iter().filter_map(|(endpoint, port)| match endpoint {
@@ -265,7 +301,8 @@ impl World {
         }
         let is_not_socket =
             |a: &Address| matches!(a, Address::Socket(path) if files::expect_socket(Path::new(path)).is_err());
-        let wrong_socket = address.iter().chain(&more).any(is_not_socket);
+        let has_moved = running && found.fixed.is_some_and(|own| found.ip != Some(own.into()));
+        let wrong_address = has_moved || address.iter().chain(&more).any(is_not_socket);
         let all = || address.iter().chain(&more);
         let port_taken = !alive && all().any(|a| matches!(a, Address::Port(port) if ports::is_taken(*port)));
         let exists = |a: &Address| matches!(a, Address::Socket(path) if Path::new(path).symlink_metadata().is_ok());
@@ -291,7 +328,7 @@ impl World {
             drain: found.drain,
             grace: found.grace,
             stale_socket,
-            wrong_socket,
+            wrong_address,
             port_taken,
             idle_at: None,
         }
@@ -315,8 +352,9 @@ fn counter(found: &Found, first: Option<&Address>, more: &[Address]) -> Option<C
     let one = |(address, endpoint): (&&Address, &Endpoint)| match (address, endpoint) {
         (Address::Socket(path), _) => Some(CountedEndpoint::Socket(path.into())),
         (Address::Port(published), Endpoint::Port(inside)) => {
-            Some(CountedEndpoint::Port { inside: *inside, published: *published })
+            Some(CountedEndpoint::Port { inside: *inside, published: Some(*published) })
         }
+        (Address::Own(own), _) => Some(CountedEndpoint::Port { inside: own.port(), published: None }),
         (Address::Port(_), Endpoint::Socket(_)) => None,
     };
     let endpoints: Option<Vec<CountedEndpoint>> = addresses.iter().zip(endpoints).map(one).collect();
@@ -328,7 +366,10 @@ fn counter(found: &Found, first: Option<&Address>, more: &[Address]) -> Option<C
 mod tests {
     use super::*;
     use crate::{
-        host::nginx::{Local, NginxConfig, Profile, Settings},
+        host::{
+            nginx::{Local, NginxConfig, Profile, Settings},
+            tcp_routes,
+        },
         model::time::Timestamp,
     };
 
@@ -346,6 +387,18 @@ mod tests {
         let config = NginxConfig { conf, pid, address: "127.0.0.1:1".into(), group: None, settings };
         World {
             counters: Mutex::default(),
+            tcp_routes: TcpRoutes::new(
+                tcp_routes::Settings {
+                    enabled: false,
+                    network: "demae".into(),
+                    bridge: "demae0".into(),
+                    subnet: "172.30.0.0/16".parse().expect("a network"),
+                    range: "198.18.0.0/16".parse().expect("a network"),
+                },
+                &host,
+                layout.clone(),
+                Docker::behind("/nowhere/docker.sock", host.clone()),
+            ),
             docker: Docker::behind("/nowhere/docker.sock", host.clone()),
             nginx: Nginx::new(Box::new(Local { binary: "nginx".into() }), config, layout.clone(), clock.clone()),
             ports: Ports::new(20_000..=20_001),

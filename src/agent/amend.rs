@@ -61,7 +61,7 @@ impl AppState {
             found.is_some_and(|i| i.phase == Phase::Created)
         };
         let is_known = match step {
-            Step::WriteEnvFile(_) | Step::Switch(_) | Step::Prove { .. } | Step::Stop { .. } => true,
+            Step::WriteEnvFile(_) | Step::Switch(..) | Step::Prove { .. } | Step::Stop { .. } => true,
             // A container that was there already may have other ports.
             Step::Create { release, .. } => created.is_some() && release.more_endpoints.is_empty(),
             // Of one that ran before, the probes may not have noticed that it ended.

@@ -157,8 +157,14 @@ impl AppState {
     }
 
     pub(super) fn wanted(&self) -> Option<Wanted> {
-        let release = &self.desired.target()?.release;
-        Some(Wanted { release: release.id.clone(), image: release.image.clone(), image_lost: self.image_lost })
+        let target = self.desired.target()?;
+        let release = &target.release;
+        Some(Wanted {
+            release: release.id.clone(),
+            image: release.image.clone(),
+            image_lost: self.image_lost,
+            slots: target.table_slots(),
+        })
     }
 
     pub(super) fn on_observed(&mut self, observed: ObservedApp, now: Timestamp) {
@@ -465,7 +471,7 @@ impl AppState {
         let instances = self.observed.iter().flat_map(|o| &o.instances);
         instances.flat_map(Instance::addresses).filter_map(|address| match address {
             Address::Port(port) => Some(*port),
-            Address::Socket(_) => None,
+            Address::Socket(_) | Address::Own(_) => None,
         })
     }
 
@@ -479,8 +485,7 @@ impl AppState {
         }
         let absent = matches!(self.desired, DesiredApp::Absent(_) | DesiredApp::Unknown(_));
         if absent
-            && (plan.is_converged()
-                || self.observed.as_ref().is_none_or(|o| o.instances.is_empty() && o.slots.is_empty()))
+            && (plan.is_converged() || self.observed.as_ref().is_none_or(|o| o.instances.is_empty() && !o.has_routes()))
         {
             return None;
         }

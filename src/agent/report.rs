@@ -44,6 +44,7 @@ impl<M: Machine> Agent<M> {
             agent: env!("CARGO_PKG_VERSION").to_owned(),
             store,
             proxy,
+            tcp_routes: self.machine.tcp_routes_trouble(),
             apps,
             unreadable: snapshot.map(|s| s.unreadable.clone()).unwrap_or_default(),
         };

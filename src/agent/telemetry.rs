@@ -239,7 +239,7 @@ impl AppTelemetry {
             Step::Pull(_) => "pulled",
             Step::Create { .. } => "created",
             Step::Start(_) => "started",
-            Step::Switch(_) => "switched",
+            Step::Switch(..) => "switched",
             Step::Prove { .. } => "proven",
             Step::Stop { .. } => "stopped",
             Step::Remove(_) => "removed",
@@ -251,7 +251,7 @@ impl AppTelemetry {
         match step {
             Step::Start(_) => self.begin_wait("health"),
             // The route is a symlink, so nginx needed no reload.
-            Step::Switch(slots) if !slots.is_empty() => sinks.metrics.reload_skipped(),
+            Step::Switch(_, slots) if !slots.is_empty() => sinks.metrics.reload_skipped(),
             Step::Prove { ingress: Some(_), .. } => {
                 if let Some(pending) = &mut self.change
                     && !std::mem::replace(&mut pending.answered, true)

@@ -80,7 +80,7 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let (changes_out, changes) = mpsc::unbounded_channel();
     let metrics = Arc::new(Metrics::new()?);
     let events = Events::new(config.host.clone(), metrics.clone());
-    let world = Arc::new(setup::world(config, Some(changes_out), metrics.clone())?);
+    let world = Arc::new(setup::world(config, Some(changes_out.clone()), metrics.clone())?);
     let empty = HostStatus {
         version: VERSION,
         host: config.host.clone(),
@@ -88,6 +88,7 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
         agent: env!("CARGO_PKG_VERSION").to_owned(),
         store: StoreStatus::default(),
         proxy: None,
+        tcp_routes: None,
         apps: Vec::new(),
         unreadable: Vec::new(),
     };
@@ -125,6 +126,13 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let (viewer, places) = tokio::join!(setup::viewer(config, &world), setup::places(config, &world));
     let viewer = viewer?;
     tasks.spawn(host_gauges::watch(places, host_gauges.clone(), side.clone()));
+    let (kept, end, every) = (world.clone(), side.clone(), config.resync);
+    tasks.spawn(async move {
+        let nginx = || async { kept.nginx.master().await.ok() };
+        // The receiver is gone only when the agent is ending.
+        let changed = |app| drop(changes_out.send(app));
+        kept.tcp_routes.keep(nginx, changed, every, end).await;
+    });
     let disk = Arc::new(setup::Disk(world.layout.clone()));
     let fence = Arc::new(SharedFence::default());
     let cache = DesiredCache::new(config.etcd.prefix.clone(), viewer, disk, fence.clone(), updates);

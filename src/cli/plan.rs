@@ -71,13 +71,15 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
     }
     let why = "the store has no such app".to_owned();
     let unwanted = if snapshot.proven { DesiredApp::Absent(why) } else { DesiredApp::Unknown(why) };
+    // As the agent has last left it: a look would change this host.
+    let has_table = world.tcp_routes.is_ready();
     let mut plans = BTreeMap::new();
     for app in &apps {
         let desired = snapshot.apps.get(app).unwrap_or(&unwanted);
         let wanted = match desired {
             DesiredApp::Run(target) => {
                 let (release, image) = (target.release.id.clone(), target.release.image.clone());
-                Some(Wanted { release, image, image_lost: false })
+                Some(Wanted { release, image, image_lost: false, slots: target.table_slots() })
             }
             _ => None,
         };
@@ -106,7 +108,9 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
         };
         let blocks = plan_app(&input).blocks;
         let lines = if blocks.is_empty() {
-            forecast(SimHost::new(app.clone(), observed.clone(), proxy.vhost(app).cloned(), now), desired)
+            let host = SimHost::new(app.clone(), observed.clone(), proxy.vhost(app).cloned(), now);
+            let host = if has_table { host.with_table() } else { host };
+            forecast(host, desired)
         } else {
             Vec::new()
         };

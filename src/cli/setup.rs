@@ -15,6 +15,7 @@ use crate::{
         layout::{Layout, MAX_SOCKET_PATH},
         nginx::{Contained, Local, Nginx, NginxConfig, Server},
         ports::Ports,
+        tcp_routes::TcpRoutes,
     },
     host_gauges::Watched,
     model::{
@@ -69,9 +70,10 @@ pub(super) fn world(
     Ok(World {
         counters: std::sync::Mutex::default(),
         host: config.host.clone(),
-        docker,
+        docker: docker.clone(),
         nginx: Nginx::new(server, nginx, layout.clone(), clock.clone()),
         ports: Ports::new(config.ports.clone()),
+        tcp_routes: TcpRoutes::new(config.tcp_routes.clone(), &config.host, layout.clone(), docker.clone()),
         prober: changes.map(|changes| Prober::new(changes, clock.clone())),
         clock,
         layout,
@@ -95,7 +97,8 @@ impl Owner for DirectoryOwner {
     }
 
     fn has_traces_of(&self, app: &AppName) -> bool {
-        let traces = [self.layout.proven(app), self.layout.app_sockets(app), self.layout.app_env(app)];
+        let layout = &self.layout;
+        let traces = [layout.proven(app), layout.app_sockets(app), layout.app_env(app), layout.tcp_route(app)];
         traces.iter().any(|path| path.exists())
     }
 }

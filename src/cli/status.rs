@@ -53,6 +53,8 @@ struct Shown {
     #[serde(skip_serializing_if = "Option::is_none")]
     proxy: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    tcp_routes: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     store_error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     store_block: Option<StoreBlock>,
@@ -127,6 +129,7 @@ async fn read(args: &Args) -> Result<(Shown, Option<String>), Failed> {
     let shown = Shown {
         version: VERSION,
         proxy: None,
+        tcp_routes: None,
         store_error: None,
         store_block: None,
         stale_since: None,
@@ -145,6 +148,7 @@ fn select(args: &Args, status: HostStatus) -> Shown {
     Shown {
         version: VERSION,
         proxy: status.proxy,
+        tcp_routes: status.tcp_routes,
         store_error: status.store.error,
         store_block: status.store.block,
         stale_since: status.store.stale_since,
@@ -198,6 +202,9 @@ fn print(args: &Args, shown: &Shown, printer: &mut Printer) -> Result<(), Failed
     }
     if let Some(proxy) = &shown.proxy {
         printer.error(&format!("note: {proxy}"));
+    }
+    if let Some(why) = &shown.tcp_routes {
+        printer.error(&format!("note: TCP apps get published ports, and nginx is reloaded for them: {why}"));
     }
     if let Some(block) = &shown.store_block {
         printer.error(&format!("note: the store is not trusted, and nothing changes: {block}"));

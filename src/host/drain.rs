@@ -57,8 +57,8 @@ pub enum CountedEndpoint {
     Port {
         /// Inside the container.
         inside: u16,
-        /// On this host.
-        published: u16,
+        /// On this host; `None` if it is not published.
+        published: Option<u16>,
     },
 }
 
@@ -235,15 +235,16 @@ fn socket_inode(path: &Path) -> io::Result<Option<u32>> {
     }
 }
 
-/// Counts connections to a published port: the larger of those inside the container and those of this host, which may
-/// not have got there yet.
+/// Counts connections to a port of a container. Of a published one, the larger of those inside the container and those
+/// of this host, which may not have got there yet.
 ///
 /// # Errors
 /// If neither socket lists nor `/proc/net` can be read.
-pub fn port_connections(container_pid: i32, inside: u16, published: u16) -> io::Result<usize> {
+pub fn port_connections(container_pid: i32, inside: u16, published: Option<u16>) -> io::Result<usize> {
     // Without root the agent cannot enter the container and reads its table instead: the same, slower.
     let within = within(container_pid, move || tcp_connections(|local, _| local == inside))
         .or_else(|_| table_connections(&format!("/proc/{container_pid}/net"), |local, _| local == inside))?;
+    let Some(published) = published else { return Ok(within) };
     let outside = tcp_connections(|_, remote| remote == published)
         .or_else(|_| table_connections("/proc/self/net", |_, remote| remote == published))?;
     Ok(within.max(outside))
@@ -303,8 +304,8 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("an address").port();
         let own = i32::try_from(std::process::id()).expect("a pid");
-        assert_eq!(port_connections(own, port, port).expect("a table"), 0);
+        assert_eq!(port_connections(own, port, Some(port)).expect("a table"), 0);
         let _client = std::net::TcpStream::connect(("127.0.0.1", port)).expect("a connection");
-        assert_eq!(port_connections(own, port, port).expect("a table"), 1);
+        assert_eq!(port_connections(own, port, Some(port)).expect("a table"), 1);
     }
 }

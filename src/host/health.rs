@@ -69,7 +69,7 @@ pub enum ExtraEndpoint {
 pub fn extra_endpoints(addresses: &[Address], ip: Option<IpAddr>, inside: &[u16]) -> Vec<ExtraEndpoint> {
     let endpoint = |(at, address): (usize, &Address)| match address {
         Address::Socket(path) => ExtraEndpoint::Socket(path.clone()),
-        Address::Port(_) => ExtraEndpoint::Tcp(ip.zip(inside.get(at).copied()).map(SocketAddr::from)),
+        Address::Port(_) | Address::Own(_) => ExtraEndpoint::Tcp(ip.zip(inside.get(at).copied()).map(SocketAddr::from)),
     };
     addresses.iter().enumerate().map(endpoint).collect()
 }
@@ -350,6 +350,10 @@ impl ProbeTask {
                     _ => probe::connect_unix(path, timeout).await,
                 }
             }
+            (Address::Own(own), Probe::Http(uri)) => {
+                self.expect_success(uri, &probe::get_tcp(&own.to_string(), host, uri, timeout).await?)
+            }
+            (Address::Own(own), _) => probe::connect_tcp((*own).into(), timeout).await,
             (Address::Port(port), probe) => {
                 let address = format!("127.0.0.1:{port}");
                 match probe {

@@ -97,6 +97,21 @@ impl Layout {
         self.app_routes(app).join(format!("{slot}@{name}"))
     }
 
+    /// The slots of all apps in the kernel's table, a file per app.
+    pub fn tcp_routes(&self) -> PathBuf {
+        self.state.join("tcp-routes")
+    }
+
+    /// The slots of an app in the kernel's table.
+    pub fn tcp_route(&self, app: &AppName) -> PathBuf {
+        self.tcp_routes().join(app.as_str())
+    }
+
+    /// Where the search for the next address of a container begins.
+    pub fn address_cursor(&self) -> PathBuf {
+        self.state.join("address-cursor")
+    }
+
     /// All socket directories.
     pub fn sockets(&self) -> PathBuf {
         self.state.join("sockets")
@@ -174,7 +189,8 @@ impl Layout {
     }
 
     /// Every directory whose entries are apps.
-    pub fn by_app(&self) -> [PathBuf; 5] {
-        [self.routes(), self.sockets(), self.state.join("proven"), self.state.join("verdicts"), self.run.join("env")]
+    pub fn by_app(&self) -> [PathBuf; 6] {
+        let (proven, verdicts) = (self.state.join("proven"), self.state.join("verdicts"));
+        [self.routes(), self.tcp_routes(), self.sockets(), proven, verdicts, self.run.join("env")]
     }
 }

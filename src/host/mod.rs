@@ -11,4 +11,5 @@ pub mod layout;
 pub mod nginx;
 pub mod ports;
 pub mod probe;
+pub mod tcp_routes;
 pub mod tls;

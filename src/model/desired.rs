@@ -9,7 +9,7 @@ use super::{
     name::{AppName, EnvName, ImageRef, SetName},
     problem::{Problem, Problems, bounded, catch_panic},
     release::{Release, ReleaseKey},
-    spec::{Ingress, Order, PullPolicy, Spec},
+    spec::{Endpoint, Ingress, Order, PullPolicy, Spec},
     text::hex,
 };
 
@@ -126,6 +126,14 @@ pub struct Target {
 }
 
 impl Target {
+    /// For how many slots in the kernel's table it may need stable addresses.
+    pub fn table_slots(&self) -> u16 {
+        match &self.release.endpoint {
+            Some(Endpoint::Port(_)) if self.release.more_endpoints.is_empty() => self.replicas,
+            _ => 0,
+        }
+    }
+
     /// Digest of what a rollout depends on beside the release: order, replicas and ingress. When it changes, earlier
     /// failures no longer count.
     pub fn conditions(&self) -> String {

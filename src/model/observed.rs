@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::{Ipv4Addr, SocketAddrV4},
     time::Duration,
 };
 
@@ -27,7 +28,11 @@ pub struct ObservedApp {
     pub pulled: bool,
     /// Its route symlinks: slot to instance; `None` if the target is unknown.
     pub slots: BTreeMap<u16, Option<InstanceKey>>,
-    /// When the symlinks last changed.
+    /// Its slots in the kernel's table: slot to instance; `None` if the table leads elsewhere.
+    pub mapped: BTreeMap<u16, Option<InstanceKey>>,
+    /// The stable addresses of its slots in that table, as many as it has ever had or is to have.
+    pub slot_addresses: BTreeMap<u16, Ipv4Addr>,
+    /// When a symlink or an entry of the table last changed.
     pub slots_changed: Timestamp,
     /// Releases with an env-file.
     pub env_files: BTreeSet<ReleaseId>,
@@ -41,6 +46,35 @@ pub struct ObservedApp {
     pub verdicts: BTreeMap<ReleaseId, Verdict>,
     /// Containers of this host's name and this app that another agent created.
     pub foreign: Vec<Foreign>,
+}
+
+impl ObservedApp {
+    /// Its slots of a kind.
+    pub fn routes(&self, via: Via) -> &BTreeMap<u16, Option<InstanceKey>> {
+        match via {
+            Via::Symlinks => &self.slots,
+            Via::Table => &self.mapped,
+        }
+    }
+
+    /// Whether it has a slot of any kind.
+    pub fn has_routes(&self) -> bool {
+        Via::ALL.iter().any(|via| !self.routes(*via).is_empty())
+    }
+}
+
+/// How a slot leads to an instance without nginx knowing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Via {
+    /// By a symlink, to a unix socket.
+    Symlinks,
+    /// By an entry in a table of the kernel, from a stable address to that of the instance.
+    Table,
+}
+
+impl Via {
+    /// Both.
+    pub const ALL: [Via; 2] = [Self::Symlinks, Self::Table];
 }
 
 /// A container of this host's name that another agent created.
@@ -61,6 +95,8 @@ pub struct Wanted {
     pub image: ImageRef,
     /// Whether to look the image up even if a live instance has it.
     pub image_lost: bool,
+    /// For how many slots it needs stable addresses: as many as replicas, if it listens on one port.
+    pub slots: u16,
 }
 
 /// Identifies an instance: its release and its number, which distinguishes replicas.
@@ -123,8 +159,9 @@ pub struct Instance {
     pub grace: Duration,
     /// Whether its socket is dead: nothing listens on it.
     pub stale_socket: bool,
-    /// Whether its socket path is not a socket: nginx would follow a symlink anywhere.
-    pub wrong_socket: bool,
+    /// Whether its socket path is not a socket, and nginx would follow a symlink anywhere; or its address in demae's
+    /// network is not the one it was created with, which may be another's by now.
+    pub wrong_address: bool,
     /// Whether it is down and another program has its port: it can never be started again.
     pub port_taken: bool,
 }
@@ -166,6 +203,19 @@ pub enum Address {
     Socket(String),
     /// A port of the loopback address.
     Port(u16),
+    /// A port of its own address in demae's network, the same for the life of the container.
+    Own(SocketAddrV4),
+}
+
+impl Address {
+    /// How requests are led there, if not by nginx's configuration.
+    pub fn via(&self) -> Option<Via> {
+        match self {
+            Self::Socket(_) => Some(Via::Symlinks),
+            Self::Own(_) => Some(Via::Table),
+            Self::Port(_) => None,
+        }
+    }
 }
 
 /// The state of a container in Docker.

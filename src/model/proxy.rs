@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
     time::Duration,
 };
 
@@ -9,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     name::{AppName, TemplateName, UrlPath, VirtualHost},
+    observed::Via,
     spec::Endpoint,
     time::Timestamp,
 };
@@ -92,7 +94,11 @@ impl Vhost {
 
     /// Whether it has upstreams: nginx refuses an upstream without servers.
     pub fn leads_somewhere(&self) -> bool {
-        !matches!(&self.upstreams, Upstreams::Ports(ports) if ports.is_empty())
+        match &self.upstreams {
+            Upstreams::Slots(_) => true,
+            Upstreams::Ports(ports) => !ports.is_empty(),
+            Upstreams::Addresses(addresses) => !addresses.is_empty(),
+        }
     }
 
     /// All vhosts of the app, this one first.
@@ -100,11 +106,11 @@ impl Vhost {
         std::iter::once(self).chain(&self.more)
     }
 
-    /// The loopback ports of its upstreams; empty if it is routed by symlinks.
+    /// The loopback ports of its upstreams; empty if it is routed by slots.
     pub fn ports(&self) -> &[u16] {
         match &self.upstreams {
             Upstreams::Ports(ports) => ports,
-            Upstreams::Slots(_) => &[],
+            Upstreams::Slots(_) | Upstreams::Addresses(_) => &[],
         }
     }
 }
@@ -117,6 +123,19 @@ pub enum Upstreams {
     Slots(u16),
     /// These loopback ports.
     Ports(Vec<u16>),
+    /// The stable addresses of the slots 1 to n in the kernel's table, whose targets change without nginx knowing.
+    Addresses(Vec<Ipv4Addr>),
+}
+
+impl Upstreams {
+    /// The number of slots of a kind.
+    pub fn slots(&self, via: Via) -> u16 {
+        match (self, via) {
+            (Self::Slots(n), Via::Symlinks) => *n,
+            (Self::Addresses(addresses), Via::Table) => u16::try_from(addresses.len()).unwrap_or(u16::MAX),
+            _ => 0,
+        }
+    }
 }
 
 /// A set of vhosts that was made live, as stored in its directory.

@@ -24,6 +24,9 @@ pub struct HostStatus {
     /// What the host as a whole waits for, if anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proxy: Option<String>,
+    /// Why TCP apps get published ports, and nginx is reloaded for them, if it is not by this host's settings.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tcp_routes: Option<String>,
     /// Its apps, by name.
     pub apps: Vec<AppStatus>,
     /// Unreadable keys that belong to no app.

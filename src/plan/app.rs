@@ -9,7 +9,8 @@
 //! whose container is being stopped, becomes a wait, and a later step may win. Waits and blocks accumulate.
 //!
 //! 1. Containers of the app belong to another agent: block `foreign`, supervise only.
-//! 2. A routed socket path is not a socket: `Switch` away from it. Not for a paused app.
+//! 2. A routed socket path is not a socket, or the kernel's table leads to an address where nobody answers: `Switch`
+//!    away from it. Not for a paused app.
 //! 3. By desired state:
 //!    - `Paused`: block, no step.
 //!    - `Absent`, within the grace period of a deletion: wait `deletion`, supervise only. After that, leave the host:
@@ -89,7 +90,7 @@ pub fn plan_app(input: &AppInput<'_>) -> AppPlan {
         return draft.finish();
     }
     if !matches!(input.desired, DesiredApp::Paused(_)) {
-        routes::unroute_wrong_sockets(&mut draft);
+        routes::unroute_wrong_addresses(&mut draft);
     }
     match input.desired {
         DesiredApp::Paused(reason) => {
@@ -141,7 +142,7 @@ impl<'a> Draft<'a> {
     /// Keeps routes on running instances, and starts nothing: the app may have been leaving.
     fn keep_routes_only(&mut self, why: &str) {
         let observed = self.observed();
-        if observed.instances.is_empty() && observed.slots.is_empty() {
+        if observed.instances.is_empty() && !observed.has_routes() {
             return;
         }
         self.wait(Wait::Store(why.to_owned()));

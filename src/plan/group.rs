@@ -1,6 +1,6 @@
 //! The instances of the wanted release, classified.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use super::{
     AppInput,
@@ -10,7 +10,7 @@ use super::{
 use crate::model::{
     desired::Target,
     name::ReleaseId,
-    observed::{Address, Health, Instance, ObservedApp, Phase, Verdict},
+    observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict},
     proxy::Upstreams,
 };
 
@@ -207,11 +207,16 @@ pub(super) fn handle(instance: &Instance) -> Handle {
 /// Whether an instance is routed.
 pub(super) fn is_routed(input: &AppInput<'_>, instance: &Instance) -> bool {
     match &instance.address {
-        Some(Address::Socket(_)) => input.observed.slots.values().flatten().any(|k| *k == instance.key),
+        Some(Address::Socket(_)) => leads_to(&input.observed.slots, instance),
+        Some(Address::Own(_)) => leads_to(&input.observed.mapped, instance),
         Some(Address::Port(port)) => match input.proxy.live.map(|v| &v.upstreams) {
             Some(Upstreams::Ports(ports)) => ports.contains(port),
             _ => false,
         },
         None => false,
     }
+}
+
+fn leads_to(routes: &BTreeMap<u16, Option<InstanceKey>>, instance: &Instance) -> bool {
+    routes.values().flatten().any(|key| *key == instance.key)
 }

@@ -1,11 +1,12 @@
 //! Retires instances that are neither wanted nor routed, and removes files that nothing needs.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use super::{
     AppInput, VhostWish,
     draft::Draft,
     group::{Group, handle, is_established, is_routed},
+    routes,
     step::{Leftovers, Step, TIME_IS_OVER},
     wait::Wait,
 };
@@ -73,12 +74,12 @@ pub(super) fn end_abandoned_candidates(draft: &mut Draft<'_>, target: &Target, s
 pub(super) fn leave_host(draft: &mut Draft<'_>) {
     draft.plan.vhost = VhostWish::Remove;
     let observed = draft.observed();
-    let known_to_nginx = draft.input.proxy.live.is_some() || !(observed.slots.is_empty() || draft.input.proxy.serving);
+    let known_to_nginx = draft.input.proxy.live.is_some() || (observed.has_routes() && !draft.input.proxy.serving);
     if known_to_nginx && !draft.wait_for_vhost() {
         return;
     }
-    if !observed.slots.is_empty() {
-        draft.step(Step::Switch(BTreeMap::new()), "the app does not belong here");
+    if observed.has_routes() {
+        routes::remove_all(draft, None, "the app does not belong here");
         return;
     }
     for instance in &observed.instances {
@@ -141,7 +142,7 @@ fn is_drained(draft: &Draft<'_>, instance: &Instance) -> bool {
     match &instance.address {
         None => true,
         _ if !instance.is_running() => true,
-        Some(Address::Socket(_)) => instance.connections == Some(0),
+        Some(Address::Socket(_) | Address::Own(_)) => instance.connections == Some(0),
         // An older worker may still send a request to the previous port.
         Some(Address::Port(port)) => {
             let proxy = &draft.input.proxy;
@@ -186,5 +187,6 @@ pub(super) fn clean_up(draft: &mut Draft<'_>, wanted: Option<&ReleaseId>) {
 
 fn has_traces(draft: &Draft<'_>) -> bool {
     let o = draft.observed();
-    o.proven.is_some() || !o.env_files.is_empty() || !o.socket_dirs.is_empty() || !o.verdicts.is_empty()
+    let has_files = !o.env_files.is_empty() || !o.socket_dirs.is_empty() || !o.verdicts.is_empty();
+    has_files || o.proven.is_some() || !o.slot_addresses.is_empty()
 }

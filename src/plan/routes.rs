@@ -1,4 +1,4 @@
-//! Routing: the route symlinks of an app, and the vhost that nginx should serve.
+//! Routing: the slots of an app, and the vhost that nginx should serve.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use super::{
 use crate::model::{
     desired::Target,
     name::ReleaseId,
-    observed::{Address, Health, Instance, InstanceKey},
+    observed::{Address, Health, Instance, InstanceKey, Via},
     proxy::{Upstreams, Vhost},
     spec::{Endpoint, Ingress},
 };
@@ -23,16 +23,16 @@ pub(super) fn route(draft: &mut Draft<'_>, target: &Target, active: Option<&Rele
         // A worker has no routes; remove those of an earlier spec.
         draft.plan.vhost = VhostWish::Remove;
         let unknown_to_nginx = draft.input.proxy.live.is_none();
-        if (unknown_to_nginx || draft.wait_for_vhost()) && !draft.observed().slots.is_empty() {
-            draft.step(Step::Switch(BTreeMap::new()), "the app no longer takes requests");
+        if unknown_to_nginx || draft.wait_for_vhost() {
+            remove_all(draft, None, "the app no longer takes requests");
         }
         return true;
     };
     let is_target = active == Some(&target.release.id);
-    let pool = pool(draft, active, is_target.then_some(group));
-    let Some(first) = pool.first() else {
+    let mut pool = pool(draft, active, is_target.then_some(group));
+    let Some(first) = pool.first().copied() else {
         // No instance can answer. Existing routes stay: a failing instance is better than none.
-        if draft.observed().slots.is_empty() && draft.input.proxy.live.is_none() {
+        if !draft.observed().has_routes() && draft.input.proxy.live.is_none() {
             announce(draft, target, ingress);
         }
         return false;
@@ -55,8 +55,12 @@ pub(super) fn route(draft: &mut Draft<'_>, target: &Target, active: Option<&Rele
         Some(live) => live_with_upstreams(live, upstreams),
         None => vhost(ingress, upstreams),
     };
-    match &first.address {
-        Some(Address::Port(_)) => {
+    // All instances of a release are of one kind, unless what the host can do changed in between.
+    let kind = |i: &Instance| i.address.as_ref().map(std::mem::discriminant);
+    pool.retain(|i| kind(i) == kind(first));
+    let via = first.address.as_ref().and_then(Address::via);
+    let met = match (&first.address, via) {
+        (Some(Address::Port(_)), _) => {
             let ports = |endpoint: Option<&Endpoint>| {
                 let ports = pool.iter().filter_map(|i| match i.address_of(endpoint) {
                     Some(Address::Port(port)) => Some(*port),
@@ -65,46 +69,78 @@ pub(super) fn route(draft: &mut Draft<'_>, target: &Target, active: Option<&Rele
                 Upstreams::Ports(ports.collect())
             };
             draft.plan.vhost = served(&ports);
-            let met = draft.wait_for_vhost();
-            if met && !draft.observed().slots.is_empty() {
-                draft.step(Step::Switch(BTreeMap::new()), "the app is routed by port now");
-            }
-            met
+            draft.wait_for_vhost()
         }
-        Some(Address::Socket(_)) => {
-            let slots = if is_target { target.replicas } else { highest_slot(draft).max(1) };
-            switch(draft, &pool, slots, &|slot_count| served(&|_| Upstreams::Slots(slot_count)))
+        (_, Some(via)) => {
+            let slots = if is_target { target.replicas } else { slot_count(draft, via).max(1) };
+            let addresses = &draft.observed().slot_addresses;
+            let upstreams = |slots: u16| match via {
+                Via::Symlinks => Upstreams::Slots(slots),
+                Via::Table => Upstreams::Addresses((1..=slots).filter_map(|n| addresses.get(&n).copied()).collect()),
+            };
+            switch(draft, via, &pool, slots, &|slots| served(&|_| upstreams(slots)))
         }
-        None => false,
+        _ => false,
+    };
+    if met {
+        let why = if via.is_none() { "the app is routed by port now" } else { "the app is routed in another way now" };
+        remove_all(draft, via, why);
+    }
+    met
+}
+
+/// Removes all slots, except those of one kind.
+pub(super) fn remove_all(draft: &mut Draft<'_>, except: Option<Via>, why: &'static str) {
+    for via in Via::ALL {
+        if Some(via) != except && !draft.observed().routes(via).is_empty() {
+            draft.step(Step::Switch(via, BTreeMap::new()), why);
+        }
     }
 }
 
-/// Unroutes instances whose socket path is not a socket, since nginx would follow whatever it is. A healthy sibling
-/// takes over, if there is one.
-pub(super) fn unroute_wrong_sockets(draft: &mut Draft<'_>) {
+/// Unroutes instances whose socket path is not a socket, since nginx would follow whatever it is; and what the kernel's
+/// table leads to where nobody answers: unlike at a dead socket, each connection would wait for its timeout there, and
+/// another container may get the address. A healthy sibling takes over, if there is one.
+pub(super) fn unroute_wrong_addresses(draft: &mut Draft<'_>) {
     let observed = draft.observed();
-    let find = |key: &InstanceKey| observed.instances.iter().find(|i| i.key == *key);
-    let is_wrong = |key: &Option<InstanceKey>| key.as_ref().and_then(find).is_some_and(|i| i.wrong_socket);
-    let Some(wrong) = observed.slots.values().find(|key| is_wrong(key)) else { return };
-    let release = wrong.as_ref().map(|key| key.release.clone());
-    let pool = pool(draft, release.as_ref(), None);
-    let slots = if pool.is_empty() {
-        let fine = observed.slots.iter().filter(|(_, key)| !is_wrong(key));
-        fine.filter_map(|(slot, key)| Some((*slot, key.clone()?))).collect()
-    } else {
-        assign(draft, &pool, highest_slot(draft))
-    };
-    draft.step(Step::Switch(slots), "a routed socket path is not a socket");
+    for via in Via::ALL {
+        let is_wrong = |key: &Option<InstanceKey>| match key
+            .as_ref()
+            .and_then(|key| observed.instances.iter().find(|i| i.key == *key))
+        {
+            Some(instance) => instance.wrong_address || via == Via::Table && !instance.is_alive(),
+            None => via == Via::Table,
+        };
+        let routes = observed.routes(via);
+        let Some(wrong) = routes.values().find(|key| is_wrong(key)) else { continue };
+        let release = wrong.as_ref().map(|key| key.release.clone());
+        let mut pool = pool(draft, release.as_ref(), None);
+        pool.retain(|i| is_via(i, via));
+        let slots = if pool.is_empty() {
+            let fine = routes.iter().filter(|(_, key)| !is_wrong(key));
+            fine.filter_map(|(slot, key)| Some((*slot, key.clone()?))).collect()
+        } else {
+            assign(draft, via, &pool, highest_slot(draft, via))
+        };
+        draft.step(Step::Switch(via, slots), "a route leads to what does not answer as this app");
+    }
+}
+
+fn is_via(instance: &Instance, via: Via) -> bool {
+    instance.address.as_ref().and_then(Address::via) == Some(via)
 }
 
 /// For an app whose desired state is unknown: replaces an unhealthy instance in its routes by a healthy sibling.
 pub(super) fn keep_serving(draft: &mut Draft<'_>, release: &ReleaseId) {
-    let slots = highest_slot(draft);
-    let pool = pool(draft, Some(release), None);
-    if slots > 0 && !pool.is_empty() {
-        let wanted = assign(draft, &pool, slots);
-        if differs(draft, &wanted) {
-            draft.step(Step::Switch(wanted), "a routed instance is unhealthy");
+    for via in Via::ALL {
+        let slots = slot_count(draft, via);
+        let mut pool = pool(draft, Some(release), None);
+        pool.retain(|i| is_via(i, via));
+        if slots > 0 && !pool.is_empty() {
+            let wanted = assign(draft, via, &pool, slots);
+            if differs(draft, via, &wanted) {
+                draft.step(Step::Switch(via, wanted), "a routed instance is unhealthy");
+            }
         }
     }
 }
@@ -117,7 +153,7 @@ fn pool<'a>(draft: &Draft<'a>, active: Option<&ReleaseId>, group: Option<&Group<
         None => draft.observed().instances.iter().filter(|i| i.key.release == *active).collect(),
     };
     let routable =
-        |i: &&&Instance| i.is_running() && i.address.is_some() && !i.wrong_socket && !draft.input.is_stopping(i);
+        |i: &&&Instance| i.is_running() && i.address.is_some() && !i.wrong_address && !draft.input.is_stopping(i);
     let healthy: Vec<&Instance> =
         of_release.iter().filter(routable).filter(|i| i.health.is_healthy()).copied().collect();
     // An instance of unknown health keeps its route, but gets no new one.
@@ -131,8 +167,14 @@ fn pool<'a>(draft: &Draft<'a>, active: Option<&ReleaseId>, group: Option<&Group<
     pool
 }
 
-fn highest_slot(draft: &Draft<'_>) -> u16 {
-    draft.observed().slots.keys().next_back().copied().unwrap_or(0)
+fn highest_slot(draft: &Draft<'_>, via: Via) -> u16 {
+    draft.observed().routes(via).keys().next_back().copied().unwrap_or(0)
+}
+
+/// The number of slots that lead somewhere, or should: an entry of the table is taken away while its instance is dead.
+fn slot_count(draft: &Draft<'_>, via: Via) -> u16 {
+    let served = draft.input.proxy.live.filter(|_| via == Via::Table).map_or(0, |live| live.upstreams.slots(via));
+    highest_slot(draft, via).max(served)
 }
 
 /// The vhost of an app, with the upstreams of each endpoint.
@@ -180,21 +222,22 @@ fn announce(draft: &mut Draft<'_>, target: &Target, ingress: &Ingress) {
     }
 }
 
-/// Socket mode: to grow, symlinks come first, then nginx; to shrink, the other way round.
-fn switch(draft: &mut Draft<'_>, pool: &[&Instance], slots: u16, vhost: &dyn Fn(u16) -> VhostWish) -> bool {
-    let routed = highest_slot(draft);
-    let served = match draft.input.proxy.live.map(|v| &v.upstreams) {
-        Some(Upstreams::Slots(n)) => *n,
-        _ => 0,
-    };
+/// Routes by slots: to grow, slots come first, then nginx; to shrink, the other way round.
+fn switch(draft: &mut Draft<'_>, via: Via, pool: &[&Instance], slots: u16, vhost: &dyn Fn(u16) -> VhostWish) -> bool {
+    let routed = highest_slot(draft, via);
+    let served = draft.input.proxy.live.map_or(0, |live| live.upstreams.slots(via));
     // Slots that nginx workers still know must lead to an instance.
     let workers_are_current = draft.input.proxy.serving && !draft.input.proxy.old_workers;
     let known = slots.max(served);
     let needed = if workers_are_current { known } else { known.max(routed) };
-    let wanted = assign(draft, pool, needed);
-    let switched = !differs(draft, &wanted);
+    let wanted = assign(draft, via, pool, needed);
+    let switched = !differs(draft, via, &wanted);
     if !switched {
-        draft.step(Step::Switch(wanted), "routes do not lead to the healthy instances of the release");
+        draft.step(Step::Switch(via, wanted), "routes do not lead to the healthy instances of the release");
+    }
+    // Requests stay where they are until the slots lead somewhere.
+    if !switched && served == 0 && draft.input.proxy.live.is_some() {
+        return false;
     }
     let slot_count = if routed == 0 || routed >= slots { slots } else { routed };
     // Change the number only once all slots lead to healthy instances.
@@ -208,10 +251,10 @@ fn switch(draft: &mut Draft<'_>, pool: &[&Instance], slots: u16, vhost: &dyn Fn(
 }
 
 /// Assigns slots to instances: valid routes stay, the rest is spread evenly.
-fn assign(draft: &Draft<'_>, pool: &[&Instance], slots: u16) -> BTreeMap<u16, InstanceKey> {
+fn assign(draft: &Draft<'_>, via: Via, pool: &[&Instance], slots: u16) -> BTreeMap<u16, InstanceKey> {
     let mut wanted: BTreeMap<u16, InstanceKey> = BTreeMap::new();
     for slot in 1..=slots {
-        if let Some(Some(now)) = draft.observed().slots.get(&slot)
+        if let Some(Some(now)) = draft.observed().routes(via).get(&slot)
             && pool.iter().any(|i| i.key == *now)
             && !wanted.values().any(|k| k == now)
         {
@@ -229,7 +272,7 @@ fn assign(draft: &Draft<'_>, pool: &[&Instance], slots: u16) -> BTreeMap<u16, In
     wanted
 }
 
-fn differs(draft: &Draft<'_>, wanted: &BTreeMap<u16, InstanceKey>) -> bool {
-    let observed = &draft.observed().slots;
+fn differs(draft: &Draft<'_>, via: Via, wanted: &BTreeMap<u16, InstanceKey>) -> bool {
+    let observed = draft.observed().routes(via);
     observed.len() != wanted.len() || wanted.iter().any(|(slot, key)| observed.get(slot) != Some(&Some(key.clone())))
 }

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::{Ipv4Addr, SocketAddrV4},
     time::Duration,
 };
 
@@ -16,12 +17,18 @@ use super::{
 use crate::model::{
     desired::DesiredApp,
     name::{AppName, ContainerId},
-    observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict},
+    observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict, Via},
     proxy::{ObservedProxy, Vhost},
     release::Release,
     spec::Endpoint,
     time::Timestamp,
 };
+
+/// Where the stable addresses of a simulated host begin, 198.18.0.0, and those of its instances, 172.30.0.0.
+const STABLE: u32 = 0xC612_0000;
+const OWN: u32 = 0xAC1E_0000;
+/// More slots than any generated app has.
+const MAX_SLOTS: u16 = 100;
 
 /// One app on a simulated host.
 #[derive(Debug, Clone)]
@@ -37,12 +44,18 @@ pub struct SimHost {
     /// The current time.
     pub now: Timestamp,
     containers: u64,
+    has_table: bool,
 }
 
 impl SimHost {
     /// A host with this observed state.
     pub fn new(app: AppName, observed: ObservedApp, live: Option<Vhost>, now: Timestamp) -> Self {
-        Self { app, observed, live, live_changed: now, now, containers: 0 }
+        Self { app, observed, live, live_changed: now, now, containers: 0, has_table: false }
+    }
+
+    /// The same host, where new TCP apps are routed by the kernel's table.
+    pub fn with_table(self) -> Self {
+        Self { has_table: true, ..self }
     }
 
     /// The plan for this host.
@@ -75,7 +88,12 @@ impl SimHost {
             self.containers += 1;
             let Ok(id) = ContainerId::try_from(format!("{:064x}", self.containers)) else { return };
             let port = 20_000 + u16::try_from(self.containers % 10_000).unwrap_or(0);
-            let created = NewContainer { id, address: address(key, release, port) };
+            let own = self.has_table.then(|| own_address(release, self.containers)).flatten();
+            if own.is_some() {
+                let stable = (1..=MAX_SLOTS).map(|slot| (slot, Ipv4Addr::from(STABLE + u32::from(slot))));
+                self.observed.slot_addresses.extend(stable);
+            }
+            let created = NewContainer { id, address: own.or_else(|| address(key, release, port)) };
             return apply_step(&mut self.observed, step, Some(created), self.now);
         }
         apply_step(&mut self.observed, step, None, self.now);
@@ -121,6 +139,17 @@ pub fn address(key: &InstanceKey, release: &Release, port: u16) -> Option<Addres
     })
 }
 
+/// An address of its own for an instance that listens on one port, different for each number.
+pub fn own_address(release: &Release, number: u64) -> Option<Address> {
+    let ip = OWN + u32::try_from(number % 10_000).unwrap_or(0);
+    match release.endpoint {
+        Some(Endpoint::Port(inside)) if release.more_endpoints.is_empty() && release.container.network.is_none() => {
+            Some(Address::Own(SocketAddrV4::new(Ipv4Addr::from(ip), inside)))
+        }
+        _ => None,
+    }
+}
+
 /// The model of every step: updates the observed state as if the step had succeeded.
 pub fn apply_step(observed: &mut ObservedApp, step: &Step, created: Option<NewContainer>, now: Timestamp) {
     let proven = observed.proven.clone();
@@ -159,7 +188,7 @@ pub fn apply_step(observed: &mut ObservedApp, step: &Step, created: Option<NewCo
                 grace: release.container.stop_grace_period,
                 restarts: 0,
                 stale_socket: false,
-                wrong_socket: false,
+                wrong_address: false,
                 check_host: host.clone(),
                 listens: release.endpoint.iter().cloned().collect(),
                 port_taken: false,
@@ -179,8 +208,12 @@ pub fn apply_step(observed: &mut ObservedApp, step: &Step, created: Option<NewCo
             observed.socket_dirs.extend(at_socket.map(|i| i.key.clone()));
         }
         Step::ClearSocket(handle) => change(handle, &|i| i.stale_socket = false),
-        Step::Switch(slots) => {
-            observed.slots = slots.iter().map(|(slot, key)| (*slot, Some(key.clone()))).collect();
+        Step::Switch(via, slots) => {
+            let routes = slots.iter().map(|(slot, key)| (*slot, Some(key.clone()))).collect();
+            match via {
+                Via::Symlinks => observed.slots = routes,
+                Via::Table => observed.mapped = routes,
+            }
             observed.slots_changed = now;
         }
         Step::Prove { release, .. } => observed.proven = Some(release.clone()),
@@ -208,6 +241,8 @@ pub fn apply_step(observed: &mut ObservedApp, step: &Step, created: Option<NewCo
             if left.everything {
                 observed.proven = None;
                 observed.slots.clear();
+                observed.mapped.clear();
+                observed.slot_addresses.clear();
             }
         }
     }
@@ -233,6 +268,7 @@ pub fn contradiction(step: &Step, predicted: &ObservedApp, seen: &ObservedApp) -
     let verdicts = |o: &ObservedApp| o.verdicts.keys().cloned().collect::<Vec<_>>();
     differ("the instances", &keys(&expected), &keys(&found))
         .or_else(|| differ("the routes", &predicted.slots, &seen.slots))
+        .or_else(|| differ("the entries of the table", &predicted.mapped, &seen.mapped))
         .or_else(|| differ("the env-files", &predicted.env_files, &seen.env_files))
         .or_else(|| differ("the socket directories", &predicted.socket_dirs, &seen.socket_dirs))
         .or_else(|| differ("the proven release", &predicted.proven, &seen.proven))

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use crate::model::{
     name::{ContainerId, ImageRef, ReleaseId},
-    observed::InstanceKey,
+    observed::{InstanceKey, Via},
     release::Release,
     spec::{HealthCheck, Ingress},
 };
@@ -57,8 +57,8 @@ pub enum Step {
     Start(Handle),
     /// Remove a dead socket in the way of the next start.
     ClearSocket(Handle),
-    /// Point the route symlinks at these instances; other slots are removed.
-    Switch(BTreeMap<u16, InstanceKey>),
+    /// Point the slots of a kind at these instances; other slots of that kind are removed.
+    Switch(Via, BTreeMap<u16, InstanceKey>),
     /// Probe through nginx, and record that the release answers.
     Prove {
         /// The release.
@@ -217,7 +217,7 @@ impl Step {
             Self::Pull(_)
             | Self::WriteEnvFile(_)
             | Self::Create { .. }
-            | Self::Switch(_)
+            | Self::Switch(..)
             | Self::Prove { .. }
             | Self::CleanUp(_) => None,
         }
@@ -236,7 +236,7 @@ impl Step {
             Self::Create { .. } => StepKind::Create,
             Self::Start(_) => StepKind::Start,
             Self::ClearSocket(_) => StepKind::ClearSocket,
-            Self::Switch(_) => StepKind::Switch,
+            Self::Switch(..) => StepKind::Switch,
             Self::Prove { .. } => StepKind::Prove,
             Self::Settle(_) => StepKind::Settle,
             Self::Stop { .. } => StepKind::Stop,
@@ -256,8 +256,8 @@ impl fmt::Display for Step {
             Self::Create { key, release, .. } => write!(f, "create {key} from {}", release.image),
             Self::Start(handle) => write!(f, "start {}", handle.key),
             Self::ClearSocket(handle) => write!(f, "clear socket of {}", handle.key),
-            Self::Switch(slots) if slots.is_empty() => f.write_str("remove routes"),
-            Self::Switch(slots) => {
+            Self::Switch(_, slots) if slots.is_empty() => f.write_str("remove routes"),
+            Self::Switch(_, slots) => {
                 f.write_str("switch")?;
                 for (slot, key) in slots {
                     write!(f, " {slot}->{key}")?;

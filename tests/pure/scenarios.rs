@@ -102,6 +102,7 @@ impl Scenario {
         let upstreams = |vhost: &Vhost| match &vhost.upstreams {
             Upstreams::Slots(n) => format!("slots 1 to {n}"),
             Upstreams::Ports(ports) => format!("ports {ports:?}"),
+            Upstreams::Addresses(addresses) => format!("addresses {addresses:?}"),
         };
         match &plan.vhost {
             VhostWish::Set(vhost) if self.host.live.as_ref() != Some(vhost) => {

@@ -38,6 +38,7 @@ mod standstill;
 mod store;
 mod store_trust;
 mod switches;
+mod tcp_routes;
 mod templates;
 mod upgrade;
 mod verbs;

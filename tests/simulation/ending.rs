@@ -203,7 +203,8 @@ impl History {
 }
 
 pub fn has_traces(o: &ObservedApp) -> bool {
-    !o.slots.is_empty()
+    o.has_routes()
+        || !o.slot_addresses.is_empty()
         || !o.env_files.is_empty()
         || !o.socket_dirs.is_empty()
         || o.proven.is_some()

@@ -242,6 +242,7 @@ impl History {
         let watcher = tokio::spawn(run_unless_stalled(self.scene.clone(), watcher));
         let metrics = Arc::new(Metrics::new().expect("metrics"));
         let empty = HostStatus {
+            tcp_routes: None,
             version: VERSION,
             host: host.clone(),
             mode: HostMode::Active,

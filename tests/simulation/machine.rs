@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -17,13 +18,13 @@ use demae::{
     machine::{Inventory, Machine},
     model::{
         name::{AppName, ContainerId, HostName},
-        observed::{Address, Health, Instance, ObservedApp, Phase, Wanted},
+        observed::{Address, Health, Instance, ObservedApp, Phase, Via, Wanted},
         proxy::{ObservedProxy, Vhost},
         spec::Probe,
         time::Timestamp,
     },
     plan::{
-        simulate::{NewContainer, address, apply_step},
+        simulate::{NewContainer, address, apply_step, own_address},
         step::{Handle, Step},
     },
     world::ObserveError,
@@ -155,7 +156,11 @@ impl SimMachine {
         for instance in &mut observed.instances {
             instance.started = self.clock.to_monotonic(instance.started);
         }
-        let routes: Vec<_> = observed.slots.values().flatten().cloned().collect();
+        if let Some(wanted) = wanted {
+            let stable = (1..=wanted.slots).map(|slot| (slot, Ipv4Addr::new(198, 18, 0, slot.to_le_bytes()[0])));
+            observed.slot_addresses.extend(stable);
+        }
+        let routes: Vec<_> = observed.slots.values().chain(observed.mapped.values()).flatten().cloned().collect();
         for instance in &mut observed.instances {
             let alive = instance.is_alive();
             instance.health = if alive { self.health(app, instance) } else { Health::Unknown };
@@ -187,6 +192,9 @@ impl SimMachine {
         let now = self.scene.now();
         self.scene.effect(app, &step.to_string(), Some(seen), |state| {
             let observed = state.apps.entry(app.clone()).or_default();
+            if matches!(step, Step::Switch(Via::Table, _)) {
+                observed.slot_addresses.extend(seen.slot_addresses.clone());
+            }
             let pulled = observed.pulled;
             apply_step(observed, step, made, now);
             observed.pulled = pulled;
@@ -228,7 +236,14 @@ impl SimMachine {
                 settled_by: None,
             };
             state.programs.insert(id.clone(), program);
-            NewContainer { id, address: address(key, release, port) }
+            // All instances of a release are reached in the same way; what the host can do changes.
+            let sibling = state.apps.get(app).and_then(|o| o.instances.iter().find(|i| i.key.release == key.release));
+            let by_port = match sibling.map(|i| &i.address) {
+                Some(address) => matches!(address, Some(Address::Port(_))),
+                None => self.scene.chance.one_in(3),
+            };
+            let own = (!by_port).then(|| own_address(release, state.made)).flatten();
+            NewContainer { id, address: own.or_else(|| address(key, release, port)) }
         };
         self.apply(app, step, seen, Some(made.clone()));
         self.scene.emit_docker_event(app, false);
@@ -336,11 +351,12 @@ impl Machine for SimMachine {
                     _ => None,
                 };
                 let state = instance.phase.as_str().to_owned();
-                let ports = port.into_iter().collect();
-                listed.push(Listed { app: app.clone(), id: instance.id.to_string(), state, ports });
+                let (ports, address) = (port.into_iter().collect(), None);
+                listed.push(Listed { app: app.clone(), id: instance.id.to_string(), state, ports, address });
             }
             let on_disk = ObservedApp { instances: Vec::new(), image: None, ..observed.clone() };
             let nothing = on_disk.slots.is_empty()
+                && on_disk.slot_addresses.is_empty()
                 && on_disk.env_files.is_empty()
                 && on_disk.socket_dirs.is_empty()
                 && on_disk.proven.is_none()
@@ -467,7 +483,7 @@ impl Machine for SimMachine {
                 self.disk().await?;
                 self.apply(app, step, seen, None);
             }
-            Step::WriteEnvFile(_) | Step::RecordVerdict { .. } | Step::Switch(_) => {
+            Step::WriteEnvFile(_) | Step::RecordVerdict { .. } | Step::Switch(..) => {
                 self.disk().await?;
                 self.apply(app, step, seen, None);
             }

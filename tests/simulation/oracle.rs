@@ -217,7 +217,7 @@ impl Before {
 /// upstreams.
 fn is_broken_since(state: &State, app: &AppName, behind: &[ContainerId]) -> bool {
     let by_slots = state.proxy.live.as_ref().and_then(|m| m.vhosts.get(app));
-    let by_slots = by_slots.is_some_and(|v| matches!(v.upstreams, Upstreams::Slots(_)));
+    let by_slots = by_slots.is_some_and(|v| matches!(v.upstreams, Upstreams::Slots(_) | Upstreams::Addresses(_)));
     let is_paused = matches!(desired_of(state, app), Some(DesiredApp::Paused(_)));
     let since_written = |at: &Instant| state.proxy.written.get(app).is_some_and(|written| at > written);
     let mut programs = behind.iter().filter_map(|id| state.programs.get(id));

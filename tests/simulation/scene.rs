@@ -307,7 +307,8 @@ impl Scene {
                 (i.key.number, i.settled, i.stale_socket, is_routed(&state.proxy, app, observed, i)).hash(&mut one);
                 (std::mem::discriminant(&i.phase), program.is_some_and(|p| p.answers)).hash(&mut one);
             }
-            (observed.slots.len(), observed.env_files.len(), observed.socket_dirs.len()).hash(&mut one);
+            (observed.slots.len(), observed.mapped.len(), observed.env_files.len(), observed.socket_dirs.len())
+                .hash(&mut one);
             (observed.proven.is_some(), observed.verdicts.len()).hash(&mut one);
             let vhost = |m: &Option<Manifest>| m.as_ref().and_then(|m| m.vhosts.get(app)).map(|v| v.upstreams.clone());
             format!(
@@ -363,6 +364,7 @@ pub fn version(instance: &Instance) -> usize {
 pub fn is_routed(proxy: &Proxy, app: &AppName, observed: &ObservedApp, instance: &Instance) -> bool {
     match &instance.address {
         Some(Address::Socket(_)) => observed.slots.values().flatten().any(|k| *k == instance.key),
+        Some(Address::Own(_)) => observed.mapped.values().flatten().any(|k| *k == instance.key),
         Some(Address::Port(port)) => {
             let knows = |m: &Manifest| matches!(m.vhosts.get(app).map(|v| &v.upstreams), Some(Upstreams::Ports(p)) if p.contains(port));
             proxy.served.as_ref().is_some_and(knows) || proxy.live.as_ref().is_some_and(knows)
@@ -425,7 +427,12 @@ pub fn upstreamed(state: &State, app: &AppName) -> Upstreamed {
     for (is_old, vhost) in vhosts {
         match &vhost.upstreams {
             // An old worker accepts no new requests; those in flight are connected already.
-            Upstreams::Slots(_) if is_old => {}
+            Upstreams::Slots(_) | Upstreams::Addresses(_) if is_old => {}
+            Upstreams::Addresses(addresses) => {
+                for slot in (1u16..).take(addresses.len()) {
+                    upstream(false, observed.mapped.get(&slot).and_then(|k| k.as_ref()).and_then(at_key));
+                }
+            }
             Upstreams::Slots(n) => {
                 for slot in 1..=*n {
                     upstream(false, observed.slots.get(&slot).and_then(|k| k.as_ref()).and_then(at_key));

@@ -19,6 +19,7 @@ use std::{
 use demae::model::status::{AppStatus, HostStatus, State};
 
 use super::{
+    addresses::TcpRoutes,
     containers::remove_all,
     etcd::Etcd,
     images, load,
@@ -39,6 +40,7 @@ pub struct Lab {
     pub(super) agent_process: Option<Child>,
     images: std::sync::Mutex<Vec<String>>,
     shared_images: std::sync::Mutex<Vec<images::Shared>>,
+    pub tcp_routes: Option<TcpRoutes>,
 }
 
 /// Settings that differ between labs.
@@ -52,6 +54,8 @@ pub struct Setup<'a> {
     pub sections: &'a str,
     /// Do not start the agent yet.
     pub no_agent: bool,
+    /// Route TCP apps by the kernel's table, by addresses and a network of the lab's own.
+    pub tcp_routes: bool,
 }
 
 impl Lab {
@@ -81,6 +85,7 @@ impl Lab {
             agent_process: None,
             images: Vec::new().into(),
             shared_images: Vec::new().into(),
+            tcp_routes: setup.tcp_routes.then(|| TcpRoutes::new(&tag)),
             tag,
             dir,
         };
@@ -102,10 +107,14 @@ impl Lab {
     fn write_config(&self, setup: &Setup<'_>) {
         let dir = self.dir.path().display();
         let base = 20_000 + u16::from_str_radix(&self.tag[..3], 16).expect("a number") % 190 * 50;
+        let tcp_routes = match &self.tcp_routes {
+            Some(own) => own.section(),
+            None => "[tcp_routes]\nenabled = false\n".to_owned(),
+        };
         let text = format!(
             "host = \"{}\"\nstate_dir = \"{dir}/state\"\nrun_dir = \"{dir}/run\"\nlisten = \"{}\"\n{}\n\
              [etcd]\nendpoints = [\"{}\"]\n[nginx]\nconf = \"{dir}/nginx.conf\"\naddress = \"{}\"\nlisten = [\"{}\"]\n\
-             templates = \"{dir}/templates\"\n{}\n[ports]\nrange = \"{base}-{}\"\n{}",
+             templates = \"{dir}/templates\"\n{}\n[ports]\nrange = \"{base}-{}\"\n{tcp_routes}{}",
             self.host,
             self.metrics,
             setup.top,
@@ -397,6 +406,9 @@ impl Drop for Lab {
         remove_all(&self.host);
         for image in self.images.lock().unwrap_or_else(std::sync::PoisonError::into_inner).iter() {
             docker(&["rmi", "-f", image]);
+        }
+        if let Some(own) = &self.tcp_routes {
+            own.remove();
         }
         self.stop_nginx();
         self.etcd_process = None;

@@ -1,6 +1,7 @@
 //! Support code of the tests on real etcd, nginx and Docker.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub mod addresses;
 pub mod agent;
 pub mod bench;
 pub mod containers;

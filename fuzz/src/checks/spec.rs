@@ -154,6 +154,7 @@ fn asks_for_nothing_denied(spec: &Spec) {
             image: "sha256:0123",
             socket_dir: Some(SOCKET_DIR),
             port: Some(20_001),
+            own_address: None,
             drain: spec.ingress.as_ref().map_or(Duration::ZERO, |i| i.drain),
             more_ports: &[],
             check_host: Some("a.example"),

@@ -10,7 +10,7 @@ use bollard::{
     query_parameters::CreateContainerOptionsBuilder,
 };
 
-use super::{Docker, DockerError, Operation, label};
+use super::{Docker, DockerError, Operation, OwnAddress, label};
 use crate::model::{
     name::{AppName, ContainerId, HostName},
     observed::InstanceKey,
@@ -34,6 +34,8 @@ pub struct CreateRequest<'a> {
     pub socket_dir: Option<&'a str>,
     /// The loopback port that its port is published on.
     pub port: Option<u16>,
+    /// Its own address, in place of a published port.
+    pub own_address: Option<&'a OwnAddress>,
     /// Loopback ports that its other ports are published on, in their order.
     pub more_ports: &'a [u16],
     /// Its drain time.
@@ -94,7 +96,7 @@ impl Docker {
         };
         let labels = found.config.and_then(|c| c.labels).unwrap_or_default();
         // These may differ between two calls for the same instance.
-        let varies = |name: &str| [label::PORT, label::MORE_PORTS, label::CHECK_HOST].contains(&name);
+        let varies = |name: &str| [label::PORT, label::MORE_PORTS, label::ADDRESS, label::CHECK_HOST].contains(&name);
         let same = self.labels(request).iter().all(|(k, v)| varies(k) || labels.get(k) == Some(v));
         Ok(if same { NameOwner::SameInstance } else { NameOwner::OtherContainer })
     }
@@ -119,6 +121,9 @@ impl Docker {
         ]);
         if let Some(port) = r.port {
             labels.insert(label::PORT.to_owned(), port.to_string());
+        }
+        if let Some(own) = r.own_address {
+            labels.insert(label::ADDRESS.to_owned(), own.ip.to_string());
         }
         if !r.more_ports.is_empty() {
             let ports: Vec<String> = r.more_ports.iter().map(u16::to_string).collect();
@@ -187,7 +192,7 @@ impl Docker {
             // No restarts of a candidate: its exit is evidence. The policy changes once the release is proven.
             restart_policy: Some(RestartPolicy { name: Some(RestartPolicyNameEnum::NO), maximum_retry_count: None }),
             log_config: Some(log_config),
-            network_mode: c.network.clone(),
+            network_mode: r.own_address.map(|own| own.network.clone()).or_else(|| c.network.clone()),
             extra_hosts: none_if_empty(c.extra_hosts.clone()),
             cap_drop: none_if_empty(c.cap_drop.clone()),
             tmpfs: none_if_empty(c.tmpfs.iter().map(|t| (t.clone(), String::new())).collect::<HashMap<_, _>>()),
@@ -211,6 +216,7 @@ impl Docker {
             stop_signal: c.stop_signal.clone(),
             stop_timeout: i64::try_from(c.stop_grace_period.as_secs()).ok(),
             host_config: Some(host_config),
+            networking_config: r.own_address.map(OwnAddress::networking),
             ..Default::default()
         }
     }

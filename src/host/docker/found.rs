@@ -1,6 +1,10 @@
 //! Parses the engine's description of a container.
 
-use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
 
 use bollard::models::{
     ContainerInspectResponse, ContainerStateStatusEnum, EndpointSettings, HealthStatusEnum, NetworkSettings,
@@ -58,6 +62,8 @@ pub struct Found {
     pub endpoint: Option<Endpoint>,
     /// The published port.
     pub port: Option<u16>,
+    /// The fixed address that it was created with.
+    pub fixed: Option<Ipv4Addr>,
     /// Further endpoints, each with its published port if it is one.
     pub more: Vec<(Endpoint, Option<u16>)>,
     /// Its IP address, while it runs in a network.
@@ -88,6 +94,10 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
     let endpoint = match get(label::ENDPOINT) {
         None => None,
         Some(text) => Some(serde_json::from_str(text).map_err(|_| bad(label::ENDPOINT))?),
+    };
+    let fixed = match get(label::ADDRESS) {
+        None => None,
+        Some(text) => Some(text.parse().map_err(|_| bad(label::ADDRESS))?),
     };
     let state = details.state.unwrap_or_default();
     let to_monotonic = |stamp: Option<&str>| clock.to_monotonic(stamp.and_then(Timestamp::parse).unwrap_or_default());
@@ -147,6 +157,7 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
         restarts: details.restart_count.and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
         endpoint,
         port,
+        fixed,
         more,
         ip: address(details.network_settings),
         check_host: get(label::CHECK_HOST).map(str::to_owned),

@@ -1,6 +1,6 @@
 //! Lists containers.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, net::Ipv4Addr};
 
 use bollard::{models::ContainerSummary, query_parameters::ListContainersOptionsBuilder};
 use futures_util::future::join_all;
@@ -59,6 +59,8 @@ pub struct Listed {
     pub state: String,
     /// Its published ports.
     pub ports: Vec<u16>,
+    /// The fixed address it was created with, if it has one.
+    pub address: Option<Ipv4Addr>,
 }
 
 impl Docker {
@@ -188,5 +190,6 @@ fn listing(container: &ContainerSummary) -> Option<Listed> {
     let ports = [label::PORT, label::MORE_PORTS].into_iter().filter_map(|name| labels.get(name));
     let ports = ports.flat_map(|ports| ports.split(',')).filter_map(|p| p.parse().ok()).collect();
     let state = container.state.map(|s| s.to_string()).unwrap_or_default();
-    Some(Listed { app, id: container.id.clone()?, state, ports })
+    let address = labels.get(label::ADDRESS).and_then(|address| address.parse().ok());
+    Some(Listed { app, id: container.id.clone()?, state, ports, address })
 }

@@ -31,13 +31,15 @@ pub enum Operation {
     Exec,
     /// Pull an image.
     Pull,
+    /// Inspect or create the network of the apps.
+    Network,
     /// Stream events.
     Events,
 }
 
 impl Operation {
     /// Every operation that is measured; an event stream lasts for days.
-    pub const MEASURED: [Self; 13] = [
+    pub const MEASURED: [Self; 14] = [
         Self::Version,
         Self::Info,
         Self::List,
@@ -51,11 +53,12 @@ impl Operation {
         Self::Signal,
         Self::Exec,
         Self::Pull,
+        Self::Network,
     ];
 
     /// Whether 404 is an ordinary answer, not a failure.
     pub fn allows_not_found(self) -> bool {
-        matches!(self, Self::Inspect | Self::InspectImage | Self::Stop | Self::Remove)
+        matches!(self, Self::Inspect | Self::InspectImage | Self::Network | Self::Stop | Self::Remove)
     }
 
     /// The word for it, in metrics.
@@ -74,6 +77,7 @@ impl Operation {
             Self::Signal => "signal",
             Self::Exec => "exec",
             Self::Pull => "pull",
+            Self::Network => "network",
             Self::Events => "events",
         }
     }
@@ -96,6 +100,7 @@ impl fmt::Display for Operation {
             Self::Signal => "signal the container",
             Self::Exec => "run a command",
             Self::Pull => "pull the image",
+            Self::Network => "make the network of the apps",
             Self::Events => "stream events",
         })
     }

@@ -8,6 +8,7 @@ mod found;
 mod image;
 mod list;
 mod meter;
+mod network;
 
 use std::{
     collections::HashMap,
@@ -37,6 +38,7 @@ pub use found::Found;
 use found::LEAVING_SUFFIX;
 pub use list::{Instances, Listed, Lists};
 pub use meter::{Failure, Meter, NoMeter, Operation};
+pub use network::{BridgeNetwork, OwnAddress};
 
 use crate::model::{
     name::{AppName, ContainerId, HostName},
@@ -63,6 +65,7 @@ mod label {
     pub(super) const DRAIN: &str = "demae.drain-ms";
     pub(super) const ENDPOINT: &str = "demae.endpoint";
     pub(super) const PORT: &str = "demae.port";
+    pub(super) const ADDRESS: &str = "demae.address";
     pub(super) const HEALTH: &str = "demae.healthcheck";
     pub(super) const IMAGE: &str = "demae.image";
     pub(super) const CHECK_HOST: &str = "demae.check-host";

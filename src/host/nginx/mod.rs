@@ -151,6 +151,7 @@ async fn direct_status(proof: &Proof, address: Option<&Address>) -> Option<u16> 
     let answer = match address? {
         Address::Socket(socket) => probe::get_unix(Path::new(socket), host, path, limit).await,
         Address::Port(port) => probe::get_tcp(&format!("127.0.0.1:{port}"), host, path, limit).await,
+        Address::Own(own) => probe::get_tcp(&own.to_string(), host, path, limit).await,
     };
     Some(answer.ok()?.status)
 }

@@ -13,6 +13,7 @@ use crate::{
     host::{
         files::{self, FileError},
         layout::Layout,
+        tcp_routes::STABLE_PORT,
     },
     model::{
         name::{AppName, TemplateName, UrlPath, VirtualHost},
@@ -35,6 +36,11 @@ const HOST: &str = include_str!("../../../deploy/nginx/host.conf.hbs");
 pub const PROBE_HOST: &str = "generation.demae.invalid";
 /// Suffix of template files.
 const SUFFIX: &str = ".conf.hbs";
+/// How long nginx may take to connect to an app, in seconds.
+const CONNECT_TIMEOUT: u64 = 5;
+/// The same by the kernel's table: where no container is nobody refuses, and a connection within one machine takes
+/// microseconds.
+const CONNECT_TIMEOUT_IN_TABLE: u64 = 1;
 /// From this version on nginx keeps connections to upstreams unless configured otherwise, and knows `keepalive 0`:
 /// nginx 1.29.7, `ngx_http_upstream_keepalive_module.c`.
 const KEEPS_UPSTREAM_CONNECTIONS: (u32, u32, u32) = (1, 29, 7);
@@ -111,6 +117,7 @@ struct AppView<'a> {
     listen: Vec<String>,
     max_body_size: u64,
     read_timeout: u64,
+    connect_timeout: u64,
     response_header_size: u64,
     request_buffering: bool,
     strict: bool,
@@ -351,6 +358,7 @@ impl Renderer {
                 (1..=*n).map(|slot| format!("unix:{}", route(slot).display())).collect()
             }
             Upstreams::Ports(ports) => ports.iter().map(|port| format!("127.0.0.1:{port}")).collect(),
+            Upstreams::Addresses(stable) => stable.iter().map(|address| format!("{address}:{STABLE_PORT}")).collect(),
         };
         let hosts: Vec<&VirtualHost> = vhost.hosts.iter().collect();
         let (shared, plain): (Vec<&VirtualHost>, Vec<&VirtualHost>) =
@@ -379,6 +387,10 @@ impl Renderer {
             listen: self.settings.listen.iter().map(|value| format!("{value}{default}")).collect(),
             max_body_size: vhost.max_body_size,
             read_timeout: vhost.read_timeout,
+            connect_timeout: match vhost.upstreams {
+                Upstreams::Addresses(_) => CONNECT_TIMEOUT_IN_TABLE,
+                _ => CONNECT_TIMEOUT,
+            },
             response_header_size: vhost.response_header_size,
             request_buffering: vhost.request_buffering,
             strict: self.settings.profile == Profile::Strict,

@@ -1,14 +1,19 @@
 //! Checks of plans for one app.
 
+use std::collections::BTreeMap;
+
 use crate::model::{
     desired::DesiredApp,
     name::ContainerId,
-    observed::{Address, Instance, Phase},
+    observed::{Address, Instance, InstanceKey, Phase, Via},
     proxy::{Upstreams, Vhost},
     spec::Order,
 };
 
-use crate::plan::{AppInput, AppPlan, VhostWish, step::Step};
+use crate::plan::{
+    AppInput, AppPlan, VhostWish,
+    step::{Step, StepKind},
+};
 
 /// How long an older nginx worker may take to read a request before it forwards it.
 const UPLOAD: std::time::Duration = std::time::Duration::from_secs(600);
@@ -20,6 +25,9 @@ pub fn violations(input: &AppInput<'_>, plan: &AppPlan) -> Vec<String> {
         check_step(input, &planned.step, &mut found);
     }
     check_vhost(input, &plan.vhost, &mut found);
+    if leads_to_the_dead(input, plan) {
+        found.push("it leaves requests with a container that has ended".into());
+    }
     if silent(input, plan) {
         found.push("the app is not converged, and the plan has no step, wait or block".into());
     }
@@ -45,15 +53,25 @@ fn check_vhost(input: &AppInput<'_>, wish: &VhostWish, found: &mut Vec<String>) 
             i.phase == Phase::Running && i.health.is_healthy() && i.addresses().any(|a| *a == Address::Port(*port))
         })
     };
+    let is_mapped = |slot: u16| {
+        let key = input.observed.mapped.get(&slot).and_then(Option::as_ref);
+        input.observed.instances.iter().any(|i| Some(&i.key) == key && i.phase == Phase::Running)
+    };
     let leads_to_healthy = |vhost: &Vhost| {
-        vhost.all().any(|way| matches!(&way.upstreams, Upstreams::Ports(ports) if ports.iter().any(answers)))
+        vhost.all().any(|way| match &way.upstreams {
+            Upstreams::Ports(ports) => ports.iter().any(answers),
+            Upstreams::Addresses(_) => (1..=way.upstreams.slots(Via::Table)).any(is_mapped),
+            Upstreams::Slots(_) => false,
+        })
     };
     match wish {
         VhostWish::Remove if takes_requests => {
             found.push("it removes the virtual host of an app that is wanted".into());
         }
         VhostWish::Set(vhost) | VhostWish::Announce(vhost)
-            if matches!(vhost.upstreams, Upstreams::Ports(_)) && leads_to_healthy(live) && !leads_to_healthy(vhost) =>
+            if !matches!(vhost.upstreams, Upstreams::Slots(_))
+                && leads_to_healthy(live)
+                && !leads_to_healthy(vhost) =>
         {
             found.push("it leads requests from a healthy instance to none".into());
         }
@@ -65,7 +83,7 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
     if matches!(input.desired, DesiredApp::Paused(_)) {
         found.push(format!("`{step}` touches a paused app"));
     }
-    if matches!(input.desired, DesiredApp::Unknown(_)) && !matches!(step, Step::Switch(_)) {
+    if matches!(input.desired, DesiredApp::Unknown(_)) && !matches!(step, Step::Switch(..)) {
         found.push(format!("`{step}` touches an app whose desired state is unknown"));
     }
     if let Some(handle) = step.handle()
@@ -73,7 +91,7 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
     {
         found.push(format!("`{step}` acts on an instance that is already being stopped"));
     }
-    let keeps = matches!(step, Step::Switch(_) | Step::Start(_) | Step::ClearSocket(_));
+    let keeps = matches!(step, Step::Switch(..) | Step::Start(_) | Step::ClearSocket(_));
     if matches!(input.desired, DesiredApp::Absent(_))
         && input.stays_until.is_some_and(|t| input.now < t)
         && !keeps
@@ -107,20 +125,7 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
                 found.push(format!("`{step}` creates an instance of a release that is not wanted"));
             }
         }
-        Step::Switch(slots) => {
-            for key in slots.values() {
-                match input.observed.instances.iter().find(|i| i.key == *key) {
-                    Some(i) if i.phase == Phase::Running && !i.health.is_unhealthy() => {}
-                    _ => found.push(format!("`{step}` routes to {key}, which cannot answer")),
-                }
-            }
-            let served = matches!(input.proxy.live.map(|v| &v.upstreams), Some(Upstreams::Slots(n)) if *n > 0);
-            let wrong = |i: &Instance| i.wrong_socket && input.observed.slots.values().flatten().any(|k| *k == i.key);
-            let leads_astray = input.observed.instances.iter().any(wrong);
-            if slots.is_empty() && served && !leads_astray {
-                found.push(format!("`{step}` removes the routes while nginx uses them"));
-            }
-        }
+        Step::Switch(via, slots) => check_switch(input, *via, slots, step, found),
         Step::Prove { release, .. } => {
             let healthy =
                 |i: &&Instance| i.key.release == *release && i.phase == Phase::Running && i.health.is_healthy();
@@ -142,6 +147,63 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
         }
         Step::Pull(_) | Step::WriteEnvFile(_) => {}
     }
+}
+
+/// Slots lead to instances that can answer, and not to nobody while nginx uses them.
+fn check_switch(
+    input: &AppInput<'_>,
+    via: Via,
+    slots: &BTreeMap<u16, InstanceKey>,
+    step: &Step,
+    found: &mut Vec<String>,
+) {
+    for key in slots.values() {
+        match input.observed.instances.iter().find(|i| i.key == *key) {
+            Some(i) if i.phase == Phase::Running && !i.health.is_unhealthy() && !i.wrong_address => {
+                if !i.addresses().all(|a| by(a) == Some(via)) {
+                    found.push(format!("`{step}` routes to {key}, which is not reached this way"));
+                }
+            }
+            _ => found.push(format!("`{step}` routes to {key}, which cannot answer")),
+        }
+    }
+    if !slots.is_empty() || input.proxy.live.is_none_or(|live| live.upstreams.slots(via) == 0) {
+        return;
+    }
+    let routed = |i: &&Instance| input.observed.routes(via).values().flatten().any(|key| *key == i.key);
+    let mut routed = input.observed.instances.iter().filter(routed);
+    let leads_astray = match via {
+        Via::Symlinks => routed.any(|i| i.wrong_address),
+        Via::Table => routed.all(|i| i.wrong_address || is_over(i)),
+    };
+    if !leads_astray {
+        found.push(format!("`{step}` removes the routes while nginx uses them"));
+    }
+}
+
+/// How a slot leads to an address.
+fn by(address: &Address) -> Option<Via> {
+    match address {
+        Address::Socket(_) => Some(Via::Symlinks),
+        Address::Own(_) => Some(Via::Table),
+        Address::Port(_) => None,
+    }
+}
+
+/// Whether its process is gone.
+fn is_over(instance: &Instance) -> bool {
+    matches!(instance.phase, Phase::Created | Phase::Exited(_) | Phase::Removing)
+}
+
+/// Whether the plan leaves the table leading to a container that has ended, whose address another may get.
+fn leads_to_the_dead(input: &AppInput<'_>, plan: &AppPlan) -> bool {
+    let can_switch = input.busy.is_none() && !input.backoffs.contains_key(&StepKind::Switch);
+    let is_left = |i: &Instance| is_over(i) && input.observed.mapped.values().flatten().any(|key| *key == i.key);
+    can_switch
+        && input.observed.foreign.is_empty()
+        && !matches!(input.desired, DesiredApp::Paused(_))
+        && input.observed.instances.iter().any(is_left)
+        && !plan.step.as_ref().is_some_and(|planned| matches!(planned.step, Step::Switch(..)))
 }
 
 /// A container may only be ended when no request goes to it, unless its order is stop-first, and never the last healthy
@@ -206,6 +268,7 @@ fn check_ending(input: &AppInput<'_>, instance: &Instance, step: &Step, found: &
 fn routed(input: &AppInput<'_>, instance: &Instance) -> bool {
     match (&instance.address, input.proxy.live.map(|v| &v.upstreams)) {
         (Some(Address::Socket(_)), _) => input.observed.slots.values().any(|k| k.as_ref() == Some(&instance.key)),
+        (Some(Address::Own(_)), _) => input.observed.mapped.values().any(|k| k.as_ref() == Some(&instance.key)),
         (Some(Address::Port(port)), Some(Upstreams::Ports(ports))) => ports.contains(port),
         _ => false,
     }
@@ -243,10 +306,8 @@ fn silent(input: &AppInput<'_>, plan: &AppPlan) -> bool {
                 || (t.ingress.is_some() && !instances.iter().all(|i| routed(input, i)))
                 || input.observed.proven.as_ref() != Some(&t.release.id)
         }
-        DesiredApp::Absent(_) => {
-            !instances.is_empty() || !input.observed.slots.is_empty() || input.proxy.live.is_some()
-        }
+        DesiredApp::Absent(_) => !instances.is_empty() || input.observed.has_routes() || input.proxy.live.is_some(),
         DesiredApp::Invalid { .. } | DesiredApp::Paused(_) => true,
-        DesiredApp::Unknown(_) => !instances.is_empty() || !input.observed.slots.is_empty(),
+        DesiredApp::Unknown(_) => !instances.is_empty() || input.observed.has_routes(),
     }
 }
