@@ -28,7 +28,7 @@ stack: install ## The whole stack by docker-compose.yml: deploys under load, das
 	@scripts/stack.sh
 
 soak: install ## The long forms: a thousand switches, twenty deploys of slow apps, every kill point, many histories
-	DEMAE_ETCD_ROUNDS=20 DEMAE_SOCKET_SWITCHES=1000 DEMAE_PORT_SWITCHES=100 DEMAE_DEFAULT_DEPLOYS=20 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=20000 \
+	DEMAE_ETCD_ROUNDS=20 DEMAE_SOCKET_SWITCHES=1000 DEMAE_TABLE_SWITCHES=1000 DEMAE_ADDRESS_ROUNDS=50 DEMAE_PORT_SWITCHES=100 DEMAE_DEFAULT_DEPLOYS=20 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=20000 \
 	scripts/test.sh --soak
 
 simulate: install ## A million events in the life of agents, played; optimised, so built anew: 10 min in all

@@ -75,7 +75,7 @@ fn main() {
             for stream in listener.incoming().flatten() {
                 thread::spawn(move || {
                     let other = stream.try_clone()?;
-                    serve(stream, other)
+                    serve(stream, other, "a unix socket")
                 });
             }
         }
@@ -84,8 +84,8 @@ fn main() {
             let listener = TcpListener::bind(("0.0.0.0", port)).unwrap_or_else(|e| panic!("cannot bind {port}: {e}"));
             for stream in listener.incoming().flatten() {
                 thread::spawn(move || {
-                    let other = stream.try_clone()?;
-                    serve(stream, other)
+                    let (other, peer) = (stream.try_clone()?, stream.peer_addr()?.ip().to_string());
+                    serve(stream, other, &peer)
                 });
             }
         }
@@ -95,7 +95,7 @@ fn main() {
 /// Listens on a second endpoint, if one is set.
 fn also() {
     fn begin(input: impl Read + Send + 'static, output: impl Write + Send + 'static) {
-        let serving = move || serve(input, output);
+        let serving = move || serve(input, output, "unknown");
         drop(thread::Builder::new().name("second".into()).spawn(serving));
     }
     if let Ok(path) = env::var("ALSO_SOCKET") {
@@ -121,7 +121,7 @@ fn version() -> String {
 }
 
 /// Serves a connection until the client closes it.
-fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
+fn serve(input: impl Read, mut output: impl Write, peer: &str) -> std::io::Result<()> {
     let mut input = BufReader::new(input);
     loop {
         let mut line = String::new();
@@ -185,6 +185,7 @@ fn serve(input: impl Read, mut output: impl Write) -> std::io::Result<()> {
                 eat(query.parse().unwrap_or(1));
                 answer(&mut output, "200 OK", "it was good\n")?;
             }
+            "/peer" => answer(&mut output, "200 OK", peer)?,
             "/die" => std::process::exit(4),
             "/slow" => {
                 thread::sleep(Duration::from_millis(query.parse().unwrap_or(1000)));

@@ -5,7 +5,7 @@ set -euo pipefail
 
 features=(--all-features)
 if [ "${1:-}" = "--soak" ]; then
-    long=(switches:: health:: crash:: store_trust:: properties:: isolation::)
+    long=(switches:: tcp_routes:: health:: crash:: store_trust:: properties:: isolation::)
     if cargo nextest --version >/dev/null 2>&1; then
         exec env NEXTEST_PROFILE=soak cargo nextest run "${features[@]}" --test real --test pure --no-capture --no-fail-fast "${long[@]}"
     fi

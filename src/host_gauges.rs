@@ -6,7 +6,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    host::{certificate, files},
+    host::{certificate, files, tcp_routes},
     metrics::{Disk, HostGauges},
 };
 
@@ -33,6 +33,7 @@ pub async fn watch(watched: Watched, gauges: watch::Sender<HostGauges>, token: C
                 gauges.send_modify(|v| {
                     v.disks = seen.disks;
                     v.certificates = seen.certificates;
+                    v.conntrack = seen.conntrack;
                 });
             }
             Err(e) => tracing::error!("disks and certificates could not be read: {e}"),
@@ -46,7 +47,7 @@ pub async fn watch(watched: Watched, gauges: watch::Sender<HostGauges>, token: C
 
 impl Watched {
     fn read(&self) -> HostGauges {
-        let mut seen = HostGauges::default();
+        let mut seen = HostGauges { conntrack: tcp_routes::conntrack(), ..HostGauges::default() };
         for (dir, path) in &self.dirs {
             match files::space(path) {
                 Ok((free, size)) => seen.disks.push(Disk { dir, free, size }),

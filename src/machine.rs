@@ -124,6 +124,11 @@ pub trait Machine: Send + Sync + 'static {
     /// How many loopback ports are in use, and how many there are.
     fn ports(&self, used: &BTreeSet<u16>) -> (usize, usize);
 
+    /// Whether new TCP apps are routed by the kernel's table.
+    fn has_tcp_routes(&self) -> bool {
+        false
+    }
+
     /// Why TCP apps get published ports, if it is not by this host's settings.
     fn tcp_routes_trouble(&self) -> Option<String> {
         None
@@ -202,6 +207,10 @@ impl Machine for World {
 
     async fn reload(&self) -> Result<(), NginxError> {
         self.nginx.reload().await.map(|_| ())
+    }
+
+    fn has_tcp_routes(&self) -> bool {
+        self.tcp_routes.is_usable()
     }
 
     fn tcp_routes_trouble(&self) -> Option<String> {

@@ -105,7 +105,12 @@ impl<M: Machine> Agent<M> {
         });
         let used: BTreeSet<u16> = self.apps.values().flat_map(AppState::ports).collect();
         let ports = self.machine.ports(&used);
-        self.outlets.host_gauges.send_if_modified(|v| std::mem::replace(&mut v.ports, ports) != ports);
+        let tcp_routes = self.machine.has_tcp_routes();
+        self.outlets.host_gauges.send_if_modified(|v| {
+            let before = (v.ports, v.tcp_routes);
+            (v.ports, v.tcp_routes) = (ports, tcp_routes);
+            before != (ports, tcp_routes)
+        });
     }
 
     /// Emits events when the store becomes unreachable or quarantined, and when that is resolved.

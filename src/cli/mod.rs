@@ -10,6 +10,7 @@ mod init;
 mod plan;
 mod print;
 mod ready;
+mod restore_routes;
 mod schema;
 mod setup;
 mod status;
@@ -64,6 +65,8 @@ enum Verb {
     Validate(validate::Args),
     /// Print the JSON Schema of a spec
     Schema,
+    /// Put the routes of TCP apps back as they were; at boot, before the agent runs
+    RestoreRoutes(restore_routes::Args),
     /// Run a complete demae on this machine to try it: etcd, nginx, agent
     Dev(dev::Args),
 }
@@ -148,6 +151,7 @@ pub fn run() -> ExitCode {
         Verb::Adopt(args) => adopt::run(&args, &mut printer),
         Verb::Validate(args) => validate::run(&args, &mut printer),
         Verb::Schema => schema::run(&mut printer),
+        Verb::RestoreRoutes(args) => restore_routes::run(&args, &mut printer),
         Verb::Dev(args) => dev::run(&args, &mut printer),
     };
     match ended {

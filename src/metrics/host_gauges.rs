@@ -23,6 +23,10 @@ pub struct HostGauges {
     pub certificates: Vec<(String, Timestamp)>,
     /// Loopback ports in use or in quarantine after use, and their total.
     pub ports: (usize, usize),
+    /// Whether new TCP apps are routed by the kernel's table.
+    pub tcp_routes: bool,
+    /// Connections that the kernel tracks, and its limit; `None` if it tracks none.
+    pub conntrack: Option<(u64, u64)>,
 }
 
 impl HostGauges {
@@ -51,5 +55,21 @@ impl HostGauges {
         text.family("demae_ports", "gauge", "Loopback ports for apps: in use or at rest, and free");
         text.series("demae_ports", &[("state", "used")], used as f64);
         text.series("demae_ports", &[("state", "free")], all.saturating_sub(used) as f64);
+        text.family(
+            "demae_tcp_routes",
+            "gauge",
+            "1 if new TCP apps are routed by the kernel's table, 0 if by published ports",
+        );
+        text.series("demae_tcp_routes", &[], f64::from(u8::from(self.tcp_routes)));
+        if let Some((entries, limit)) = self.conntrack {
+            text.family("demae_conntrack_entries", "gauge", "Connections that the kernel tracks");
+            text.series("demae_conntrack_entries", &[], entries as f64);
+            text.family(
+                "demae_conntrack_limit",
+                "gauge",
+                "Most connections that the kernel tracks; it drops new ones beyond",
+            );
+            text.series("demae_conntrack_limit", &[], limit as f64);
+        }
     }
 }

@@ -81,6 +81,15 @@ fn a_crash_anywhere_in_socket_mode_loses_nothing() {
 }
 
 #[test]
+fn a_crash_anywhere_in_table_mode_loses_nothing() {
+    let lab = Lab::with(&Setup { tcp_routes: true, ..Setup::default() });
+    let spec = lab.port_spec(&lab.image("v1"), "web.test", "");
+    let quick = Duration::from_millis(5);
+    let clients = vec![Client::get(true).pausing(quick), Client::post(false).pausing(quick), Client::slow(false, 500)];
+    crash_everywhere(lab, &spec, clients, 4);
+}
+
+#[test]
 fn a_crash_anywhere_in_port_mode_loses_nothing() {
     let lab = Lab::with(&Setup { nginx: "profile = \"strict\"", ..Setup::default() });
     let spec = lab.port_spec(&lab.image("v1"), "web.test", "");

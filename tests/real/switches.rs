@@ -114,6 +114,24 @@ fn port_mode_loses_nothing_under_the_strict_profile() {
     expect_none_lost(&load.stop(), &format!("{count} switches in port mode, strict profile"));
 }
 
+#[test]
+fn table_mode_loses_nothing() {
+    let lab = Lab::with(&Setup { tcp_routes: true, ..Setup::default() });
+    let spec = with_default_check(&lab.port_spec(&lab.image("v1"), "web.test", ""));
+    lab.deploy("web", "apps/web/spec", &spec);
+    let reloads = lab.metric("demae_nginx_reloads_total", "done");
+    let count = switches(12, "DEMAE_TABLE_SWITCHES");
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(if count < 100 { 2 } else { 10 })));
+    until("requests are served", || load.requests() > 50);
+    switch(&lab, "web", count);
+    let tally = load.stop();
+    assert!(tally.versions.len() >= 2, "both versions answered: {:?}", tally.versions);
+    expect_none_lost(&tally, &format!("{count} switches in table mode"));
+    assert_eq!(lab.metric("demae_nginx_reloads_total", "done"), reloads, "an image change reloads nothing");
+    assert_eq!(lab.metric("demae_drains_total", "cut"), 0.0, "every drain waited for its requests");
+    assert_eq!(lab.containers().len(), 1);
+}
+
 /// nginx before 1.27.4 closes idle connections at a reload, and a request in flight on one is lost. This is not
 /// asserted, only that nothing else is lost; the figure is printed for the documentation.
 #[test]
@@ -153,7 +171,17 @@ fn load_client_counts_the_requests_lost_by_an_early_stop() {
 #[test]
 fn open_streams_and_upgraded_connections_are_drained() {
     let lab = Lab::new();
-    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    drains_open_connections(&lab, &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+}
+
+#[test]
+fn open_streams_and_upgraded_connections_are_drained_in_table_mode() {
+    let lab = Lab::with(&Setup { tcp_routes: true, ..Setup::default() });
+    drains_open_connections(&lab, &lab.port_spec(&lab.image("v1"), "web.test", ""));
+}
+
+fn drains_open_connections(lab: &Lab, spec: &str) {
+    lab.deploy("web", "apps/web/spec", spec);
     let mut stream = TcpStream::connect(lab.ingress).expect("a connection");
     write!(stream, "GET /stream?25 HTTP/1.1\r\nHost: web.test\r\nConnection: close\r\n\r\n").expect("sent");
     let mut echo = TcpStream::connect(lab.ingress).expect("a connection");

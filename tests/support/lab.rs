@@ -375,7 +375,7 @@ impl Lab {
     /// Every file below the state and run directories that does not exist on an empty host.
     pub fn traces(&self) -> Vec<String> {
         let mut found = Vec::new();
-        for dir in ["state/routes", "state/sockets", "state/proven", "state/verdicts", "run/env"] {
+        for dir in ["state/routes", "state/tcp-routes", "state/sockets", "state/proven", "state/verdicts", "run/env"] {
             walk(&self.path(dir), &mut found);
         }
         found.retain(|p| !p.ends_with("/"));

@@ -3,7 +3,10 @@
 use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
 use super::{Context, Findings};
-use crate::{host::files, model::problem::chain};
+use crate::{
+    host::{files, tcp_routes},
+    model::problem::chain,
+};
 
 /// The oldest API that demae is tested with: Docker 20.10.
 const OLDEST_API: (u32, u32) = (1, 41);
@@ -11,6 +14,8 @@ const OLDEST_API: (u32, u32) = (1, 41);
 const KEEPS_CONNECTIONS: (u32, u32, u32) = (1, 27, 4);
 /// From this version on nginx keeps connections to upstreams unless configured otherwise.
 const KEEPS_UPSTREAMS: (u32, u32, u32) = (1, 29, 7);
+/// From this share of its limit on, in percent, many tracked connections are reported.
+const MUCH_TRACKED: u64 = 80;
 /// Below both of these a disk is nearly full, in bytes and in percent.
 const LITTLE_SPACE: (u64, u64) = (1 << 30, 5);
 
@@ -279,5 +284,43 @@ pub(super) fn ports(context: &Context<'_>, found: &mut Findings) {
         );
     } else {
         found.ok("ports", format!("{shown}, outside of the kernel's {from}-{to}"));
+    }
+}
+
+pub(super) async fn tcp_routes(context: &Context<'_>, found: &mut Findings) {
+    const CHECK: &str = "tcp routes";
+    let (routes, settings) = (&context.world.tcp_routes, &context.config.tcp_routes);
+    if !settings.enabled {
+        found.ok(CHECK, "`tcp_routes.enabled` is false: TCP apps get published ports, and nginx is reloaded for them");
+        return;
+    }
+    let nginx = context.world.nginx.known_master();
+    match routes.why_impossible(nginx).await {
+        Err(e) => found.warn(
+            CHECK,
+            chain(&e),
+            "TCP apps get published ports until that works; docs/install.md says what is needed",
+        ),
+        Ok(Some(why)) => found.warn(
+            CHECK,
+            why,
+            "TCP apps get published ports until that is resolved; docs/install.md says what is needed",
+        ),
+        Ok(None) if routes.is_ready() => {
+            found.ok(
+                CHECK,
+                format!("network `{}` {}, stable addresses {}", settings.network, settings.subnet, settings.range),
+            );
+        }
+        Ok(None) => found.ok(CHECK, "nothing is in the way; the agent makes the network, the route and the table"),
+    }
+    if let Some((entries, limit)) = tcp_routes::conntrack() {
+        let text = format!("the kernel tracks {entries} connections of at most {limit}");
+        if entries * 100 >= limit * MUCH_TRACKED {
+            let remedy = "raise `net.netfilter.nf_conntrack_max`: beyond it new connections are dropped; one to a TCP app is tracked for two minutes after its end";
+            found.warn(CHECK, text, remedy);
+        } else {
+            found.ok(CHECK, text);
+        }
     }
 }

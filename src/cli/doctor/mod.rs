@@ -92,6 +92,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         host::directories(&context, &mut found).await;
         host::sockets(&context, &mut found);
         host::ports(&context, &mut found);
+        host::tcp_routes(&context, &mut found).await;
         store::members(&context, &mut found).await;
         let snapshot = store::trust(&context, &mut found).await;
         if context.docker_answers {

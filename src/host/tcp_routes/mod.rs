@@ -6,39 +6,37 @@
 
 mod addresses;
 mod kernel;
+mod look;
 mod ruleset;
+mod slots;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet, btree_map::Entry},
-    net::{Ipv4Addr, SocketAddrV4},
+    collections::{BTreeMap, HashSet},
+    net::Ipv4Addr,
     path::Path,
     sync::{Mutex as SyncMutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use ipnet::Ipv4Net;
-use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, watch};
-use tokio_util::sync::CancellationToken;
 
 pub use kernel::CommandError;
+pub use look::conntrack;
 pub use ruleset::Elements;
+pub use slots::{AppSlots, Lead, Slot};
 
 use super::{
-    docker::{BridgeNetwork, Docker, DockerError, OwnAddress},
+    docker::{Docker, DockerError, OwnAddress},
     files::{self, FileError},
     layout::Layout,
 };
 use crate::{
     failpoint,
-    model::{
-        name::{AppName, HostName},
-        observed::InstanceKey,
-        problem::chain,
-    },
+    model::name::{AppName, HostName},
 };
-use addresses::{Addresses, dynamic_part};
-use kernel::{Changes, ip, nft};
+use addresses::Addresses;
+use kernel::{ip, nft};
 use ruleset::{Rules, parse};
 
 /// The port of all stable addresses. Nothing listens there: one that other programs use would be answered by them
@@ -46,8 +44,6 @@ use ruleset::{Rules, parse};
 pub const STABLE_PORT: u16 = 1;
 /// How long the first look at this host may take before a container is created with a published port.
 const FIRST_CHECK: Duration = Duration::from_secs(10);
-/// After a change of the kernel's tables, others may follow at once.
-const SETTLE: Duration = Duration::from_millis(100);
 /// How many addresses are handed out between two writes of the cursor.
 const CURSOR_STEP: u32 = 16;
 
@@ -64,29 +60,6 @@ pub struct Settings {
     pub subnet: Ipv4Net,
     /// The stable addresses, which this host uses for nothing else.
     pub range: Ipv4Net,
-}
-
-/// The slots of an app, as on disk.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AppSlots(pub BTreeMap<u16, Slot>);
-
-/// One slot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Slot {
-    /// Its stable address, the same until the app leaves this host.
-    pub address: Ipv4Addr,
-    /// Where it leads; `None` while it leads nowhere.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub to: Option<Lead>,
-}
-
-/// Where a slot leads.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lead {
-    /// The instance.
-    pub instance: InstanceKey,
-    /// Its own address.
-    pub at: SocketAddrV4,
 }
 
 /// Why routes cannot be read or changed.
@@ -176,7 +149,12 @@ impl TcpRoutes {
         }
     }
 
-    /// The same, as known now, unless it is so by this host's settings.
+    /// Whether new containers get addresses of their own, as known now.
+    pub fn is_usable(&self) -> bool {
+        matches!(*self.usable.borrow(), Some(Ok(())))
+    }
+
+    /// Why they do not, as known now, unless it is so by this host's settings.
     pub fn trouble(&self) -> Option<String> {
         self.usable.borrow().clone().and_then(Result::err).filter(|_| self.settings.enabled)
     }
@@ -184,52 +162,6 @@ impl TcpRoutes {
     /// Whether new containers get addresses of their own, by what an agent has left on this host.
     pub fn is_ready(&self) -> bool {
         self.settings.enabled && Path::new("/sys/class/net").join(&self.settings.bridge).exists()
-    }
-
-    /// The slots of an app on disk.
-    ///
-    /// # Errors
-    /// If they cannot be read.
-    pub fn read(&self, app: &AppName) -> Result<AppSlots, FileError> {
-        let path = self.layout.tcp_route(app);
-        let Some(text) = files::read(&path)? else { return Ok(AppSlots::default()) };
-        let why = "; without it the app gets other stable addresses, after a switch";
-        serde_json::from_slice(&text).map_err(|e| FileError::unreadable(&path, &e.to_string(), why))
-    }
-
-    /// The stable addresses of the slots of an app: those it has, and new ones up to this number.
-    ///
-    /// # Errors
-    /// If the files of all apps cannot be listed, or none is free.
-    pub fn stable_addresses(
-        &self,
-        app: &AppName,
-        slots: &AppSlots,
-        count: u16,
-    ) -> Result<BTreeMap<u16, Ipv4Addr>, TcpRouteError> {
-        let mut known: BTreeMap<u16, Ipv4Addr> = slots.0.iter().map(|(n, slot)| (*n, slot.address)).collect();
-        if (1..=count).all(|n| known.contains_key(&n)) {
-            return Ok(known);
-        }
-        let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
-        known.extend(reserved.get(app).into_iter().flatten().filter(|(n, _)| !slots.0.contains_key(n)));
-        if !(1..=count).all(|n| known.contains_key(&n)) {
-            let on_disk = self.all()?;
-            let mut taken: BTreeSet<Ipv4Addr> = reserved.values().flat_map(BTreeMap::values).copied().collect();
-            taken.extend(on_disk.slots.values().flat_map(|slots| slots.0.values()).map(|slot| slot.address));
-            // Those of an app whose file cannot be read are in the table, if they lead anywhere.
-            if let Ok(known) = self.kernel.try_lock() {
-                taken.extend(known.elements.iter().flatten().map(|(address, _)| *address));
-            }
-            let mut free = self.settings.range.hosts().filter(|address| !taken.contains(address));
-            for n in 1..=count {
-                if let Entry::Vacant(slot) = known.entry(n) {
-                    slot.insert(free.next().ok_or(TcpRouteError::NoStableAddress(self.settings.range))?);
-                }
-            }
-        }
-        reserved.insert(app.clone(), known.clone());
-        Ok(known)
     }
 
     /// The content of the kernel's map.
@@ -345,20 +277,6 @@ impl TcpRoutes {
         Ok(())
     }
 
-    /// The slots of all apps on disk.
-    fn all(&self) -> Result<OnDisk, FileError> {
-        let mut found = OnDisk::default();
-        for name in files::list(&self.layout.tcp_routes())? {
-            let Ok(app) = AppName::try_from(name) else { continue };
-            match self.read(&app) {
-                Ok(slots) => drop(found.slots.insert(app, slots)),
-                // The observation of that app reports why.
-                Err(_) => found.has_unreadable = true,
-            }
-        }
-        Ok(found)
-    }
-
     /// A fixed address for a new container.
     ///
     /// # Errors
@@ -398,59 +316,16 @@ impl TcpRoutes {
         }
     }
 
-    /// Looks at everything that the routes need, and puts back what is missing. `nginx` is a process of nginx, if one
-    /// is known.
-    pub async fn check(&self, nginx: Option<i32>) {
-        let found = match self.look(nginx).await {
-            Ok(found) => found,
-            // Nothing is known of Docker now, and nothing can be created.
-            Err(TcpRouteError::Docker(e)) if self.usable.borrow().is_some() => {
-                tracing::debug!("{}", chain(&e));
-                return;
-            }
-            Err(e) => Err(chain(&e)),
-        };
-        self.usable.send_if_modified(|known| {
-            let is_new = known.as_ref() != Some(&found);
-            if is_new && let Err(why) = &found {
-                tracing::info!("TCP apps get published ports, and nginx is reloaded for them: {why}");
-            }
-            *known = Some(found);
-            is_new
-        });
-    }
-
-    async fn look(&self, nginx: Option<i32>) -> Result<Result<(), String>, TcpRouteError> {
-        if let Some(nginx) = nginx
-            && !is_same_network(nginx)
-        {
-            return Ok(Err("nginx is in a network namespace of its own".to_owned()));
-        }
-        // What serves comes first.
-        let has_slots = !self.all()?.slots.is_empty();
-        if has_slots || self.settings.enabled {
-            if let Some(other) = self.conflict(&ip(&["-j", "-4", "route", "show", "table", "all"]).await?) {
-                return Ok(Err(other));
-            }
+    /// Puts the route and the table back if any app has slots. Returns how many lead somewhere.
+    ///
+    /// # Errors
+    /// If files cannot be read, or the kernel does not take them.
+    pub async fn restore_if_any(&self) -> Result<usize, TcpRouteError> {
+        let disk = self.all()?;
+        if !disk.slots.is_empty() {
             self.restore().await?;
         }
-        if !self.settings.enabled {
-            return Ok(Err("`tcp_routes.enabled` is false".to_owned()));
-        }
-        let Some(dynamic) = dynamic_part(self.settings.subnet) else {
-            return Ok(Err(format!("`tcp_routes.subnet` {} is too small", self.settings.subnet)));
-        };
-        let Settings { network: name, bridge, subnet, .. } = self.settings.clone();
-        if let Err(why) = self.docker.ensure_network(&BridgeNetwork { name, bridge, subnet, dynamic }).await? {
-            return Ok(Err(why));
-        }
-        if !Path::new("/sys/class/net").join(&self.settings.bridge).exists() {
-            return Ok(Err(format!(
-                "there is no interface `{}` here: Docker is on another machine, or this agent is in a network namespace of its own",
-                self.settings.bridge
-            )));
-        }
-        Ok(Ok(()))
+        Ok(disk.elements().len())
     }
 
     /// Puts the route and the table back, as they are on disk.
@@ -464,106 +339,4 @@ impl TcpRoutes {
         known.elements = None;
         self.put_back(&mut known).await
     }
-
-    /// What else on this host uses the addresses, by its routes as `ip -j` prints them.
-    fn conflict(&self, routes: &str) -> Option<String> {
-        let routes: Vec<Route> = match serde_json::from_str(routes) {
-            Ok(routes) => routes,
-            Err(e) => return Some(format!("`ip -j route` prints what cannot be read: {e}")),
-        };
-        let Settings { subnet, range, bridge, .. } = &self.settings;
-        let overlaps = |a: &Ipv4Net, b: &Ipv4Net| a.contains(b) || b.contains(a);
-        if overlaps(subnet, range) {
-            return Some(format!("`tcp_routes.subnet` {subnet} and `tcp_routes.range` {range} overlap"));
-        }
-        for route in routes {
-            let Some(net) = route.net() else { continue };
-            let dev = route.dev.unwrap_or_default();
-            let is_own = net == *range && dev == "lo" && route.kind == "local";
-            if overlaps(&net, range) && !is_own {
-                return Some(format!("`tcp_routes.range` {range} is in use: {net} leads to `{dev}`"));
-            }
-            if overlaps(&net, subnet) && dev != *bridge {
-                return Some(format!("`tcp_routes.subnet` {subnet} is in use: {net} leads to `{dev}`"));
-            }
-        }
-        None
-    }
-
-    /// Keeps everything as it must be, until the token is cancelled: looks after each change of the kernel's tables and
-    /// routes, and after each `every`. After an entry was put back, `changed` is called.
-    pub async fn keep<N: Future<Output = Option<i32>>>(
-        &self,
-        nginx: impl Fn() -> N,
-        changed: impl Fn(AppName),
-        every: Duration,
-        token: CancellationToken,
-    ) {
-        let changes = Changes::listen().map_err(|e| tracing::debug!("changes of the kernel are not heard: {e}")).ok();
-        loop {
-            let before = self.kernel.lock().await.elements.clone();
-            self.check(nginx().await).await;
-            let after = self.kernel.lock().await.elements.clone();
-            if before.is_some()
-                && before != after
-                && let Ok(disk) = self.all()
-            {
-                disk.slots.into_keys().for_each(&changed);
-            }
-            let next = async {
-                match &changes {
-                    Some(changes) => {
-                        if changes.next().await.is_err() {
-                            tokio::time::sleep(every).await;
-                        }
-                        tokio::time::sleep(SETTLE).await;
-                    }
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                () = token.cancelled() => return,
-                _ = tokio::time::timeout(every, next) => {}
-            }
-        }
-    }
-}
-
-/// The slots of all apps.
-#[derive(Debug, Default)]
-struct OnDisk {
-    slots: BTreeMap<AppName, AppSlots>,
-    /// Whether there are more, which cannot be read.
-    has_unreadable: bool,
-}
-
-impl OnDisk {
-    fn elements(&self) -> Elements {
-        let slots = self.slots.values().flat_map(|slots| slots.0.values());
-        slots.filter_map(|slot| Some((slot.address, slot.to.as_ref()?.at))).collect()
-    }
-}
-
-/// A route, as `ip -j` prints it.
-#[derive(Debug, Deserialize)]
-struct Route {
-    dst: String,
-    #[serde(default)]
-    dev: Option<String>,
-    #[serde(default, rename = "type")]
-    kind: String,
-}
-
-impl Route {
-    /// Its addresses; `None` for the default route.
-    fn net(&self) -> Option<Ipv4Net> {
-        self.dst.parse().ok().or_else(|| self.dst.parse::<Ipv4Addr>().ok().map(Ipv4Net::from))
-    }
-}
-
-/// Whether a process is in the same network namespace as this one; true if it cannot be told.
-fn is_same_network(pid: i32) -> bool {
-    let own = std::fs::read_link("/proc/self/ns/net");
-    let other = std::fs::read_link(format!("/proc/{pid}/ns/net"));
-    !matches!((own, other), (Ok(own), Ok(other)) if own != other)
 }

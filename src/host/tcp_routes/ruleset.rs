@@ -3,6 +3,11 @@
 //! A connection to a stable address is led to the instance that the map names. What the map does not name is led to
 //! port 1 of this host, where nothing listens, so that it is refused at once; without that, another program of the host
 //! that listens on all addresses would answer.
+//!
+//! The kernel forgets a connection a second after its end, not after two minutes. When a container stops, Docker lists
+//! the connections to it and deletes each by its two addresses and ports; one that nginx had opened meanwhile from the
+//! same port, to the next instance, would be deleted in its place, and its answer never arrive. It also keeps the
+//! kernel's list of connections short.
 
 use std::{
     collections::BTreeMap,
@@ -42,6 +47,9 @@ impl Rules<'_> {
              delete table ip {table}\n\
              table ip {table} {{\n\
              map routes {{ type ipv4_addr : ipv4_addr . inet_service; {elements}}}\n\
+             ct timeout brief {{\nprotocol tcp\nl3proto ip\npolicy = {{ time_wait : 1, close : 1 }}\n}}\n\
+             chain timeouts {{ type filter hook output priority -150; policy accept;\n\
+             ip daddr {range} meta l4proto tcp ct timeout set \"brief\"\n}}\n\
              chain output {{ type nat hook output priority -110; policy accept;\n\
              ip daddr {range} meta l4proto tcp dnat ip to ip daddr map @routes\n\
              ip daddr {range} meta l4proto tcp redirect to :1\n}}\n\
@@ -92,6 +100,11 @@ pub fn parse(text: &str) -> Option<(Elements, String)> {
     Some((elements?, squeezed(&format!("{before}{after}"))))
 }
 
+/// The stable addresses of a table, from what `nft list table` prints.
+pub fn range_of(text: &str) -> Option<Ipv4Net> {
+    text.split("ip daddr ").nth(1)?.split_whitespace().next()?.parse().ok()
+}
+
 fn squeezed(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
@@ -118,6 +131,8 @@ mod tests {
         .expect("it is read");
         assert_eq!((none, same), (Elements::new(), rules), "the rest does not depend on the content");
         assert_eq!(parse("table ip a { map routes { elements = { nonsense } } }"), None);
+        let range = range_of("chain output {\n\t\tip daddr 198.18.0.0/16 meta l4proto tcp dnat ip to …");
+        assert_eq!(range.map(|range| range.to_string()).as_deref(), Some("198.18.0.0/16"));
     }
 
     #[test]
