@@ -103,6 +103,10 @@ fn target(version: u8, replicas: u16, endpoint: Option<Endpoint>, order: Order) 
     }
 }
 
+/// The port of apps that are published, and of those that are routed by the kernel's table.
+const PUBLISHED: u16 = 8080;
+const IN_TABLE: u16 = 9090;
+
 struct History {
     host: SimHost,
     desired: DesiredApp,
@@ -118,6 +122,7 @@ impl History {
     fn new(behaviours: [Behaviour; 4], endpoint: Option<Endpoint>, order: Order) -> Self {
         let app = AppName::try_from("app").expect("a name");
         let host = SimHost::new(app, ObservedApp::default(), None, Timestamp::from_millis(1_000_000));
+        let host = if endpoint == Some(Endpoint::Port(IN_TABLE)) { host.with_table() } else { host };
         let desired = DesiredApp::Absent("not yet".into());
         Self { host, desired, backoffs: Backoffs::new(), behaviours, endpoint, order, failing: 0, log: Vec::new() }
     }
@@ -137,6 +142,10 @@ impl History {
             (Some(Endpoint::Socket(_)), _) => self.host.observed.slots.values().flatten().any(|k| *k == i.key),
             (Some(Endpoint::Port(_)), Some(vhost)) => match (&vhost.upstreams, &i.address) {
                 (Upstreams::Ports(ports), Some(Address::Port(p))) => ports.contains(p),
+                (Upstreams::Addresses(stable), Some(Address::Own(_))) => {
+                    let slots = self.host.observed.mapped.iter().take(stable.len());
+                    slots.filter_map(|(_, key)| key.as_ref()).any(|key| *key == i.key)
+                }
                 _ => false,
             },
             _ => false,
@@ -306,7 +315,8 @@ impl History {
                 assert!(observed.verdicts.is_empty());
             }
             DesiredApp::Absent(_) => {
-                assert!(observed.instances.is_empty() && observed.slots.is_empty() && self.host.live.is_none());
+                assert!(observed.instances.is_empty() && !observed.has_routes() && self.host.live.is_none());
+                assert!(observed.slot_addresses.is_empty());
                 assert!(observed.env_files.is_empty() && observed.socket_dirs.is_empty() && observed.proven.is_none());
             }
             _ => {}
@@ -324,7 +334,8 @@ fn behaviours() -> impl Strategy<Value = [Behaviour; 4]> {
 fn endpoint() -> impl Strategy<Value = Option<Endpoint>> {
     prop_oneof![
         3 => Just(Some(Endpoint::Socket("/run/app/app.sock".into()))),
-        2 => Just(Some(Endpoint::Port(8080))),
+        2 => Just(Some(Endpoint::Port(PUBLISHED))),
+        3 => Just(Some(Endpoint::Port(IN_TABLE))),
         1 => Just(None),
     ]
 }

@@ -157,9 +157,15 @@ fn check_switch(
     step: &Step,
     found: &mut Vec<String>,
 ) {
-    for key in slots.values() {
+    for (slot, key) in slots {
+        // What fails may keep its route while another one is taken away.
+        let is_kept = input.observed.routes(via).get(slot).is_some_and(|now| now.as_ref() == Some(key));
+        let can_answer = |i: &Instance| match is_kept {
+            true => !is_over(i),
+            false => i.phase == Phase::Running && !i.health.is_unhealthy(),
+        };
         match input.observed.instances.iter().find(|i| i.key == *key) {
-            Some(i) if i.phase == Phase::Running && !i.health.is_unhealthy() && !i.wrong_address => {
+            Some(i) if can_answer(i) && !i.wrong_address => {
                 if !i.addresses().all(|a| by(a) == Some(via)) {
                     found.push(format!("`{step}` routes to {key}, which is not reached this way"));
                 }
