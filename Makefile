@@ -42,6 +42,7 @@ bench: install ## A deploy, many at once, and the start of an agent, each beside
 	@cargo bench --quiet --bench deploy
 	@cargo bench --quiet --bench many
 	@cargo bench --quiet --bench start
+	@cargo bench --quiet --bench path
 	@cargo bench --quiet --bench scrape
 
 upgrade: install ## From the agent of another commit to this one and back, 20 apps under load: make upgrade FROM=<commit>

@@ -253,7 +253,8 @@ impl World {
     /// Whether a new container of a release gets an address of its own, in place of published ports. All instances of a
     /// release are reached in the same way.
     async fn has_own_address(&self, release: &Release, observed: &ObservedApp) -> Result<bool, StepError> {
-        if !release.more_endpoints.is_empty() || release.container.network.is_some() {
+        let has_one = release.more_endpoints.is_empty() && !observed.slot_addresses.is_empty();
+        if !has_one || release.container.network.is_some() {
             return Ok(false);
         }
         let why_not = self.tcp_routes.why_unusable().await;

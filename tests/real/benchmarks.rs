@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::support::bench::{
     deploy::{AGAIN, BARE, DEMAE, Plan, Route, measure},
     figures::Figures,
-    many,
+    many, path,
     start::{self, LIST, READY},
 };
 
@@ -19,7 +19,7 @@ fn assert_complete(figures: &Figures) {
 
 #[test]
 fn deploys_are_measured_beside_their_bare_steps() {
-    for (route, reloads) in [(Route::Socket, 0.0), (Route::Port, 2.0)] {
+    for (route, reloads) in [(Route::Socket, 0.0), (Route::Table, 0.0), (Route::Port, 2.0)] {
         let outcome = measure(Plan { route, rounds: 2, start_ms: 0, vhosts: 10, apps: 1 });
         println!("{outcome}");
         assert_complete(&outcome.first);
@@ -43,4 +43,12 @@ fn start_of_an_agent_is_measured_beside_one_list() {
     println!("{outcome}");
     assert_eq!((outcome.figures.of(LIST).len(), outcome.figures.of(READY).len()), (2, 2), "{outcome}");
     assert!(outcome.resident > 1024 && outcome.cpu < 1.0, "{outcome}");
+}
+
+#[test]
+fn requests_by_table_and_by_port_are_measured_in_turn() {
+    let outcome = path::measure(2, Duration::from_millis(300));
+    println!("{outcome}");
+    assert_eq!((outcome.table.len(), outcome.port.len(), outcome.failed), (2, 2, 0), "{outcome}");
+    assert!(outcome.ratio().median > 0.0, "{outcome}");
 }

@@ -213,3 +213,15 @@ fn mixed_requests_survive_switches_between_replicas() {
     lab.wait_app("web", "converged with one", |a| a.state == State::Converged && a.wanted == 1);
     assert_eq!((lab.containers().len(), lab.get("web.test", "/").map(|(s, _)| s)), (1, Ok(200)));
 }
+
+#[test]
+fn instance_that_lost_its_address_is_replaced() {
+    let lab = lab();
+    deploy(&lab, "web", "web.test");
+    let id = only(&lab, "web");
+    docker(&["network", "disconnect", &lab.tcp_routes.as_ref().expect("tcp routes").network, &id]);
+    until("another instance serves", || {
+        let replaced = !crate::support::containers::ids(&lab, "web").contains(&id);
+        replaced && lab.get("web.test", "/").is_ok_and(|(status, _)| status == 200)
+    });
+}

@@ -317,7 +317,7 @@ pub(super) async fn tcp_routes(context: &Context<'_>, found: &mut Findings) {
     if let Some((entries, limit)) = tcp_routes::conntrack() {
         let text = format!("the kernel tracks {entries} connections of at most {limit}");
         if entries * 100 >= limit * MUCH_TRACKED {
-            let remedy = "raise `net.netfilter.nf_conntrack_max`: beyond it new connections are dropped; one to a TCP app is tracked for two minutes after its end";
+            let remedy = "raise `net.netfilter.nf_conntrack_max`: beyond it new connections are dropped";
             found.warn(CHECK, text, remedy);
         } else {
             found.ok(CHECK, text);

@@ -141,9 +141,21 @@ fn stat(pid: i32, field: usize) -> Option<String> {
     text.rsplit_once(')')?.1.split_whitespace().nth(field - 3).map(str::to_owned)
 }
 
-/// The children of a process.
+/// Most readings of a list that changes all the time.
+const MOST_READINGS: usize = 20;
+
+/// The children of a process. While one of them exits, the kernel may skip another (proc(5)): a list counts once it has
+/// been read twice.
 fn children(pid: i32) -> io::Result<Vec<i32>> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    let read = || fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let mut text = read()?;
+    for _ in 0..MOST_READINGS {
+        let again = read()?;
+        if again == text {
+            break;
+        }
+        text = again;
+    }
     Ok(text.split_whitespace().filter_map(|p| p.parse().ok()).collect())
 }
 

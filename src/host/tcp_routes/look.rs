@@ -17,19 +17,20 @@ use crate::{
     model::{name::AppName, problem::chain},
 };
 
+/// How soon to look again while Docker does not answer.
+const AWAY: Duration = Duration::from_secs(1);
 /// After a change of the kernel's tables, others may follow at once.
 const SETTLE: Duration = Duration::from_millis(100);
 
 impl TcpRoutes {
     /// Looks at everything that the routes need, and puts back what is missing. `nginx` is a process of nginx, if one
-    /// is known.
-    pub async fn check(&self, nginx: Option<i32>) {
+    /// is known. False if Docker does not answer: then nothing is known, and nothing can be created either.
+    async fn check(&self, nginx: Option<i32>) -> bool {
         let found = match self.look(nginx).await {
             Ok(found) => found,
-            // Nothing is known of Docker now, and nothing can be created.
-            Err(TcpRouteError::Docker(e)) if self.usable.borrow().is_some() => {
+            Err(TcpRouteError::Docker(e)) => {
                 tracing::debug!("{}", chain(&e));
-                return;
+                return false;
             }
             Err(e) => Err(chain(&e)),
         };
@@ -41,6 +42,7 @@ impl TcpRoutes {
             *known = Some(found);
             is_new
         });
+        true
     }
 
     /// What is in the way of such routes on this host. Changes nothing.
@@ -118,7 +120,8 @@ impl TcpRoutes {
             return Some(format!("`tcp_routes.subnet` {subnet} and `tcp_routes.range` {range} overlap"));
         }
         for route in routes {
-            let Some(net) = route.net() else { continue };
+            // A wider route than any network's, as some VPNs have in place of the default one, is none to this host.
+            let Some(net) = route.net().filter(|net| net.prefix_len() >= 8) else { continue };
             let dev = route.dev.unwrap_or_default();
             let is_own = net == *range && dev == "lo" && route.kind == "local";
             if overlap(&net, range) && !is_own {
@@ -143,7 +146,7 @@ impl TcpRoutes {
         let changes = Changes::listen().map_err(|e| tracing::debug!("changes of the kernel are not heard: {e}")).ok();
         loop {
             let before = self.kernel.lock().await.elements.clone();
-            self.check(nginx().await).await;
+            let every = if self.check(nginx().await).await { every } else { AWAY };
             let after = self.kernel.lock().await.elements.clone();
             if before.is_some()
                 && before != after
@@ -191,8 +194,8 @@ impl Route {
     }
 }
 
-/// Connections that the kernel tracks, and its limit; `None` if it tracks none. Each of nginx's to a TCP app is one until
-/// two minutes after its end.
+/// Connections that the kernel tracks, and its limit; `None` if it tracks none. Each is one for a
+/// while after its end: for a second to a TCP app, for two minutes else.
 pub fn conntrack() -> Option<(u64, u64)> {
     let read = |name: &str| {
         let text = std::fs::read_to_string(format!("/proc/sys/net/netfilter/nf_conntrack_{name}")).ok()?;

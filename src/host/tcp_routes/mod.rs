@@ -24,6 +24,7 @@ use tokio::sync::{Mutex, watch};
 pub use kernel::CommandError;
 pub use look::conntrack;
 pub use ruleset::Elements;
+use slots::Reserved;
 pub use slots::{AppSlots, Lead, Slot};
 
 use super::{
@@ -101,8 +102,7 @@ pub struct TcpRoutes {
     docker: Docker,
     /// What is known of the kernel's table; held while it is changed.
     kernel: Mutex<Known>,
-    /// Stable addresses that apps are to get with their first switch.
-    reserved: SyncMutex<BTreeMap<AppName, BTreeMap<u16, Ipv4Addr>>>,
+    reserved: SyncMutex<Reserved>,
     addresses: Mutex<Option<(Addresses, u32)>>,
     /// Why new containers get published ports instead; `None` before the first look.
     usable: watch::Sender<Option<Result<(), String>>>,
@@ -203,6 +203,9 @@ impl TcpRoutes {
         for (n, address) in addresses {
             slots.0.entry(*n).or_insert(Slot { address: *address, to: None });
         }
+        if leads.keys().any(|n| !slots.0.contains_key(n)) {
+            return Err(TcpRouteError::NoStableAddress(self.settings.range));
+        }
         for (n, slot) in &mut slots.0 {
             slot.to = leads.get(n).cloned();
         }
@@ -273,7 +276,7 @@ impl TcpRoutes {
             }
             files::remove_file(&path)?;
         }
-        self.reserved.lock().unwrap_or_else(PoisonError::into_inner).remove(app);
+        self.reserved.lock().unwrap_or_else(PoisonError::into_inner).apps.remove(app);
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! The slots of apps on disk, and their stable addresses.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet},
     net::{Ipv4Addr, SocketAddrV4},
     sync::PoisonError,
 };
@@ -52,6 +52,20 @@ impl OnDisk {
     }
 }
 
+/// Stable addresses that apps are to get with their first switch.
+#[derive(Debug, Default)]
+pub(super) struct Reserved {
+    pub(super) apps: BTreeMap<AppName, BTreeMap<u16, Ipv4Addr>>,
+    /// The one given last.
+    last: Option<Ipv4Addr>,
+}
+
+impl Reserved {
+    fn of(&self, app: &AppName) -> impl Iterator<Item = (u16, Ipv4Addr)> {
+        self.apps.get(app).into_iter().flatten().map(|(n, address)| (*n, *address))
+    }
+}
+
 impl TcpRoutes {
     /// The slots of an app on disk.
     ///
@@ -64,10 +78,11 @@ impl TcpRoutes {
         serde_json::from_slice(&text).map_err(|e| FileError::unreadable(&path, &e.to_string(), why))
     }
 
-    /// The stable addresses of the slots of an app: those it has, and new ones up to this number.
+    /// The stable addresses of the slots of an app: those it has, and new ones up to this number, unless too few are
+    /// free. The search begins after the last one given: an older nginx worker may still know those of an app that left.
     ///
     /// # Errors
-    /// If the files of all apps cannot be listed, or none is free.
+    /// If the files of all apps cannot be listed.
     pub fn stable_addresses(
         &self,
         app: &AppName,
@@ -79,23 +94,29 @@ impl TcpRoutes {
             return Ok(known);
         }
         let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
-        known.extend(reserved.get(app).into_iter().flatten().filter(|(n, _)| !slots.0.contains_key(n)));
-        if !(1..=count).all(|n| known.contains_key(&n)) {
+        known.extend(reserved.of(app).filter(|(n, _)| !slots.0.contains_key(n)));
+        let missing: Vec<u16> = (1..=count).filter(|n| !known.contains_key(n)).collect();
+        if !missing.is_empty() {
             let on_disk = self.all()?;
-            let mut taken: BTreeSet<Ipv4Addr> = reserved.values().flat_map(BTreeMap::values).copied().collect();
+            let mut taken: BTreeSet<Ipv4Addr> = reserved.apps.values().flat_map(BTreeMap::values).copied().collect();
             taken.extend(on_disk.slots.values().flat_map(|slots| slots.0.values()).map(|slot| slot.address));
             // Those of an app whose file cannot be read are in the table, if they lead anywhere.
             if let Ok(known) = self.kernel.try_lock() {
                 taken.extend(known.elements.iter().flatten().map(|(address, _)| *address));
             }
-            let mut free = self.settings.range.hosts().filter(|address| !taken.contains(address));
-            for n in 1..=count {
-                if let Entry::Vacant(slot) = known.entry(n) {
-                    slot.insert(free.next().ok_or(TcpRouteError::NoStableAddress(self.settings.range))?);
-                }
+            let after = reserved.last.or(taken.last().copied());
+            let all = || self.settings.range.hosts().filter(|address| !taken.contains(address));
+            let later = all().filter(|address| after.is_none_or(|after| *address > after));
+            let earlier = all().filter(|address| after.is_some_and(|after| *address <= after));
+            let free: Vec<Ipv4Addr> = later.chain(earlier).take(missing.len()).collect();
+            if free.len() < missing.len() {
+                tracing::warn!(app = %app, "{}", TcpRouteError::NoStableAddress(self.settings.range));
+                return Ok(known);
             }
+            reserved.last = free.last().copied();
+            known.extend(missing.into_iter().zip(free));
         }
-        reserved.insert(app.clone(), known.clone());
+        reserved.apps.insert(app.clone(), known.clone());
         Ok(known)
     }
 

@@ -117,7 +117,7 @@ impl Bare {
         let id = self.docker.create_container(Some(options), body).await.expect("created").id;
         self.docker.start_container(&id, None).await.expect("started");
         match self.route {
-            Route::Socket => switch_socket(&dir.join("app.sock"), &self.dir.join("current")).await,
+            Route::Socket | Route::Table => switch_socket(&dir.join("app.sock"), &self.dir.join("current")).await,
             Route::Port => self.switch_port(&id, port).await,
         }
         if let Some(old) = self.old.replace(id) {
@@ -132,7 +132,7 @@ impl Bare {
         let mut host_config = HostConfig { init: Some(true), ..HostConfig::default() };
         let mut exposed_ports = None;
         match self.route {
-            Route::Socket => {
+            Route::Socket | Route::Table => {
                 env.push("SOCKET=/run/app/app.sock".into());
                 host_config.mounts = Some(vec![mount(dir)]);
             }

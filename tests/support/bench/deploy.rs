@@ -18,7 +18,7 @@ use super::{
 };
 use crate::support::{
     containers::only,
-    lab::Lab,
+    lab::{Lab, Setup},
     load::{Client, Load, Tally},
     wait::{PATIENCE, until},
 };
@@ -34,6 +34,8 @@ pub const DEMAE: &str = "demae";
 pub enum Route {
     /// A unix socket behind a symlink.
     Socket,
+    /// An address of its own, behind the kernel's table. The bare steps beside it are those behind a socket.
+    Table,
     /// A published port; each switch reloads nginx.
     Port,
 }
@@ -70,7 +72,7 @@ pub struct Outcome {
 /// Runs a plan.
 pub fn measure(plan: Plan) -> Outcome {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    let mut lab = Lab::new();
+    let mut lab = Lab::with(&Setup { tcp_routes: plan.route == Route::Table, ..Setup::default() });
     let image = lab.image("v1");
     let mut bare = runtime.block_on(Bare::new(&lab, &plan, &image));
     lab.stop_nginx();
@@ -79,7 +81,7 @@ pub fn measure(plan: Plan) -> Outcome {
     change_all(&lab, plan.apps, "spec", |_| format!("image: \"{image}\"\nnetwork_mode: none\n"));
     let spec = match plan.route {
         Route::Socket => lab.socket_spec(&image, "demae.test", ""),
-        Route::Port => lab.port_spec(&image, "demae.test", "environment: {}\n"),
+        Route::Table | Route::Port => lab.port_spec(&image, "demae.test", "environment: {}\n"),
     };
     let spec = spec.replace("environment: {", &format!("environment: {{START_MS: \"{}\", ", plan.start_ms));
     lab.deploy("web", "apps/web/spec", &spec);

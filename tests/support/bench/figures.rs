@@ -72,7 +72,7 @@ pub fn median(figures: &[f64]) -> f64 {
 }
 
 /// The resampling is seeded, so that one set of figures has one verdict.
-fn interval(figures: &[f64]) -> Interval {
+pub(super) fn interval(figures: &[f64]) -> Interval {
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;
     let mut next = || {
         // xorshift64, Marsaglia 2003.

@@ -10,6 +10,7 @@ pub mod bare;
 pub mod deploy;
 pub mod figures;
 pub mod many;
+pub mod path;
 pub mod start;
 
 /// Runs a benchmark, unless it was started by `cargo test`, which only checks that it starts. It gets the numbers that
