@@ -39,8 +39,9 @@ const SUFFIX: &str = ".conf.hbs";
 /// How long nginx may take to connect to an app, in seconds.
 const CONNECT_TIMEOUT: u64 = 5;
 /// The same by the kernel's table: where no container is nobody refuses, and a connection within one machine takes
-/// microseconds.
-const CONNECT_TIMEOUT_IN_TABLE: u64 = 1;
+/// microseconds. Longer than the kernel waits before it repeats a lost first packet, 1 s (`TCP_TIMEOUT_INIT`,
+/// include/net/tcp.h).
+const CONNECT_TIMEOUT_IN_TABLE: u64 = 2;
 /// From this version on nginx keeps connections to upstreams unless configured otherwise, and knows `keepalive 0`:
 /// nginx 1.29.7, `ngx_http_upstream_keepalive_module.c`.
 const KEEPS_UPSTREAM_CONNECTIONS: (u32, u32, u32) = (1, 29, 7);

@@ -44,6 +44,7 @@ pub struct Bare {
     watch: etcd_client::WatchStream,
     count: u32,
     old: Option<String>,
+    network: Option<String>,
     _containers: RemoveOnDrop,
 }
 
@@ -75,6 +76,7 @@ impl Bare {
             docker: Docker::connect_with_unix_defaults().expect("Docker"),
             count: 0,
             old: None,
+            network: lab.tcp_routes.as_ref().map(|own| own.network.clone()),
             _containers: RemoveOnDrop(lab.host.clone()),
             dir,
             etcd,
@@ -135,6 +137,8 @@ impl Bare {
             Route::Socket | Route::Table => {
                 env.push("SOCKET=/run/app/app.sock".into());
                 host_config.mounts = Some(vec![mount(dir)]);
+                // Docker takes longer to start a container in a network that is not its default one.
+                host_config.network_mode.clone_from(&self.network);
             }
             Route::Port => {
                 let binding = PortBinding { host_ip: Some("127.0.0.1".into()), host_port: Some(port.to_string()) };

@@ -34,7 +34,8 @@ pub const DEMAE: &str = "demae";
 pub enum Route {
     /// A unix socket behind a symlink.
     Socket,
-    /// An address of its own, behind the kernel's table. The bare steps beside it are those behind a socket.
+    /// An address of its own, behind the kernel's table. The bare steps beside it are those behind a socket, in the same
+    /// network.
     Table,
     /// A published port; each switch reloads nginx.
     Port,

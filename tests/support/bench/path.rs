@@ -20,28 +20,31 @@ pub struct Outcome {
     pub table: Vec<f64>,
     pub port: Vec<f64>,
     pub failed: u64,
+    pub reasons: Vec<String>,
 }
 
 /// Loads one app by each kind of route, in turn.
 pub fn measure(rounds: usize, window: Duration) -> Outcome {
-    let lab = Lab::with(&Setup { tcp_routes: true, ..Setup::default() });
-    let image = lab.image("v1");
-    lab.deploy("table", "apps/table/spec", &lab.port_spec(&image, "table.test", ""));
-    // With a network of its own choice an app gets a published port.
-    lab.deploy("port", "apps/port/spec", &lab.port_spec(&image, "port.test", "network_mode: bridge\n"));
-    let mut outcome = Outcome { table: Vec::new(), port: Vec::new(), failed: 0 };
+    let by_table = Lab::with(&Setup { tcp_routes: true, ..Setup::default() });
+    let by_port = Lab::new();
+    for lab in [&by_table, &by_port] {
+        lab.deploy("web", "apps/web/spec", &lab.port_spec(&lab.image("v1"), "web.test", ""));
+    }
+    let mut outcome = Outcome { table: Vec::new(), port: Vec::new(), failed: 0, reasons: Vec::new() };
     for round in 0..rounds {
-        let mut order = ["table", "port"];
+        let mut order = [("table", &by_table), ("port", &by_port)];
         order.rotate_left(round % 2);
-        for app in order {
+        for (route, lab) in order {
             let clients = (0..CLIENTS).map(|_| Client::get(true).pausing(Duration::ZERO)).collect();
-            let load = Load::start(lab.ingress, &format!("{app}.test"), clients);
+            let load = Load::start(lab.ingress, "web.test", clients);
             until("requests flow", || load.requests() > 100);
             let (before, began) = (load.requests(), Instant::now());
             std::thread::sleep(window);
             let rate = (load.requests() - before) as f64 / began.elapsed().as_secs_f64();
-            outcome.failed += load.stop().failed;
-            if app == "table" { outcome.table.push(rate) } else { outcome.port.push(rate) }
+            let tally = load.stop();
+            outcome.failed += tally.failed;
+            outcome.reasons.extend(tally.reasons.into_iter().map(|reason| format!("{route}: {reason}")));
+            if route == "table" { outcome.table.push(rate) } else { outcome.port.push(rate) }
         }
     }
     outcome
@@ -59,6 +62,6 @@ impl fmt::Display for Outcome {
         let (table, port) = (median(&self.table), median(&self.port));
         writeln!(f, "{} rounds, {CLIENTS} clients, requests per second through nginx", self.table.len())?;
         writeln!(f, "  by the table {table:.0}, by a published port {port:.0}: × {}", self.ratio())?;
-        writeln!(f, "  {} requests failed", self.failed)
+        writeln!(f, "  {} requests failed: {:?}", self.failed, self.reasons)
     }
 }
