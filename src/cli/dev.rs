@@ -171,10 +171,12 @@ impl DevState {
             ProfileArg::Strict => "strict",
         };
         let d = dir.display();
+        // Nothing outside of the directory is changed, and the addresses may be those of this machine's own agent.
         let text = format!(
             "host = \"{}\"\nstate_dir = \"{d}/state\"\nrun_dir = \"{d}/run\"\nlisten = \"{}\"\n\
              [etcd]\nendpoints = [\"{}\"]\n[nginx]\nbinary = \"{}\"\nconf = \"{d}/nginx.conf\"\npid = \"{d}/nginx.pid\"\n\
-             address = \"{}\"\nlisten = [\"{}\"]\nprofile = \"{profile}\"\ntemplates = \"{d}/templates\"\n",
+             address = \"{}\"\nlisten = [\"{}\"]\nprofile = \"{profile}\"\ntemplates = \"{d}/templates\"\n\
+             [tcp_routes]\nenabled = false\n",
             self.host,
             self.metrics,
             self.etcd,

@@ -144,15 +144,19 @@ impl TcpRoutes {
         token: CancellationToken,
     ) {
         let changes = Changes::listen().map_err(|e| tracing::debug!("changes of the kernel are not heard: {e}")).ok();
+        let mut every_now = every;
+        let mut is_due = true;
         loop {
-            let before = self.kernel.lock().await.elements.clone();
-            let every = if self.check(nginx().await).await { every } else { AWAY };
-            let after = self.kernel.lock().await.elements.clone();
-            if before.is_some()
-                && before != after
-                && let Ok(disk) = self.all()
-            {
-                disk.slots.into_keys().for_each(&changed);
+            if is_due {
+                let before = self.kernel.lock().await.elements.clone();
+                every_now = if self.check(nginx().await).await { every } else { AWAY };
+                let after = self.kernel.lock().await.elements.clone();
+                if before.is_some()
+                    && before != after
+                    && let Ok(disk) = self.all()
+                {
+                    disk.slots.into_keys().for_each(&changed);
+                }
             }
             let next = async {
                 match &changes {
@@ -165,11 +169,29 @@ impl TcpRoutes {
                     None => std::future::pending().await,
                 }
             };
-            tokio::select! {
+            let is_heard = tokio::select! {
                 () = token.cancelled() => return,
-                _ = tokio::time::timeout(every, next) => {}
-            }
+                heard = tokio::time::timeout(every_now, next) => heard.is_ok(),
+            };
+            // Most of what is heard is of Docker's own rules, or of this agent's switches.
+            is_due = !(is_heard && self.is_usable() && self.is_intact().await);
         }
+    }
+
+    /// Whether table, route and network interface are as they were left.
+    async fn is_intact(&self) -> bool {
+        let range = self.settings.range.to_string();
+        let has_bridge = Path::new("/sys/class/net").join(&self.settings.bridge).exists();
+        let has_route = async {
+            let routes = ip(&["-4", "route", "show", "table", "local", "exact", &range]).await;
+            routes.is_ok_and(|routes| routes.contains("dev lo"))
+        };
+        if !has_bridge || !has_route.await {
+            return false;
+        }
+        let known = self.kernel.lock().await;
+        let (Some(elements), Some(rules)) = (&known.elements, &known.rules) else { return false };
+        self.list().await.is_ok_and(|listed| listed.is_some_and(|(e, r)| (&e, &r) == (elements, rules)))
     }
 }
 
