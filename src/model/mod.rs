@@ -4,6 +4,7 @@ pub mod change;
 pub mod desired;
 pub mod env;
 pub mod event;
+pub mod fleet;
 pub mod mounts;
 pub mod name;
 pub mod observed;

@@ -10,6 +10,7 @@ use std::{
 const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("plan", &["model"]),
+    ("fleet", &["model"]),
     ("store", &["model", "retry"]),
     ("host", &["model", "retry", "failpoint"]),
     ("world", &["model", "host"]),
@@ -213,7 +214,9 @@ fn libraries_have_one_home() {
 
 #[test]
 fn the_planner_is_pure() {
-    for (name, text) in sources().into_iter().filter(|(n, _)| n.starts_with("plan/") || n.starts_with("model/")) {
+    for (name, text) in
+        sources().into_iter().filter(|(n, _)| ["plan/", "fleet/", "model/"].iter().any(|p| n.starts_with(p)))
+    {
         for word in ["async ", ".await", "tracing::", "tokio", "std::fs", "std::net", "Instant::now", "rand"] {
             let at = code(&text).lines().find(|l| l.contains(word) && !l.trim_start().starts_with("//"));
             assert!(at.is_none(), "{name} is pure and has `{word}`: {at:?}");

@@ -6,4 +6,5 @@ mod documented;
 mod isolation;
 mod layering;
 mod properties;
+mod rollouts;
 mod scenarios;

@@ -7,6 +7,7 @@
 
 mod chance;
 mod ending;
+mod fleet;
 mod history;
 mod machine;
 mod mishaps;

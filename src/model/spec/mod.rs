@@ -4,7 +4,9 @@
 
 mod fields;
 mod read;
+mod update;
 mod values;
+pub use update::{Amount, FailureAction, MONITOR, Update};
 pub use values::MOUNTABLE;
 
 use std::{collections::BTreeMap, time::Duration};
@@ -293,11 +295,13 @@ pub struct Deploy {
     pub constraints: Vec<Constraint>,
     /// Whether a replacement starts or stops first.
     pub order: Order,
+    /// How a release goes over the hosts of a fleet.
+    pub update: Update,
 }
 
 impl Default for Deploy {
     fn default() -> Self {
-        Self { replicas_per_host: 1, constraints: Vec::new(), order: Order::StartFirst }
+        Self { replicas_per_host: 1, constraints: Vec::new(), order: Order::StartFirst, update: Update::default() }
     }
 }
 

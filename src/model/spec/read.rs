@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    ContainerSpec, Deploy, Endpoint, HealthCheck, Ingress, Logging, Order, Probe, Spec,
+    Amount, ContainerSpec, Deploy, Endpoint, FailureAction, HealthCheck, Ingress, Logging, Order, Probe, Spec, Update,
     fields::{Fields, Reader},
     values::{
         absolute, constraint, host_header, http_path, is_system_dir, nano_cpus, network, printable, pull_policy,
@@ -383,14 +383,23 @@ impl Reader {
             }) {
                 deploy.order = order;
             }
-            self.number(&update, "parallelism", 0, 100_000);
-            self.read(&update, "monitor", text::duration);
-            self.read(&update, "failure_action", |t| match t {
-                "rollback" | "pause" => Ok(()),
-                other => Err(format!("`{other}` is not a failure action; use `rollback` or `pause`")),
-            });
+            self.pacing(&update, &mut deploy.update);
         }
         (deploy, memory, cpus, pids)
+    }
+
+    fn pacing(&mut self, f: &Fields<'_>, update: &mut Update) {
+        if let Some(parallelism) = self.read(f, "parallelism", Amount::parse) {
+            update.parallelism = parallelism;
+        }
+        update.monitor = self.read(f, "monitor", text::duration);
+        if let Some(action) = self.read(f, "failure_action", |t| match t {
+            "rollback" => Ok(FailureAction::Rollback),
+            "pause" => Ok(FailureAction::Pause),
+            other => Err(format!("`{other}` is not a failure action; use `rollback` or `pause`")),
+        }) {
+            update.on_failure = action;
+        }
     }
 }
 

@@ -1,0 +1,250 @@
+//! What a host may do about an app, and what it writes about its turn.
+
+use std::collections::BTreeSet;
+
+use super::records::Stored;
+use crate::model::{
+    fleet::{
+        Condition, FleetKey, HostVerdict, Lost, Permit, PermitPhase, Proof, Rollout, RolloutPhase, Transaction,
+        TransactionKind, Turn, VERSION, Write,
+    },
+    name::{AppName, HostName, ReleaseId},
+    spec::Update,
+    time::Timestamp,
+};
+
+/// What the store says about an app on this host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HostRecords {
+    /// The rollout of the app.
+    pub rollout: Option<Stored<Rollout>>,
+    /// The permit of this host.
+    pub permit: Option<Stored<Permit>>,
+    /// Whether this host is counted as lost.
+    pub lost: Option<Stored<Lost>>,
+    /// What this host has proven, as the store knows it.
+    pub proof: Option<Stored<Proof>>,
+    /// Releases against which a verdict of this host is in the store.
+    pub verdicts: BTreeSet<ReleaseId>,
+}
+
+/// What is the case on this host.
+#[derive(Debug, Clone)]
+pub struct HostFacts<'a> {
+    /// The app.
+    pub app: &'a AppName,
+    /// The host.
+    pub host: &'a HostName,
+    /// The release that people want; `None` if the app does not run here.
+    pub wanted: Option<&'a ReleaseId>,
+    /// How it goes over the hosts.
+    pub update: &'a Update,
+    /// How many hosts are up.
+    pub hosts: usize,
+    /// The release that is proven here.
+    pub proven: Option<&'a ReleaseId>,
+    /// The releases that requests may go to: of routes, and of containers that run, for an app without.
+    pub routed: &'a BTreeSet<ReleaseId>,
+    /// The release that healthy instances serve.
+    pub serving: Option<&'a ReleaseId>,
+    /// Verdicts of this host, by release.
+    pub verdicts: &'a [(ReleaseId, HostVerdict)],
+    /// Whether the permit was confirmed a moment ago. It counts only for requests that have not moved yet.
+    pub confirmed: bool,
+}
+
+/// What a host is to run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Directive {
+    /// The wanted release, as far as the turn goes.
+    Wanted(Turn),
+    /// Another release that the fleet has proven, for this reason.
+    Kept(ReleaseId, String),
+}
+
+impl Directive {
+    fn held(why: impl Into<String>) -> Self {
+        Self::Wanted(Turn::Held(why.into()))
+    }
+}
+
+/// What a host is to run of an app.
+pub fn directive(facts: &HostFacts<'_>, records: &HostRecords) -> Directive {
+    let Some(stored) = &records.rollout else {
+        return Directive::held("no rollout of it was opened yet");
+    };
+    let Some(rollout) = &stored.value else {
+        return Directive::held("the record of its rollout cannot be read by this version");
+    };
+    let Some(wanted) = facts.wanted else { return Directive::Wanted(Turn::Free) };
+    if rollout.release != *wanted {
+        if rollout.pinned {
+            return Directive::Kept(rollout.release.clone(), "a person pinned this release".to_owned());
+        }
+        return hold(facts, rollout, wanted, "the leader has not opened a rollout of this release yet");
+    }
+    let monitor = match rollout.phase {
+        // It was monitored on each host of the fleet that was up.
+        RolloutPhase::Done => std::time::Duration::ZERO,
+        _ => facts.update.monitor(facts.hosts),
+    };
+    let is_switched = facts.routed.contains(wanted);
+    match rollout.phase {
+        RolloutPhase::Restored => Directive::Wanted(Turn::Free),
+        // A host on which nothing serves takes what is proven at once.
+        RolloutPhase::Done if facts.routed.is_empty() || !facts.update.is_paced() => Directive::Wanted(Turn::Free),
+        RolloutPhase::Reverting | RolloutPhase::Reverted => match &rollout.from {
+            Some(from) => Directive::Kept(from.clone(), rollout.reason.clone()),
+            None => Directive::held(rollout.reason.clone()),
+        },
+        RolloutPhase::Halted if !is_switched => hold(facts, rollout, wanted, &rollout.reason),
+        _ if !facts.update.is_paced() => Directive::Wanted(Turn::Free),
+        _ => match records.permit.as_ref().and_then(|p| Some((p, p.value.as_ref()?))) {
+            Some((_, permit)) if permit.release == *wanted && permit.phase == PermitPhase::Switch => {
+                Directive::Wanted(Turn::Switch { monitor, confirmed: facts.confirmed || is_switched })
+            }
+            Some((stored_permit, permit))
+                if permit.release == *wanted && epoch(stored_permit, permit) == stored.modified =>
+            {
+                Directive::Wanted(Turn::Try)
+            }
+            // The permit of a turn that goes on was deleted: requests are on the release already.
+            None if is_switched => Directive::Wanted(Turn::Switch { monitor, confirmed: true }),
+            _ => hold(facts, rollout, wanted, waiting_reason(rollout)),
+        },
+    }
+}
+
+fn waiting_reason(rollout: &Rollout) -> &'static str {
+    match rollout.phase {
+        RolloutPhase::Waiting => "the canaries have proven the release, and it waits to be promoted",
+        _ => "it is the turn of other hosts",
+    }
+}
+
+/// Waits. A host that serves nothing takes the release that the fleet has proven meanwhile.
+fn hold(facts: &HostFacts<'_>, rollout: &Rollout, wanted: &ReleaseId, why: &str) -> Directive {
+    match rollout.proven() {
+        Some(proven) if proven != wanted && facts.proven.is_none() && facts.routed.is_empty() => {
+            Directive::Kept(proven.clone(), why.to_owned())
+        }
+        _ => Directive::held(why),
+    }
+}
+
+/// The mod revision of the rollout for which a permit was granted.
+fn epoch(stored: &Stored<Permit>, permit: &Permit) -> i64 {
+    if permit.epoch == 0 { stored.created } else { permit.epoch }
+}
+
+/// The next write of a host about its turn, if there is one. `is_ready` says that it has done all that it can before
+/// requests move, or before something of the old release stops.
+pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, now: Timestamp) -> Option<Transaction> {
+    let (host, app) = (facts.host, facts.app);
+    let permit_key = FleetKey::Permit(host.clone(), app.clone());
+    let proof_key = FleetKey::Proof(host.clone(), app.clone());
+    let verdict_key = |release: &ReleaseId| FleetKey::Verdict(app.clone(), release.clone(), host.clone());
+    let transaction = |kind, conditions: Vec<Condition>, writes| {
+        let conditions = [Condition::HoldsName(host.clone())].into_iter().chain(conditions).collect();
+        Some(Transaction { kind, conditions, writes })
+    };
+    let stored_permit = records.permit.as_ref();
+    let permit = stored_permit.and_then(|stored| Some((stored, stored.value.as_ref()?)));
+    let unchanged = |stored: &Stored<Permit>| Condition::Modified(permit_key.clone(), stored.modified);
+    let rollout = records.rollout.as_ref().and_then(|stored| Some((stored, stored.value.as_ref()?)));
+    let is_routed = |release: &ReleaseId| facts.routed.contains(release);
+    // What served before serves again, or nothing ever did.
+    let is_back = || facts.proven.is_none() || facts.serving == facts.proven;
+
+    // A failure is a fact, whether or not the turn still counts.
+    let judged = permit.map(|(_, p)| &p.release).into_iter().chain(rollout.map(|(_, r)| &r.release));
+    for release in judged.filter(|release| facts.proven != Some(*release) && !records.verdicts.contains(*release)) {
+        if let Some((_, verdict)) = facts.verdicts.iter().find(|(of, _)| of == release) {
+            let put = Write::record(verdict_key(release), verdict);
+            let conditions = vec![Condition::Created(verdict_key(release), 0)];
+            return transaction(TransactionKind::Judge, conditions, vec![put]);
+        }
+    }
+    let proof = Proof { version: VERSION, release: facts.proven.cloned() };
+    let put_proof = Write::record(proof_key.clone(), &proof);
+    let same_proof = Condition::Modified(proof_key.clone(), records.proof.as_ref().map_or(0, |p| p.modified));
+    // A lost host is found once requests go to nothing but what it has proven.
+    let lost = records.lost.as_ref().filter(|_| facts.routed.iter().all(|release| facts.proven == Some(release)));
+    let lost_key = FleetKey::Lost(app.clone(), host.clone());
+    if let Some((stored, permit)) = permit {
+        if facts.proven == Some(&permit.release) {
+            let mut writes = vec![Write::Delete(permit_key.clone()), put_proof];
+            writes.extend(lost.map(|_| Write::Delete(lost_key)));
+            return transaction(TransactionKind::Prove, vec![unchanged(stored), same_proof], writes);
+        }
+        let is_failed = facts.verdicts.iter().any(|(of, _)| *of == permit.release);
+        let is_void = match rollout {
+            Some((r, rollout)) => {
+                rollout.release != permit.release
+                    || facts.wanted != Some(&permit.release)
+                    || matches!(rollout.phase, RolloutPhase::Reverting | RolloutPhase::Reverted)
+                    || rollout.phase == RolloutPhase::Halted && !is_routed(&permit.release)
+                    || permit.phase == PermitPhase::Try && epoch(stored, permit) != r.modified
+            }
+            None => false,
+        };
+        // A host on which nothing was ever proven has nothing to go back to.
+        let is_off = !is_routed(&permit.release) || facts.proven.is_none();
+        if (is_failed || is_void) && is_off && is_back() {
+            let writes = vec![Write::Delete(permit_key.clone())];
+            return transaction(TransactionKind::GiveBack, vec![unchanged(stored)], writes);
+        }
+        let is_fresh = permit.phase == PermitPhase::Switch && (facts.confirmed || is_routed(&permit.release));
+        if let Some((r, _)) = rollout
+            && is_ready
+            && !is_failed
+            && !is_void
+            && !is_fresh
+        {
+            let mut conditions =
+                vec![unchanged(stored), Condition::Modified(FleetKey::Rollout(app.clone()), r.modified)];
+            if permit.strict {
+                conditions.push(Condition::NoVerdictSince(app.clone(), permit.release.clone(), permit.seen));
+            }
+            conditions.push(Condition::Created(FleetKey::Freeze, 0));
+            let committed = Permit { phase: PermitPhase::Switch, ..permit.clone() };
+            let writes = vec![Write::record(permit_key.clone(), &committed)];
+            return transaction(TransactionKind::Commit, conditions, writes);
+        }
+        return None;
+    }
+    if stored_permit.is_some() {
+        return None;
+    }
+    let is_published = records.proof.as_ref().is_some_and(|stored| stored.value.as_ref() == Some(&proof));
+    let is_in_turn = |release: &&ReleaseId| {
+        let is_failed = facts.verdicts.iter().any(|(of, _)| of == *release);
+        facts.proven.is_some_and(|proven| proven != *release) && !is_failed
+    };
+    if let Some(release) = facts.routed.iter().find(is_in_turn)
+        && records.lost.is_none()
+        && rollout
+            .is_none_or(|(_, r)| r.release == *release && (r.phase.is_under_way() || r.phase == RolloutPhase::Halted))
+        && facts.update.is_paced()
+    {
+        let restored = Permit {
+            version: VERSION,
+            release: release.clone(),
+            epoch: rollout.map_or(1, |(stored, _)| stored.modified),
+            phase: PermitPhase::Switch,
+            granted: now,
+            seen: 0,
+            strict: true,
+        };
+        // The proof says that all of this host's turn is in the store again, so both are written at once.
+        let writes = vec![Write::record(permit_key.clone(), &restored), put_proof];
+        return transaction(TransactionKind::Restore, vec![Condition::Created(permit_key, 0)], writes);
+    }
+    if !is_published || lost.is_some() {
+        let conditions = vec![same_proof, Condition::Created(permit_key, 0)];
+        let mut writes = vec![put_proof];
+        writes.extend(lost.map(|_| Write::Delete(lost_key)));
+        return transaction(TransactionKind::Prove, conditions, writes);
+    }
+    None
+}

@@ -1,0 +1,44 @@
+//! A rollout over the hosts of a fleet: what is written to the store about it, and the turn of a host.
+
+mod record;
+mod transaction;
+
+pub use record::{
+    HostVerdict, KeptEnv, KeptRelease, Leader, Lost, Permit, PermitPhase, Proof, Rollout, RolloutPhase, SCHEME, VERSION,
+};
+pub use transaction::{Condition, FleetKey, Transaction, TransactionKind, Write};
+
+use std::time::Duration;
+
+/// What a host may do about the wanted release of an app. It binds only while that release is not proven on the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Turn {
+    /// Everything: the fleet has proven the release, or nothing limits how many hosts change at a time.
+    Free,
+    /// Nothing, for this reason: what serves keeps serving.
+    Held(String),
+    /// Start instances beside the old ones. Nothing is taken from the old release, and no request goes to the new one.
+    Try,
+    /// Everything: the record of it says so.
+    Switch {
+        /// How long the release must serve before it counts as proven.
+        monitor: Duration,
+        /// False if the record was written so long ago that it must be confirmed before requests move.
+        confirmed: bool,
+    },
+}
+
+impl Turn {
+    /// Whether requests may move to the wanted release, and its predecessor may be stopped for it.
+    pub fn may_switch(&self) -> bool {
+        matches!(self, Self::Free | Self::Switch { confirmed: true, .. })
+    }
+
+    /// How long the release must serve before it counts as proven.
+    pub fn monitor(&self) -> Duration {
+        match self {
+            Self::Switch { monitor, .. } => *monitor,
+            Self::Free | Self::Held(_) | Self::Try => Duration::ZERO,
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! The records of a rollout, as JSON in the store. Unknown fields are ignored, so that versions can be mixed.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{
+    name::{EnvName, HostName, ReleaseId, SetName},
+    time::Timestamp,
+};
+
+/// The version of these forms.
+pub const VERSION: u32 = 1;
+/// How release ids are made. A leader that makes them in another way must not take each of its ids for a new release.
+pub const SCHEME: u32 = 1;
+
+fn version() -> u32 {
+    VERSION
+}
+
+/// `state/leader`: the agent that decides for the fleet. Its term is the create revision of this key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leader {
+    /// [`VERSION`].
+    #[serde(default = "version")]
+    pub version: u32,
+    /// Its host.
+    pub host: HostName,
+    /// The run of its agent.
+    #[serde(default)]
+    pub run: String,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+/// `state/rollouts/<app>`: the release that the fleet goes to. It is written only when the phase changes; its mod revision
+/// is the epoch of its permits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rollout {
+    /// [`VERSION`].
+    #[serde(default = "version")]
+    pub version: u32,
+    /// The release.
+    pub release: ReleaseId,
+    /// The release that the fleet had proven before: what hosts go back to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<ReleaseId>,
+    /// How far it is.
+    pub phase: RolloutPhase,
+    /// [`SCHEME`].
+    #[serde(default = "version")]
+    pub scheme: u32,
+    /// Whether a person pinned the release.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pinned: bool,
+    /// When it was opened.
+    pub opened: Timestamp,
+    /// When the phase last changed.
+    pub changed: Timestamp,
+    /// Why it is in this phase, in one sentence; empty if there is nothing to say.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+}
+
+impl Rollout {
+    /// The release that the fleet has proven, as far as this record says: an aborted one never is.
+    pub fn proven(&self) -> Option<&ReleaseId> {
+        match self.phase {
+            RolloutPhase::Done | RolloutPhase::Restored => Some(&self.release),
+            _ => self.from.as_ref(),
+        }
+    }
+}
+
+/// How far a rollout is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RolloutPhase {
+    /// On the canaries.
+    Canary,
+    /// Proven on the canaries; a person, or a time, promotes it.
+    Waiting,
+    /// Turn by turn over all hosts.
+    Rolling,
+    /// Proven on every host that was up.
+    Done,
+    /// A release that was proven before is wanted again: hosts take it without a turn.
+    Restored,
+    /// Stopped by a failure; what serves serves.
+    Halted,
+    /// Stopped by a failure; hosts go back to the release before.
+    Reverting,
+    /// No host has a turn any more.
+    Reverted,
+}
+
+impl RolloutPhase {
+    /// Every phase.
+    pub const ALL: [Self; 8] = [
+        Self::Canary,
+        Self::Waiting,
+        Self::Rolling,
+        Self::Done,
+        Self::Restored,
+        Self::Halted,
+        Self::Reverting,
+        Self::Reverted,
+    ];
+
+    /// Its name, as serialized.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Canary => "canary",
+            Self::Waiting => "waiting",
+            Self::Rolling => "rolling",
+            Self::Done => "done",
+            Self::Restored => "restored",
+            Self::Halted => "halted",
+            Self::Reverting => "reverting",
+            Self::Reverted => "reverted",
+        }
+    }
+
+    /// Whether it goes on by itself.
+    pub fn is_under_way(self) -> bool {
+        matches!(self, Self::Canary | Self::Waiting | Self::Rolling)
+    }
+}
+
+/// `state/permits/<host>/<app>`: the turn of a host. It hangs on no lease: a host that is gone still counts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Permit {
+    /// [`VERSION`].
+    #[serde(default = "version")]
+    pub version: u32,
+    /// For which release.
+    pub release: ReleaseId,
+    /// The mod revision of the rollout when it was granted; 0 if both were written at once, so that it is the create
+    /// revision of the permit.
+    pub epoch: i64,
+    /// How far the host may go.
+    pub phase: PermitPhase,
+    /// When it was granted.
+    pub granted: Timestamp,
+    /// The newest verdict of this release that the leader knew.
+    #[serde(default)]
+    pub seen: i64,
+    /// Whether a newer verdict keeps the host from switching: no failure is allowed.
+    #[serde(default)]
+    pub strict: bool,
+}
+
+/// How far a permit goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PermitPhase {
+    /// Nothing irreversible was done.
+    Try,
+    /// Requests may go to the release.
+    Switch,
+}
+
+/// `state/verdicts/<app>/<release>/<host>`: the release failed there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostVerdict {
+    /// [`VERSION`].
+    #[serde(default = "version")]
+    pub version: u32,
+    /// Why, in one sentence.
+    pub cause: String,
+    /// The exit code, if its process ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i64>,
+    /// The end of its log, without the values of its environment.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub log_tail: String,
+    /// When.
+    pub at: Timestamp,
+}
+
+/// `state/lost/<app>/<host>`: the host went away in a turn, with requests possibly on an unproven release.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lost {
+    /// [`VERSION`].
+    #[serde(default = "version")]
+    pub version: u32,
+    /// The release of its permit.
+    pub release: ReleaseId,
+    /// When it was given up.
+    pub at: Timestamp,
+}
+
+/// `state/proven/<host>/<app>`: the release that a host has proven last. On no lease, so that a restarted store or host is
+/// never taken for one on which nothing ran.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proof {
+    /// [`VERSION`].
+    #[serde(default = "version")]
+    pub version: u32,
+    /// The release; `None` if the host has none of this app.
+    pub release: Option<ReleaseId>,
+}
+
+/// `state/releases/<app>/<release>`: what a release was made from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptRelease {
+    /// [`VERSION`].
+    #[serde(default = "version")]
+    pub version: u32,
+    /// `apps/<app>/spec`.
+    pub spec: String,
+    /// `apps/<app>/image`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// `apps/<app>/restart`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart: Option<String>,
+    /// When its rollout was opened.
+    pub opened: Timestamp,
+    /// When its rollout was done; `None` if it never was. Only then hosts may go back to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proven: Option<Timestamp>,
+}
+
+/// `secret/releases/<app>/<release>`: the variables of a release, by set.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptEnv {
+    /// [`VERSION`].
+    #[serde(default = "version")]
+    pub version: u32,
+    /// Values by set and name.
+    pub sets: BTreeMap<SetName, BTreeMap<EnvName, String>>,
+}
+
+impl std::fmt::Debug for KeptEnv {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KeptEnv").field("sets", &self.sets.keys().collect::<Vec<_>>()).finish_non_exhaustive()
+    }
+}
