@@ -31,7 +31,7 @@ use crate::{
         time::Timestamp,
     },
     plan::{
-        AppInput, AppPlan, Backoff, Backoffs, ProxyView, Stopping, VhostWish,
+        AppInput, AppPlan, Backoff, Backoffs, FREE, ProxyView, Stopping, VhostWish,
         app::REPLACES_UNHEALTHY,
         check,
         proxy::Conflict,
@@ -248,6 +248,7 @@ impl AppState {
         let input = AppInput {
             app,
             desired: &self.desired,
+            turn: &FREE,
             observed,
             proxy: view,
             conflict,

@@ -16,7 +16,7 @@ use crate::{
     host::docker::NoMeter,
     model::{desired::DesiredApp, mounts, name::AppName, observed::Wanted, time::Timestamp},
     plan::{
-        AppInput, Backoffs, NONE_STOPPING, ProxyView,
+        AppInput, Backoffs, FREE, NONE_STOPPING, ProxyView,
         app::plan_app,
         proxy::conflicts,
         simulate::{SimHost, forecast},
@@ -89,6 +89,7 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
         let input = AppInput {
             app,
             desired,
+            turn: &FREE,
             observed: &observed,
             proxy: ProxyView {
                 live: proxy.vhost(app),

@@ -24,18 +24,20 @@
 //!    cannot restart it. Not while a stop-first change stops that release.
 //! 6. A verdict applies to the wanted release: block `halted`, and skip 7 and 8.
 //! 7. Candidates of superseded releases, once they are as many as the replicas: drain, `Stop`, `Remove`.
-//! 8. Roll out the wanted release:
+//! 8. Roll out the wanted release. It is not this host's turn, and the release is not proven: wait `turn` instead.
 //!    1. it is not proven, and a candidate failed: `RecordVerdict`;
 //!    2. a candidate failed without a verdict: `Remove` (its port is taken, or it was leaving), else `Discard`;
 //!    3. an instance is missing, and another mount can replace a volume: block `mount_unsafe`;
 //!    4. an instance is missing, and the image too: `Pull`, or block `image_missing`;
 //!    5. the release has no env-file: `WriteEnvFile`;
 //!    6. an instance is missing: `Create`, unless discarded candidates are in backoff;
-//!    7. stop-first, not proven, and no instance is missing: `Stop` the instances of other releases;
+//!    7. stop-first, not proven, and no instance is missing: `Stop` the instances of other releases; wait `commit` if the
+//!       turn does not go so far yet;
 //!    8. a selected instance does not run: `Start`; it is not healthy: wait `health`, or `recovery` if in service.
+//!    9. all are healthy, not proven, and the turn does not go so far yet: wait `commit`.
 //! 9. Route to the wanted release if it is ready or proven, else to the serving one: `Switch`, or a new vhost and the
 //!    wait `proxy`.
-//! 10. Ready and routed: `Prove`, or `RecordVerdict` after too many failed proofs. Once proven: `Settle` each instance.
+//! 10. Ready and routed: wait `monitor` if the turn asks for it, then `Prove`, or `RecordVerdict` after too many failed proofs. Once proven: `Settle` each instance.
 //! 11. Retire instances that are neither selected, nor of the serving release, nor routed: drain, `Stop`, `Remove`.
 //! 12. `CleanUp` of files that nothing needs.
 //!
@@ -57,6 +59,7 @@ use super::{
 };
 use crate::model::{
     desired::{DesiredApp, Target},
+    fleet::Turn,
     name::{ReleaseId, VirtualHost},
     observed::{Health, Instance, InstanceKey, Phase, Verdict},
     spec::{Ingress, Order, Probe, PullPolicy, SETTLE},
@@ -173,6 +176,7 @@ impl<'a> Draft<'a> {
         // A stop-first change stops what serves on purpose; starting it again would undo that.
         let changing_over = target.order == Order::StopFirst
             && !proven
+            && self.input.turn.may_switch()
             && verdict.is_none()
             && observed.instances.iter().any(|i| i.key.release == *wanted);
         let group = Group::of(self.input, target, proven);
@@ -191,7 +195,13 @@ impl<'a> Draft<'a> {
             }
             None => {
                 retire::end_abandoned_candidates(self, target, serving.as_ref());
-                self.roll_out(target, &group, proven)
+                match self.input.turn {
+                    Turn::Held(why) if !proven => {
+                        self.wait(Wait::Turn(why.clone()));
+                        false
+                    }
+                    _ => self.roll_out(target, &group, proven) && self.may_switch(proven),
+                }
             }
         };
         let active = if ready || proven { Some(wanted) } else { serving.as_ref().filter(|s| *s != wanted) };
@@ -203,6 +213,17 @@ impl<'a> Draft<'a> {
         retire::retire(self, target, kept, serving.as_ref().filter(|_| !proven), proven);
         retire::clean_up(self, Some(wanted));
         self.count(if proven { Some(wanted) } else { serving.as_ref() });
+    }
+
+    /// Whether requests may move to the wanted release, and its predecessor may be stopped for it. If not, the plan says
+    /// that all is ready for it.
+    fn may_switch(&mut self, proven: bool) -> bool {
+        let may = proven || self.input.turn.may_switch();
+        if !may {
+            self.plan.commits = true;
+            self.wait(Wait::Commit);
+        }
+        may
     }
 
     /// The verdict that applies to the wanted release, and when the release is retried in spite of it. A verdict lapses
@@ -323,6 +344,9 @@ impl<'a> Draft<'a> {
             }
             let mut others = self.observed().instances.iter().filter(|i| i.key.release != release.id);
             if let Some(old) = others.find(|i| i.is_alive()) {
+                if !self.may_switch(proven) {
+                    return false;
+                }
                 let step = Step::Stop { handle: handle(old), grace: old.grace };
                 self.step(step, "stop-first: the old instance stops first");
                 return false;
@@ -371,6 +395,11 @@ impl<'a> Draft<'a> {
         let check = &target.release.health;
         let proofs = MAX_FAILED_PROOFS.max(check.retries);
         if !proven {
+            let monitored = self.moved(group).plus(self.input.turn.monitor());
+            if self.input.now < monitored {
+                self.wait(Wait::Monitor(monitored));
+                return;
+            }
             if let Some(backoff) =
                 self.input.backoffs.get(&StepKind::Prove).filter(|c| c.attempts >= proofs && !c.temporary)
                 && let Some(first) = group.selected.first()
@@ -386,6 +415,13 @@ impl<'a> Draft<'a> {
         for instance in group.selected.iter().filter(|i| proven && !i.settled && i.health.is_healthy()) {
             self.step(Step::Settle(handle(instance)), "it is proven");
         }
+    }
+
+    /// Since when the wanted release serves: requests were moved to it, and its instances have started.
+    fn moved(&self, group: &Group<'_>) -> Timestamp {
+        let started = group.selected.iter().map(|i| i.started);
+        let routed = [self.observed().slots_changed, self.input.proxy.changed];
+        started.chain(routed).max().unwrap_or(self.input.now)
     }
 
     /// Sets the serving release and its healthy instances, for the status.

@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 
 use crate::model::{
     desired::DesiredApp,
+    fleet::Turn,
     mounts::NestedMount,
     name::{AppName, ContainerId, ReleaseId},
     observed::{Instance, ObservedApp},
@@ -36,6 +37,8 @@ pub struct AppInput<'a> {
     pub desired: &'a DesiredApp,
     /// Observed state.
     pub observed: &'a ObservedApp,
+    /// What this host may do about a release that is not proven on it.
+    pub turn: &'a Turn,
     /// What nginx serves of it.
     pub proxy: ProxyView<'a>,
     /// Another app that holds one of its virtual hosts.
@@ -59,6 +62,9 @@ pub type Stopping = BTreeMap<ContainerId, Timestamp>;
 
 /// No instance is being stopped.
 pub static NONE_STOPPING: Stopping = Stopping::new();
+
+/// Nothing limits a host.
+pub static FREE: Turn = Turn::Free;
 
 impl AppInput<'_> {
     /// Whether an instance is being stopped.
@@ -117,6 +123,8 @@ pub struct AppPlan {
     pub blocks: Vec<Block>,
     /// What nginx should serve.
     pub vhost: VhostWish,
+    /// Whether only its permit keeps it from moving requests to the wanted release, or from stopping an instance for it.
+    pub commits: bool,
     /// The release that serves.
     pub serving: Option<ReleaseId>,
     /// Number of healthy instances that serve.

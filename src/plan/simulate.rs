@@ -16,6 +16,7 @@ use super::{
 };
 use crate::model::{
     desired::DesiredApp,
+    fleet::Turn,
     name::{AppName, ContainerId},
     observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict, Via},
     proxy::{ObservedProxy, Vhost},
@@ -41,6 +42,8 @@ pub struct SimHost {
     pub live: Option<Vhost>,
     /// When that last changed.
     pub live_changed: Timestamp,
+    /// What it may do about a release that is not proven on it.
+    pub turn: Turn,
     /// The current time.
     pub now: Timestamp,
     containers: u64,
@@ -50,7 +53,7 @@ pub struct SimHost {
 impl SimHost {
     /// A host with this observed state.
     pub fn new(app: AppName, observed: ObservedApp, live: Option<Vhost>, now: Timestamp) -> Self {
-        Self { app, observed, live, live_changed: now, now, containers: 0, has_table: false }
+        Self { app, observed, live, live_changed: now, turn: Turn::Free, now, containers: 0, has_table: false }
     }
 
     /// The same host, where new TCP apps are routed by the kernel's table.
@@ -70,6 +73,7 @@ impl SimHost {
         AppInput {
             app: &self.app,
             desired,
+            turn: &self.turn,
             observed: &self.observed,
             proxy,
             conflict: None,

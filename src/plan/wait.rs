@@ -84,11 +84,17 @@ pub enum Wait {
     Image(Timestamp),
     /// The store has not been read, so the desired state is unknown.
     Store(String),
+    /// It is not this host's turn, for this reason.
+    Turn(String),
+    /// All is ready; the record that requests move is being written.
+    Commit,
+    /// The release serves, and counts as proven at this time unless it fails before.
+    Monitor(Timestamp),
 }
 
 impl Wait {
     /// Every kind.
-    pub const KINDS: [&'static str; 12] = [
+    pub const KINDS: [&'static str; 15] = [
         "busy",
         "health",
         "drain",
@@ -101,18 +107,22 @@ impl Wait {
         "retry",
         "image",
         "store",
+        "turn",
+        "commit",
+        "monitor",
     ];
 
     /// When to plan again, if nothing happens before.
     pub fn recheck_at(&self, now: Timestamp) -> Option<Timestamp> {
         match self {
             // These wake the loop when they end.
-            Self::Busy(_) | Self::Store(_) | Self::Stopping { .. } => None,
+            Self::Busy(_) | Self::Store(_) | Self::Stopping { .. } | Self::Turn(_) | Self::Commit => None,
             Self::Health { again: until, .. }
             | Self::Backoff { until, .. }
             | Self::Recovery { until, .. }
             | Self::Retry { until, .. }
             | Self::Deletion(until)
+            | Self::Monitor(until)
             | Self::Image(until) => Some(*until),
             Self::Drain { again, .. } => Some(*again),
             Self::Proxy(_) | Self::Removal(_) => Some(now.plus(Duration::from_secs(1))),
@@ -131,8 +141,9 @@ impl Wait {
             | Self::Stopping { until, .. }
             | Self::Retry { until, .. }
             | Self::Deletion(until)
+            | Self::Monitor(until)
             | Self::Image(until) => *until = convert(*until),
-            Self::Busy(_) | Self::Proxy(_) | Self::Removal(_) | Self::Store(_) => {}
+            Self::Busy(_) | Self::Proxy(_) | Self::Removal(_) | Self::Store(_) | Self::Turn(_) | Self::Commit => {}
         }
         self
     }
@@ -160,6 +171,9 @@ impl Wait {
             Self::Retry { .. } => "retry",
             Self::Image(_) => "image",
             Self::Store(_) => "store",
+            Self::Turn(_) => "turn",
+            Self::Commit => "commit",
+            Self::Monitor(_) => "monitor",
         }
     }
 }
@@ -196,6 +210,11 @@ impl fmt::Display for Wait {
             }
             Self::Image(until) => write!(f, "the image is looked for again at {until}"),
             Self::Store(why) => write!(f, "kept as it is until the store can be read: {why}"),
+            Self::Turn(why) => write!(f, "waiting for the turn of this host: {why}"),
+            Self::Commit => f.write_str("ready; writing down that requests move to the new release"),
+            Self::Monitor(until) => {
+                write!(f, "the new release serves, and is proven at {until} unless it fails before")
+            }
             Self::Removal(key) => write!(f, "Docker is removing {key}"),
             Self::Stopping { key, until } => {
                 write!(f, "stopping {key}; it is killed at {until} unless it has ended")

@@ -8,6 +8,7 @@ use demae::{
     model::{
         desired::{DesiredApp, Target},
         env::Secret,
+        fleet::Turn,
         name::{AppName, EnvName, ImageRef},
         observed::{Address, Health, Instance, ObservedApp, Phase},
         problem::Problem,
@@ -51,6 +52,8 @@ enum Event {
     Fail(u8),
     /// The agent is killed and restarted: it knows no health and no backoffs.
     Crash,
+    /// This host gets a turn that goes so far.
+    Turn(u8),
     /// A number of passes.
     Run(u8),
 }
@@ -68,6 +71,7 @@ fn event() -> impl Strategy<Value = Event> {
         1 => (0usize..6).prop_map(Event::Vanish),
         1 => (1u8..5).prop_map(Event::Fail),
         2 => Just(Event::Crash),
+        3 => (0u8..5).prop_map(Event::Turn),
         6 => (1u8..30).prop_map(Event::Run),
     ]
 }
@@ -258,6 +262,17 @@ impl History {
                 self.desired = DesiredApp::Invalid { problems, last_good };
             }
             Event::Fail(n) => self.failing = *n,
+            Event::Turn(n) => {
+                let (held, monitor) = ("it is the turn of other hosts".to_owned(), Duration::from_secs(10));
+                let turns = [
+                    Turn::Free,
+                    Turn::Held(held),
+                    Turn::Try,
+                    Turn::Switch { monitor, confirmed: false },
+                    Turn::Switch { monitor, confirmed: true },
+                ];
+                self.host.turn = turns[usize::from(*n)].clone();
+            }
             Event::Crash => {
                 self.backoffs.clear();
                 for instance in &mut self.host.observed.instances {
@@ -291,6 +306,7 @@ impl History {
     /// Faults have stopped: the app converges within a bound.
     fn assert_converges(&mut self) {
         self.failing = 0;
+        self.host.turn = Turn::Free;
         self.log.push("faults stop".into());
         for _ in 0..600 {
             let plan = self.pass();
@@ -428,5 +444,56 @@ fn no_instance_leaves_the_routes_before_another_is_known_healthy() {
         }
         history.apply_event(&Event::Run(5));
         assert_eq!(history.serving(), 1, "{}", history.log.join("\n"));
+    }
+}
+
+/// A turn goes as far as it may, says when only the record of it is missing, and keeps the old release until the new one
+/// has served for its time.
+#[test]
+fn turn_of_a_host_goes_step_by_step() {
+    let endpoints = [
+        Some(Endpoint::Socket("/run/app/app.sock".into())),
+        Some(Endpoint::Port(PUBLISHED)),
+        Some(Endpoint::Port(IN_TABLE)),
+        None,
+    ];
+    for (endpoint, order) in
+        endpoints.iter().flat_map(|e| [Order::StartFirst, Order::StopFirst].map(|o| (e.clone(), o)))
+    {
+        let mut history = History::new([Behaviour::Works; 4], endpoint.clone(), order);
+        history.apply_event(&Event::Want { version: 0, replicas: 2 });
+        history.apply_event(&Event::Run(60));
+        let old = history.host.observed.clone();
+        let runs = |history: &History, version: u8| {
+            let release = history.target(version, 2).release.id.clone();
+            let of = |i: &&Instance| i.key.release == release && i.phase == Phase::Running;
+            history.host.observed.instances.iter().filter(of).count()
+        };
+        history.apply_event(&Event::Turn(1));
+        history.apply_event(&Event::Want { version: 1, replicas: 2 });
+        history.apply_event(&Event::Run(60));
+        assert_eq!(history.host.observed.instances.len(), old.instances.len(), "nothing is begun before the turn");
+        assert!(!history.host.plan(&history.desired, &history.backoffs).commits);
+        history.apply_event(&Event::Turn(2));
+        history.apply_event(&Event::Run(60));
+        let plan = history.host.plan(&history.desired, &history.backoffs);
+        assert!(plan.commits, "{endpoint:?} {order:?}: {plan:#?}\n{}", history.log.join("\n"));
+        assert_eq!(runs(&history, 0), 2, "all of the old release runs");
+        assert_eq!((&history.host.observed.slots, &history.host.observed.mapped), (&old.slots, &old.mapped));
+        history.apply_event(&Event::Turn(4));
+        // A worker has served since it was started: no requests are moved to it.
+        if endpoint.is_none() {
+            history.apply_event(&Event::Run(100));
+            assert_eq!((runs(&history, 0), runs(&history, 1)), (0, 2));
+            continue;
+        }
+        let passes = (0..200).find(|_| history.pass().waits.iter().any(|w| w.kind() == "monitor"));
+        assert!(passes.is_some(), "{}", history.log.join("\n"));
+        assert_eq!(runs(&history, 1), 2);
+        let kept = history.host.observed.instances.iter().filter(|i| i.key.release == history.target(0, 2).release.id);
+        assert_eq!(kept.count(), 2, "what to go back to is still there");
+        history.apply_event(&Event::Run(100));
+        assert!(history.host.plan(&history.desired, &history.backoffs).is_converged(), "{}", history.log.join("\n"));
+        assert_eq!((runs(&history, 0), runs(&history, 1)), (0, 2));
     }
 }

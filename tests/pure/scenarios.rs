@@ -16,6 +16,7 @@ use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path, sync::Arc, tim
 use demae::{
     model::{
         desired::{DesiredApp, Target},
+        fleet::Turn,
         name::AppName,
         observed::{Health, Instance, ObservedApp, Phase},
         problem::Problem,
@@ -96,6 +97,9 @@ impl Scenario {
         lines.extend(plan.step.iter().map(|planned| format!("step: {planned}")));
         lines.extend(plan.waits.iter().map(|wait| format!("wait: {wait}")));
         lines.extend(plan.blocks.iter().map(|block| format!("block: {}: {block}", block.kind())));
+        if plan.commits {
+            lines.push("commits".into());
+        }
         if plan.is_converged() {
             lines.push("converged".into());
         }
@@ -221,6 +225,15 @@ impl Scenario {
             ["fails"] => {
                 let kind = self.plan().step.expect("there is a step to fail").step.kind();
                 self.back_off(kind, "no space left on device");
+            }
+            ["turn", kind] => {
+                self.host.turn = match kind {
+                    "held" => Turn::Held("it is the turn of other hosts".into()),
+                    "try" => Turn::Try,
+                    "switch" => Turn::Switch { monitor: Duration::from_secs(10), confirmed: true },
+                    "free" => Turn::Free,
+                    other => panic!("`{other}` is no turn"),
+                };
             }
             ["nginx"] => self.serve(),
             ["steps"] => return self.run(),

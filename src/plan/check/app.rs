@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::model::{
     desired::DesiredApp,
+    fleet::Turn,
     name::ContainerId,
     observed::{Address, Instance, InstanceKey, Phase, Via},
     proxy::{Upstreams, Vhost},
@@ -25,6 +26,7 @@ pub fn violations(input: &AppInput<'_>, plan: &AppPlan) -> Vec<String> {
         check_step(input, &planned.step, &mut found);
     }
     check_vhost(input, &plan.vhost, &mut found);
+    check_turn(input, plan, &mut found);
     if leads_to_the_dead(input, plan) {
         found.push("it leaves requests with a container that has ended".into());
     }
@@ -32,6 +34,53 @@ pub fn violations(input: &AppInput<'_>, plan: &AppPlan) -> Vec<String> {
         found.push("the app is not converged, and the plan has no step, wait or block".into());
     }
     found
+}
+
+/// Without a turn nothing of another release is touched for the wanted one; with a turn that is only a trial, nothing that
+/// serves is.
+fn check_turn(input: &AppInput<'_>, plan: &AppPlan, found: &mut Vec<String>) {
+    let Some(wanted) = wanted_release(input) else { return };
+    let is_proven = input.observed.proven.as_ref().is_some_and(|proven| proven.as_str() == wanted);
+    let moves = match input.turn {
+        Turn::Free => true,
+        Turn::Switch { confirmed, .. } => *confirmed,
+        Turn::Held(_) | Turn::Try => false,
+    };
+    if is_proven || moves {
+        return;
+    }
+    let is_wanted = |key: &InstanceKey| key.release.as_str() == wanted;
+    let now_routed = |i: &&Instance| is_wanted(&i.key) && routed(input, i);
+    if input.observed.instances.iter().any(|i| now_routed(&i)) {
+        // Requests were moved in an earlier turn, or before there were turns.
+        return;
+    }
+    match plan.step.as_ref().map(|planned| &planned.step) {
+        Some(Step::Switch(_, slots)) if slots.values().any(is_wanted) => {
+            found.push("it moves requests to the wanted release before its turn".into());
+        }
+        Some(Step::Prove { .. }) => found.push("it proves the wanted release before its turn".into()),
+        Some(Step::Create { .. } | Step::Pull(_)) if matches!(input.turn, Turn::Held(_)) => {
+            found.push("it rolls out the wanted release, and is not in its turn".into());
+        }
+        Some(Step::Stop { handle, .. }) if input.observed.proven.as_ref() == Some(&handle.key.release) => {
+            found.push("it stops what serves before its turn".into());
+        }
+        _ => {}
+    }
+    let ports = |vhost: &Vhost| match &vhost.upstreams {
+        Upstreams::Ports(ports) => ports.clone(),
+        Upstreams::Slots(_) | Upstreams::Addresses(_) => Vec::new(),
+    };
+    if let VhostWish::Set(vhost) | VhostWish::Announce(vhost) = &plan.vhost {
+        let wished = ports(vhost);
+        let is_wished = |i: &&Instance| {
+            is_wanted(&i.key) && i.addresses().any(|a| matches!(a, Address::Port(port) if wished.contains(port)))
+        };
+        if input.observed.instances.iter().any(|i| is_wished(&i)) {
+            found.push("it leads requests to the wanted release before its turn".into());
+        }
+    }
 }
 
 /// What nginx is to serve never takes requests away from an app that is wanted, nor leads them from a healthy instance to

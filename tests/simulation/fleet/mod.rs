@@ -4,6 +4,7 @@
 //!
 //! `DEMAE_FLEETS=n` plays so many histories; `DEMAE_FLEET_SEED=n` plays one and prints it.
 
+mod directed;
 mod host;
 mod oracle;
 mod store;
@@ -70,6 +71,8 @@ struct Fleet {
     sent: Vec<Sent>,
     oracle: Oracle,
     faults: bool,
+    /// Transactions stay on their way.
+    holds_back: bool,
     log: Vec<String>,
 }
 
@@ -140,6 +143,7 @@ impl Fleet {
             runs: 1,
             sent: Vec::new(),
             faults: true,
+            holds_back: false,
             log: Vec::new(),
         }
     }
@@ -207,7 +211,7 @@ impl Fleet {
 
     /// Delivers a transaction now, or later.
     fn send(&mut self, sent: Sent) {
-        if self.faults && self.chance.one_in(8) {
+        if self.holds_back || self.faults && self.chance.one_in(8) {
             self.sent.push(sent);
         } else {
             self.deliver(&sent);
@@ -497,63 +501,56 @@ fn fleets_with_faults_keep_to_their_limits_and_come_to_rest() {
     assert!(events > 0);
 }
 
-/// Conditions that may be left out, each of which a property must miss.
-const CONDITIONS: &[Omitted] = &[
-    (TransactionKind::Open, "leader"),
-    (TransactionKind::Open, "rollout"),
-    (TransactionKind::Open, "spec"),
-    (TransactionKind::Open, "image"),
-    (TransactionKind::Open, "no-verdict-since"),
-    (TransactionKind::Open, "freeze"),
-    (TransactionKind::Open, "permit"),
-    (TransactionKind::Open, "host"),
-    (TransactionKind::Grant, "leader"),
-    (TransactionKind::Grant, "rollout"),
-    (TransactionKind::Grant, "spec"),
-    (TransactionKind::Grant, "no-verdict-since"),
-    (TransactionKind::Grant, "freeze"),
-    (TransactionKind::Grant, "permit"),
-    (TransactionKind::Grant, "host"),
-    (TransactionKind::ChangePhase, "leader"),
-    (TransactionKind::ChangePhase, "rollout"),
-    (TransactionKind::Withdraw, "leader"),
-    (TransactionKind::Withdraw, "permit"),
-    (TransactionKind::Withdraw, "host"),
-    (TransactionKind::DeclareLost, "leader"),
-    (TransactionKind::DeclareLost, "permit"),
-    (TransactionKind::DeclareLost, "host"),
-    (TransactionKind::Commit, "holds-name"),
-    (TransactionKind::Commit, "permit"),
-    (TransactionKind::Commit, "rollout"),
-    (TransactionKind::Commit, "no-verdict-since"),
-    (TransactionKind::Commit, "freeze"),
-    (TransactionKind::Prove, "holds-name"),
-    (TransactionKind::Prove, "permit"),
-    (TransactionKind::Prove, "proof"),
-    (TransactionKind::Judge, "holds-name"),
-    (TransactionKind::Judge, "verdict"),
-    (TransactionKind::GiveBack, "holds-name"),
-    (TransactionKind::GiveBack, "permit"),
-    (TransactionKind::Restore, "holds-name"),
-    (TransactionKind::Restore, "permit"),
+/// Conditions that histories miss if they are left out, each with a history in which that was seen. It changes with the
+/// code: others are searched then. What takes a rarer order of events is in `directed`.
+const CONDITIONS: &[(TransactionKind, &str, u64)] = &[
+    (TransactionKind::Open, "leader", 5),
+    (TransactionKind::Open, "rollout", 29),
+    (TransactionKind::Open, "spec", 1),
+    (TransactionKind::Open, "image", 1),
+    (TransactionKind::Open, "freeze", 32),
+    (TransactionKind::Open, "host", 243),
+    (TransactionKind::Grant, "leader", 48),
+    (TransactionKind::Grant, "no-verdict-since", 478),
+    (TransactionKind::Grant, "freeze", 48),
+    (TransactionKind::Grant, "permit", 49),
+    (TransactionKind::Grant, "host", 341),
+    (TransactionKind::ChangePhase, "leader", 425),
+    (TransactionKind::ChangePhase, "rollout", 105),
+    (TransactionKind::Withdraw, "leader", 45),
+    (TransactionKind::Withdraw, "permit", 198),
+    (TransactionKind::Withdraw, "host", 153),
+    (TransactionKind::DeclareLost, "leader", 974),
+    (TransactionKind::DeclareLost, "host", 2094),
+    (TransactionKind::Commit, "holds-name", 135),
+    (TransactionKind::Commit, "permit", 18),
+    (TransactionKind::Commit, "rollout", 31),
+    (TransactionKind::Commit, "no-verdict-since", 1834),
+    (TransactionKind::Commit, "freeze", 93),
+    (TransactionKind::Prove, "holds-name", 1),
+    (TransactionKind::Prove, "proof", 2215),
+    (TransactionKind::Judge, "holds-name", 218),
+    (TransactionKind::Judge, "verdict", 127),
+    (TransactionKind::GiveBack, "holds-name", 49),
+    (TransactionKind::GiveBack, "permit", 2471),
 ];
 
 #[test]
-fn each_condition_of_each_transaction_is_needed() {
+fn conditions_that_are_left_out_are_missed() {
     let most = crate::number("DEMAE_FLEETS").unwrap_or(3_000);
     let (next, survived) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         for _ in 0..cores {
             scope.spawn(|| {
-                while let Some(&condition) = CONDITIONS.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let caught = (1..=most).find_map(|seed| {
-                        let outcome = play(seed, Some(condition));
-                        outcome.violations.first().cloned().map(|violation| (seed, violation))
+                while let Some(&(kind, name, known)) = CONDITIONS.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let caught = std::iter::once(known).chain(1..=most).find_map(|seed| {
+                        let violations = play(seed, Some((kind, name))).violations;
+                        violations.into_iter().next().map(|violation| (seed, violation))
                     });
                     match caught {
-                        Some((seed, violation)) => println!("{condition:?}: fleet {seed}: {violation}"),
-                        None => survived.lock().expect("no thread panicked with it").push(condition),
+                        Some((seed, violation)) => println!("{kind:?} without {name}: fleet {seed}: {violation}"),
+                        None => survived.lock().expect("no thread panicked with it").push((kind, name)),
                     }
                 }
             });

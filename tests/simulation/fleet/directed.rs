@@ -1,0 +1,225 @@
+//! Conditions of transactions that take a rare order of events to be needed: that order, played on purpose.
+
+use demae::{
+    fleet::leader::LOST_AFTER,
+    model::{
+        fleet::{
+            FleetKey, HostVerdict, Permit, PermitPhase, Proof, Rollout, RolloutPhase, SCHEME, Transaction,
+            TransactionKind, VERSION,
+        },
+        name::HostName,
+        spec::Update,
+        time::Timestamp,
+    },
+};
+
+use super::{Fleet, Omitted, Sent, release, store};
+
+/// What happens, and what is missed then.
+struct Case {
+    condition: Omitted,
+    /// The fleet from which a transaction is decided.
+    before: fn(&mut Fleet),
+    /// What happens until it arrives at the store.
+    meanwhile: fn(&mut Fleet),
+    missed: &'static str,
+}
+
+fn host(n: usize) -> HostName {
+    HostName::try_from(format!("host{n}")).expect("a name")
+}
+
+fn permit(fleet: &mut Fleet, of: u64, phase: PermitPhase) {
+    let permit = Permit {
+        version: VERSION,
+        release: release(of),
+        epoch: 1,
+        phase,
+        granted: Timestamp::default(),
+        seen: 0,
+        strict: true,
+    };
+    let key = FleetKey::Permit(host(0), fleet.app.clone());
+    fleet.store.put(key, serde_json::to_string(&permit).expect("JSON"), None);
+}
+
+fn roll(fleet: &mut Fleet, to: u64, phase: RolloutPhase) {
+    let rollout = Rollout {
+        version: VERSION,
+        release: release(to),
+        from: Some(release(0)),
+        phase,
+        scheme: SCHEME,
+        pinned: false,
+        opened: Timestamp::default(),
+        changed: Timestamp::default(),
+        reason: String::new(),
+    };
+    let key = FleetKey::Rollout(fleet.app.clone());
+    fleet.store.put(key, serde_json::to_string(&rollout).expect("JSON"), None);
+}
+
+fn verdict(fleet: &mut Fleet, of: u64) {
+    let at = Timestamp::default();
+    let verdict =
+        HostVerdict { version: VERSION, cause: "it exited".into(), exit_code: None, log_tail: String::new(), at };
+    let key = FleetKey::Verdict(fleet.app.clone(), release(of), host(1));
+    fleet.store.put(key, serde_json::to_string(&verdict).expect("JSON"), None);
+}
+
+fn proves(fleet: &mut Fleet, n: usize, of: u64) {
+    let proof = Proof { version: VERSION, release: Some(release(of)) };
+    let key = FleetKey::Proof(host(n), fleet.app.clone());
+    fleet.store.put(key, serde_json::to_string(&proof).expect("JSON"), None);
+    fleet.hosts[n].proven = Some(release(of));
+    fleet.hosts[n].routed = Some(release(of));
+}
+
+/// Five hosts that serve release 0, and a leader.
+fn fleet(omitted: Option<Omitted>) -> Fleet {
+    let seed = (1..).find(|seed| Fleet::new(*seed, None).hosts.len() == 5).expect("a fleet of five");
+    let mut fleet = Fleet::new(seed, omitted);
+    fleet.update = Update::default();
+    fleet.faults = false;
+    fleet.keep_leases(true);
+    for n in 0..5 {
+        proves(&mut fleet, n, 0);
+        let (key, text) = fleet.hosts[n].status(&fleet.app);
+        fleet.store.put(key, text, None);
+    }
+    roll(&mut fleet, 0, RolloutPhase::Done);
+    fleet.store.change(|state| state.parallelism = 3);
+    fleet.candidate_acts(4);
+    fleet
+}
+
+/// What the leader or the first host would write now.
+fn decided(fleet: &mut Fleet, kind: TransactionKind) -> Sent {
+    fleet.holds_back = true;
+    for _ in 0..4 {
+        fleet.candidate_acts(4);
+        fleet.host_steps(0);
+    }
+    let is_it = |sent: &Sent| sent.transaction.kind == kind;
+    let at = fleet.sent.iter().position(is_it).unwrap_or_else(|| panic!("no {kind:?}: {:#?}", kinds(&fleet.sent)));
+    let sent = fleet.sent.remove(at);
+    fleet.sent.clear();
+    fleet.holds_back = false;
+    sent
+}
+
+fn kinds(sent: &[Sent]) -> Vec<&Transaction> {
+    sent.iter().map(|sent| &sent.transaction).collect()
+}
+
+fn wants_the_next(fleet: &mut Fleet) {
+    fleet.qualities.insert(release(1), super::Quality::default());
+    fleet.want(&release(1));
+}
+
+fn is_under_way(fleet: &mut Fleet) {
+    wants_the_next(fleet);
+    roll(fleet, 1, RolloutPhase::Rolling);
+}
+
+fn serves_the_next(fleet: &mut Fleet) {
+    is_under_way(fleet);
+    fleet.hosts[0].running.insert(release(1));
+    fleet.hosts[0].routed = Some(release(1));
+}
+
+const CASES: &[Case] = &[
+    Case {
+        condition: (TransactionKind::Open, "no-verdict-since"),
+        before: wants_the_next,
+        meanwhile: |fleet| verdict(fleet, 1),
+        missed: "which failed",
+    },
+    Case {
+        condition: (TransactionKind::Open, "permit"),
+        before: wants_the_next,
+        meanwhile: |fleet| permit(fleet, 9, PermitPhase::Switch),
+        missed: "has a turn, and gets another",
+    },
+    Case {
+        condition: (TransactionKind::Grant, "rollout"),
+        before: is_under_way,
+        meanwhile: |fleet| roll(fleet, 1, RolloutPhase::Halted),
+        missed: "a turn of an older rollout",
+    },
+    Case {
+        condition: (TransactionKind::Grant, "spec"),
+        before: |fleet| {
+            is_under_way(fleet);
+            proves(fleet, 1, 1);
+        },
+        meanwhile: |fleet| {
+            let key = FleetKey::Spec(fleet.app.clone());
+            fleet.store.change(|state| {
+                state.parallelism = 1;
+                store::put(state, key, "{}".into(), None);
+            });
+        },
+        missed: "more get one, of 1",
+    },
+    Case {
+        condition: (TransactionKind::DeclareLost, "permit"),
+        before: |fleet| {
+            is_under_way(fleet);
+            permit(fleet, 1, PermitPhase::Switch);
+            fleet.hosts[0].crash();
+            fleet.keep_leases(true);
+            fleet.candidate_acts(4);
+            fleet.now = fleet.now.plus(LOST_AFTER);
+        },
+        meanwhile: |fleet| permit(fleet, 2, PermitPhase::Try),
+        missed: "is taken in phase",
+    },
+    Case {
+        condition: (TransactionKind::Prove, "permit"),
+        before: |fleet| {
+            is_under_way(fleet);
+            permit(fleet, 1, PermitPhase::Switch);
+            fleet.hosts[0].proven = Some(release(1));
+            fleet.hosts[0].routed = Some(release(1));
+        },
+        meanwhile: |fleet| permit(fleet, 2, PermitPhase::Try),
+        missed: "ends the turn of another release",
+    },
+    Case {
+        condition: (TransactionKind::Restore, "permit"),
+        before: serves_the_next,
+        meanwhile: |fleet| permit(fleet, 1, PermitPhase::Try),
+        missed: "has a turn, and puts back another",
+    },
+    Case {
+        condition: (TransactionKind::Restore, "holds-name"),
+        before: serves_the_next,
+        meanwhile: |fleet| {
+            let key = FleetKey::Host(host(0));
+            fleet.store.delete(&key);
+            fleet.store.put(key, "{}".into(), Some(u64::MAX));
+        },
+        missed: "another run of host0 wrote",
+    },
+];
+
+#[test]
+fn conditions_that_are_rarely_needed_are_missed_too() {
+    for case in CASES {
+        for omitted in [None, Some(case.condition)] {
+            let mut fleet = fleet(omitted);
+            (case.before)(&mut fleet);
+            let sent = decided(&mut fleet, case.condition.0);
+            fleet.oracle.look(fleet.store.now(), &fleet.hosts, &fleet.app);
+            assert!(fleet.oracle.violations.is_empty(), "{:?}: {:?}", case.condition, fleet.oracle.violations);
+            (case.meanwhile)(&mut fleet);
+            fleet.deliver(&sent);
+            let found = &fleet.oracle.violations;
+            match omitted {
+                None => assert!(found.is_empty(), "{:?}: {found:?}", case.condition),
+                Some(_) => assert!(found.iter().any(|v| v.contains(case.missed)), "{:?}: {found:?}", case.condition),
+            }
+        }
+    }
+}
