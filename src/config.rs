@@ -47,6 +47,7 @@ pub struct File {
     nginx: NginxFile,
     ports: PortsFile,
     tcp_routes: TcpRoutesFile,
+    rollouts: RolloutsFile,
     webhook: Option<WebhookFile>,
     brake: BrakeFile,
 }
@@ -117,6 +118,13 @@ struct TcpRoutesFile {
     bridge: Option<String>,
     subnet: Option<String>,
     range: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RolloutsFile {
+    enabled: Option<bool>,
+    lead: Option<bool>,
 }
 
 /// Flags and environment variables, which override the file.
@@ -244,6 +252,8 @@ pub struct Config {
     pub ports: RangeInclusive<u16>,
     /// Routes to TCP apps by a table of the kernel.
     pub tcp_routes: tcp_routes::Settings,
+    /// How this host takes part in rollouts; `None` if it converges by itself.
+    pub rollouts: Option<Rollouts>,
     /// Receiver of events.
     pub webhook: Option<WebhookConfig>,
     /// Limit for mass removals.
@@ -335,6 +345,7 @@ impl Config {
             webhook: file.webhook.map(webhook).transpose()?,
             brake: brake(&file.brake)?,
             tcp_routes: tcp_routes(file.tcp_routes)?,
+            rollouts: rollouts(&file.rollouts),
             ports: port_range(file.ports.range.as_deref().unwrap_or("20000-29999"))?,
         })
     }
@@ -344,6 +355,13 @@ fn read(path: &Path) -> Result<File, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     toml::from_str(&text)
         .map_err(|e| ConfigError::Parse { path: path.to_owned(), message: e.to_string().trim_end().to_owned() })
+}
+
+/// How a host takes part in rollouts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rollouts {
+    /// Whether its agent may be elected as the leader.
+    pub may_lead: bool,
 }
 
 /// The connection to etcd, for commands that need nothing else.
@@ -495,6 +513,11 @@ fn networks(name: &'static str, given: Vec<String>) -> Result<Vec<String>, Confi
         }
     }
     Ok(given)
+}
+
+fn rollouts(file: &RolloutsFile) -> Option<Rollouts> {
+    let enabled = file.enabled.unwrap_or(false);
+    enabled.then(|| Rollouts { may_lead: file.lead.unwrap_or(true) })
 }
 
 fn tcp_routes(file: TcpRoutesFile) -> Result<tcp_routes::Settings, ConfigError> {

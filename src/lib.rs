@@ -40,6 +40,7 @@ pub mod machine;
 pub mod world;
 
 pub mod agent;
+pub mod rollout;
 
 pub mod host_gauges;
 pub mod webhook;

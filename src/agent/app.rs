@@ -15,6 +15,7 @@ use super::{
     incidents::Incidents,
     prediction::Prediction,
     telemetry::{AppTelemetry, Sinks},
+    turn::TurnState,
 };
 use crate::{
     events::Events,
@@ -31,7 +32,7 @@ use crate::{
         time::Timestamp,
     },
     plan::{
-        AppInput, AppPlan, Backoff, Backoffs, FREE, ProxyView, Stopping, VhostWish,
+        AppInput, AppPlan, Backoff, Backoffs, ProxyView, Stopping, VhostWish,
         app::REPLACES_UNHEALTHY,
         check,
         proxy::Conflict,
@@ -62,7 +63,9 @@ const UNHEALTHY: &str = "unhealthy";
 const UNOBSERVED: &str = "unobserved";
 
 pub(super) struct AppState {
-    app: AppName,
+    pub(super) app: AppName,
+    /// Its turn in a rollout.
+    pub(super) turn: TurnState,
     pub(super) desired: DesiredApp,
     pub(super) observed: Option<ObservedApp>,
     pub(super) planned: Option<AppPlan>,
@@ -103,6 +106,7 @@ impl AppState {
         Self {
             telemetry: AppTelemetry::new(app.clone()),
             app,
+            turn: TurnState::new(desired.clone()),
             desired,
             observed: None,
             planned: None,
@@ -248,7 +252,7 @@ impl AppState {
         let input = AppInput {
             app,
             desired: &self.desired,
-            turn: &FREE,
+            turn: &self.turn.turn,
             observed,
             proxy: view,
             conflict,
@@ -275,6 +279,7 @@ impl AppState {
             plan.vhost = VhostWish::Keep;
             plan.blocks.push(Block::Refused(violation));
         }
+        plan.waits.extend(self.turn.kept_wait());
         self.counting_since = None;
         // The end of the step in flight wakes the loop.
         self.wake = if self.busy.is_some() { None } else { plan.wake_at(now) };
@@ -381,6 +386,13 @@ impl AppState {
     /// Whether its part of nginx is frozen until it is planned again.
     pub(super) fn is_held_back(&self) -> bool {
         !self.fresh.is_plan_applicable()
+    }
+
+    /// Whether only the record that requests move is missing, by a plan that is current.
+    pub(super) fn is_ready_to_commit(&self) -> bool {
+        self.busy.is_none()
+            && self.fresh.is_plan_current()
+            && self.planned.as_ref().is_some_and(|plan| plan.commits && plan.step.is_none())
     }
 
     /// Since when some running instance has unknown health.

@@ -15,8 +15,10 @@ mod listing;
 mod prediction;
 mod proxy;
 mod report;
+mod rollouts;
 mod standstill;
 mod telemetry;
+mod turn;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -47,6 +49,7 @@ use crate::{
         proxy::{Conflict, ProxyInput, ProxyPlan, conflicts},
         step::Step,
     },
+    rollout::{Answer, Link},
     store::{Publishing, Update},
 };
 use app::{AppState, PlanContext};
@@ -159,12 +162,26 @@ pub struct Agent<M> {
     stops: Arc<Semaphore>,
     store_reachable: bool,
     store_block: Option<StoreBlock>,
+    /// The records of rollouts, if this host takes turns.
+    rollouts: Option<Link>,
 }
 
 /// Desired state of an app that a snapshot does not list.
 fn desired_if_unlisted(snapshot: Option<&Snapshot>) -> DesiredApp {
     let why = "the store has no such app".to_owned();
     if snapshot.is_some_and(|s| s.proven) { DesiredApp::Absent(why) } else { DesiredApp::Unknown(why) }
+}
+
+/// News of rollouts: the answer to a write, or `None` if the records have changed. Never ends without rollouts.
+async fn rollout_news(link: &mut Option<Link>) -> Option<Answer> {
+    let Some(Link { rollouts, answers, .. }) = link else { return std::future::pending().await };
+    tokio::select! {
+        biased;
+        Some(answer) = answers.recv() => Some(answer),
+        Ok(()) = rollouts.changed() => None,
+        // The task at the other end is gone: the agent is ending.
+        else => std::future::pending().await,
+    }
 }
 
 impl<M: Machine> Agent<M> {
@@ -198,7 +215,14 @@ impl<M: Machine> Agent<M> {
             stops: Arc::new(Semaphore::new(PARALLEL_STOPS)),
             store_reachable: true,
             store_block: None,
+            rollouts: None,
         }
+    }
+
+    /// The same agent, which takes turns in rollouts.
+    #[must_use]
+    pub fn with_rollouts(self, link: Link) -> Self {
+        Self { rollouts: Some(link), ..self }
     }
 
     /// Runs until cancelled; with `once`, until nothing is left to do.
@@ -258,6 +282,10 @@ impl<M: Machine> Agent<M> {
                         return Ended::TaskPanicked;
                     }
                 },
+                news = rollout_news(&mut self.rollouts) => match news {
+                    Some(answer) => self.on_turn_written(&answer),
+                    None => self.on_rollouts_changed(),
+                },
                 Some(app) = news.recv() => self.on_probed(&app),
                 Some(hint) = hinted.recv() => match hint {
                     Hint::App(app) => self.request_observe(&app),
@@ -304,9 +332,16 @@ impl<M: Machine> Agent<M> {
         for (app, desired) in &snapshot.apps {
             let state =
                 self.apps.entry(app.clone()).or_insert_with(|| AppState::new(app.clone(), unlisted.clone(), now));
-            state.set_desired(desired.clone(), seen, now, self.options.delete_grace);
+            let is_same = state.turn.intended == *desired;
+            state.turn.intended.clone_from(desired);
+            // What runs in the place of the wanted release is decided by the rollout.
+            if state.turn.kept.is_none() || !is_same {
+                state.turn.kept = None;
+                state.set_desired(desired.clone(), seen, now, self.options.delete_grace);
+            }
         }
         for (_, state) in self.apps.iter_mut().filter(|(app, _)| !snapshot.apps.contains_key(*app)) {
+            (state.turn.intended, state.turn.kept) = (unlisted.clone(), None);
             state.set_desired(unlisted.clone(), seen, now, self.options.delete_grace);
         }
         let nested = mounts::nested(&snapshot);
@@ -393,8 +428,14 @@ impl<M: Machine> Agent<M> {
                 self.jobs.spawn(async move { Completion::OldWorkers(generation, machine.old_workers().await) });
             }
         }
+        self.follow_rollout(app, now);
         // Plan on a fresh observation before the next one: else a flood of hints would starve the app.
-        let Some(step) = self.plan(app, now) else {
+        let is_writing = self.is_plannable(app) && self.write_turn(app, false, now);
+        let Some(step) = (!is_writing).then(|| self.plan(app, now)).flatten() else {
+            let is_ready = self.apps.get(app).is_some_and(AppState::is_ready_to_commit);
+            if !is_writing && is_ready {
+                self.write_turn(app, true, now);
+            }
             self.observe_if_due(app, now);
             return;
         };
@@ -435,12 +476,18 @@ impl<M: Machine> Agent<M> {
         self.jobs.spawn(performing.instrument(span));
     }
 
+    /// Whether the observations from which an app is planned are valid, and it is to be planned.
+    fn is_plannable(&self, app: &AppName) -> bool {
+        let is_due = self.apps.get(app).is_some_and(|state| state.fresh.is_plannable());
+        is_due && self.proxy.fresh.is_valid() && self.rereading.is_none()
+    }
+
     /// The next step for an app, if its observation is valid.
     fn plan(&mut self, app: &AppName, now: Timestamp) -> Option<Step> {
-        let state = self.apps.get_mut(app)?;
-        if !state.fresh.is_plannable() || !self.proxy.fresh.is_valid() || self.rereading.is_some() {
+        if !self.is_plannable(app) {
             return None;
         }
+        let state = self.apps.get_mut(app)?;
         let context = PlanContext {
             proxy: &self.proxy.observed,
             trouble: self.proxy.trouble.as_deref(),
@@ -478,7 +525,8 @@ impl<M: Machine> Agent<M> {
         let relist = if self.listing { None } else { Some(self.relist_at) };
         let proxy = self.proxy.wake.filter(|_| is_ready && !self.proxy.fresh.is_observing()).map(soon);
         let can_plan = is_ready && self.proxy.fresh.is_valid() && self.rereading.is_none();
-        let replan = (can_plan && self.apps.values().any(|s| s.fresh.is_plannable())).then(Instant::now);
+        let replan = (can_plan && self.apps.values().any(|s| s.fresh.is_plannable() && s.turn.writing.is_none()))
+            .then(Instant::now);
         let reread = self.rereading.map(|_| Instant::now() + standstill::REREAD_POLL);
         [apps, relist, proxy, reread, replan]
             .into_iter()

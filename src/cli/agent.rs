@@ -18,6 +18,7 @@ use crate::{
         status::{HostStatus, StoreStatus, VERSION},
     },
     plan::{app::plan_app, proxy::plan_proxy},
+    rollout::{self, Link},
     shutdown,
     store::{self, DesiredCache, EtcdCluster, Publishing, SharedFence, Update},
     telemetry,
@@ -141,7 +142,19 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let publishing = Arc::new(Publishing::default());
     let (leases, leases_in) = watch::channel(None);
     tasks.spawn(store::keep_lease(config.etcd.clone(), updates_in.clone(), leases, side.clone()));
-    let sources = store::Sources { statuses: publish_in, leases: leases_in, updates: updates_in.clone(), fence };
+    let link = config.rollouts.map(|rollouts| {
+        let (link, ends) = Link::new();
+        let (etcd, host) = (config.etcd.clone(), config.host.clone());
+        let (updates, leases) = (updates_in.clone(), leases_in.clone());
+        tasks.spawn(rollout::follow(etcd.clone(), host.clone(), updates.clone(), leases, ends, side.clone()));
+        if rollouts.may_lead {
+            tasks.spawn(rollout::lead(etcd, host, claim.owner().run.clone(), updates, side.clone()));
+        }
+        link
+    });
+    let rollouts = link.is_some();
+    let sources =
+        store::Sources { statuses: publish_in, leases: leases_in, updates: updates_in.clone(), fence, rollouts };
     let publisher = tasks.spawn(store::publish(config.etcd.clone(), claim, sources, publishing.clone(), side.clone()));
     // An agent whose publisher died must be restarted.
     let (publisher_died, stop) = (CancellationToken::new(), token.clone());
@@ -160,7 +173,12 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let options = Options { resync, parallel, delete_grace, once, planner: plan_app, proxy_planner: plan_proxy };
     let outlets =
         Outlets { metrics, view, host_gauges, events, status, publish, pulse, ready, resync_requested, publishing };
-    let ended = Agent::new(world, options, outlets, updates_in).run(changes, token).await;
+    let agent = Agent::new(world, options, outlets, updates_in);
+    let agent = match link {
+        Some(link) => agent.with_rollouts(link),
+        None => agent,
+    };
+    let ended = agent.run(changes, token).await;
     side.cancel();
     if tokio::time::timeout(FINAL_UPDATE_TIMEOUT, tasks.wait()).await.is_err() {
         tracing::debug!("the final status was not published; the lease will expire");

@@ -195,6 +195,7 @@ impl<'a> Decision<'a> {
             from,
             phase,
             scheme: SCHEME,
+            hosts: count(intent),
             pinned,
             opened: now,
             changed: now,
@@ -295,9 +296,10 @@ impl<'a> Decision<'a> {
             | RolloutPhase::Reverted => None,
         };
         if let Some((phase, reason)) = next {
-            return Some(
-                self.change_phase(stored, &Rollout { phase, reason, changed: self.view.now, ..rollout.clone() }),
-            );
+            return Some(self.change_phase(
+                stored,
+                &Rollout { phase, reason, changed: self.view.now, hosts: count(intent), ..rollout.clone() },
+            ));
         }
         let (conditions, writes) = self.grants(intent, rollout, stored.modified);
         if writes.is_empty() {
@@ -409,6 +411,10 @@ impl<'a> Decision<'a> {
         }
         chosen
     }
+}
+
+fn count(intent: &Intent) -> u32 {
+    u32::try_from(intent.hosts.len()).unwrap_or(u32::MAX)
 }
 
 fn because(host: &HostName, cause: Option<&str>) -> String {

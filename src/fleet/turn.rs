@@ -39,8 +39,6 @@ pub struct HostFacts<'a> {
     pub wanted: Option<&'a ReleaseId>,
     /// How it goes over the hosts.
     pub update: &'a Update,
-    /// How many hosts are up.
-    pub hosts: usize,
     /// The release that is proven here.
     pub proven: Option<&'a ReleaseId>,
     /// The releases that requests may go to: of routes, and of containers that run, for an app without.
@@ -86,7 +84,7 @@ pub fn directive(facts: &HostFacts<'_>, records: &HostRecords) -> Directive {
     let monitor = match rollout.phase {
         // It was monitored on each host of the fleet that was up.
         RolloutPhase::Done => std::time::Duration::ZERO,
-        _ => facts.update.monitor(facts.hosts),
+        _ => facts.update.monitor(usize::try_from(rollout.hosts).unwrap_or(usize::MAX)),
     };
     let is_switched = facts.routed.contains(wanted);
     match rollout.phase {
@@ -240,7 +238,9 @@ pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, 
         let writes = vec![Write::record(permit_key.clone(), &restored), put_proof];
         return transaction(TransactionKind::Restore, vec![Condition::Created(permit_key, 0)], writes);
     }
-    if !is_published || lost.is_some() {
+    // An app that never was to run here has nothing to say.
+    let is_foreign = facts.wanted.is_none() && records.proof.is_none();
+    if !is_foreign && (!is_published || lost.is_some()) {
         let conditions = vec![same_proof, Condition::Created(permit_key, 0)];
         let mut writes = vec![put_proof];
         writes.extend(lost.map(|_| Write::Delete(lost_key)));

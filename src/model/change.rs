@@ -114,6 +114,7 @@ mod tests {
             replicas: spec.deploy.replicas_per_host,
             ingress: spec.ingress,
             order: spec.deploy.order,
+            update: crate::model::spec::Update::default(),
             pull_policy: spec.pull_policy,
             created: 1,
             cordoned: false,

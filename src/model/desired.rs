@@ -9,7 +9,7 @@ use super::{
     name::{AppName, EnvName, ImageRef, SetName},
     problem::{Problem, Problems, bounded, catch_panic},
     release::{Release, ReleaseKey},
-    spec::{Endpoint, Ingress, Order, PullPolicy, Spec},
+    spec::{Endpoint, Ingress, Order, PullPolicy, Spec, Update},
     text::hex,
 };
 
@@ -117,6 +117,8 @@ pub struct Target {
     pub ingress: Option<Ingress>,
     /// Whether a replacement starts or stops first.
     pub order: Order,
+    /// How a release goes over the hosts of a fleet.
+    pub update: Update,
     /// When its image is pulled.
     pub pull_policy: PullPolicy,
     /// The create revision of its spec: the older of two claims to a virtual host wins.
@@ -205,7 +207,7 @@ fn resolve_app(
         let reason = bounded(String::from_utf8_lossy(reason).trim(), MOST_REASON);
         return Ok(DesiredApp::Paused(if reason.is_empty() { "no reason given".to_owned() } else { reason }));
     }
-    let Some((created, spec)) = &app.spec else {
+    let Some((_, spec)) = &app.spec else {
         // Only a leftover image or restart key: an app exists if its spec does.
         return Ok(DesiredApp::Absent(format!("there is no `apps/{name}/spec`")));
     };
@@ -217,6 +219,23 @@ fn resolve_app(
         }
         return Ok(DesiredApp::Absent(format!("this host does not satisfy `{unmet}`")));
     }
+    target(name, app, keys, key, mode == HostMode::Cordoned).map(DesiredApp::Run)
+}
+
+/// What an app runs wherever it is placed.
+///
+/// # Errors
+/// All problems of its keys; one if it has no spec.
+pub fn target(
+    name: &AppName,
+    app: &AppKeys,
+    keys: &Keys,
+    key: &ReleaseKey,
+    cordoned: bool,
+) -> Result<Target, Problems> {
+    let missing = || Problem::new(format!("apps/{name}/spec"), "there is no spec");
+    let (created, spec) = app.spec.as_ref().ok_or_else(missing)?;
+    let spec = spec.as_ref().as_ref().map_err(Clone::clone)?;
     let mut problems = Vec::new();
     let image = image(name, app, spec).map_err(|p| problems.push(p)).ok();
     let restart = text(&app.restart, || format!("apps/{name}/restart")).map_err(|p| problems.push(p)).ok().flatten();
@@ -228,15 +247,16 @@ fn resolve_app(
     let endpoints = (endpoint, spec.ingress.as_ref().map(Ingress::more_endpoints).unwrap_or_default());
     let (container, health) = (spec.container.clone(), spec.health.clone());
     let release = Release::with_endpoints(key, image, container, env, health, endpoints, restart.as_deref());
-    Ok(DesiredApp::Run(Target {
+    Ok(Target {
         release: Arc::new(release),
         replicas: spec.deploy.replicas_per_host,
         ingress: spec.ingress.clone(),
         order: spec.deploy.order,
+        update: spec.deploy.update.clone(),
         pull_policy: spec.pull_policy,
         created: *created,
-        cordoned: mode == HostMode::Cordoned,
-    }))
+        cordoned,
+    })
 }
 
 fn text(value: &Option<Vec<u8>>, key: impl Fn() -> String) -> Result<Option<String>, Problem> {

@@ -301,6 +301,7 @@ mod tests {
             replicas: 1,
             ingress: spec.ingress,
             order: spec.deploy.order,
+            update: crate::model::spec::Update::default(),
             pull_policy: spec.pull_policy,
             created,
             cordoned: false,

@@ -11,10 +11,10 @@ use super::{
 };
 use crate::model::{
     desired::{self, DesiredApp, HostMode, Snapshot, Target},
-    name::{AppName, HostName},
+    name::{AppName, EnvName, HostName, SetName},
     problem::{Problem, Problems, catch_panic},
     release::ReleaseKey,
-    spec::Spec,
+    spec::{Constraint, Spec},
     yaml::{self, Value},
 };
 
@@ -74,6 +74,34 @@ impl Interpreter {
         Snapshot { revision: contents.revision, proven: true, mode, labels, apps, unreadable }
     }
 
+    /// What each app runs wherever it is placed, and where it is. An app that is paused, invalid or gone is left out.
+    pub fn everywhere(&mut self, contents: &Contents, key: &ReleaseKey) -> BTreeMap<AppName, Everywhere> {
+        let (keys, ..) = self.sort_out(contents, &mut Vec::new());
+        let one = |(name, app): (&AppName, &desired::AppKeys)| {
+            if app.paused.is_some() {
+                return None;
+            }
+            let target = catch_panic(|| desired::target(name, app, &keys, key, false)).ok()?;
+            let spec = app.spec.as_ref()?.1.as_ref().as_ref().ok()?;
+            let sets = [name.as_str()].into_iter().chain(spec.env_from.iter().map(SetName::as_str));
+            let text = |value: &Option<Vec<u8>>| value.as_ref().map(|v| String::from_utf8_lossy(v).into_owned());
+            let values = |set: &SetName| {
+                let values = keys.env.get(set).into_iter().flatten();
+                values.map(|(name, value)| (name.clone(), String::from_utf8_lossy(value).into_owned())).collect()
+            };
+            let sets = sets.filter_map(|set| SetName::try_from(set).ok()).map(|set| (set.clone(), values(&set)));
+            let spec_text = contents.entries.get(format!("apps/{name}/spec").as_bytes())?.value();
+            let made_from = MadeFrom {
+                spec: String::from_utf8_lossy(spec_text).into_owned(),
+                image: text(&app.image),
+                restart: text(&app.restart),
+                env: sets.collect(),
+            };
+            Some((name.clone(), Everywhere { target, constraints: spec.deploy.constraints.clone(), made_from }))
+        };
+        keys.apps.iter().filter_map(one).collect()
+    }
+
     fn sort_out(
         &mut self,
         contents: &Contents,
@@ -113,7 +141,7 @@ impl Interpreter {
                         unreadable.push(problem.hint("use `active`, `cordoned` or `drained`"));
                     }
                 },
-                Ok(Key::HostLabels(_) | Key::HostMode(_) | Key::Cluster) => {}
+                Ok(Key::HostLabels(_) | Key::HostMode(_) | Key::Cluster | Key::Freeze | Key::Pin(_)) => {}
                 Err(BadKey::Set(set, problem)) => keys.env_problems.entry(set).or_default().push(problem),
                 // An unknown key below an app may be of a newer version: the app is not invalid for it.
                 Err(BadKey::App(_, problem) | BadKey::Unowned(problem)) => unreadable.push(problem),
@@ -144,6 +172,60 @@ impl Interpreter {
                 spec
             }
         }
+    }
+}
+
+/// An app, wherever it is placed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Everywhere {
+    /// What it runs.
+    pub target: Target,
+    /// Which hosts it is placed on.
+    pub constraints: Vec<Constraint>,
+    /// The texts that its release is made from.
+    pub made_from: MadeFrom,
+}
+
+/// The texts that a release is made from.
+#[derive(Clone, PartialEq, Eq)]
+pub struct MadeFrom {
+    /// `apps/<app>/spec`.
+    pub spec: String,
+    /// `apps/<app>/image`.
+    pub image: Option<String>,
+    /// `apps/<app>/restart`.
+    pub restart: Option<String>,
+    /// The variables of its sets.
+    pub env: BTreeMap<SetName, BTreeMap<EnvName, String>>,
+}
+
+impl std::fmt::Debug for MadeFrom {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MadeFrom").field("image", &self.image).finish_non_exhaustive()
+    }
+}
+
+impl MadeFrom {
+    /// What an app runs if it is made from these texts, on any host.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn target(&self, app: &AppName, key: &ReleaseKey) -> Result<Target, Problems> {
+        let spec = catch_panic(|| Spec::parse(self.spec.as_bytes()));
+        let bytes = |text: &Option<String>| text.as_ref().map(|text| text.clone().into_bytes());
+        let own = desired::AppKeys {
+            spec: Some((0, Arc::new(spec))),
+            image: bytes(&self.image),
+            restart: bytes(&self.restart),
+            paused: None,
+        };
+        let values = |set: &BTreeMap<EnvName, String>| {
+            set.iter().map(|(name, value)| (name.clone(), value.clone().into_bytes())).collect()
+        };
+        // An empty set is no set for `env_from`.
+        let env = self.env.iter().filter(|(_, set)| !set.is_empty()).map(|(set, v)| (set.clone(), values(v))).collect();
+        let keys = desired::Keys { env, ..desired::Keys::default() };
+        catch_panic(|| desired::target(app, &own, &keys, key, false))
     }
 }
 

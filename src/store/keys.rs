@@ -1,7 +1,8 @@
 //! Every key, its form and its meaning, in one place.
 
 use crate::model::{
-    name::{AppName, EnvName, HostName, SetName},
+    fleet::FleetKey,
+    name::{AppName, EnvName, HostName, ReleaseId, SetName},
     problem::Problem,
 };
 
@@ -68,10 +69,65 @@ impl Prefix {
         self.key("state/apps/")
     }
 
+    /// A key of a rollout.
+    pub fn fleet(&self, key: &FleetKey) -> String {
+        let rest = match key {
+            FleetKey::Leader => "state/leader".to_owned(),
+            FleetKey::Host(host) => format!("state/hosts/{host}"),
+            FleetKey::Rollout(app) => format!("state/rollouts/{app}"),
+            FleetKey::Permit(host, app) => format!("state/permits/{host}/{app}"),
+            FleetKey::Verdict(app, release, host) => format!("state/verdicts/{app}/{release}/{host}"),
+            FleetKey::Lost(app, host) => format!("state/lost/{app}/{host}"),
+            FleetKey::Proof(host, app) => format!("state/proven/{host}/{app}"),
+            FleetKey::Status(host, app) => format!("state/apps/{host}/{app}"),
+            FleetKey::Kept(app, release) => format!("state/releases/{app}/{release}"),
+            FleetKey::KeptEnv(app, release) => format!("secret/releases/{app}/{release}"),
+            FleetKey::Spec(app) => format!("apps/{app}/spec"),
+            FleetKey::Image(app) => format!("apps/{app}/image"),
+            FleetKey::Freeze => "freeze".to_owned(),
+        };
+        self.key(&rest)
+    }
+
+    /// The verdicts of a release, on all hosts: a prefix.
+    pub fn verdicts(&self, app: &AppName, release: &ReleaseId) -> String {
+        self.key(&format!("state/verdicts/{app}/{release}/"))
+    }
+
+    /// All that a leader reads: what people write, kept environments, and what machines write.
+    pub fn leader_range(&self) -> (Vec<u8>, Vec<u8>) {
+        (self.key("apps/").into_bytes(), self.key("state0").into_bytes())
+    }
+
     /// A key without the prefix; `None` if it is not below it.
     pub fn strip<'k>(&self, key: &'k [u8]) -> Option<&'k [u8]> {
         key.strip_prefix(self.0.as_bytes())?.strip_prefix(b"/")
     }
+}
+
+/// Reads a key of a rollout, without the prefix; `None` if it is another one.
+pub fn parse_fleet(rest: &[u8]) -> Option<FleetKey> {
+    let text = std::str::from_utf8(rest).ok()?;
+    let app = |text: &str| AppName::try_from(text).ok();
+    let host = |text: &str| HostName::try_from(text).ok();
+    let release = |text: &str| ReleaseId::try_from(text).ok();
+    let words: Vec<&str> = text.split('/').collect();
+    Some(match words[..] {
+        ["freeze"] => FleetKey::Freeze,
+        ["apps", a, "spec"] => FleetKey::Spec(app(a)?),
+        ["apps", a, "image"] => FleetKey::Image(app(a)?),
+        ["state", "leader"] => FleetKey::Leader,
+        ["state", "hosts", h] => FleetKey::Host(host(h)?),
+        ["state", "rollouts", a] => FleetKey::Rollout(app(a)?),
+        ["state", "permits", h, a] => FleetKey::Permit(host(h)?, app(a)?),
+        ["state", "verdicts", a, r, h] => FleetKey::Verdict(app(a)?, release(r)?, host(h)?),
+        ["state", "lost", a, h] => FleetKey::Lost(app(a)?, host(h)?),
+        ["state", "proven", h, a] => FleetKey::Proof(host(h)?, app(a)?),
+        ["state", "apps", h, a] => FleetKey::Status(host(h)?, app(a)?),
+        ["state", "releases", a, r] => FleetKey::Kept(app(a)?, release(r)?),
+        ["secret", "releases", a, r] => FleetKey::KeptEnv(app(a)?, release(r)?),
+        _ => return None,
+    })
 }
 
 /// A key of the desired range.
@@ -93,6 +149,10 @@ pub enum Key {
     HostMode(HostName),
     /// `cluster`
     Cluster,
+    /// `freeze`
+    Freeze,
+    /// `apps/<app>/release`
+    Pin(AppName),
 }
 
 /// A key without a meaning, by what it might belong to.
@@ -115,8 +175,10 @@ impl Key {
         let shown = String::from_utf8_lossy(rest).escape_debug().to_string();
         let unowned = |message: String| BadKey::Unowned(Problem::new(shown.clone(), message));
         let text = std::str::from_utf8(rest).map_err(|_| unowned("the key is not UTF-8".into()))?;
-        if text == "cluster" {
-            return Ok(Self::Cluster);
+        match text {
+            "cluster" => return Ok(Self::Cluster),
+            "freeze" => return Ok(Self::Freeze),
+            _ => {}
         }
         let Some((kind, rest)) = text.split_once('/') else {
             return Err(unowned("demae knows no such key".into()));
@@ -131,9 +193,13 @@ impl Key {
                     "image" => Ok(Self::Image(app)),
                     "restart" => Ok(Self::Restart(app)),
                     "paused" => Ok(Self::Paused(app)),
+                    "release" => Ok(Self::Pin(app)),
                     _ => {
                         let problem = Problem::new(shown, "demae knows no such key, and ignores it");
-                        Err(BadKey::App(app, problem.hint("an app has `spec`, `image`, `restart` and `paused`")))
+                        Err(BadKey::App(
+                            app,
+                            problem.hint("an app has `spec`, `image`, `restart`, `release` and `paused`"),
+                        ))
                     }
                 }
             }
@@ -184,6 +250,35 @@ mod tests {
         }
         assert!(matches!(Key::parse(b"env/web/A=B"), Err(BadKey::Set(..))));
         assert!(matches!(Key::parse(b"apps/\xff/spec"), Err(BadKey::Unowned(_))));
+    }
+
+    #[test]
+    fn keys_of_rollouts_are_read_as_they_are_written() {
+        let prefix = Prefix::new("/demae").expect("a prefix");
+        let (app, host) = (AppName::try_from("web").expect("a name"), HostName::try_from("web1").expect("a name"));
+        let release = ReleaseId::try_from("0123456789ab").expect("a release");
+        for key in [
+            FleetKey::Leader,
+            FleetKey::Host(host.clone()),
+            FleetKey::Rollout(app.clone()),
+            FleetKey::Permit(host.clone(), app.clone()),
+            FleetKey::Verdict(app.clone(), release.clone(), host.clone()),
+            FleetKey::Lost(app.clone(), host.clone()),
+            FleetKey::Proof(host.clone(), app.clone()),
+            FleetKey::Status(host.clone(), app.clone()),
+            FleetKey::Kept(app.clone(), release.clone()),
+            FleetKey::KeptEnv(app.clone(), release.clone()),
+            FleetKey::Spec(app.clone()),
+            FleetKey::Image(app.clone()),
+            FleetKey::Freeze,
+        ] {
+            let text = prefix.fleet(&key);
+            assert_eq!(prefix.strip(text.as_bytes()).and_then(parse_fleet), Some(key.clone()), "{text}");
+            let (from, to) = prefix.leader_range();
+            assert!((from.as_slice()..to.as_slice()).contains(&text.as_bytes()), "a leader reads {text}");
+            assert!(text.starts_with(&prefix.verdicts(&app, &release)) == matches!(key, FleetKey::Verdict(..)));
+        }
+        assert_eq!(parse_fleet(b"state/permits/../web"), None);
     }
 
     #[test]

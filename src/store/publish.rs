@@ -79,6 +79,8 @@ pub struct Sources {
     pub updates: Receiver<Update>,
     /// The nonces that are to be written.
     pub fence: Arc<SharedFence>,
+    /// Whether this host takes turns in rollouts.
+    pub rollouts: bool,
 }
 
 /// Publishes every status until cancelled.
@@ -103,6 +105,7 @@ pub async fn publish(
             lease: &mut lease,
             host_revision: None,
             is_complete: false,
+            features: if sources.rollouts { &[ROLLOUTS] } else { &[] },
         };
         let ended = publisher.session(turn, &mut sources, &token).await;
         // A session that wrote everything was a good one: the name goes with the lease, and must not wait for long.
@@ -145,6 +148,8 @@ struct Publisher<'c> {
     host_revision: Option<i64>,
     /// True once everything was written.
     is_complete: bool,
+    /// What this host does beyond [`FEATURES`].
+    features: &'c [&'static str],
 }
 
 impl Publisher<'_> {
@@ -215,7 +220,7 @@ impl Publisher<'_> {
             labels: labels.clone(),
             mode: status.mode,
             agent: status.agent.clone(),
-            features: FEATURES.iter().map(|feature| (*feature).to_owned()).collect(),
+            features: FEATURES.iter().chain(self.features).map(|feature| (*feature).to_owned()).collect(),
         };
         let mut keys = BTreeMap::new();
         let mut add = |key: String, value: Result<String, serde_json::Error>| match value {
@@ -322,6 +327,9 @@ impl Publisher<'_> {
         StoreError::Call { endpoint: connection.endpoint.clone(), operation: "writing the fence", reason }
     }
 }
+
+/// The feature of a host that takes turns in rollouts.
+pub const ROLLOUTS: &str = "rollouts";
 
 /// What this version understands beyond the first one, for clients that write to hosts of several versions.
 pub const FEATURES: &[&str] = &["fence", "fleet-acceptance", "unknown-keys-are-warnings"];

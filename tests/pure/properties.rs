@@ -101,6 +101,7 @@ fn target(version: u8, replicas: u16, endpoint: Option<Endpoint>, order: Order) 
         replicas,
         ingress,
         order,
+        update: demae::model::spec::Update::default(),
         pull_policy: PullPolicy::Missing,
         created: 1,
         cordoned: false,

@@ -77,6 +77,7 @@ impl Scenario {
             replicas: spec.deploy.replicas_per_host,
             ingress: spec.ingress,
             order: spec.deploy.order,
+            update: demae::model::spec::Update::default(),
             pull_policy: spec.pull_policy,
             created: 1,
             cordoned: false,

@@ -32,6 +32,7 @@ mod ordinary;
 mod otel;
 mod restores;
 mod retries;
+mod rollouts;
 mod secrets;
 mod slow_disk;
 mod standstill;

@@ -56,6 +56,8 @@ pub struct Setup<'a> {
     pub no_agent: bool,
     /// Route TCP apps by the kernel's table, by addresses and a network of the lab's own.
     pub tcp_routes: bool,
+    /// Use the etcd of another lab, in place of one of its own.
+    pub etcd: Option<SocketAddr>,
 }
 
 impl Lab {
@@ -77,7 +79,7 @@ impl Lab {
         let tag = random();
         let lab = Self {
             host: format!("lab-{tag}"),
-            etcd: free_address(),
+            etcd: setup.etcd.unwrap_or_else(free_address),
             ingress: free_address(),
             metrics: free_address(),
             etcd_process: None,
@@ -91,7 +93,9 @@ impl Lab {
         };
         let mut lab = lab;
         lab.write_config(setup);
-        lab.start_etcd();
+        if setup.etcd.is_none() {
+            lab.start_etcd();
+        }
         lab.start_nginx();
         if !setup.no_agent {
             lab.start_agent(&[]);

@@ -51,8 +51,8 @@ fn one(bytes: &[u8]) {
 /// The forms of docs/keys.md.
 fn is_known(text: &str) -> bool {
     match text.split('/').collect::<Vec<&str>>()[..] {
-        ["cluster"] => true,
-        ["apps", app, "spec" | "image" | "restart" | "paused"] => is_label(app),
+        ["cluster"] | ["freeze"] => true,
+        ["apps", app, "spec" | "image" | "restart" | "paused" | "release"] => is_label(app),
         ["env", set, name] => is_label(set) && is_variable(name),
         ["hosts", host, "labels" | "mode"] => is_label(host),
         _ => false,
@@ -69,15 +69,17 @@ fn written(key: &Key) -> String {
         Key::HostLabels(host) => format!("hosts/{host}/labels"),
         Key::HostMode(host) => format!("hosts/{host}/mode"),
         Key::Cluster => "cluster".to_owned(),
+        Key::Freeze => "freeze".to_owned(),
+        Key::Pin(app) => format!("apps/{app}/release"),
     }
 }
 
 fn names(key: &Key) -> Vec<&str> {
     match key {
-        Key::Spec(app) | Key::Image(app) | Key::Restart(app) | Key::Paused(app) => vec![app.as_str()],
+        Key::Spec(app) | Key::Image(app) | Key::Restart(app) | Key::Paused(app) | Key::Pin(app) => vec![app.as_str()],
         Key::Env(set, name) => vec![set.as_str(), name.as_str()],
         Key::HostLabels(host) | Key::HostMode(host) => vec![host.as_str()],
-        Key::Cluster => Vec::new(),
+        Key::Cluster | Key::Freeze => Vec::new(),
     }
 }
 

@@ -50,6 +50,9 @@ pub struct Rollout {
     /// [`SCHEME`].
     #[serde(default = "version")]
     pub scheme: u32,
+    /// How many hosts wanted the app when the phase last changed.
+    #[serde(default)]
+    pub hosts: u32,
     /// Whether a person pinned the release.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pinned: bool,

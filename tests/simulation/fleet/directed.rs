@@ -50,6 +50,7 @@ fn roll(fleet: &mut Fleet, to: u64, phase: RolloutPhase) {
         from: Some(release(0)),
         phase,
         scheme: SCHEME,
+        hosts: 3,
         pinned: false,
         opened: Timestamp::default(),
         changed: Timestamp::default(),

@@ -90,7 +90,7 @@ impl SimHost {
         &mut self,
         app: &AppName,
         update: &Update,
-        hosts: usize,
+
         qualities: &BTreeMap<ReleaseId, Quality>,
         monitored: bool,
     ) -> Option<Transaction> {
@@ -100,7 +100,7 @@ impl SimHost {
         }
         let records = self.own_records(self.records.records(), app);
         let wanted = self.intent.wanted.clone();
-        let decided = directive(&self.facts(app, update, hosts, &wanted, &self.routed_set(), &self.judged()), &records);
+        let decided = directive(&self.facts(app, update, &wanted, &self.routed_set(), &self.judged()), &records);
         let (target, turn) = match decided {
             Directive::Wanted(turn) => (wanted.clone(), turn),
             Directive::Kept(release, _) => (release, Turn::Free),
@@ -110,19 +110,14 @@ impl SimHost {
             return None;
         }
         let (routed, verdicts) = (self.routed_set(), self.judged());
-        next_write(
-            &self.facts(app, update, hosts, &wanted, &routed, &verdicts),
-            &records,
-            is_ready,
-            Timestamp::default(),
-        )
+        next_write(&self.facts(app, update, &wanted, &routed, &verdicts), &records, is_ready, Timestamp::default())
     }
 
     fn facts<'a>(
         &'a self,
         app: &'a AppName,
         update: &'a Update,
-        hosts: usize,
+
         wanted: &'a ReleaseId,
         routed: &'a BTreeSet<ReleaseId>,
         verdicts: &'a [(ReleaseId, HostVerdict)],
@@ -132,7 +127,6 @@ impl SimHost {
             host: &self.name,
             wanted: Some(wanted),
             update,
-            hosts,
             proven: self.proven.as_ref(),
             routed,
             serving: self.routed.as_ref(),

@@ -185,13 +185,12 @@ impl Fleet {
             self.hosts[n].records = self.store.since(since, if fresh { 1000 } else { a });
             self.hosts[n].intent = self.store.since(other, if fresh { 1000 } else { b });
         }
-        let hosts = self.hosts.len();
         let monitored = self.chance.one_in(3);
         if self.chance.one_in(5) {
             self.hosts[n].confirmed = false;
         }
         let before = (self.hosts[n].routed.clone(), self.hosts[n].proven.clone());
-        let transaction = self.hosts[n].step(&self.app, &self.update, hosts, &self.qualities, monitored);
+        let transaction = self.hosts[n].step(&self.app, &self.update, &self.qualities, monitored);
         if before != (self.hosts[n].routed.clone(), self.hosts[n].proven.clone()) {
             let host = &self.hosts[n];
             let line = format!("{} routes to {:?}, has proven {:?}", host.name, host.routed, host.proven);

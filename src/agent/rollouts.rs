@@ -1,0 +1,199 @@
+//! The turns of this host in rollouts: what an app may do by the records of the fleet, and what is written about it.
+
+use std::collections::BTreeSet;
+
+use super::{Agent, app::AppState};
+use crate::{
+    fleet::turn::{Directive, HostFacts, HostRecords, directive, next_write},
+    machine::Machine,
+    model::{
+        desired::{DesiredApp, Target},
+        fleet::{HostVerdict, PermitPhase, Transaction, TransactionKind, Turn, VERSION},
+        name::{AppName, ReleaseId},
+        observed::{Address, Instance},
+        proxy::{ObservedProxy, Upstreams},
+        time::Timestamp,
+    },
+    rollout::{Answer, HostRollouts, Request},
+};
+
+/// How long a record of a switch counts for requests that have not moved yet. A step that waited longer is decided anew.
+const CONFIRMED: std::time::Duration = std::time::Duration::from_secs(5);
+/// Pause after a write that was refused: the reason for it is about to arrive.
+const REFUSED: std::time::Duration = std::time::Duration::from_millis(200);
+/// Pause after a write that could not be made.
+const FAILED: std::time::Duration = std::time::Duration::from_secs(1);
+
+impl AppState {
+    /// The releases that requests may go to. A worker has no routes: what counts is what is proven, and what its permit
+    /// says.
+    fn routed(&self, proxy: &ObservedProxy, records: &HostRecords) -> BTreeSet<ReleaseId> {
+        let Some(observed) = self.observed() else { return BTreeSet::new() };
+        let slots = observed.slots.values().chain(observed.mapped.values()).flatten();
+        let mut routed: BTreeSet<ReleaseId> = slots.map(|key| key.release.clone()).collect();
+        let mut ports: Vec<u16> = Vec::new();
+        for way in proxy.vhost(&self.app).into_iter().flat_map(crate::model::proxy::Vhost::all) {
+            if let Upstreams::Ports(more) = &way.upstreams {
+                ports.extend(more);
+            }
+        }
+        let is_routed = |i: &&Instance| i.addresses().any(|a| matches!(a, Address::Port(p) if ports.contains(p)));
+        routed.extend(observed.instances.iter().filter(is_routed).map(|i| i.key.release.clone()));
+        if self.turn.intended.target().is_some_and(|target| target.ingress.is_none()) {
+            let runs =
+                |release: &&ReleaseId| observed.instances.iter().any(|i| i.key.release == **release && i.is_running());
+            let switched = records.permit.iter().filter_map(|permit| permit.value.as_ref());
+            let switched = switched.filter(|permit| permit.phase == PermitPhase::Switch).map(|permit| &permit.release);
+            routed.extend(observed.proven.iter().chain(switched).filter(runs).cloned());
+        }
+        routed
+    }
+
+    fn verdicts(&self, wall: impl Fn(Timestamp) -> Timestamp) -> Vec<(ReleaseId, HostVerdict)> {
+        let verdicts = self.observed().into_iter().flat_map(|observed| &observed.verdicts);
+        let one = |(release, verdict): (&ReleaseId, &crate::model::observed::Verdict)| {
+            let verdict = HostVerdict {
+                version: VERSION,
+                cause: verdict.cause.clone(),
+                exit_code: verdict.exit_code,
+                log_tail: verdict.log_tail.clone(),
+                at: wall(verdict.at),
+            };
+            (release.clone(), verdict)
+        };
+        verdicts.map(one).collect()
+    }
+}
+
+impl<M: Machine> Agent<M> {
+    fn rollouts(&self) -> Option<std::sync::Arc<HostRollouts>> {
+        self.rollouts.as_ref().and_then(|link| link.rollouts.borrow().clone())
+    }
+
+    /// Calls a function with the facts about an app, and its records.
+    fn with_facts<T>(
+        &self,
+        app: &AppName,
+        rollouts: &HostRollouts,
+        now: Timestamp,
+        call: impl FnOnce(&HostFacts<'_>, &HostRecords) -> T,
+    ) -> Option<T> {
+        let state = self.apps.get(app)?;
+        let observed = state.observed()?;
+        let nothing = HostRecords::default();
+        let records = rollouts.records.get(app).unwrap_or(&nothing);
+        let routed = state.routed(&self.proxy.observed, records);
+        let verdicts = state.verdicts(|at| self.machine.wall(at));
+        let wanted = match &state.turn.intended {
+            DesiredApp::Run(target) => Some(target),
+            _ => None,
+        };
+        let update = wanted.map(|target| target.update.clone()).unwrap_or_default();
+        let plan = state.planned.as_ref().filter(|plan| plan.healthy > 0);
+        let facts = HostFacts {
+            app,
+            host: self.machine.host(),
+            wanted: wanted.map(|target| &target.release.id),
+            update: &update,
+            proven: observed.proven.as_ref(),
+            routed: &routed,
+            serving: plan.and_then(|plan| plan.serving.as_ref()),
+            verdicts: &verdicts,
+            confirmed: state.turn.confirmed.is_some_and(|at| now.since(at) < CONFIRMED),
+        };
+        Some(call(&facts, records))
+    }
+
+    /// Brings what an app is to run, and how far it may go, up to date with the records of the fleet.
+    pub(super) fn follow_rollout(&mut self, app: &AppName, now: Timestamp) {
+        if self.rollouts.is_none() {
+            return;
+        }
+        let rollouts = self.rollouts();
+        let Some(state) = self.apps.get(app) else { return };
+        let decided = match (&state.turn.intended, &rollouts) {
+            (DesiredApp::Run(_), None) => {
+                Directive::Wanted(Turn::Held("the records of its rollout were not read yet".into()))
+            }
+            (DesiredApp::Run(_), Some(rollouts)) => match self.with_facts(app, rollouts, now, directive) {
+                Some(directive) => directive,
+                // It is not observed yet, and nothing is done before.
+                None => return,
+            },
+            _ => Directive::Wanted(Turn::Free),
+        };
+        let kept = |release: &ReleaseId| rollouts.as_ref()?.kept.get(&(app.clone(), release.clone())).cloned();
+        let grace = self.options.delete_grace;
+        let Some(state) = self.apps.get_mut(app) else { return };
+        let intended = state.turn.intended.clone();
+        let (desired, turn, why) = match (decided, &intended) {
+            (Directive::Wanted(turn), _) => (intended, turn, None),
+            (Directive::Kept(release, why), DesiredApp::Run(wanted)) => match kept(&release) {
+                Some(target) => {
+                    let target = Target { created: wanted.created, cordoned: wanted.cordoned, ..target };
+                    (DesiredApp::Run(target), Turn::Free, Some(why))
+                }
+                // What was proven here before serves on, if it does.
+                None => (intended, Turn::Held(why), None),
+            },
+            (Directive::Kept(..), _) => (intended, Turn::Free, None),
+        };
+        if state.turn.turn != turn || state.turn.kept != why {
+            state.fresh.request_plan();
+        }
+        (state.turn.turn, state.turn.kept) = (turn, why);
+        state.set_desired(desired, None, now, grace);
+    }
+
+    /// Writes what is to be written about the turn of an app, if nothing is under way for it. Returns true while the app
+    /// waits for the answer.
+    pub(super) fn write_turn(&mut self, app: &AppName, is_ready: bool, now: Timestamp) -> bool {
+        let Some(state) = self.apps.get(app) else { return false };
+        if state.turn.writing.is_some() {
+            return true;
+        }
+        if state.busy.is_some() || !state.fresh.has_observed() {
+            return false;
+        }
+        let Some(rollouts) = self.rollouts() else { return false };
+        let write: Option<Option<Transaction>> = self.with_facts(app, &rollouts, now, |facts, records| {
+            next_write(facts, records, is_ready, self.machine.wall(now))
+        });
+        let (Some(Some(transaction)), Some(link)) = (write, &self.rollouts) else { return false };
+        let Some(state) = self.apps.get_mut(app) else { return false };
+        if now < state.turn.write_after {
+            let at = state.turn.write_after;
+            state.wake = Some(state.wake.map_or(at, |wake| wake.min(at)));
+            return false;
+        }
+        // The task at the other end outlives the loop.
+        let sent = link.requests.send(Request { app: app.clone(), transaction }).is_ok();
+        state.turn.writing = sent.then_some(now);
+        sent
+    }
+
+    /// A write was made, or not.
+    pub(super) fn on_turn_written(&mut self, answer: &Answer) {
+        let now = self.machine.now();
+        let Some(state) = self.apps.get_mut(&answer.app) else { return };
+        let sent = state.turn.writing.take();
+        match answer.made {
+            Some(true) if answer.kind == TransactionKind::Commit => state.turn.confirmed = sent,
+            Some(true) => {}
+            Some(false) => state.turn.write_after = now.plus(REFUSED),
+            None => state.turn.write_after = now.plus(FAILED),
+        }
+        state.fresh.request_plan();
+    }
+
+    /// The records of the fleet changed.
+    pub(super) fn on_rollouts_changed(&mut self) {
+        let (now, apps): (_, Vec<AppName>) = (self.machine.now(), self.apps.keys().cloned().collect());
+        for app in apps {
+            self.follow_rollout(&app, now);
+            if let Some(state) = self.apps.get_mut(&app) {
+                state.fresh.request_plan();
+            }
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! The turn of an app in a rollout, as the loop knows it.
+
+use crate::{
+    model::{desired::DesiredApp, fleet::Turn, time::Timestamp},
+    plan::wait::Wait,
+};
+
+/// The part of an app that is about turns.
+#[derive(Debug)]
+pub(super) struct TurnState {
+    /// What people want; what the app runs may be another release meanwhile.
+    pub(super) intended: DesiredApp,
+    /// How far it may go.
+    pub(super) turn: Turn,
+    /// Why it runs another release than the wanted one.
+    pub(super) kept: Option<String>,
+    /// A write is under way since then: nothing is decided before its answer.
+    pub(super) writing: Option<Timestamp>,
+    /// No write before.
+    pub(super) write_after: Timestamp,
+    /// When the last record of a switch was sent.
+    pub(super) confirmed: Option<Timestamp>,
+}
+
+impl TurnState {
+    pub(super) fn new(intended: DesiredApp) -> Self {
+        Self {
+            intended,
+            turn: Turn::Free,
+            kept: None,
+            writing: None,
+            write_after: Timestamp::default(),
+            confirmed: None,
+        }
+    }
+
+    /// Why an app that runs a kept release is not converged.
+    pub(super) fn kept_wait(&self) -> Option<Wait> {
+        self.kept.clone().map(Wait::Turn)
+    }
+}

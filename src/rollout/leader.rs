@@ -1,0 +1,315 @@
+//! The leader: one agent of the fleet at a time, on a lease of its own.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use tokio::{sync::watch::Receiver, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{is_trusted, trusted};
+use crate::{
+    fleet::{
+        leader::{FleetView, Intent, decide, is_canary, wake_at},
+        records::{RawRecord, Records},
+    },
+    model::{
+        desired::HostMode,
+        fleet::{FleetKey, KeptEnv, KeptRelease, Leader, VERSION},
+        name::{AppName, HostName, ReleaseId},
+        release::ReleaseKey,
+        time::Timestamp,
+    },
+    retry::{Retry, jittered},
+    store::{
+        Change, Contents, Entry, Everywhere, FleetSession, HostInfo, Interpreter, ROLLOUTS, StoreError, Term, Update,
+        client::EtcdConfig, parse_fleet,
+    },
+};
+
+/// How long a leader that is gone is still taken for one.
+const TTL: Duration = Duration::from_secs(15);
+/// Between two renewals.
+const RENEWAL: Duration = Duration::from_secs(5);
+/// A leader that was not answered for so long decides nothing more: its lease may end at any moment.
+const UNANSWERED: Duration = Duration::from_secs(10);
+/// After the end of another leader, agents wait for about this long, so that not all of them ask at once.
+const SPREAD: Duration = Duration::from_millis(200);
+/// Pause after a transaction that was refused, if the watch brings no reason for it.
+const REFUSED: Duration = Duration::from_secs(1);
+
+/// Leads whenever there is no leader, until cancelled.
+pub async fn lead(
+    config: EtcdConfig,
+    host: HostName,
+    run: String,
+    mut updates: Receiver<Update>,
+    token: CancellationToken,
+) {
+    let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(10));
+    let mut turn = 0;
+    loop {
+        let began = Instant::now();
+        let ended = tokio::select! {
+            biased;
+            () = token.cancelled() => return,
+            ended = session(&config, turn, &host, &run, &mut updates, &token) => ended,
+        };
+        if token.is_cancelled() {
+            return;
+        }
+        if let Err(e) = ended {
+            tracing::debug!("this agent cannot lead now: {e}");
+        }
+        if began.elapsed() > TTL {
+            retry.reset();
+        }
+        turn += 1;
+        tokio::select! {
+            () = token.cancelled() => return,
+            () = tokio::time::sleep(retry.pause()) => {}
+        }
+    }
+}
+
+/// One connection: waits until there is no leader, then leads.
+async fn session(
+    config: &EtcdConfig,
+    turn: usize,
+    host: &HostName,
+    run: &str,
+    updates: &mut Receiver<Update>,
+    token: &CancellationToken,
+) -> Result<(), StoreError> {
+    let Some(etcd) = trusted(updates).await else { return Ok(()) };
+    let session = FleetSession::open(config, turn).await?;
+    loop {
+        let key = config.prefix.fleet(&FleetKey::Leader).into_bytes();
+        let range = (key.clone(), [&key[..], &[0]].concat());
+        let reading = session.read(std::slice::from_ref(&range)).await?;
+        if reading.etcd != etcd || !is_trusted(updates, etcd) {
+            return Ok(());
+        }
+        if reading.entries.is_empty() {
+            let leader = Leader { version: VERSION, host: host.clone(), run: run.to_owned(), since: Timestamp::now() };
+            let asked = Instant::now();
+            if let Some(term) = session.lead(&leader, TTL).await? {
+                tracing::info!(term = term.revision, "this agent leads the fleet");
+                let ended = Leading::begin(session.clone(), host, term, etcd, asked).await;
+                let ended = match ended {
+                    Ok(mut leading) => leading.run(updates, token).await,
+                    Err(e) => Err(e),
+                };
+                session.resign(term).await;
+                tracing::info!(term = term.revision, "this agent leads no more");
+                return ended;
+            }
+            continue;
+        }
+        let mut watch = session.watch(range, reading.revision + 1).await?;
+        let is_gone = |changes: &[Change]| changes.iter().any(|change| change.value.is_none());
+        loop {
+            tokio::select! {
+                changed = updates.changed() => if changed.is_err() || !is_trusted(updates, etcd) { return Ok(()) },
+                news = watch.next() => if is_gone(&news?.0) { break },
+            }
+        }
+        tokio::time::sleep(jittered(SPREAD)).await;
+    }
+}
+
+/// A term of this agent.
+struct Leading {
+    session: FleetSession,
+    term: Term,
+    etcd: u64,
+    key: Option<ReleaseKey>,
+    interpreter: Interpreter,
+    contents: BTreeMap<Vec<u8>, Entry>,
+    hosts: BTreeMap<HostName, HostInfo>,
+    records: Records,
+    apps: BTreeMap<AppName, Everywhere>,
+    /// Whether `apps` is of other contents.
+    is_stale: bool,
+    revision: i64,
+    /// The revision of the last write: nothing is decided before the view shows it.
+    written: i64,
+    gone: BTreeMap<HostName, Timestamp>,
+    /// When the last renewal that was answered had been sent.
+    renewed: Instant,
+}
+
+impl Leading {
+    async fn begin(
+        session: FleetSession,
+        host: &HostName,
+        term: Term,
+        etcd: u64,
+        renewed: Instant,
+    ) -> Result<Self, StoreError> {
+        // What earlier leaders wrote is older than this term, and their writes are refused from now on.
+        let reading = session.read(&[session.leader_range()]).await?;
+        let mut leading = Self {
+            key: session.release_key().await?,
+            interpreter: Interpreter::new(host.clone(), BTreeMap::new()),
+            term,
+            etcd: if reading.etcd == etcd { etcd } else { 0 },
+            contents: BTreeMap::new(),
+            hosts: BTreeMap::new(),
+            records: Records::default(),
+            apps: BTreeMap::new(),
+            is_stale: true,
+            revision: reading.revision,
+            written: 0,
+            gone: BTreeMap::new(),
+            renewed,
+            session,
+        };
+        for (key, entry) in reading.entries {
+            leading.take(key, Some(entry));
+        }
+        Ok(leading)
+    }
+
+    fn take(&mut self, key: Vec<u8>, entry: Option<Entry>) {
+        if let Some(fleet_key) = parse_fleet(&key) {
+            if let FleetKey::Host(host) = &fleet_key {
+                let info = entry.as_ref().and_then(|entry| serde_json::from_slice(entry.value()).ok());
+                match info {
+                    Some(info) => drop(self.hosts.insert(host.clone(), info)),
+                    None => drop(self.hosts.remove(host)),
+                }
+            }
+            let raw = entry.as_ref().map(|entry| RawRecord {
+                value: entry.value(),
+                created: entry.created(),
+                modified: entry.modified(),
+            });
+            self.records.take(fleet_key, raw);
+        }
+        if !key.starts_with(b"state/") && !key.starts_with(b"secret/") {
+            self.is_stale = true;
+            match entry {
+                Some(entry) => drop(self.contents.insert(key, entry)),
+                None => drop(self.contents.remove(&key)),
+            }
+        }
+    }
+
+    async fn run(&mut self, updates: &mut Receiver<Update>, token: &CancellationToken) -> Result<(), StoreError> {
+        let mut watch = self.session.watch(self.session.leader_range(), self.revision + 1).await?;
+        let mut renew_at = Instant::now() + RENEWAL;
+        let mut refused_at = None;
+        loop {
+            if !is_trusted(updates, self.etcd) || self.renewed.elapsed() > UNANSWERED {
+                return Ok(());
+            }
+            let is_waiting = refused_at.is_some_and(|at: Instant| at.elapsed() < REFUSED);
+            if self.revision >= self.written && !is_waiting {
+                refused_at = if self.decide().await? { None } else { Some(Instant::now()) };
+            }
+            let wake = self.wake().min(refused_at.map_or(RENEWAL, |_| REFUSED));
+            tokio::select! {
+                biased;
+                () = token.cancelled() => return Ok(()),
+                changed = updates.changed() => if changed.is_err() { return Ok(()) },
+                () = tokio::time::sleep_until(renew_at) => {
+                    let asked = Instant::now();
+                    if !self.session.renew(self.term).await? {
+                        return Ok(());
+                    }
+                    self.renewed = asked;
+                    renew_at = asked + RENEWAL;
+                }
+                news = watch.next() => {
+                    let (changes, revision) = news?;
+                    refused_at = None;
+                    for change in changes {
+                        if let Some(key) = change.key {
+                            self.take(key, change.value);
+                        }
+                    }
+                    self.revision = self.revision.max(revision);
+                }
+                () = tokio::time::sleep(wake) => {}
+            }
+        }
+    }
+
+    /// Decides, and writes. Returns false if a write was refused.
+    async fn decide(&mut self) -> Result<bool, StoreError> {
+        let Some(key) = self.key.clone() else { return Ok(true) };
+        let now = Timestamp::now();
+        if std::mem::take(&mut self.is_stale) {
+            let contents = Contents::new(self.contents.clone(), self.revision);
+            self.apps = self.interpreter.everywhere(&contents, &key);
+        }
+        let away: BTreeSet<&HostName> =
+            self.records.permits.keys().map(|(_, host)| host).filter(|host| !self.hosts.contains_key(*host)).collect();
+        self.gone.retain(|host, _| away.contains(host));
+        for host in away {
+            self.gone.entry(host.clone()).or_insert(now);
+        }
+        let intents = self.intents(now);
+        let term = self.term.revision;
+        let transactions =
+            decide(&FleetView { term, intents: &intents, records: &self.records, gone: &self.gone, now });
+        let mut all_made = true;
+        for transaction in transactions {
+            match self.session.commit(&transaction, 0).await? {
+                Some(revision) => self.written = self.written.max(revision),
+                None => all_made = false,
+            }
+            tracing::debug!(kind = transaction.kind.as_str(), "the leader writes: {:?}", transaction.writes.first());
+        }
+        Ok(all_made)
+    }
+
+    fn intents(&self, now: Timestamp) -> BTreeMap<AppName, Intent> {
+        let one = |(app, everywhere): (&AppName, &Everywhere)| {
+            let hosts = self.hosts.iter().filter(|(host, info)| self.is_wanted(app, everywhere, host, info));
+            let made_from = &everywhere.made_from;
+            let kept = KeptRelease {
+                version: VERSION,
+                spec: made_from.spec.clone(),
+                image: made_from.image.clone(),
+                restart: made_from.restart.clone(),
+                opened: now,
+                proven: None,
+            };
+            let intent = Intent {
+                release: everywhere.target.release.id.clone(),
+                update: everywhere.target.update.clone(),
+                hosts: hosts.map(|(host, info)| (host.clone(), is_canary(&info.labels))).collect(),
+                pin: self.pin(app),
+                promoted: None,
+                made_from: Some((kept, KeptEnv { version: VERSION, sets: made_from.env.clone() })),
+            };
+            (app.clone(), intent)
+        };
+        self.apps.iter().map(one).collect()
+    }
+
+    /// Whether a host takes its turns, and runs the app.
+    fn is_wanted(&self, app: &AppName, everywhere: &Everywhere, host: &HostName, info: &HostInfo) -> bool {
+        info.features.iter().any(|feature| feature == ROLLOUTS)
+            && everywhere.constraints.iter().all(|constraint| constraint.holds(&info.labels))
+            && match info.mode {
+                HostMode::Active => true,
+                HostMode::Cordoned => self.records.proven(app, host).is_some(),
+                HostMode::Drained => false,
+            }
+    }
+
+    fn pin(&self, app: &AppName) -> Option<ReleaseId> {
+        let entry = self.contents.get(format!("apps/{app}/release").as_bytes())?;
+        ReleaseId::try_from(std::str::from_utf8(entry.value()).ok()?.trim()).ok()
+    }
+
+    fn wake(&self) -> Duration {
+        let (now, intents) = (Timestamp::now(), BTreeMap::new());
+        let view = FleetView { term: 0, intents: &intents, records: &self.records, gone: &self.gone, now };
+        wake_at(&view).map_or(RENEWAL, |at| at.since(now)).clamp(Duration::from_millis(50), RENEWAL)
+    }
+}
