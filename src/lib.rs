@@ -14,6 +14,8 @@
 //! | `host::health`, one per running instance | probes | `changes`: an app whose health changed |
 //! | `store::keep_lease` | `updates` | `leases`: the current lease, if any |
 //! | `store::publish` | `publish`, `leases`, `updates`, `store::SharedFence` | etcd: `state/` |
+//! | `rollout::follow`, if enabled | etcd: rollouts, own permits; `leases`, `requests` of the loop | `rollouts`: records and kept releases; `answers` |
+//! | `rollout::lead`, if enabled | etcd: everything, while it leads | etcd: `state/`, `secret/releases/` |
 //! | `host_gauges::watch` | disks, certificates | `host_gauges`; the loop adds ports |
 //! | `http::serve` | `status`, `view`, `host_gauges`, `pulse`, `ready`, events | `/metrics`, `/status`, `/events`, … |
 //! | `webhook::Webhook::run`, if configured | events | HTTP requests |
@@ -25,11 +27,12 @@
 //! # Imports
 //!
 //! They run one way, and `tests/pure/layering.rs` holds them to it:
-//! `model <- {plan, fleet, store, host} <- {world, execute} <- machine <- agent <- cli <- main`.
+//! `model <- {plan, fleet, store, host} <- {world, execute, rollout} <- machine <- agent <- cli <- main`.
 //! In braces, only `execute` imports its sibling. ARCHITECTURE.md walks one change through the code.
 
-pub mod fleet;
 pub mod model;
+
+pub mod fleet;
 pub mod plan;
 
 pub mod host;
@@ -39,8 +42,9 @@ pub mod execute;
 pub mod machine;
 pub mod world;
 
-pub mod agent;
 pub mod rollout;
+
+pub mod agent;
 
 pub mod host_gauges;
 pub mod webhook;

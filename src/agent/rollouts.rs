@@ -1,6 +1,6 @@
 //! The turns of this host in rollouts: what an app may do by the records of the fleet, and what is written about it.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use super::{Agent, app::AppState};
 use crate::{
@@ -18,11 +18,11 @@ use crate::{
 };
 
 /// How long a record of a switch counts for requests that have not moved yet. A step that waited longer is decided anew.
-const CONFIRMED: std::time::Duration = std::time::Duration::from_secs(5);
+const CONFIRMED: Duration = Duration::from_secs(5);
 /// Pause after a write that was refused: the reason for it is about to arrive.
-const REFUSED: std::time::Duration = std::time::Duration::from_millis(200);
+const REFUSED: Duration = Duration::from_millis(200);
 /// Pause after a write that could not be made.
-const FAILED: std::time::Duration = std::time::Duration::from_secs(1);
+const FAILED: Duration = Duration::from_secs(1);
 
 impl AppState {
     /// The releases that requests may go to. A worker has no routes: what counts is what is proven, and what its permit
@@ -95,6 +95,10 @@ impl<M: Machine> Agent<M> {
             host: self.machine.host(),
             wanted: wanted.map(|target| &target.release.id),
             update: &update,
+            detection: wanted.map_or(Duration::ZERO, |target| {
+                let check = &target.release.health;
+                check.interval.saturating_mul(check.retries)
+            }),
             proven: observed.proven.as_ref(),
             routed: &routed,
             serving: plan.and_then(|plan| plan.serving.as_ref()),

@@ -1,6 +1,6 @@
 //! What a host may do about an app, and what it writes about its turn.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use super::records::Stored;
 use crate::model::{
@@ -39,6 +39,8 @@ pub struct HostFacts<'a> {
     pub wanted: Option<&'a ReleaseId>,
     /// How it goes over the hosts.
     pub update: &'a Update,
+    /// How long its health checks take to notice a failure.
+    pub detection: Duration,
     /// The release that is proven here.
     pub proven: Option<&'a ReleaseId>,
     /// The releases that requests may go to: of routes, and of containers that run, for an app without.
@@ -83,8 +85,8 @@ pub fn directive(facts: &HostFacts<'_>, records: &HostRecords) -> Directive {
     }
     let monitor = match rollout.phase {
         // It was monitored on each host of the fleet that was up.
-        RolloutPhase::Done => std::time::Duration::ZERO,
-        _ => facts.update.monitor(usize::try_from(rollout.hosts).unwrap_or(usize::MAX)),
+        RolloutPhase::Done => Duration::ZERO,
+        _ => facts.update.monitor(usize::try_from(rollout.hosts).unwrap_or(usize::MAX), facts.detection),
     };
     let is_switched = facts.routed.contains(wanted);
     match rollout.phase {

@@ -93,8 +93,17 @@ impl<'a> Group<'a> {
                     } else {
                         ""
                     };
-                    let cause = format!("it {memory}{code}{close} before it was healthy{hint}");
+                    let when =
+                        if is_monitored(input, target, i) { "while it was monitored" } else { "before it was healthy" };
+                    let cause = format!("it {memory}{code}{close} {when}{hint}");
                     Some(verdict(cause, Some(*code)))
+                }
+                Phase::Running if i.health.is_unhealthy() && is_monitored(input, target, i) => {
+                    let answer = match &i.health {
+                        Health::Unhealthy { answer, .. } => answer.as_str(),
+                        _ => "",
+                    };
+                    Some(verdict(format!("it became unhealthy while it was monitored: {answer}"), None))
                 }
                 Phase::Restarting => Some(verdict("crash loop: it ends after each start".to_owned(), None)),
                 Phase::Running if missed_deadline(i, input) => {
@@ -111,6 +120,11 @@ impl<'a> Group<'a> {
             }
         })
     }
+}
+
+/// Whether an instance of a release that is not proven serves requests, and is monitored.
+fn is_monitored(input: &AppInput<'_>, target: &Target, instance: &Instance) -> bool {
+    !input.turn.monitor().is_zero() && (target.ingress.is_none() || is_routed(input, instance))
 }
 
 /// A verdict on the wanted release, with one of its instances as evidence.

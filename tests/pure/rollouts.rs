@@ -1,6 +1,9 @@
 //! What the leader decides for a fleet at rest, and what a host does: single decisions. Whole histories are simulated.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use demae::{
     fleet::{
@@ -254,6 +257,7 @@ impl OneHost {
             host: &host,
             wanted: Some(&wanted),
             update: &update,
+            detection: Duration::ZERO,
             proven: self.proven.as_ref(),
             routed: &self.routed,
             serving: self.routed.first(),

@@ -10,7 +10,7 @@ pub const MONITOR: Duration = Duration::from_secs(10);
 pub struct Update {
     /// On how many hosts at a time; 0 hosts: no limit, and no turns.
     pub parallelism: Amount,
-    /// How long it must serve on a host; `None`: [`MONITOR`] if several hosts want the app, else not at all.
+    /// How long it must serve on a host; `None`: see [`Update::monitor`].
     pub monitor: Option<Duration>,
     /// Which part of the hosts may fail before the rollout stops, in thousandths.
     pub max_failures: u16,
@@ -36,9 +36,11 @@ impl Default for Update {
 }
 
 impl Update {
-    /// How long a release must serve on each of so many hosts.
-    pub fn monitor(&self, hosts: usize) -> Duration {
-        self.monitor.unwrap_or(if hosts > 1 { MONITOR } else { Duration::ZERO })
+    /// How long a release must serve on each of so many hosts. Unless the spec says, that is at least [`MONITOR`], and
+    /// long enough for its health checks to notice a failure, which takes `detection`; on one host alone it is not
+    /// monitored.
+    pub fn monitor(&self, hosts: usize, detection: Duration) -> Duration {
+        self.monitor.unwrap_or(if hosts > 1 { MONITOR.max(detection) } else { Duration::ZERO })
     }
 
     /// How many of so many hosts may fail.

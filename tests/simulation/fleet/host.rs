@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     rc::Rc,
+    time::Duration,
 };
 
 use demae::{
@@ -127,6 +128,7 @@ impl SimHost {
             host: &self.name,
             wanted: Some(wanted),
             update,
+            detection: Duration::ZERO,
             proven: self.proven.as_ref(),
             routed,
             serving: self.routed.as_ref(),
