@@ -282,8 +282,8 @@ impl Leading {
                 release: everywhere.target.release.id.clone(),
                 update: everywhere.target.update.clone(),
                 hosts: hosts.map(|(host, info)| (host.clone(), is_canary(&info.labels))).collect(),
-                pin: self.pin(app),
-                promoted: None,
+                pin: self.release_in(app, "release"),
+                promoted: self.release_in(app, "promote"),
                 made_from: Some((kept, KeptEnv { version: VERSION, sets: made_from.env.clone() })),
             };
             (app.clone(), intent)
@@ -302,8 +302,9 @@ impl Leading {
             }
     }
 
-    fn pin(&self, app: &AppName) -> Option<ReleaseId> {
-        let entry = self.contents.get(format!("apps/{app}/release").as_bytes())?;
+    /// The release that a person names in a key of an app.
+    fn release_in(&self, app: &AppName, key: &str) -> Option<ReleaseId> {
+        let entry = self.contents.get(format!("apps/{app}/{key}").as_bytes())?;
         ReleaseId::try_from(std::str::from_utf8(entry.value()).ok()?.trim()).ok()
     }
 

@@ -141,7 +141,9 @@ impl Interpreter {
                         unreadable.push(problem.hint("use `active`, `cordoned` or `drained`"));
                     }
                 },
-                Ok(Key::HostLabels(_) | Key::HostMode(_) | Key::Cluster | Key::Freeze | Key::Pin(_)) => {}
+                Ok(
+                    Key::HostLabels(_) | Key::HostMode(_) | Key::Cluster | Key::Freeze | Key::Pin(_) | Key::Promote(_),
+                ) => {}
                 Err(BadKey::Set(set, problem)) => keys.env_problems.entry(set).or_default().push(problem),
                 // An unknown key below an app may be of a newer version: the app is not invalid for it.
                 Err(BadKey::App(_, problem) | BadKey::Unowned(problem)) => unreadable.push(problem),

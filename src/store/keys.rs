@@ -153,6 +153,8 @@ pub enum Key {
     Freeze,
     /// `apps/<app>/release`
     Pin(AppName),
+    /// `apps/<app>/promote`
+    Promote(AppName),
 }
 
 /// A key without a meaning, by what it might belong to.
@@ -194,11 +196,12 @@ impl Key {
                     "restart" => Ok(Self::Restart(app)),
                     "paused" => Ok(Self::Paused(app)),
                     "release" => Ok(Self::Pin(app)),
+                    "promote" => Ok(Self::Promote(app)),
                     _ => {
                         let problem = Problem::new(shown, "demae knows no such key, and ignores it");
                         Err(BadKey::App(
                             app,
-                            problem.hint("an app has `spec`, `image`, `restart`, `release` and `paused`"),
+                            problem.hint("an app has `spec`, `image`, `restart`, `paused`, `release` and `promote`"),
                         ))
                     }
                 }

@@ -226,3 +226,20 @@ fn agent_that_is_killed_in_its_turn_ends_it_after_its_start() {
     assert!(fleet.versions().values().all(|version| version == "v2"));
     expect_none_lost(loads);
 }
+
+#[test]
+fn canary_waits_for_its_promotion() {
+    let fleet = Fleet::new(2);
+    let store = fleet.store();
+    let first = fleet.serve("100ms");
+    let more = "deploy: {update_config: {canary: 1, monitor: 100ms}}\n";
+    store.put("apps/web/spec", &store.socket_spec(&store.image("v2"), "web.test", more));
+    let waiting = fleet.wait_phase(Some(first.release.as_str()), RolloutPhase::Waiting);
+    let served = fleet.versions();
+    assert_eq!(served.values().filter(|version| *version == "v2").count(), 1, "{served:?}");
+    // Another name promotes nothing: the next decision is seen by what it leaves as it is.
+    store.put("apps/web/promote", first.release.as_str());
+    store.put("apps/web/promote", waiting.release.as_str());
+    fleet.wait_phase(Some(first.release.as_str()), RolloutPhase::Done);
+    assert!(fleet.versions().values().all(|version| version == "v2"));
+}

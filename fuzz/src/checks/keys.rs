@@ -52,7 +52,7 @@ fn one(bytes: &[u8]) {
 fn is_known(text: &str) -> bool {
     match text.split('/').collect::<Vec<&str>>()[..] {
         ["cluster"] | ["freeze"] => true,
-        ["apps", app, "spec" | "image" | "restart" | "paused" | "release"] => is_label(app),
+        ["apps", app, "spec" | "image" | "restart" | "paused" | "release" | "promote"] => is_label(app),
         ["env", set, name] => is_label(set) && is_variable(name),
         ["hosts", host, "labels" | "mode"] => is_label(host),
         _ => false,
@@ -71,12 +71,15 @@ fn written(key: &Key) -> String {
         Key::Cluster => "cluster".to_owned(),
         Key::Freeze => "freeze".to_owned(),
         Key::Pin(app) => format!("apps/{app}/release"),
+        Key::Promote(app) => format!("apps/{app}/promote"),
     }
 }
 
 fn names(key: &Key) -> Vec<&str> {
     match key {
-        Key::Spec(app) | Key::Image(app) | Key::Restart(app) | Key::Paused(app) | Key::Pin(app) => vec![app.as_str()],
+        Key::Spec(app) | Key::Image(app) | Key::Restart(app) | Key::Paused(app) | Key::Pin(app) | Key::Promote(app) => {
+            vec![app.as_str()]
+        }
         Key::Env(set, name) => vec![set.as_str(), name.as_str()],
         Key::HostLabels(host) | Key::HostMode(host) => vec![host.as_str()],
         Key::Cluster | Key::Freeze => Vec::new(),

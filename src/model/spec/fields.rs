@@ -73,7 +73,10 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
     ("deploy.placement", &["constraints"]),
     ("deploy.resources", &["limits"]),
     ("deploy.resources.limits", &["memory", "cpus", "pids"]),
-    ("deploy.update_config", &["parallelism", "order", "monitor", "failure_action"]),
+    (
+        "deploy.update_config",
+        &["parallelism", "order", "monitor", "failure_action", "max_failure_ratio", "canary", "auto_promote_after"],
+    ),
 ];
 
 /// Compose keys that are not supported, each with the remedy.

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{
     Amount, ContainerSpec, Deploy, Endpoint, FailureAction, HealthCheck, Ingress, Logging, Order, Probe, Spec, Update,
     fields::{Fields, Reader},
+    update::ratio,
     values::{
         absolute, constraint, host_header, http_path, is_system_dir, nano_cpus, network, printable, pull_policy,
         signal, volume,
@@ -393,6 +394,11 @@ impl Reader {
             update.parallelism = parallelism;
         }
         update.monitor = self.read(f, "monitor", text::duration);
+        update.max_failures = self.read(f, "max_failure_ratio", ratio).unwrap_or_default();
+        if let Some(n) = self.number(f, "canary", 0, 10_000) {
+            update.canary = u16::try_from(n).unwrap_or(u16::MAX);
+        }
+        update.auto_promote_after = self.read(f, "auto_promote_after", text::duration);
         if let Some(action) = self.read(f, "failure_action", |t| match t {
             "rollback" => Ok(FailureAction::Rollback),
             "pause" => Ok(FailureAction::Pause),

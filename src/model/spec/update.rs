@@ -100,6 +100,21 @@ pub enum FailureAction {
     Pause,
 }
 
+/// Reads a ratio from 0 to 1, in thousandths.
+///
+/// # Errors
+/// One sentence that shows how to write it.
+pub fn ratio(text: &str) -> Result<u16, String> {
+    let error = || format!("`{text}` is not a ratio; write it like `0.1`, from 0 to 1");
+    let ratio: f64 = text.parse().map_err(|_| error())?;
+    if !(0.0..=1.0).contains(&ratio) {
+        return Err(error());
+    }
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be in range just above")]
+    let thousandths = (ratio * 1000.0).round() as u16;
+    Ok(thousandths)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,5 +126,12 @@ mod tests {
         for bad in ["0%", "101%", "-1", "two", "1.5", "", "%"] {
             assert!(Amount::parse(bad).is_err(), "{bad} was taken");
         }
+    }
+
+    #[test]
+    fn ratios_are_parts_of_all_hosts_rounded_down() {
+        let update = |text| Update { max_failures: ratio(text).expect("a ratio"), ..Update::default() };
+        assert_eq!([update("0.1").allowed_failures(9), update("0.1").allowed_failures(12)], [0, 1]);
+        assert!(ratio("1.1").is_err() && ratio("NaN").is_err() && ratio("-0.1").is_err());
     }
 }

@@ -53,6 +53,8 @@ pub struct Plan {
     pub vhosts: usize,
     /// Other apps on the host.
     pub apps: usize,
+    /// Whether each release is a rollout, of this host alone.
+    pub rollouts: bool,
 }
 
 /// The figures of a run.
@@ -73,7 +75,8 @@ pub struct Outcome {
 /// Runs a plan.
 pub fn measure(plan: Plan) -> Outcome {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    let mut lab = Lab::with(&Setup { tcp_routes: plan.route == Route::Table, ..Setup::default() });
+    let sections = if plan.rollouts { "[rollouts]\nenabled = true\n" } else { "" };
+    let mut lab = Lab::with(&Setup { tcp_routes: plan.route == Route::Table, sections, ..Setup::default() });
     let image = lab.image("v1");
     let mut bare = runtime.block_on(Bare::new(&lab, &plan, &image));
     lab.stop_nginx();
@@ -145,10 +148,11 @@ fn demae_round(
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { route, rounds, start_ms, vhosts, apps } = &self.plan;
+        let Plan { route, rounds, start_ms, vhosts, apps, rollouts } = &self.plan;
+        let rollouts = if *rollouts { ", rollouts enabled" } else { "" };
         writeln!(
             f,
-            "{route:?}: {rounds} rounds; the app listens after {start_ms} ms; {vhosts} other virtual hosts, {apps} other apps"
+            "{route:?}: {rounds} rounds; the app listens after {start_ms} ms; {vhosts} other virtual hosts, {apps} other apps{rollouts}"
         )?;
         write!(f, "put → first response by the new release\n{}", self.first.table(BARE))?;
         write!(f, "put → old container removed\n{}", self.removed.table(BARE))?;
