@@ -65,6 +65,18 @@ impl AppState {
     }
 }
 
+/// The desired state with another target in the place of its own.
+fn in_place(intended: &DesiredApp, kept: &Target) -> DesiredApp {
+    let of = |wanted: &Target| Target { created: wanted.created, cordoned: wanted.cordoned, ..kept.clone() };
+    match intended {
+        DesiredApp::Run(wanted) => DesiredApp::Run(of(wanted)),
+        DesiredApp::Invalid { problems, last_good: Some(wanted) } => {
+            DesiredApp::Invalid { problems: problems.clone(), last_good: Some(of(wanted)) }
+        }
+        other => other.clone(),
+    }
+}
+
 impl<M: Machine> Agent<M> {
     fn rollouts(&self) -> Option<std::sync::Arc<HostRollouts>> {
         self.rollouts.as_ref().and_then(|link| link.rollouts.borrow().clone())
@@ -84,10 +96,8 @@ impl<M: Machine> Agent<M> {
         let records = rollouts.records.get(app).unwrap_or(&nothing);
         let routed = state.routed(&self.proxy.observed, records);
         let verdicts = state.verdicts(|at| self.machine.wall(at));
-        let wanted = match &state.turn.intended {
-            DesiredApp::Run(target) => Some(target),
-            _ => None,
-        };
+        // Of an invalid app, what was wanted last.
+        let wanted = state.turn.intended.target();
         let update = wanted.map(|target| target.update.clone()).unwrap_or_default();
         let plan = state.planned.as_ref().filter(|plan| plan.healthy > 0);
         let facts = HostFacts {
@@ -115,34 +125,31 @@ impl<M: Machine> Agent<M> {
         }
         let rollouts = self.rollouts();
         let Some(state) = self.apps.get(app) else { return };
-        let decided = match (&state.turn.intended, &rollouts) {
-            (DesiredApp::Run(_), None) => {
-                Directive::Wanted(Turn::Held("the records of its rollout were not read yet".into()))
-            }
-            (DesiredApp::Run(_), Some(rollouts)) => match self.with_facts(app, rollouts, now, directive) {
+        let decided = match (state.turn.intended.target(), &rollouts) {
+            (None, _) => Directive::Wanted(Turn::Free),
+            (Some(_), None) => Directive::Wanted(Turn::Held("the records of its rollout were not read yet".into())),
+            (Some(_), Some(rollouts)) => match self.with_facts(app, rollouts, now, directive) {
                 Some(directive) => directive,
                 // It is not observed yet, and nothing is done before.
                 None => return,
             },
-            _ => Directive::Wanted(Turn::Free),
         };
         let kept = |release: &ReleaseId| rollouts.as_ref()?.kept.get(&(app.clone(), release.clone())).cloned();
         let grace = self.options.delete_grace;
         let Some(state) = self.apps.get_mut(app) else { return };
         let intended = state.turn.intended.clone();
-        let (desired, turn, why) = match (decided, &intended) {
-            (Directive::Wanted(turn), _) => (intended, turn, None),
-            (Directive::Kept(release, why), DesiredApp::Run(wanted)) => match kept(&release) {
-                Some(target) => {
-                    let target = Target { created: wanted.created, cordoned: wanted.cordoned, ..target };
-                    (DesiredApp::Run(target), Turn::Free, Some(why))
-                }
+        let (desired, turn, why) = match decided {
+            Directive::Wanted(turn) => (intended, turn, None),
+            Directive::Kept(release, why) => match kept(&release) {
+                Some(target) => (in_place(&intended, &target), Turn::Free, Some(why)),
                 // What was proven here before serves on, if it does.
                 None => (intended, Turn::Held(why), None),
             },
-            (Directive::Kept(..), _) => (intended, Turn::Free, None),
         };
-        if state.turn.turn != turn || state.turn.kept != why {
+        if state.turn.turn.may_switch() && !turn.may_switch() {
+            // What the last plan wishes of nginx must not be published any more.
+            state.fresh.change_desired();
+        } else if state.turn.turn != turn || state.turn.kept != why {
             state.fresh.request_plan();
         }
         (state.turn.turn, state.turn.kept) = (turn, why);
@@ -156,7 +163,8 @@ impl<M: Machine> Agent<M> {
         if state.turn.writing.is_some() {
             return true;
         }
-        if state.busy.is_some() || !state.fresh.has_observed() {
+        // What is under way may move requests, and is in no observation yet.
+        if state.busy.is_some() || self.proxy.busy || !state.fresh.has_observed() {
             return false;
         }
         let Some(rollouts) = self.rollouts() else { return false };
@@ -169,6 +177,10 @@ impl<M: Machine> Agent<M> {
             let at = state.turn.write_after;
             state.wake = Some(state.wake.map_or(at, |wake| wake.min(at)));
             return false;
+        }
+        if transaction.kind == TransactionKind::GiveBack {
+            // It may be made late, without an answer: before requests move in this turn, its record is written again.
+            state.turn.confirmed = None;
         }
         // The task at the other end outlives the loop.
         let sent = link.requests.send(Request { app: app.clone(), transaction }).is_ok();

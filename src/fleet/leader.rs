@@ -210,7 +210,8 @@ impl<'a> Decision<'a> {
         ];
         let mut writes = vec![Write::record(self.key(), &rollout)];
         if is_kept.is_none() && !pinned {
-            writes.extend(self.keep(intent));
+            let proven = (phase == RolloutPhase::Restored).then_some(now);
+            writes.extend(self.keep(intent, proven));
         }
         if before.is_some() && phase.is_under_way() {
             let (granted, permits) = self.grants(intent, &rollout, 0);
@@ -221,10 +222,11 @@ impl<'a> Decision<'a> {
     }
 
     /// Keeps what a release is made from, and forgets the oldest ones.
-    fn keep(&self, intent: &Intent) -> Vec<Write> {
+    fn keep(&self, intent: &Intent, proven: Option<Timestamp>) -> Vec<Write> {
         let Some((kept, env)) = &intent.made_from else { return Vec::new() };
+        let kept = KeptRelease { proven, ..kept.clone() };
         let writes = [
-            Write::record(FleetKey::Kept(self.app.clone(), intent.release.clone()), kept),
+            Write::record(FleetKey::Kept(self.app.clone(), intent.release.clone()), &kept),
             Write::record(FleetKey::KeptEnv(self.app.clone(), intent.release.clone()), env),
         ];
         let size = |write: &Write| match write {

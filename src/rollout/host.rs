@@ -212,9 +212,11 @@ impl Follower {
         if !is_trusted(io.updates, self.etcd) {
             return Ok(());
         }
-        let [rollouts, permits, ..] = self.session.host_ranges(&self.host);
+        let [rollouts, permits, _, _, verdicts] = self.session.host_ranges(&self.host);
         let mut rollouts = self.session.watch(rollouts, self.revision + 1).await?;
         let mut permits = self.session.watch(permits, self.revision + 1).await?;
+        // Few and rare; a person may delete them.
+        let mut verdicts = self.session.watch(verdicts, self.revision + 1).await?;
         self.publish(io.rollouts).await?;
         loop {
             tokio::select! {
@@ -227,6 +229,7 @@ impl Follower {
                 }
                 news = rollouts.next() => self.take_changes(&news?.0),
                 news = permits.next() => self.take_changes(&news?.0),
+                news = verdicts.next() => self.take_changes(&news?.0),
                 Some(request) = io.requests.recv() => {
                     let kind = request.transaction.kind;
                     let lease = *io.leases.borrow();

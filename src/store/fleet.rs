@@ -208,8 +208,7 @@ impl FleetSession {
         }
     }
 
-    /// The ranges that a host watches: all rollouts, and its own permits; then those that it reads once: its own proofs,
-    /// hosts that are lost, and verdicts.
+    /// What a host reads: all rollouts, its own permits, its own proofs, hosts that are lost, and verdicts.
     pub fn host_ranges(&self, host: &HostName) -> [KeyRange; 5] {
         let below = |dir: String| {
             let from = self.prefix.key(&dir).into_bytes();

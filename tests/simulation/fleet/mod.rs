@@ -202,6 +202,8 @@ impl Fleet {
                 self.store.put(key, text, None);
             }
             if let Some(transaction) = transaction {
+                // As the agent does: it may be made late, without an answer.
+                self.hosts[n].confirmed &= transaction.kind != TransactionKind::GiveBack;
                 let run = self.hosts[n].run;
                 self.send(Sent { transaction, sender: n, run, is_leader: false });
             }
