@@ -375,6 +375,12 @@ impl<'a> Decision<'a> {
         let has_proven = |host: &HostName| records.proven(self.app, host) == Some(&rollout.release);
         let total = intent.hosts.len();
         let allowed = intent.update.allowed_failures(total);
+        let failed: BTreeSet<&HostName> =
+            records.verdicts_of(self.app, &rollout.release).map(|(host, _)| host).collect();
+        // A rollout that is done is not halted by a host that comes late and fails, but nothing more begins.
+        if failed.len() > allowed {
+            return Vec::new();
+        }
         // The first turn is of one host alone, whatever the size of the fleet.
         let is_proven = rollout.phase == RolloutPhase::Done
             || records.proofs.iter().any(|((app, host), _)| app == self.app && has_proven(host));
@@ -387,8 +393,6 @@ impl<'a> Decision<'a> {
             let proven = intent.hosts.keys().filter(|host| has_proven(host)).count();
             room = room.min(usize::from(intent.update.canary).saturating_sub(proven + open.len()));
         }
-        let failed: BTreeSet<&HostName> =
-            records.verdicts_of(self.app, &rollout.release).map(|(host, _)| host).collect();
         let is_candidate = |host: &&HostName| !has_proven(host) && !open.contains(host) && !failed.contains(host);
         let mut candidates: Vec<&HostName> = intent.hosts.keys().filter(is_candidate).collect();
         candidates.sort_by_key(|host| {

@@ -118,6 +118,7 @@ pub fn directive(facts: &HostFacts<'_>, records: &HostRecords) -> Directive {
 fn waiting_reason(rollout: &Rollout) -> &'static str {
     match rollout.phase {
         RolloutPhase::Waiting => "the canaries have proven the release, and it waits to be promoted",
+        RolloutPhase::Done => "it takes the release after other hosts, unless it fails on one of them",
         _ => "it is the turn of other hosts",
     }
 }
