@@ -31,8 +31,9 @@ soak: install ## The long forms: a thousand switches, twenty deploys of slow app
 	DEMAE_ETCD_ROUNDS=20 DEMAE_SOCKET_SWITCHES=1000 DEMAE_TABLE_SWITCHES=1000 DEMAE_ADDRESS_ROUNDS=50 DEMAE_PORT_SWITCHES=100 DEMAE_DEFAULT_DEPLOYS=20 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=20000 \
 	scripts/test.sh --soak
 
-simulate: install ## A million events in the life of agents, played; optimised, so built anew: 10 min in all
+simulate: install ## A million events in the life of agents, and 100,000 fleets, played; optimised, so built anew: 15 min in all
 	@DEMAE_SIMULATED_EVENTS=$${DEMAE_SIMULATED_EVENTS:-1000000} cargo test --quiet --profile bench --all-features --test simulation histories -- --nocapture
+	@DEMAE_FLEETS=$${DEMAE_FLEETS:-100000} cargo test --quiet --profile bench --all-features --test simulation fleets_with -- --nocapture
 
 fuzz: install ## libFuzzer on all that reads or writes what others wrote; 10 min for each of five targets
 	@scripts/install.sh fuzz
