@@ -51,8 +51,9 @@ fn check_turn(input: &AppInput<'_>, plan: &AppPlan, found: &mut Vec<String>) {
     }
     let is_wanted = |key: &InstanceKey| key.release.as_str() == wanted;
     let now_routed = |i: &&Instance| is_wanted(&i.key) && routed(input, i);
-    if input.observed.instances.iter().any(|i| now_routed(&i)) {
-        // Requests were moved in an earlier turn, or before there were turns.
+    let slots = input.observed.slots.values().chain(input.observed.mapped.values());
+    if slots.flatten().any(is_wanted) || input.observed.instances.iter().any(|i| now_routed(&i)) {
+        // Requests were moved in an earlier turn, or before there were turns: a sibling may take them over.
         return;
     }
     match plan.step.as_ref().map(|planned| &planned.step) {
