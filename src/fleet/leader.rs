@@ -26,6 +26,8 @@ use crate::model::{
 pub const LOST_AFTER: Duration = Duration::from_secs(300);
 /// Releases that are kept of each app, to go back to.
 pub const KEPT_RELEASES: usize = 10;
+/// Most permits in one transaction, each of which has two conditions: etcd takes 128 operations.
+const MOST_GRANTS: usize = 50;
 /// Most bytes of a release that is kept: etcd takes requests of 1.5 MiB.
 const MOST_KEPT: usize = 1024 * 1024;
 
@@ -94,6 +96,9 @@ impl<'a> Decision<'a> {
             return Some(ended);
         }
         let intent = self.view.intents.get(self.app)?;
+        if let Some(ended) = self.end_turn_of_other_host(intent) {
+            return Some(ended);
+        }
         let wanted = intent.pin.as_ref().unwrap_or(&intent.release);
         match self.view.records.rollouts.get(self.app) {
             None => self.open(intent, wanted, None),
@@ -152,6 +157,25 @@ impl<'a> Decision<'a> {
             }
         }
         None
+    }
+
+    /// Takes the permit of a host that is up and does not run the app any more, or takes no turns any more, and has switched
+    /// nothing.
+    fn end_turn_of_other_host(&self, intent: &Intent) -> Option<Transaction> {
+        let records = self.records();
+        records.permits_of(self.app).find_map(|(host, permit)| {
+            let up = *records.hosts.get(host)?;
+            let is_tried = permit.value.as_ref().is_some_and(|permit| permit.phase == PermitPhase::Try);
+            if intent.hosts.contains_key(host) || !is_tried {
+                return None;
+            }
+            let key = FleetKey::Permit(host.clone(), self.app.clone());
+            let conditions = vec![
+                Condition::Modified(key.clone(), permit.modified),
+                Condition::Created(FleetKey::Host(host.clone()), up),
+            ];
+            Some(self.transaction(TransactionKind::Withdraw, conditions, vec![Write::Delete(key)]))
+        })
     }
 
     /// Opens a rollout, or puts it in the place of another one: whatever phase that is in, its permits are void then.
@@ -388,7 +412,10 @@ impl<'a> Decision<'a> {
         let limit = if is_proven { parallelism } else { parallelism.min(1) };
         let open: BTreeSet<&HostName> = records.permits_of(self.app).map(|(host, _)| host).collect();
         let lost = records.lost.keys().filter(|(app, _)| app == self.app).count();
-        let mut room = limit.saturating_sub(open.len()).min((limit + allowed).saturating_sub(open.len() + lost));
+        let mut room = limit
+            .min(open.len() + MOST_GRANTS)
+            .saturating_sub(open.len())
+            .min((limit + allowed).saturating_sub(open.len() + lost));
         if rollout.phase == RolloutPhase::Canary {
             let proven = intent.hosts.keys().filter(|host| has_proven(host)).count();
             room = room.min(usize::from(intent.update.canary).saturating_sub(proven + open.len()));

@@ -174,9 +174,14 @@ impl<'a> Draft<'a> {
         let serving = if proven { Some(wanted.clone()) } else { self.serving() };
 
         // A stop-first change stops what serves on purpose; starting it again would undo that.
+        // A turn that was confirmed long ago, or is not known after a restart, undoes it as little: once the new one runs, the
+        // old one has been stopped for it.
+        let of_wanted = |i: &&Instance| i.key.release == *wanted;
+        let has_begun = matches!(self.input.turn, Turn::Free | Turn::Switch { .. })
+            || observed.instances.iter().filter(of_wanted).any(Instance::is_alive);
         let changing_over = target.order == Order::StopFirst
             && !proven
-            && self.input.turn.may_switch()
+            && has_begun
             && verdict.is_none()
             && observed.instances.iter().any(|i| i.key.release == *wanted);
         let group = Group::of(self.input, target, proven);

@@ -212,10 +212,12 @@ impl Follower {
         if !is_trusted(io.updates, self.etcd) {
             return Ok(());
         }
-        let [rollouts, permits, _, _, verdicts] = self.session.host_ranges(&self.host);
+        let [rollouts, permits, proofs, lost, verdicts] = self.session.host_ranges(&self.host);
         let mut rollouts = self.session.watch(rollouts, self.revision + 1).await?;
         let mut permits = self.session.watch(permits, self.revision + 1).await?;
-        // Few and rare; a person may delete them.
+        // Few and rare; a person may delete them, and this host then writes again what it knows.
+        let mut proofs = self.session.watch(proofs, self.revision + 1).await?;
+        let mut lost = self.session.watch(lost, self.revision + 1).await?;
         let mut verdicts = self.session.watch(verdicts, self.revision + 1).await?;
         self.publish(io.rollouts).await?;
         loop {
@@ -229,6 +231,8 @@ impl Follower {
                 }
                 news = rollouts.next() => self.take_changes(&news?.0),
                 news = permits.next() => self.take_changes(&news?.0),
+                news = proofs.next() => self.take_changes(&news?.0),
+                news = lost.next() => self.take_changes(&news?.0),
                 news = verdicts.next() => self.take_changes(&news?.0),
                 Some(request) = io.requests.recv() => {
                     let kind = request.transaction.kind;

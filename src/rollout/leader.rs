@@ -17,7 +17,7 @@ use crate::{
     model::{
         desired::HostMode,
         fleet::{FleetKey, KeptEnv, KeptRelease, Leader, VERSION},
-        name::{AppName, HostName, ReleaseId},
+        name::{AppName, HostName, NameError, ReleaseId},
         release::ReleaseKey,
         time::Timestamp,
     },
@@ -257,7 +257,10 @@ impl Leading {
             decide(&FleetView { term, intents: &intents, records: &self.records, gone: &self.gone, now });
         let mut all_made = true;
         for transaction in transactions {
-            match self.session.commit(&transaction, 0).await? {
+            let made = self.session.commit(&transaction, 0).await.inspect_err(|e| {
+                tracing::warn!(kind = transaction.kind.as_str(), "a decision for the fleet cannot be written: {e}");
+            });
+            match made? {
                 Some(revision) => self.written = self.written.max(revision),
                 None => all_made = false,
             }
@@ -268,6 +271,8 @@ impl Leading {
 
     fn intents(&self, now: Timestamp) -> BTreeMap<AppName, Intent> {
         let one = |(app, everywhere): (&AppName, &Everywhere)| {
+            // A pin that names no release is not the same as none: the app is left as it is.
+            let pin = self.release_in(app, "release").ok()?;
             let hosts = self.hosts.iter().filter(|(host, info)| self.is_wanted(app, everywhere, host, info));
             let made_from = &everywhere.made_from;
             let kept = KeptRelease {
@@ -282,13 +287,13 @@ impl Leading {
                 release: everywhere.target.release.id.clone(),
                 update: everywhere.target.update.clone(),
                 hosts: hosts.map(|(host, info)| (host.clone(), is_canary(&info.labels))).collect(),
-                pin: self.release_in(app, "release"),
-                promoted: self.release_in(app, "promote"),
+                pin,
+                promoted: self.release_in(app, "promote").ok().flatten(),
                 made_from: Some((kept, KeptEnv { version: VERSION, sets: made_from.env.clone() })),
             };
-            (app.clone(), intent)
+            Some((app.clone(), intent))
         };
-        self.apps.iter().map(one).collect()
+        self.apps.iter().filter_map(one).collect()
     }
 
     /// Whether a host takes its turns, and runs the app.
@@ -302,10 +307,16 @@ impl Leading {
             }
     }
 
-    /// The release that a person names in a key of an app.
-    fn release_in(&self, app: &AppName, key: &str) -> Option<ReleaseId> {
-        let entry = self.contents.get(format!("apps/{app}/{key}").as_bytes())?;
-        ReleaseId::try_from(std::str::from_utf8(entry.value()).ok()?.trim()).ok()
+    /// The release that a person names in a key of an app, if there is one.
+    ///
+    /// # Errors
+    /// If that is no release.
+    fn release_in(&self, app: &AppName, key: &str) -> Result<Option<ReleaseId>, NameError> {
+        let Some(entry) = self.contents.get(format!("apps/{app}/{key}").as_bytes()) else { return Ok(None) };
+        let text = String::from_utf8_lossy(entry.value());
+        ReleaseId::try_from(text.trim())
+            .inspect_err(|e| tracing::warn!("`apps/{app}/{key}`: {e}; the app is left as it is"))
+            .map(Some)
     }
 
     fn wake(&self) -> Duration {

@@ -232,6 +232,7 @@ impl Scenario {
                     "held" => Turn::Held("it is the turn of other hosts".into()),
                     "try" => Turn::Try,
                     "switch" => Turn::Switch { monitor: Duration::from_secs(10), confirmed: true },
+                    "lapsed" => Turn::Switch { monitor: Duration::from_secs(10), confirmed: false },
                     "free" => Turn::Free,
                     other => panic!("`{other}` is no turn"),
                 };

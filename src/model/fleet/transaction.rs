@@ -49,13 +49,22 @@ pub enum Condition {
     NoVerdictSince(AppName, ReleaseId, i64),
 }
 
-/// One write of a transaction.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// One write of a transaction. Its debug form has no value, which may hold secrets.
+#[derive(Clone, PartialEq, Eq)]
 pub enum Write {
     /// Puts a value.
     Put(FleetKey, String),
     /// Deletes a key.
     Delete(FleetKey),
+}
+
+impl std::fmt::Debug for Write {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Put(key, _) => write!(f, "Put({key:?})"),
+            Self::Delete(key) => write!(f, "Delete({key:?})"),
+        }
+    }
 }
 
 impl Write {
