@@ -74,17 +74,6 @@ pub fn decide(view: &FleetView<'_>) -> Vec<Transaction> {
     apps.into_iter().filter_map(|app| Decision { view, app }.next()).collect()
 }
 
-/// When the leader must decide again, if nothing is written before: a host may be given up, or a canary promoted.
-pub fn wake_at(view: &FleetView<'_>) -> Option<Timestamp> {
-    let lost =
-        view.records.permits.keys().filter_map(|(_, host)| view.gone.get(host)).map(|since| since.plus(LOST_AFTER));
-    let promotions = view.records.rollouts.iter().filter_map(|(app, rollout)| {
-        let rollout = rollout.value.as_ref().filter(|r| r.phase == RolloutPhase::Waiting)?;
-        Some(rollout.changed.plus(view.intents.get(app)?.update.auto_promote_after?))
-    });
-    lost.chain(promotions).filter(|at| *at > view.now).min()
-}
-
 struct Decision<'a> {
     view: &'a FleetView<'a>,
     app: &'a AppName,

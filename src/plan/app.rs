@@ -174,8 +174,8 @@ impl<'a> Draft<'a> {
         let serving = if proven { Some(wanted.clone()) } else { self.serving() };
 
         // A stop-first change stops what serves on purpose; starting it again would undo that.
-        // A turn that was confirmed long ago, or is not known after a restart, undoes it as little: once the new one runs, the
-        // old one has been stopped for it.
+        // The same while the turn has to be confirmed again, or is not known yet after a restart: if the new one runs, the old
+        // one was stopped for it.
         let of_wanted = |i: &&Instance| i.key.release == *wanted;
         let has_begun = matches!(self.input.turn, Turn::Free | Turn::Switch { .. })
             || observed.instances.iter().filter(of_wanted).any(Instance::is_alive);

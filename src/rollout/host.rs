@@ -264,7 +264,7 @@ impl Follower {
         }
     }
 
-    /// What this host wrote itself is known before the watch tells it, and most of it is not watched.
+    /// Takes what this host wrote itself, before the watches bring it.
     fn apply(&mut self, transaction: &Transaction, revision: i64) {
         for write in &transaction.writes {
             match write {

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::{is_trusted, trusted};
 use crate::{
     fleet::{
-        leader::{FleetView, Intent, decide, is_canary, wake_at},
+        leader::{FleetView, Intent, decide, is_canary},
         records::{RawRecord, Records},
     },
     model::{
@@ -30,7 +30,7 @@ use crate::{
 
 /// How long a leader that is gone is still taken for one.
 const TTL: Duration = Duration::from_secs(15);
-/// Between two renewals.
+/// Between two renewals. Decisions that follow from time alone, such as a promotion, are made this late at most.
 const RENEWAL: Duration = Duration::from_secs(5);
 /// A leader that was not answered for so long decides nothing more: its lease may end at any moment.
 const UNANSWERED: Duration = Duration::from_secs(10);
@@ -209,7 +209,6 @@ impl Leading {
             if self.revision >= self.written && !is_waiting {
                 refused_at = if self.decide().await? { None } else { Some(Instant::now()) };
             }
-            let wake = self.wake().min(refused_at.map_or(RENEWAL, |_| REFUSED));
             tokio::select! {
                 biased;
                 () = token.cancelled() => return Ok(()),
@@ -232,7 +231,7 @@ impl Leading {
                     }
                     self.revision = self.revision.max(revision);
                 }
-                () = tokio::time::sleep(wake) => {}
+                () = tokio::time::sleep(REFUSED), if refused_at.is_some() => {}
             }
         }
     }
@@ -314,14 +313,6 @@ impl Leading {
     fn release_in(&self, app: &AppName, key: &str) -> Result<Option<ReleaseId>, NameError> {
         let Some(entry) = self.contents.get(format!("apps/{app}/{key}").as_bytes()) else { return Ok(None) };
         let text = String::from_utf8_lossy(entry.value());
-        ReleaseId::try_from(text.trim())
-            .inspect_err(|e| tracing::warn!("`apps/{app}/{key}`: {e}; the app is left as it is"))
-            .map(Some)
-    }
-
-    fn wake(&self) -> Duration {
-        let (now, intents) = (Timestamp::now(), BTreeMap::new());
-        let view = FleetView { term: 0, intents: &intents, records: &self.records, gone: &self.gone, now };
-        wake_at(&view).map_or(RENEWAL, |at| at.since(now)).clamp(Duration::from_millis(50), RENEWAL)
+        ReleaseId::try_from(text.trim()).inspect_err(|e| tracing::debug!("`apps/{app}/{key}`: {e}")).map(Some)
     }
 }

@@ -95,7 +95,7 @@ pub enum TransactionKind {
     Judge,
     /// A host gives its permit back.
     GiveBack,
-    /// A host puts back a permit that somebody deleted in its turn.
+    /// A host puts back its permit, which was deleted during its turn.
     Restore,
 }
 
