@@ -294,7 +294,8 @@ impl Publisher<'_> {
         Ok(answer.header().map_or(revision, etcd_client::ResponseHeader::revision))
     }
 
-    /// Writes the nonces that are pending, over the fence that the store holds now and no other.
+    /// Writes the nonces that are pending, over the fence that the store holds now and no other, and only while the key of
+    /// the host is ours: the fence of an agent that took the name is never written over.
     async fn write_fence(&self, connection: &mut Connection, fence: &SharedFence) -> Result<(), StoreError> {
         let record = fence.record();
         let Some((wanted, newest)) = record.to_write() else { return Ok(()) };
@@ -311,7 +312,8 @@ impl Publisher<'_> {
         }
         let text = json(&wanted);
         let is_unchanged = Compare::mod_revision(key.clone(), CompareOp::Equal, revision);
-        let txn = Txn::new().when([is_unchanged]).and_then([TxnOp::put(key, text, None)]);
+        let is_ours = self.claim.unchanged(&self.config.prefix, self.host_revision(connection).await?);
+        let txn = Txn::new().when([is_unchanged, is_ours]).and_then([TxnOp::put(key, text, None)]);
         let answer = connection.client.txn(txn).await.map_err(connection.failed("writing the fence"))?;
         if !answer.succeeded() {
             return Err(self.replaced(connection));
