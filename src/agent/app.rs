@@ -1,7 +1,6 @@
 //! State of one app in the loop: last observation, last plan, the step in flight, recent failures.
 
 use std::{
-    collections::BTreeSet,
     panic::{AssertUnwindSafe, catch_unwind},
     time::Duration,
 };
@@ -25,8 +24,7 @@ use crate::{
         desired::DesiredApp,
         mounts::NestedMount,
         name::{AppName, ReleaseId},
-        observed::{Address, Health, Instance, ObservedApp, Verdict, Wanted},
-        problem::bounded,
+        observed::{Address, Health, Instance, ObservedApp, Wanted},
         proxy::ObservedProxy,
         status::{AppStatus, State},
         time::Timestamp,
@@ -52,15 +50,13 @@ pub(super) struct PlanContext<'a> {
     pub(super) nested: Option<&'a NestedMount>,
 }
 
-/// Largest reason in bytes: it is published with all others of its host.
-const MOST_REASON: usize = 4096;
 /// Backoff resets after this long without a failure: the time after which kubelet resets a crash loop.
 const FORGIVEN: Duration = Duration::from_secs(600);
 
 /// The kind of a failure for which an instance was discarded.
 const UNHEALTHY: &str = "unhealthy";
 /// The kind of an app that cannot be inspected.
-const UNOBSERVED: &str = "unobserved";
+pub(super) const UNOBSERVED: &str = "unobserved";
 
 pub(super) struct AppState {
     pub(super) app: AppName,
@@ -88,17 +84,17 @@ pub(super) struct AppState {
     /// The permit of a step that expired before it started, kept for the step that replaces it.
     pub(super) permit: Option<OwnedSemaphorePermit>,
     backoffs: Backoffs,
-    observe_error: Option<(String, u32)>,
+    pub(super) observe_error: Option<(String, u32)>,
     pulled: Option<ReleaseId>,
     image_lost: bool,
     pub(super) telemetry: AppTelemetry,
     /// Until when a deleted app stays as it is.
     stays_until: Option<Timestamp>,
     /// Recent crashes and health failures of its instances.
-    incidents: Incidents,
+    pub(super) incidents: Incidents,
     prediction: Prediction,
-    since: Timestamp,
-    reported: Option<(State, Option<String>)>,
+    pub(super) since: Timestamp,
+    pub(super) reported: Option<(State, Option<String>)>,
 }
 
 impl AppState {
@@ -486,98 +482,6 @@ impl AppState {
             Address::Port(port) => Some(*port),
             Address::Socket(_) | Address::Own(_) => None,
         })
-    }
-
-    /// Its status; `None` if it is neither here nor wanted here.
-    pub(super) fn status<M: Machine>(&mut self, machine: &M) -> Option<AppStatus> {
-        let target = self.desired.target().cloned();
-        // Of a plan for an earlier desired state only what serves still counts.
-        let mut plan = self.planned.clone().unwrap_or_default();
-        if !self.fresh.is_plan_current() {
-            plan.blocks.clear();
-        }
-        let absent = matches!(self.desired, DesiredApp::Absent(_) | DesiredApp::Unknown(_));
-        if absent
-            && (plan.is_converged() || self.observed.as_ref().is_none_or(|o| o.instances.is_empty() && !o.has_routes()))
-        {
-            return None;
-        }
-        let state = match plan.blocks.first() {
-            Some(Block::Invalid(_)) => State::Invalid,
-            Some(Block::Paused(_)) => State::Paused,
-            Some(_) => State::Blocked,
-            None if matches!(self.desired, DesiredApp::Absent(_)) => State::Leaving,
-            None if self.fresh.is_plan_current()
-                && plan.is_converged()
-                && self.observe_error.is_none()
-                && !self.fresh.is_amended() =>
-            {
-                State::Converged
-            }
-            None => State::Converging,
-        };
-        let release = target.as_ref().map(|t| t.release.id.to_string());
-        let reported = (state, release.clone());
-        if self.reported.as_ref() != Some(&reported) {
-            self.since = machine.wall(machine.now());
-            self.reported = Some(reported);
-        }
-        let observed = self.observed.as_ref();
-        let verdict = target.as_ref().and_then(|t| observed?.verdicts.get(&t.release.id)).cloned();
-        Some(AppStatus {
-            app: self.app.to_string(),
-            host: machine.host().clone(),
-            state,
-            serving: plan.serving.as_ref().map(ToString::to_string).filter(|s| Some(s) != release.as_ref()),
-            release,
-            image: target.as_ref().map(|t| t.release.image.to_string()),
-            wanted: target.as_ref().map_or(0, |t| t.replicas),
-            healthy: plan.healthy,
-            since: self.since,
-            kinds: self.kinds(&plan).into_iter().map(str::to_owned).collect(),
-            reason: bounded(self.reason(&plan, &|at| machine.wall(at)), MOST_REASON),
-            verdict: verdict.map(|v| Verdict { at: machine.wall(v.at), ..v }),
-            timeline: self.telemetry.timeline().to_vec(),
-        })
-    }
-
-    fn kinds(&self, plan: &AppPlan) -> BTreeSet<&'static str> {
-        let waits = plan.waits.iter().flat_map(|wait| [Some(wait.kind()), wait.error_kind()]).flatten();
-        let unobserved = self.observe_error.iter().map(|_| UNOBSERVED);
-        plan.blocks.iter().map(Block::kind).chain(waits).chain(unobserved).collect()
-    }
-
-    fn reason(&self, plan: &AppPlan, to_wall: &impl Fn(Timestamp) -> Timestamp) -> String {
-        if let Some((error, _)) = &self.observe_error {
-            return format!("the app cannot be inspected now: {error}");
-        }
-        if !self.fresh.is_plan_current() {
-            return "change received, not evaluated yet".to_owned();
-        }
-        if let Some(block) = plan.blocks.first() {
-            let retry = plan.waits.iter().find(|w| matches!(w, Wait::Retry { .. }));
-            let retry = retry.map(|w| format!("{}; ", w.clone().with_times(to_wall))).unwrap_or_default();
-            // As many problems as fit, and how many were left out.
-            let shown = match block {
-                Block::Invalid(problems) => Block::Invalid(problems.clone().within(MOST_REASON / 2)),
-                other => other.clone(),
-            };
-            return format!("{shown} ({retry}{})", block.remedy(&self.app));
-        }
-        if let Some(planned) = &plan.step {
-            return planned.to_string();
-        }
-        // Failures come before waits that merely take time.
-        let waits = || plan.waits.iter();
-        let first = waits().find(|w| matches!(w, Wait::Backoff { .. })).or_else(|| waits().next());
-        match (first, &self.desired) {
-            (Some(wait), _) => wait.clone().with_times(to_wall).to_string(),
-            (None, DesiredApp::Absent(why)) => why.clone(),
-            (None, _) if self.fresh.is_amended() => {
-                "the last step is done, and its result is being observed".to_owned()
-            }
-            (None, _) => self.incidents.summary().unwrap_or_default(),
-        }
     }
 }
 

@@ -7,6 +7,7 @@
 mod amend;
 mod app;
 mod completion;
+mod describe;
 mod drain;
 mod freshness;
 mod incidents;

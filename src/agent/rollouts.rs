@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use super::{Agent, app::AppState};
+use super::{Agent, app::AppState, turn::Kept};
 use crate::{
     fleet::turn::{Directive, HostFacts, HostRecords, directive, next_write},
     machine::Machine,
@@ -10,7 +10,7 @@ use crate::{
         desired::{DesiredApp, Target},
         fleet::{HostVerdict, PermitPhase, Transaction, TransactionKind, Turn, VERSION},
         name::{AppName, ReleaseId},
-        observed::{Address, Instance},
+        observed::{Address, Instance, Verdict},
         proxy::{ObservedProxy, Upstreams},
         time::Timestamp,
     },
@@ -49,9 +49,16 @@ impl AppState {
         routed
     }
 
+    /// Verdicts of this host that still count: one against the wanted release lapses when a person asks for another try.
     fn verdicts(&self, wall: impl Fn(Timestamp) -> Timestamp) -> Vec<(ReleaseId, HostVerdict)> {
+        let wanted = self.turn.intended.target();
+        let has_lapsed = |release: &ReleaseId, verdict: &Verdict| {
+            let target = wanted.filter(|target| target.release.id == *release);
+            target.is_some_and(|target| !verdict.is_under(&target.conditions()))
+        };
         let verdicts = self.observed().into_iter().flat_map(|observed| &observed.verdicts);
-        let one = |(release, verdict): (&ReleaseId, &crate::model::observed::Verdict)| {
+        let verdicts = verdicts.filter(|(release, verdict)| !has_lapsed(release, verdict));
+        let one = |(release, verdict): (&ReleaseId, &Verdict)| {
             let verdict = HostVerdict {
                 version: VERSION,
                 cause: verdict.cause.clone(),
@@ -67,7 +74,12 @@ impl AppState {
 
 /// The desired state with another target in the place of its own.
 fn in_place(intended: &DesiredApp, kept: &Target) -> DesiredApp {
-    let of = |wanted: &Target| Target { created: wanted.created, cordoned: wanted.cordoned, ..kept.clone() };
+    let of = |wanted: &Target| Target {
+        created: wanted.created,
+        cordoned: wanted.cordoned,
+        retried: wanted.retried,
+        ..kept.clone()
+    };
     match intended {
         DesiredApp::Run(wanted) => DesiredApp::Run(of(wanted)),
         DesiredApp::Invalid { problems, last_good: Some(wanted) } => {
@@ -104,6 +116,7 @@ impl<M: Machine> Agent<M> {
             app,
             host: self.machine.host(),
             wanted: wanted.map(|target| &target.release.id),
+            retried: wanted.map_or(0, |target| target.retried),
             update: &update,
             detection: wanted.map_or(Duration::ZERO, |target| {
                 let check = &target.release.health;
@@ -141,9 +154,13 @@ impl<M: Machine> Agent<M> {
         let (desired, turn, why) = match decided {
             Directive::Wanted(turn) => (intended, turn, None),
             Directive::Kept(release, why) => match kept(&release) {
-                Some(target) => (in_place(&intended, &target), Turn::Free, Some(why)),
+                Some(target) => (in_place(&intended, &target), Turn::Free, Some(Kept::Meanwhile(why))),
                 // What was proven here before serves on, if it does.
                 None => (intended, Turn::Held(why), None),
+            },
+            Directive::Pinned(release) => match kept(&release) {
+                Some(target) => (in_place(&intended, &target), Turn::Free, Some(Kept::Pinned)),
+                None => (intended, Turn::Held("the pinned release is not kept in the store".to_owned()), None),
             },
         };
         if state.turn.turn.may_switch() && !turn.may_switch() {

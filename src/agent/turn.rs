@@ -12,8 +12,8 @@ pub(super) struct TurnState {
     pub(super) intended: DesiredApp,
     /// How far it may go.
     pub(super) turn: Turn,
-    /// Why it runs another release than the wanted one.
-    pub(super) kept: Option<String>,
+    /// Why it runs another release than the one that its keys make.
+    pub(super) kept: Option<Kept>,
     /// A write is under way since then: nothing is decided before its answer.
     pub(super) writing: Option<Timestamp>,
     /// No write before.
@@ -36,6 +36,18 @@ impl TurnState {
 
     /// Why an app that runs a kept release is not converged.
     pub(super) fn kept_wait(&self) -> Option<Wait> {
-        self.kept.clone().map(Wait::Turn)
+        match &self.kept {
+            Some(Kept::Meanwhile(why)) => Some(Wait::Turn(why.clone())),
+            Some(Kept::Pinned) | None => None,
+        }
     }
+}
+
+/// Why an app runs a kept release.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Kept {
+    /// A person pinned it: it is the wanted one.
+    Pinned,
+    /// Until another one may come, for this reason.
+    Meanwhile(String),
 }

@@ -11,5 +11,6 @@
 
 pub mod leader;
 mod order;
+pub mod outcome;
 pub mod records;
 pub mod turn;

@@ -100,7 +100,7 @@ impl Records {
             FleetKey::Proof(host, app) => put(&mut self.proofs, (app, host), raw),
             FleetKey::Status(host, app) => put(&mut self.served, (app, host), raw),
             FleetKey::Kept(app, release) => put(&mut self.kept, (app, release), raw),
-            FleetKey::KeptEnv(..) => true,
+            FleetKey::KeptEnv(..) | FleetKey::Retry(_) => true,
             FleetKey::Spec(app) => note_revision(&mut self.specs, app, raw),
             FleetKey::Image(app) => note_revision(&mut self.images, app, raw),
             FleetKey::Freeze => {

@@ -37,6 +37,8 @@ pub struct HostFacts<'a> {
     pub host: &'a HostName,
     /// The release that people want; `None` if the app does not run here.
     pub wanted: Option<&'a ReleaseId>,
+    /// The revision at which a person last asked for another try; 0 if never.
+    pub retried: i64,
     /// How it goes over the hosts.
     pub update: &'a Update,
     /// How long its health checks take to notice a failure.
@@ -60,6 +62,8 @@ pub enum Directive {
     Wanted(Turn),
     /// Another release that the fleet has proven, for this reason.
     Kept(ReleaseId, String),
+    /// The release that a person has pinned.
+    Pinned(ReleaseId),
 }
 
 impl Directive {
@@ -79,7 +83,7 @@ pub fn directive(facts: &HostFacts<'_>, records: &HostRecords) -> Directive {
     let Some(wanted) = facts.wanted else { return Directive::Wanted(Turn::Free) };
     if rollout.release != *wanted {
         if rollout.pinned {
-            return Directive::Kept(rollout.release.clone(), "a person pinned this release".to_owned());
+            return Directive::Pinned(rollout.release.clone());
         }
         return hold(facts, rollout, wanted, "the leader has not opened a rollout of this release yet");
     }
@@ -123,12 +127,13 @@ fn waiting_reason(rollout: &Rollout) -> &'static str {
     }
 }
 
-/// Waits. A host that serves nothing takes the release that the fleet has proven meanwhile.
+/// Waits. Meanwhile the host runs what the fleet has proven: so it heals if it has that release, and serves if it has none.
 fn hold(facts: &HostFacts<'_>, rollout: &Rollout, wanted: &ReleaseId, why: &str) -> Directive {
+    let runs_it = |proven: &ReleaseId| {
+        facts.proven.is_none_or(|own| own == proven) && facts.routed.iter().all(|release| facts.proven == Some(release))
+    };
     match rollout.proven() {
-        Some(proven) if proven != wanted && facts.proven.is_none() && facts.routed.is_empty() => {
-            Directive::Kept(proven.clone(), why.to_owned())
-        }
+        Some(proven) if proven != wanted && runs_it(proven) => Directive::Kept(proven.clone(), why.to_owned()),
         _ => Directive::held(why),
     }
 }
@@ -162,7 +167,9 @@ pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, 
     for release in judged.filter(|release| facts.proven != Some(*release) && !records.verdicts.contains(*release)) {
         if let Some((_, verdict)) = facts.verdicts.iter().find(|(of, _)| of == release) {
             let put = Write::record(verdict_key(release), verdict);
-            let conditions = vec![Condition::Created(verdict_key(release), 0)];
+            // A verdict that a person has just taken away is not written again.
+            let asked = Condition::Modified(FleetKey::Retry(app.clone()), facts.retried);
+            let conditions = vec![Condition::Created(verdict_key(release), 0), asked];
             return transaction(TransactionKind::Judge, conditions, vec![put]);
         }
     }

@@ -118,6 +118,7 @@ mod tests {
             pull_policy: spec.pull_policy,
             created: 1,
             cordoned: false,
+            retried: 0,
         })
     }
 

@@ -125,6 +125,8 @@ pub struct Target {
     pub created: i64,
     /// Whether the host is cordoned: it may stay, not come.
     pub cordoned: bool,
+    /// The revision at which a person last asked for another try of a release that failed; 0 if never.
+    pub retried: i64,
 }
 
 impl Target {
@@ -136,10 +138,13 @@ impl Target {
         }
     }
 
-    /// Digest of what a rollout depends on beside the release: order, replicas and ingress. When it changes, earlier
-    /// failures no longer count.
+    /// Digest of what a rollout depends on beside the release: order, replicas, ingress, and whether a person asked for
+    /// another try. When it changes, earlier failures no longer count.
     pub fn conditions(&self) -> String {
-        let text = format!("{:?} {} {:?}", self.order, self.replicas, self.ingress);
+        let mut text = format!("{:?} {} {:?}", self.order, self.replicas, self.ingress);
+        if self.retried > 0 {
+            text.push_str(&format!(" {}", self.retried));
+        }
         hex(&Sha256::digest(text)[..6])
     }
 }
@@ -155,6 +160,8 @@ pub struct AppKeys {
     pub restart: Option<Vec<u8>>,
     /// `apps/<app>/paused`.
     pub paused: Option<Vec<u8>>,
+    /// The mod revision of `apps/<app>/retry`; 0 without it.
+    pub retried: i64,
 }
 
 /// All keys relevant to a host, as read.
@@ -256,6 +263,7 @@ pub fn target(
         pull_policy: spec.pull_policy,
         created: *created,
         cordoned,
+        retried: app.retried,
     })
 }
 

@@ -303,6 +303,14 @@ pub struct Verdict {
     pub conditions: String,
 }
 
+impl Verdict {
+    /// Whether it was given under these [conditions](super::desired::Target::conditions), whatever the templates of the
+    /// host were. One without conditions always counts.
+    pub fn is_under(&self, conditions: &str) -> bool {
+        self.conditions.split(' ').next().is_none_or(|own| own.is_empty() || own == conditions)
+    }
+}
+
 fn once() -> u32 {
     1
 }

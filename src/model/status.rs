@@ -103,7 +103,7 @@ pub struct AppStatus {
     pub healthy: u16,
     /// When it entered this state.
     pub since: Timestamp,
-    /// Why it is not converged, in one sentence.
+    /// Why it is not converged, in one sentence; or that a person pinned what it runs.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
     /// The same for programs, a bounded set: kinds of blocks, waits and failed steps as in the metrics, `unhealthy` after an

@@ -305,6 +305,7 @@ mod tests {
             pull_policy: spec.pull_policy,
             created,
             cordoned: false,
+            retried: 0,
         })
     }
 

@@ -8,24 +8,21 @@ use std::{
 use tokio::{sync::watch::Receiver, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::{is_trusted, trusted};
+use super::{
+    contents::{FleetContents, takes_turns},
+    is_trusted, trusted,
+};
 use crate::{
-    fleet::{
-        leader::{FleetView, Intent, decide, is_canary},
-        records::{RawRecord, Records},
-    },
+    fleet::leader::{FleetView, Intent, decide, is_canary},
     model::{
-        desired::HostMode,
         fleet::{FleetKey, KeptEnv, KeptRelease, Leader, VERSION},
-        name::{AppName, HostName, NameError, ReleaseId},
+        name::{AppName, HostName},
+        problem::Problems,
         release::ReleaseKey,
         time::Timestamp,
     },
     retry::{Retry, jittered},
-    store::{
-        Change, Contents, Entry, Everywhere, FleetSession, HostInfo, Interpreter, ROLLOUTS, StoreError, Term, Update,
-        client::EtcdConfig, parse_fleet,
-    },
+    store::{Change, Everywhere, FleetSession, StoreError, Term, Update, client::EtcdConfig},
 };
 
 /// How long a leader that is gone is still taken for one.
@@ -125,13 +122,7 @@ struct Leading {
     term: Term,
     etcd: u64,
     key: Option<ReleaseKey>,
-    interpreter: Interpreter,
-    contents: BTreeMap<Vec<u8>, Entry>,
-    hosts: BTreeMap<HostName, HostInfo>,
-    records: Records,
-    apps: BTreeMap<AppName, Everywhere>,
-    /// Whether `apps` is of other contents.
-    is_stale: bool,
+    fleet: FleetContents,
     revision: i64,
     /// The revision of the last write: nothing is decided before the view shows it.
     written: i64,
@@ -152,14 +143,9 @@ impl Leading {
         let reading = session.read(&[session.leader_range()]).await?;
         let mut leading = Self {
             key: session.release_key().await?,
-            interpreter: Interpreter::new(host.clone(), BTreeMap::new()),
+            fleet: FleetContents::new(host.clone()),
             term,
             etcd: if reading.etcd == etcd { etcd } else { 0 },
-            contents: BTreeMap::new(),
-            hosts: BTreeMap::new(),
-            records: Records::default(),
-            apps: BTreeMap::new(),
-            is_stale: true,
             revision: reading.revision,
             written: 0,
             gone: BTreeMap::new(),
@@ -167,34 +153,9 @@ impl Leading {
             session,
         };
         for (key, entry) in reading.entries {
-            leading.take(key, Some(entry));
+            leading.fleet.take(key, Some(entry));
         }
         Ok(leading)
-    }
-
-    fn take(&mut self, key: Vec<u8>, entry: Option<Entry>) {
-        if let Some(fleet_key) = parse_fleet(&key) {
-            if let FleetKey::Host(host) = &fleet_key {
-                let info = entry.as_ref().and_then(|entry| serde_json::from_slice(entry.value()).ok());
-                match info {
-                    Some(info) => drop(self.hosts.insert(host.clone(), info)),
-                    None => drop(self.hosts.remove(host)),
-                }
-            }
-            let raw = entry.as_ref().map(|entry| RawRecord {
-                value: entry.value(),
-                created: entry.created(),
-                modified: entry.modified(),
-            });
-            self.records.take(fleet_key, raw);
-        }
-        if !key.starts_with(b"state/") && !key.starts_with(b"secret/") {
-            self.is_stale = true;
-            match entry {
-                Some(entry) => drop(self.contents.insert(key, entry)),
-                None => drop(self.contents.remove(&key)),
-            }
-        }
     }
 
     async fn run(&mut self, updates: &mut Receiver<Update>, token: &CancellationToken) -> Result<(), StoreError> {
@@ -226,7 +187,7 @@ impl Leading {
                     refused_at = None;
                     for change in changes {
                         if let Some(key) = change.key {
-                            self.take(key, change.value);
+                            self.fleet.take(key, change.value);
                         }
                     }
                     self.revision = self.revision.max(revision);
@@ -240,12 +201,10 @@ impl Leading {
     async fn decide(&mut self) -> Result<bool, StoreError> {
         let Some(key) = self.key.clone() else { return Ok(true) };
         let now = Timestamp::now();
-        if std::mem::take(&mut self.is_stale) {
-            let contents = Contents::new(self.contents.clone(), self.revision);
-            self.apps = self.interpreter.everywhere(&contents, &key);
-        }
+        self.fleet.resolve(&key);
+        let (records, hosts) = (&self.fleet.records, &self.fleet.hosts);
         let away: BTreeSet<&HostName> =
-            self.records.permits.keys().map(|(_, host)| host).filter(|host| !self.hosts.contains_key(*host)).collect();
+            records.permits.keys().map(|(_, host)| host).filter(|host| !hosts.contains_key(*host)).collect();
         self.gone.retain(|host, _| away.contains(host));
         for host in away {
             self.gone.entry(host.clone()).or_insert(now);
@@ -253,7 +212,7 @@ impl Leading {
         let intents = self.intents(now);
         let term = self.term.revision;
         let transactions =
-            decide(&FleetView { term, intents: &intents, records: &self.records, gone: &self.gone, now });
+            decide(&FleetView { term, intents: &intents, records: &self.fleet.records, gone: &self.gone, now });
         let mut all_made = true;
         for transaction in transactions {
             let made = self.session.commit(&transaction, 0).await.inspect_err(|e| {
@@ -269,10 +228,13 @@ impl Leading {
     }
 
     fn intents(&self, now: Timestamp) -> BTreeMap<AppName, Intent> {
-        let one = |(app, everywhere): (&AppName, &Everywhere)| {
+        let fleet = &self.fleet;
+        let one = |(app, everywhere): (&AppName, &Result<Everywhere, Problems>)| {
+            let everywhere = everywhere.as_ref().ok().filter(|everywhere| everywhere.paused.is_none())?;
             // A pin that names no release is not the same as none: the app is left as it is.
-            let pin = self.release_in(app, "release").ok()?;
-            let hosts = self.hosts.iter().filter(|(host, info)| self.is_wanted(app, everywhere, host, info));
+            let pin = fleet.pin(app).ok()?;
+            let hosts = fleet.hosts.iter();
+            let hosts = hosts.filter(|(host, info)| takes_turns(info) && fleet.is_placed(app, everywhere, host, info));
             let made_from = &everywhere.made_from;
             let kept = KeptRelease {
                 version: VERSION,
@@ -287,32 +249,11 @@ impl Leading {
                 update: everywhere.target.update.clone(),
                 hosts: hosts.map(|(host, info)| (host.clone(), is_canary(&info.labels))).collect(),
                 pin,
-                promoted: self.release_in(app, "promote").ok().flatten(),
+                promoted: fleet.promoted(app).ok().flatten(),
                 made_from: Some((kept, KeptEnv { version: VERSION, sets: made_from.env.clone() })),
             };
             Some((app.clone(), intent))
         };
-        self.apps.iter().filter_map(one).collect()
-    }
-
-    /// Whether a host takes its turns, and runs the app.
-    fn is_wanted(&self, app: &AppName, everywhere: &Everywhere, host: &HostName, info: &HostInfo) -> bool {
-        info.features.iter().any(|feature| feature == ROLLOUTS)
-            && everywhere.constraints.iter().all(|constraint| constraint.holds(&info.labels))
-            && match info.mode {
-                HostMode::Active => true,
-                HostMode::Cordoned => self.records.proven(app, host).is_some(),
-                HostMode::Drained => false,
-            }
-    }
-
-    /// The release that a person names in a key of an app, if there is one.
-    ///
-    /// # Errors
-    /// If that is no release.
-    fn release_in(&self, app: &AppName, key: &str) -> Result<Option<ReleaseId>, NameError> {
-        let Some(entry) = self.contents.get(format!("apps/{app}/{key}").as_bytes()) else { return Ok(None) };
-        let text = String::from_utf8_lossy(entry.value());
-        ReleaseId::try_from(text.trim()).inspect_err(|e| tracing::debug!("`apps/{app}/{key}`: {e}")).map(Some)
+        fleet.apps().iter().filter_map(one).collect()
     }
 }

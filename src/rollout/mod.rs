@@ -1,8 +1,11 @@
 //! The tasks of rollouts: the leader, which decides for the fleet, and the records of this host, which its agent follows.
+//! Beside them what is known of the whole fleet, for the leader and the command line.
 
+mod contents;
 mod host;
 mod leader;
 
+pub use contents::{FleetContents, takes_turns};
 pub use host::{Answer, HostRollouts, Link, Request, follow};
 pub use leader::lead;
 

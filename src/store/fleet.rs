@@ -27,8 +27,8 @@ pub type KeyRange = (Vec<u8>, Vec<u8>);
 /// One connection to a member, for rollouts.
 #[derive(Clone)]
 pub struct FleetSession {
-    connection: Connection,
-    prefix: Prefix,
+    pub(super) connection: Connection,
+    pub(super) prefix: Prefix,
     command_timeout: Duration,
 }
 
@@ -223,6 +223,11 @@ impl FleetSession {
             below("state/lost/".into()),
             below("state/verdicts/".into()),
         ]
+    }
+
+    /// What the command line reads: what people write, and what agents write, without secrets.
+    pub fn client_ranges(&self) -> [KeyRange; 2] {
+        [self.prefix.desired_range(), self.prefix.state_range()]
     }
 
     /// The range that a leader reads.

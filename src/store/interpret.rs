@@ -74,15 +74,17 @@ impl Interpreter {
         Snapshot { revision: contents.revision, proven: true, mode, labels, apps, unreadable }
     }
 
-    /// What each app runs wherever it is placed, and where it is. An app that is paused, invalid or gone is left out.
-    pub fn everywhere(&mut self, contents: &Contents, key: &ReleaseKey) -> BTreeMap<AppName, Everywhere> {
+    /// What each app runs wherever it is placed, and where it is; or what is wrong with its keys. An app exists if its spec
+    /// does.
+    pub fn everywhere(
+        &mut self,
+        contents: &Contents,
+        key: &ReleaseKey,
+    ) -> BTreeMap<AppName, Result<Everywhere, Problems>> {
         let (keys, ..) = self.sort_out(contents, &mut Vec::new());
-        let one = |(name, app): (&AppName, &desired::AppKeys)| {
-            if app.paused.is_some() {
-                return None;
-            }
-            let target = catch_panic(|| desired::target(name, app, &keys, key, false)).ok()?;
-            let spec = app.spec.as_ref()?.1.as_ref().as_ref().ok()?;
+        let one = |name: &AppName, app: &desired::AppKeys, spec: &ReadSpec| {
+            let target = catch_panic(|| desired::target(name, app, &keys, key, false))?;
+            let spec = spec.as_ref().as_ref().map_err(Clone::clone)?;
             let sets = [name.as_str()].into_iter().chain(spec.env_from.iter().map(SetName::as_str));
             let text = |value: &Option<Vec<u8>>| value.as_ref().map(|v| String::from_utf8_lossy(v).into_owned());
             let values = |set: &SetName| {
@@ -90,16 +92,18 @@ impl Interpreter {
                 values.map(|(name, value)| (name.clone(), String::from_utf8_lossy(value).into_owned())).collect()
             };
             let sets = sets.filter_map(|set| SetName::try_from(set).ok()).map(|set| (set.clone(), values(&set)));
-            let spec_text = contents.entries.get(format!("apps/{name}/spec").as_bytes())?.value();
+            let spec_text = contents.entries.get(format!("apps/{name}/spec").as_bytes()).map_or(&[][..], Entry::value);
             let made_from = MadeFrom {
                 spec: String::from_utf8_lossy(spec_text).into_owned(),
                 image: text(&app.image),
                 restart: text(&app.restart),
                 env: sets.collect(),
             };
-            Some((name.clone(), Everywhere { target, constraints: spec.deploy.constraints.clone(), made_from }))
+            let paused = text(&app.paused);
+            Ok(Everywhere { target, constraints: spec.deploy.constraints.clone(), made_from, paused })
         };
-        keys.apps.iter().filter_map(one).collect()
+        let apps = keys.apps.iter().filter_map(|(name, app)| Some((name, app, &app.spec.as_ref()?.1)));
+        apps.map(|(name, app, spec)| (name.clone(), one(name, app, spec))).collect()
     }
 
     fn sort_out(
@@ -120,6 +124,7 @@ impl Interpreter {
                 Ok(Key::Image(app)) => keys.apps.entry(app).or_default().image = value(),
                 Ok(Key::Restart(app)) => keys.apps.entry(app).or_default().restart = value(),
                 Ok(Key::Paused(app)) => keys.apps.entry(app).or_default().paused = value(),
+                Ok(Key::Retry(app)) => keys.apps.entry(app).or_default().retried = entry.modified(),
                 Ok(Key::Env(set, name)) => {
                     keys.env.entry(set).or_default().insert(name, entry.value().to_vec());
                 }
@@ -186,6 +191,8 @@ pub struct Everywhere {
     pub constraints: Vec<Constraint>,
     /// The texts that its release is made from.
     pub made_from: MadeFrom,
+    /// Why a person paused it.
+    pub paused: Option<String>,
 }
 
 /// The texts that a release is made from.
@@ -219,7 +226,7 @@ impl MadeFrom {
             spec: Some((0, Arc::new(spec))),
             image: bytes(&self.image),
             restart: bytes(&self.restart),
-            paused: None,
+            ..desired::AppKeys::default()
         };
         let values = |set: &BTreeMap<EnvName, String>| {
             set.iter().map(|(name, value)| (name.clone(), value.clone().into_bytes())).collect()

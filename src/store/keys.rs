@@ -84,6 +84,7 @@ impl Prefix {
             FleetKey::KeptEnv(app, release) => format!("secret/releases/{app}/{release}"),
             FleetKey::Spec(app) => format!("apps/{app}/spec"),
             FleetKey::Image(app) => format!("apps/{app}/image"),
+            FleetKey::Retry(app) => format!("apps/{app}/retry"),
             FleetKey::Freeze => "freeze".to_owned(),
         };
         self.key(&rest)
@@ -97,6 +98,11 @@ impl Prefix {
     /// All that a leader reads: what people write, kept environments, and what machines write.
     pub fn leader_range(&self) -> (Vec<u8>, Vec<u8>) {
         (self.key("apps/").into_bytes(), self.key("state0").into_bytes())
+    }
+
+    /// What agents write about hosts, apps and rollouts; no secrets.
+    pub fn state_range(&self) -> (Vec<u8>, Vec<u8>) {
+        (self.key("state/").into_bytes(), self.key("state0").into_bytes())
     }
 
     /// A key without the prefix; `None` if it is not below it.
@@ -116,6 +122,7 @@ pub fn parse_fleet(rest: &[u8]) -> Option<FleetKey> {
         ["freeze"] => FleetKey::Freeze,
         ["apps", a, "spec"] => FleetKey::Spec(app(a)?),
         ["apps", a, "image"] => FleetKey::Image(app(a)?),
+        ["apps", a, "retry"] => FleetKey::Retry(app(a)?),
         ["state", "leader"] => FleetKey::Leader,
         ["state", "hosts", h] => FleetKey::Host(host(h)?),
         ["state", "rollouts", a] => FleetKey::Rollout(app(a)?),
@@ -155,6 +162,28 @@ pub enum Key {
     Pin(AppName),
     /// `apps/<app>/promote`
     Promote(AppName),
+    /// `apps/<app>/retry`
+    Retry(AppName),
+}
+
+impl std::fmt::Display for Key {
+    /// The key, without the prefix.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Spec(app) => write!(f, "apps/{app}/spec"),
+            Self::Image(app) => write!(f, "apps/{app}/image"),
+            Self::Restart(app) => write!(f, "apps/{app}/restart"),
+            Self::Paused(app) => write!(f, "apps/{app}/paused"),
+            Self::Pin(app) => write!(f, "apps/{app}/release"),
+            Self::Promote(app) => write!(f, "apps/{app}/promote"),
+            Self::Retry(app) => write!(f, "apps/{app}/retry"),
+            Self::Env(set, name) => write!(f, "env/{set}/{name}"),
+            Self::HostLabels(host) => write!(f, "hosts/{host}/labels"),
+            Self::HostMode(host) => write!(f, "hosts/{host}/mode"),
+            Self::Cluster => f.write_str("cluster"),
+            Self::Freeze => f.write_str("freeze"),
+        }
+    }
 }
 
 /// A key without a meaning, by what it might belong to.
@@ -197,11 +226,14 @@ impl Key {
                     "paused" => Ok(Self::Paused(app)),
                     "release" => Ok(Self::Pin(app)),
                     "promote" => Ok(Self::Promote(app)),
+                    "retry" => Ok(Self::Retry(app)),
                     _ => {
                         let problem = Problem::new(shown, "demae knows no such key, and ignores it");
                         Err(BadKey::App(
                             app,
-                            problem.hint("an app has `spec`, `image`, `restart`, `paused`, `release` and `promote`"),
+                            problem.hint(
+                                "an app has `spec`, `image`, `restart`, `paused`, `release`, `promote` and `retry`",
+                            ),
                         ))
                     }
                 }
@@ -245,6 +277,22 @@ mod tests {
         let web = AppName::try_from("web").expect("a name");
         assert_eq!(Key::parse(b"apps/web/image"), Ok(Key::Image(web.clone())));
         assert_eq!(Key::parse(b"cluster"), Ok(Key::Cluster));
+        for key in [
+            "apps/web/spec",
+            "apps/web/image",
+            "apps/web/restart",
+            "apps/web/paused",
+            "apps/web/release",
+            "apps/web/promote",
+            "apps/web/retry",
+            "env/web/A",
+            "hosts/web1/labels",
+            "hosts/web1/mode",
+            "cluster",
+            "freeze",
+        ] {
+            assert_eq!(Key::parse(key.as_bytes()).map(|parsed| parsed.to_string()), Ok(key.to_owned()));
+        }
         assert!(matches!(Key::parse(b"apps/web/imagee"), Err(BadKey::App(app, _)) if app == web));
         for bad in
             ["apps/../x/spec", "apps/WEB/spec", "apps/spec", "apps//spec", "env/web", "hosts/a/b/c", "clusters", "x"]
@@ -273,6 +321,7 @@ mod tests {
             FleetKey::KeptEnv(app.clone(), release.clone()),
             FleetKey::Spec(app.clone()),
             FleetKey::Image(app.clone()),
+            FleetKey::Retry(app.clone()),
             FleetKey::Freeze,
         ] {
             let text = prefix.fleet(&key);

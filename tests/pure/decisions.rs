@@ -40,6 +40,7 @@ fn target(text: &str, version: &str) -> Target {
         pull_policy: spec.pull_policy,
         created: 1,
         cordoned: false,
+        retried: 0,
     }
 }
 

@@ -48,6 +48,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "config",
             "events",
             "execute",
+            "fleet",
             "host",
             "http",
             "metrics",

@@ -105,6 +105,7 @@ fn target(version: u8, replicas: u16, endpoint: Option<Endpoint>, order: Order) 
         pull_policy: PullPolicy::Missing,
         created: 1,
         cordoned: false,
+        retried: 0,
     }
 }
 

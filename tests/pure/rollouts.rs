@@ -256,6 +256,7 @@ impl OneHost {
             app: &app,
             host: &host,
             wanted: Some(&wanted),
+            retried: 0,
             update: &update,
             detection: Duration::ZERO,
             proven: self.proven.as_ref(),
@@ -272,7 +273,8 @@ impl OneHost {
 #[test]
 fn host_moves_requests_only_after_its_record_says_so() {
     let host = OneHost::new(RolloutPhase::Rolling, None);
-    assert!(matches!(host.ask(true), (Directive::Wanted(Turn::Held(_)), None)));
+    // Meanwhile it runs what is proven, and so heals.
+    assert!(matches!(host.ask(true), (Directive::Kept(kept, _), None) if kept == release(0)));
     let host = OneHost::new(RolloutPhase::Rolling, Some(PermitPhase::Try));
     assert_eq!(host.ask(false), (Directive::Wanted(Turn::Try), None));
     assert_eq!(host.ask(true).1, Some(TransactionKind::Commit));
@@ -289,7 +291,20 @@ fn permit_of_another_epoch_is_given_back() {
     if let Some(stored) = &mut host.records.rollout {
         stored.modified = 60;
     }
-    assert!(matches!(host.ask(true), (Directive::Wanted(Turn::Held(_)), Some(TransactionKind::GiveBack))));
+    let (directive, write) = host.ask(true);
+    assert!(matches!(directive, Directive::Kept(kept, _) if kept == release(0)));
+    assert_eq!(write, Some(TransactionKind::GiveBack));
+}
+
+#[test]
+fn host_with_requests_on_an_unproven_release_is_held_as_it_is() {
+    let mut host = OneHost::new(RolloutPhase::Rolling, None);
+    // The leader has not seen yet that another release is wanted than the one of this turn.
+    if let Some(rollout) = host.records.rollout.as_mut().and_then(|stored| stored.value.as_mut()) {
+        rollout.release = release(2);
+    }
+    host.routed = [release(0), release(2)].into();
+    assert!(matches!(host.ask(false).0, Directive::Wanted(Turn::Held(_))));
 }
 
 #[test]

@@ -81,6 +81,7 @@ impl Scenario {
             pull_policy: spec.pull_policy,
             created: 1,
             cordoned: false,
+            retried: 0,
         }
     }
 

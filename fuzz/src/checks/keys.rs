@@ -52,7 +52,7 @@ fn one(bytes: &[u8]) {
 fn is_known(text: &str) -> bool {
     match text.split('/').collect::<Vec<&str>>()[..] {
         ["cluster"] | ["freeze"] => true,
-        ["apps", app, "spec" | "image" | "restart" | "paused" | "release" | "promote"] => is_label(app),
+        ["apps", app, "spec" | "image" | "restart" | "paused" | "release" | "promote" | "retry"] => is_label(app),
         ["env", set, name] => is_label(set) && is_variable(name),
         ["hosts", host, "labels" | "mode"] => is_label(host),
         _ => false,
@@ -72,14 +72,19 @@ fn written(key: &Key) -> String {
         Key::Freeze => "freeze".to_owned(),
         Key::Pin(app) => format!("apps/{app}/release"),
         Key::Promote(app) => format!("apps/{app}/promote"),
+        Key::Retry(app) => format!("apps/{app}/retry"),
     }
 }
 
 fn names(key: &Key) -> Vec<&str> {
     match key {
-        Key::Spec(app) | Key::Image(app) | Key::Restart(app) | Key::Paused(app) | Key::Pin(app) | Key::Promote(app) => {
-            vec![app.as_str()]
-        }
+        Key::Spec(app)
+        | Key::Image(app)
+        | Key::Restart(app)
+        | Key::Paused(app)
+        | Key::Pin(app)
+        | Key::Promote(app)
+        | Key::Retry(app) => vec![app.as_str()],
         Key::Env(set, name) => vec![set.as_str(), name.as_str()],
         Key::HostLabels(host) | Key::HostMode(host) => vec![host.as_str()],
         Key::Cluster | Key::Freeze => Vec::new(),

@@ -32,6 +32,8 @@ pub enum FleetKey {
     Spec(AppName),
     /// `apps/<app>/image`
     Image(AppName),
+    /// `apps/<app>/retry`
+    Retry(AppName),
     /// `freeze`
     Freeze,
 }

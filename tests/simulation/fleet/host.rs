@@ -50,7 +50,8 @@ pub struct SimHost {
     pub intent: Rc<State>,
     pub records: Rc<State>,
     pub proven: Option<ReleaseId>,
-    pub verdicts: BTreeSet<ReleaseId>,
+    /// With the revision of the last `retry` that was known then.
+    pub verdicts: BTreeMap<ReleaseId, i64>,
     pub running: BTreeSet<ReleaseId>,
     pub routed: Option<ReleaseId>,
     /// A move of requests that was decided and is not done yet.
@@ -91,7 +92,6 @@ impl SimHost {
         &mut self,
         app: &AppName,
         update: &Update,
-
         qualities: &BTreeMap<ReleaseId, Quality>,
         monitored: bool,
     ) -> Option<Transaction> {
@@ -101,12 +101,14 @@ impl SimHost {
         }
         let records = self.own_records(self.records.records(), app);
         let wanted = self.intent.wanted.clone();
+        let retried = self.retried(app);
+        self.verdicts.retain(|_, of| *of == retried);
         let decided = directive(&self.facts(app, update, &wanted, &self.routed_set(), &self.judged()), &records);
         let (target, turn) = match decided {
             Directive::Wanted(turn) => (wanted.clone(), turn),
-            Directive::Kept(release, _) => (release, Turn::Free),
+            Directive::Kept(release, _) | Directive::Pinned(release) => (release, Turn::Free),
         };
-        let is_ready = self.converge(&target, &turn, &qualities[&target], monitored);
+        let is_ready = self.converge(&target, &turn, &qualities[&target], monitored, retried);
         if self.moving.is_some() {
             return None;
         }
@@ -118,7 +120,6 @@ impl SimHost {
         &'a self,
         app: &'a AppName,
         update: &'a Update,
-
         wanted: &'a ReleaseId,
         routed: &'a BTreeSet<ReleaseId>,
         verdicts: &'a [(ReleaseId, HostVerdict)],
@@ -127,6 +128,7 @@ impl SimHost {
             app,
             host: &self.name,
             wanted: Some(wanted),
+            retried: self.retried(app),
             update,
             detection: Duration::ZERO,
             proven: self.proven.as_ref(),
@@ -135,6 +137,10 @@ impl SimHost {
             verdicts,
             confirmed: self.confirmed,
         }
+    }
+
+    fn retried(&self, app: &AppName) -> i64 {
+        self.intent.keys.get(&FleetKey::Retry(app.clone())).map_or(0, |value| value.modified)
     }
 
     fn routed_set(&self) -> BTreeSet<ReleaseId> {
@@ -149,11 +155,11 @@ impl SimHost {
             log_tail: String::new(),
             at: Timestamp::default(),
         };
-        self.verdicts.iter().map(|release| (release.clone(), verdict.clone())).collect()
+        self.verdicts.keys().map(|release| (release.clone(), verdict.clone())).collect()
     }
 
     /// What the planner does by its turn. Returns true if only the permit keeps it from moving requests.
-    fn converge(&mut self, target: &ReleaseId, turn: &Turn, quality: &Quality, monitored: bool) -> bool {
+    fn converge(&mut self, target: &ReleaseId, turn: &Turn, quality: &Quality, monitored: bool, retried: i64) -> bool {
         let is_proven = self.proven.as_ref() == Some(target);
         if is_proven {
             self.routed = Some(target.clone());
@@ -161,7 +167,7 @@ impl SimHost {
             self.running.insert(target.clone());
             return false;
         }
-        if matches!(turn, Turn::Held(_)) || self.verdicts.contains(target) {
+        if matches!(turn, Turn::Held(_)) || self.verdicts.contains_key(target) {
             if self.proven.is_some() {
                 self.routed.clone_from(&self.proven);
             }
@@ -169,7 +175,7 @@ impl SimHost {
         }
         if !self.running.contains(target) {
             if quality.fails_at_start.contains(&self.number) {
-                self.verdicts.insert(target.clone());
+                self.verdicts.insert(target.clone(), retried);
             } else {
                 self.running.insert(target.clone());
             }
@@ -180,7 +186,7 @@ impl SimHost {
                 return false;
             }
             if quality.fails_in_service.contains(&self.number) {
-                self.verdicts.insert(target.clone());
+                self.verdicts.insert(target.clone(), retried);
             } else {
                 self.proven = Some(target.clone());
             }
@@ -196,7 +202,7 @@ impl SimHost {
 
     /// The key of its status.
     pub fn status(&self, app: &AppName) -> (FleetKey, String) {
-        let healthy = u16::from(self.routed.as_ref().is_some_and(|r| !self.verdicts.contains(r)));
+        let healthy = u16::from(self.routed.as_ref().is_some_and(|r| !self.verdicts.contains_key(r)));
         let release = self.routed.as_ref().map(ToString::to_string);
         let text = serde_json::json!({ "release": release, "healthy": healthy }).to_string();
         (FleetKey::Status(self.name.clone(), app.clone()), text)

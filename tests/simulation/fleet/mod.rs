@@ -114,7 +114,7 @@ impl Fleet {
                 intent: store.now().clone(),
                 records: store.now().clone(),
                 proven: Some(release(0)),
-                verdicts: BTreeSet::new(),
+                verdicts: BTreeMap::new(),
                 running: [release(0)].into(),
                 routed: Some(release(0)),
                 moving: None,
@@ -393,8 +393,11 @@ impl Fleet {
                 let verdicts: Vec<FleetKey> =
                     self.store.now().keys.keys().filter(|k| matches!(k, FleetKey::Verdict(..))).cloned().collect();
                 self.note("retry");
-                self.store.change(|state| verdicts.iter().for_each(|key| drop(state.keys.remove(key))));
-                self.hosts.iter_mut().for_each(|host| host.verdicts.clear());
+                let retry = FleetKey::Retry(self.app.clone());
+                self.store.change(|state| {
+                    verdicts.iter().for_each(|key| drop(state.keys.remove(key)));
+                    store::put(state, retry, String::new(), None);
+                });
             }
             95..97 if self.hosts.iter().all(SimHost::reaches_store) => {
                 while !self.sent.is_empty() {
@@ -403,9 +406,8 @@ impl Fleet {
                 }
                 self.note("state/ is deleted");
                 self.store.change(|state| {
-                    state
-                        .keys
-                        .retain(|key, _| matches!(key, FleetKey::Spec(_) | FleetKey::Image(_) | FleetKey::Freeze));
+                    use FleetKey::{Freeze, Image, Retry, Spec};
+                    state.keys.retain(|key, _| matches!(key, Spec(_) | Image(_) | Retry(_) | Freeze));
                 });
                 self.keep_leases(false);
             }
@@ -532,6 +534,7 @@ const CONDITIONS: &[(TransactionKind, &str, u64)] = &[
     (TransactionKind::Prove, "proof", 2215),
     (TransactionKind::Judge, "holds-name", 218),
     (TransactionKind::Judge, "verdict", 127),
+    (TransactionKind::Judge, "retry", 1),
     (TransactionKind::GiveBack, "holds-name", 49),
     (TransactionKind::GiveBack, "permit", 2471),
 ];

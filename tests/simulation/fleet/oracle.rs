@@ -71,6 +71,7 @@ impl Oracle {
         for condition in &transaction.conditions {
             let what = match condition {
                 Condition::HoldsName(host) if by_host => format!("another run of {host} wrote {}", kind.as_str()),
+                Condition::Modified(FleetKey::Retry(_), _) => "a verdict from before another try is written".to_owned(),
                 Condition::Created(FleetKey::Leader, term) if is_leader => {
                     format!("the leader of term {term} wrote {} after its term", kind.as_str())
                 }
