@@ -6,6 +6,7 @@ mod agent;
 mod dev;
 mod doctor;
 mod events;
+mod fleet;
 mod init;
 mod plan;
 mod print;
@@ -45,6 +46,20 @@ enum Verb {
     Agent(agent::Args),
     /// Show the apps of this host: what is wanted, what serves, and why it differs
     Status(status::Args),
+    /// Deploy an image of an app on every host that runs it, and wait for the outcome
+    Deploy(fleet::deploy::Args),
+    /// Deploy the same image and variables again, as a new release
+    Redeploy(fleet::redeploy::Args),
+    /// Go back to a release that was proven, and stay on it until the next deploy
+    Rollback(fleet::rollback::Args),
+    /// Let a release go beyond its canaries
+    Promote(fleet::promote::Args),
+    /// Try a release that failed once more
+    Retry(fleet::retry::Args),
+    /// Wait until it is decided what became of a release
+    Wait(fleet::wait::Args),
+    /// List the hosts of the fleet, or take one out of service
+    Hosts(fleet::hosts::Args),
     /// Follow what happens on this host: steps, verdicts, blocks, convergence
     Events(events::Args),
     /// Check whether the agent is ready, that is, has read etcd, Docker and nginx: exit code 0 if so, 1 if not
@@ -80,10 +95,22 @@ enum Exit {
     Failure,
     /// 2: `plan` found something to do.
     Changes,
+    /// 3: the release failed; what served before serves.
+    Release,
+    /// 4: a person must act.
+    Blocked,
+    /// 5: another change came between.
+    Superseded,
+    /// 6: proven on the canaries, and waiting for a promotion.
+    Promote,
     /// 64: the command line is wrong (`EX_USAGE`, sysexits.h).
     Usage,
     /// 75: try again later (`EX_TEMPFAIL`, sysexits.h).
     TryAgain,
+    /// 124: written, and not decided in time (as `timeout`).
+    Undecided,
+    /// 130: interrupted while waiting (as shells say it: 128 + SIGINT).
+    Interrupted,
 }
 
 impl Exit {
@@ -92,8 +119,14 @@ impl Exit {
             Exit::Success => 0,
             Exit::Failure => 1,
             Exit::Changes => 2,
+            Exit::Release => 3,
+            Exit::Blocked => 4,
+            Exit::Superseded => 5,
+            Exit::Promote => 6,
             Exit::Usage => 64,
             Exit::TryAgain => 75,
+            Exit::Undecided => 124,
+            Exit::Interrupted => 130,
         })
     }
 }
@@ -116,6 +149,18 @@ impl Failed {
 
     fn try_later(message: impl Into<String>) -> Self {
         Self { exit: Exit::TryAgain, message: message.into() }
+    }
+
+    fn blocked(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Blocked, message: message.into() }
+    }
+
+    fn superseded(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Superseded, message: message.into() }
+    }
+
+    fn undecided(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Undecided, message: message.into() }
     }
 }
 
@@ -141,6 +186,13 @@ pub fn run() -> ExitCode {
     let ended = match cli.verb {
         Verb::Agent(args) => agent::run(&args),
         Verb::Status(args) => status::run(&args, &mut printer),
+        Verb::Deploy(args) => fleet::deploy::run(&args, &mut printer),
+        Verb::Redeploy(args) => fleet::redeploy::run(&args, &mut printer),
+        Verb::Rollback(args) => fleet::rollback::run(&args, &mut printer),
+        Verb::Promote(args) => fleet::promote::run(&args, &mut printer),
+        Verb::Retry(args) => fleet::retry::run(&args, &mut printer),
+        Verb::Wait(args) => fleet::wait::run(&args, &mut printer),
+        Verb::Hosts(args) => fleet::hosts::run(&args, &mut printer),
         Verb::Events(args) => events::run(&args, &mut printer),
         Verb::Ready(args) => ready::run(&args, &mut printer),
         Verb::Plan(args) => plan::run(&args, &mut printer),
@@ -185,6 +237,15 @@ fn agent_address(url: Option<&str>) -> Result<String, Failed> {
 }
 
 type Ended = Result<Exit, Failed>;
+
+/// What is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    /// For people
+    Text,
+    /// JSON
+    Json,
+}
 
 /// Flags of every verb that loads the configuration.
 type Common = Flags;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{Common, Ended, Exit, Failed, agent_address, print::Printer, runtime};
+use super::{Common, Ended, Exit, Failed, Format, agent_address, fleet, print::Printer, runtime};
 use crate::{
     config,
     host::probe,
@@ -27,23 +27,18 @@ pub(super) struct Args {
     /// Address of the agent; its metrics URL will do
     #[arg(long, env = "DEMAE_METRICS", value_name = "URL")]
     agent: Option<String>,
+    /// All hosts of the fleet, from the store, instead of this one
+    #[arg(long, conflicts_with = "watch")]
+    fleet: bool,
     /// Print again at each change
     #[arg(long)]
     watch: bool,
     /// What is printed
     #[arg(short, long, value_enum, default_value = "text")]
-    output: Output,
+    output: Format,
     /// Only these apps
     #[arg(value_name = "APP")]
     apps: Vec<String>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Output {
-    /// A table
-    Text,
-    /// JSON
-    Json,
 }
 
 /// The JSON output.
@@ -65,6 +60,9 @@ struct Shown {
 }
 
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    if args.fleet {
+        return fleet::table::run(&config::etcd_only(&args.common)?, &args.apps, args.output, printer);
+    }
     runtime(1)?.block_on(async {
         let mut last = None;
         let mut last_note = String::new();
@@ -82,7 +80,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
                 check_apps_exist(args, &shown.apps)?;
             }
             if last.as_ref() != Some(&shown) {
-                if last.is_some() && args.output == Output::Text {
+                if last.is_some() && args.output == Format::Text {
                     printer.line("");
                 }
                 print(args, &shown, printer)?;
@@ -158,7 +156,7 @@ fn select(args: &Args, status: HostStatus) -> Shown {
 }
 
 fn print(args: &Args, shown: &Shown, printer: &mut Printer) -> Result<(), Failed> {
-    if args.output == Output::Json {
+    if args.output == Format::Json {
         printer.line(&serde_json::to_string_pretty(shown)?);
         return Ok(());
     }

@@ -20,6 +20,7 @@ mod etcd_faults;
 mod etcd_tls;
 mod events;
 mod faults;
+mod fleet_verbs;
 mod footprint;
 mod health;
 mod identity;

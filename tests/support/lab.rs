@@ -244,6 +244,13 @@ impl Lab {
         String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
     }
 
+    /// The keys that begin so, as of one revision.
+    pub fn list(&self, start: &str) -> Vec<String> {
+        let start = format!("/demae/{start}");
+        let output = self.etcdctl().args(["get", "--prefix", "--keys-only", &start]).output().expect("etcdctl runs");
+        String::from_utf8_lossy(&output.stdout).lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
+    }
+
     /// The current revision of the store.
     pub fn revision(&self) -> i64 {
         let output = self.etcdctl().args(["get", "/nothing", "-w", "json"]).output().expect("etcdctl runs");

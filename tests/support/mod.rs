@@ -10,6 +10,7 @@ pub mod disk;
 pub mod engine;
 pub mod etcd;
 pub mod files;
+pub mod fleet;
 pub mod frames;
 pub mod http;
 pub mod images;

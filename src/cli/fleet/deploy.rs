@@ -1,0 +1,90 @@
+//! `demae deploy`
+
+use std::{fs, path::PathBuf};
+
+use super::{
+    Decision, Fleet, StoreArgs,
+    wait::{WaitArgs, follow},
+    write,
+};
+use crate::{
+    cli::{Ended, Failed, print::Printer, runtime},
+    model::name::{AppName, EnvName, SetName},
+    store::{Edit, Everywhere, keys::Key},
+};
+
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Args {
+    #[command(flatten)]
+    store: StoreArgs,
+    #[command(flatten)]
+    wait: WaitArgs,
+    /// A variable of the app, in the same release; more than once
+    #[arg(long = "env", value_name = "NAME=VALUE")]
+    env: Vec<String>,
+    /// A new spec, in the same release
+    #[arg(long, value_name = "FILE")]
+    spec: Option<PathBuf>,
+    /// The app
+    #[arg(value_name = "APP")]
+    app: String,
+    /// Its new image, such as `registry.example.com/web:v43`
+    #[arg(value_name = "IMAGE")]
+    image: String,
+}
+
+pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    let config = args.store.etcd()?;
+    args.wait.check()?;
+    let app = AppName::try_from(args.app.as_str())?;
+    let changes = args.changes(&app)?;
+    runtime(1)?.block_on(async {
+        let written = write(&config, |fleet| decide(fleet, &app, &changes)).await?;
+        follow(&config, &app, written, &args.wait, printer).await
+    })
+}
+
+impl Args {
+    /// What is put, by the command line.
+    fn changes(&self, app: &AppName) -> Result<Vec<(Key, Vec<u8>)>, Failed> {
+        let mut changes = Vec::new();
+        if let Some(path) = &self.spec {
+            let text = fs::read(path).map_err(|e| Failed::because(format!("cannot read `{}`: {e}", path.display())))?;
+            changes.push((Key::Spec(app.clone()), text));
+        }
+        changes.push((Key::Image(app.clone()), self.image.clone().into_bytes()));
+        let set = SetName::try_from(app.as_str())?;
+        for text in &self.env {
+            let (name, value) = text
+                .split_once('=')
+                .ok_or_else(|| Failed::usage(format!("--env {}: write it like `NAME=VALUE`", text.escape_debug())))?;
+            let name = EnvName::try_from(name).map_err(|e| Failed::usage(format!("--env: {e}")))?;
+            changes.push((Key::Env(set.clone(), name), value.as_bytes().to_vec()));
+        }
+        Ok(changes)
+    }
+}
+
+/// Puts what differs. A pin would keep the release from being run, so it is taken away in the same transaction.
+fn decide(fleet: &Fleet, app: &AppName, changes: &[(Key, Vec<u8>)]) -> Result<Decision, Failed> {
+    let is_same = |key: &Key, value: &[u8]| fleet.contents.entry(key).is_some_and(|entry| entry.value() == value);
+    let puts: Vec<_> = changes.iter().filter(|(key, value)| !is_same(key, value)).cloned().collect();
+    let all: Vec<_> = changes.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
+    let Everywhere { target, .. } = match fleet.contents.with(app, &all, &fleet.key) {
+        Some(Ok(everywhere)) => everywhere,
+        Some(Err(problems)) => return Err(Failed::because(format!("`{app}` would be invalid:\n{problems}"))),
+        None => return Err(fleet.app(app).err().unwrap_or_else(|| Failed::because(format!("no app `{app}`")))),
+    };
+    let deletes: Vec<Key> =
+        [Key::Pin(app.clone())].into_iter().filter(|key| fleet.contents.entry(key).is_some()).collect();
+    let decided_from = [Key::Spec(app.clone()), Key::Image(app.clone()), Key::Restart(app.clone())];
+    let read = decided_from.into_iter().chain(puts.iter().map(|(key, _)| key.clone())).chain(deletes.iter().cloned());
+    let mut unchanged: Vec<(Key, i64)> = Vec::new();
+    for key in read {
+        if !unchanged.iter().any(|(known, _)| *known == key) {
+            unchanged.push((key.clone(), fleet.modified(&key)));
+        }
+    }
+    let edit = Edit { unchanged, puts, deletes, forgiven: None };
+    Ok(Decision { edit, release: target.release.id.clone() })
+}

@@ -1,0 +1,287 @@
+//! `demae hosts`
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Serialize;
+use tokio::time::Instant;
+
+use super::{Fleet, RECONNECT, StoreArgs};
+use crate::{
+    cli::{Ended, Exit, Failed, Format, print::Printer, runtime},
+    model::{
+        desired::HostMode,
+        name::{AppName, HostName},
+        status::{State, VERSION},
+        text,
+    },
+    rollout::takes_turns,
+    store::{Edit, StoreError, client::EtcdConfig, keys::Key},
+};
+
+#[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(in crate::cli) struct Args {
+    #[command(flatten)]
+    store: StoreArgs,
+    /// What is printed
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: Format,
+    #[command(subcommand)]
+    verb: Option<HostsVerb>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum HostsVerb {
+    /// Keep what runs on a host, and start nothing new there
+    Cordon(ModeArgs),
+    /// Let a host take apps again
+    Activate(ModeArgs),
+    /// Remove all apps from a host, and wait until they have left
+    Drain(DrainArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct ModeArgs {
+    #[command(flatten)]
+    store: StoreArgs,
+    /// The host
+    #[arg(value_name = "HOST")]
+    host: String,
+}
+
+#[derive(Debug, clap::Args)]
+struct DrainArgs {
+    #[command(flatten)]
+    mode: ModeArgs,
+    /// Also if an app then serves on no host
+    #[arg(long)]
+    force: bool,
+    /// Longest wait
+    #[arg(long, value_name = "DURATION", default_value = "15m")]
+    timeout: String,
+    /// Do not wait
+    #[arg(long)]
+    detach: bool,
+}
+
+/// One host in the JSON output.
+#[derive(Debug, Serialize)]
+struct Shown {
+    host: HostName,
+    up: bool,
+    mode: &'static str,
+    leader: bool,
+    rollouts: bool,
+    agent: String,
+    apps: usize,
+    /// Apps that are not converged.
+    trouble: Vec<AppName>,
+    labels: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Serialize)]
+struct ShownAll {
+    version: u32,
+    hosts: Vec<Shown>,
+}
+
+pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    match &args.verb {
+        None => {
+            let config = args.store.etcd()?;
+            list(&runtime(1)?.block_on(Fleet::read(&config))?, args.output, printer)
+        }
+        Some(HostsVerb::Cordon(args)) => set(args, HostMode::Cordoned, printer),
+        Some(HostsVerb::Activate(args)) => set(args, HostMode::Active, printer),
+        Some(HostsVerb::Drain(args)) => drain(args, printer),
+    }
+}
+
+fn list(fleet: &Fleet, format: Format, printer: &mut Printer) -> Ended {
+    let hosts: Vec<Shown> = known(fleet).into_iter().map(|host| shown(fleet, host)).collect();
+    if format == Format::Json {
+        printer.line(&serde_json::to_string_pretty(&ShownAll { version: VERSION, hosts })?);
+        return Ok(Exit::Success);
+    }
+    let mut rows = vec![["HOST", "MODE", "APPS", "TROUBLE", "AGENT", "LEADS", "LABELS"].map(String::from).to_vec()];
+    let dash = |text: String| if text.is_empty() { "-".to_owned() } else { text };
+    for host in &hosts {
+        let labels: Vec<String> = host.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        rows.push(vec![
+            host.host.to_string(),
+            if host.up { host.mode.to_owned() } else { format!("down, {}", host.mode) },
+            host.apps.to_string(),
+            dash(host.trouble.iter().map(AppName::as_str).collect::<Vec<_>>().join(",")),
+            dash(host.agent.clone()),
+            if host.leader { "yes" } else { "-" }.to_owned(),
+            dash(labels.join(",")),
+        ]);
+    }
+    printer.table(&rows);
+    if hosts.iter().any(|host| host.rollouts) && !hosts.iter().any(|host| host.leader) {
+        printer.error("note: no agent leads the fleet, so no host gets a turn (`rollouts.lead` in the agents' files)");
+    }
+    Ok(Exit::Success)
+}
+
+/// Hosts that are up, and those that have left something behind.
+fn known(fleet: &Fleet) -> BTreeSet<HostName> {
+    let records = &fleet.contents.records;
+    let proofs = records.proofs.iter().filter(|(_, proof)| proof.value.as_ref().is_some_and(|p| p.release.is_some()));
+    let away = proofs.map(|((_, host), _)| host).chain(records.permits.keys().map(|(_, host)| host));
+    fleet.contents.hosts.keys().chain(away).cloned().collect()
+}
+
+fn shown(fleet: &Fleet, host: HostName) -> Shown {
+    let info = fleet.contents.hosts.get(&host);
+    let here = || fleet.statuses.iter().filter_map(|(app, hosts)| Some((app, &hosts.get(&host)?.0)));
+    let asked = fleet.text(&Key::HostMode(host.clone()));
+    let mode = match (info, asked.as_deref()) {
+        (Some(info), _) => info.mode,
+        (None, Some("drained")) => HostMode::Drained,
+        (None, Some("cordoned")) => HostMode::Cordoned,
+        _ => HostMode::Active,
+    };
+    let leader = fleet.contents.records.leader.as_ref().and_then(|leader| leader.value.as_ref());
+    Shown {
+        up: info.is_some(),
+        mode: mode.as_str(),
+        leader: leader.is_some_and(|leader| leader.host == host),
+        rollouts: info.is_some_and(takes_turns),
+        agent: info.map(|info| info.agent.clone()).unwrap_or_default(),
+        apps: here().count(),
+        trouble: here().filter(|(_, s)| s.state != State::Converged).map(|(app, _)| app.clone()).collect(),
+        labels: info.map(|info| info.labels.clone()).unwrap_or_default(),
+        host,
+    }
+}
+
+/// Writes the mode of a host.
+async fn write_mode(
+    config: &EtcdConfig,
+    host: &HostName,
+    mode: HostMode,
+    check: impl Fn(&Fleet) -> Result<(), Failed>,
+) -> Result<(), Failed> {
+    let key = Key::HostMode(host.clone());
+    for _ in 0..super::TRIES {
+        let fleet = Fleet::read(config).await?;
+        if !known(&fleet).contains(host) && fleet.contents.entry(&key).is_none() {
+            return Err(Failed::because(format!("no host `{host}` is known (`demae hosts` lists them)")));
+        }
+        check(&fleet)?;
+        let unchanged = vec![(key.clone(), fleet.modified(&key))];
+        let edit = match mode {
+            HostMode::Active if fleet.contents.entry(&key).is_none() => return Ok(()),
+            HostMode::Active => Edit { unchanged, deletes: vec![key.clone()], ..Edit::default() },
+            _ => Edit { unchanged, puts: vec![(key.clone(), mode.as_str().into())], ..Edit::default() },
+        };
+        match fleet.session.edit(&edit).await {
+            Ok(Some(_)) => return Ok(()),
+            Ok(None) => {}
+            Err(e) => return Err(Failed::undecided(super::lost_answer(&e))),
+        }
+    }
+    Err(Failed::superseded("the mode of this host is written by others all the time; nothing was written"))
+}
+
+fn set(args: &ModeArgs, mode: HostMode, printer: &mut Printer) -> Ended {
+    let (config, host) = (args.store.etcd()?, HostName::try_from(args.host.as_str())?);
+    runtime(1)?.block_on(write_mode(&config, &host, mode, |_| Ok(())))?;
+    printer.line(&format!("{host} is {}", mode.as_str()));
+    Ok(Exit::Success)
+}
+
+fn drain(args: &DrainArgs, printer: &mut Printer) -> Ended {
+    let (config, host) = (args.mode.store.etcd()?, HostName::try_from(args.mode.host.as_str())?);
+    let timeout = text::duration(&args.timeout).map_err(|e| Failed::usage(format!("--timeout: {e}")))?;
+    let check = |fleet: &Fleet| match last_of(fleet, &host) {
+        apps if apps.is_empty() || args.force => Ok(()),
+        apps => Err(Failed::because(format!(
+            "{} would serve nowhere without {host} (`--force` drains it all the same)",
+            apps.join(", ")
+        ))),
+    };
+    runtime(1)?.block_on(async {
+        write_mode(&config, &host, HostMode::Drained, check).await?;
+        if args.detach {
+            printer.line(&format!("{host} is to be drained"));
+            return Ok(Exit::Success);
+        }
+        let deadline = Instant::now() + timeout;
+        let mut left = BTreeSet::new();
+        let mut turn = 0;
+        let again = || format!("it goes on. To wait again: demae hosts drain {host}");
+        loop {
+            tokio::select! {
+                biased;
+                pressed = tokio::signal::ctrl_c() => {
+                    pressed?;
+                    printer.error(&format!("stopped waiting; {}", again()));
+                    return Ok(Exit::Interrupted);
+                }
+                () = tokio::time::sleep_until(deadline) => {
+                    printer.error(&format!("not drained within {}; {}", args.timeout, again()));
+                    return Ok(Exit::Undecided);
+                }
+                ended = wait_empty(&config, turn, &host, &mut left, printer) => match ended {
+                    Ok(exit) => return Ok(exit),
+                    Err(e) => printer.error(&format!("note: the store cannot be read now: {e}")),
+                },
+            }
+            turn += 1;
+            tokio::time::sleep_until((Instant::now() + RECONNECT).min(deadline)).await;
+        }
+    })
+}
+
+/// Apps that serve on this host, and on no other one that is up and stays.
+fn last_of(fleet: &Fleet, host: &HostName) -> Vec<String> {
+    let stays = |other: &HostName| {
+        other != host && fleet.contents.hosts.get(other).is_some_and(|info| info.mode != HostMode::Drained)
+    };
+    let is_last = |hosts: &BTreeMap<HostName, (crate::model::status::AppStatus, i64)>| {
+        hosts.get(host).is_some_and(|(status, _)| status.healthy > 0)
+            && !hosts.iter().any(|(other, (status, _))| stays(other) && status.healthy > 0)
+    };
+    fleet.statuses.iter().filter(|(_, hosts)| is_last(hosts)).map(|(app, _)| app.to_string()).collect()
+}
+
+/// Waits until no app is on a host.
+async fn wait_empty(
+    config: &EtcdConfig,
+    turn: usize,
+    host: &HostName,
+    left: &mut BTreeSet<AppName>,
+    printer: &mut Printer,
+) -> Result<Exit, StoreError> {
+    let mut fleet = match Fleet::read_from(config, turn).await? {
+        Ok(fleet) => fleet,
+        Err(failed) => {
+            printer.error(&format!("error: {}", failed.message));
+            return Ok(Exit::Failure);
+        }
+    };
+    let mut changes = fleet.changes().await?;
+    loop {
+        let here: BTreeSet<AppName> =
+            fleet.statuses.iter().filter(|(_, hosts)| hosts.contains_key(host)).map(|(app, _)| app.clone()).collect();
+        for app in left.difference(&here) {
+            printer.error(&format!("{app} has left {host}"));
+        }
+        left.clone_from(&here);
+        let Some(info) = fleet.contents.hosts.get(host) else {
+            printer.error(&format!("{host} is down: its apps are removed once its agent is back"));
+            return Ok(Exit::Blocked);
+        };
+        if info.mode == HostMode::Drained && here.is_empty() {
+            printer.line(&format!("{host} is drained"));
+            return Ok(Exit::Success);
+        }
+        if fleet.text(&Key::HostMode(host.clone())).as_deref() != Some("drained") {
+            printer.error(&format!("the mode of {host} was changed by somebody else"));
+            return Ok(Exit::Superseded);
+        }
+        fleet.next(&mut changes).await?;
+    }
+}

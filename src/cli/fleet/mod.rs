@@ -1,0 +1,277 @@
+//! Verbs that write to the store and wait for the hosts: what they share.
+
+pub(super) mod deploy;
+pub(super) mod hosts;
+pub(super) mod promote;
+pub(super) mod redeploy;
+mod report;
+pub(super) mod retry;
+pub(super) mod rollback;
+pub(super) mod table;
+pub(super) mod wait;
+
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+
+use tokio::time::Instant;
+
+use super::Failed;
+use crate::{
+    config::{self, EtcdFlags, Flags},
+    fleet::outcome::Wanted,
+    model::{
+        fleet::FleetKey,
+        name::{AppName, HostName, ReleaseId},
+        release::ReleaseKey,
+        status::AppStatus,
+    },
+    rollout::{FleetContents, takes_turns},
+    store::{
+        Edit, Entry, Everywhere, FleetSession, FleetWatch, StoreError,
+        client::EtcdConfig,
+        keys::{Key, parse_fleet},
+    },
+};
+
+/// How often a change is decided anew if somebody else writes the same keys at the same time.
+const TRIES: usize = 5;
+
+/// The store, for verbs that need no agent.
+#[derive(Debug, clap::Args)]
+pub(super) struct StoreArgs {
+    /// The agent's configuration file, for its `[etcd]`
+    #[arg(long, env = "DEMAE_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    etcd: EtcdFlags,
+}
+
+impl StoreArgs {
+    fn etcd(&self) -> Result<EtcdConfig, Failed> {
+        let flags = Flags { config: self.config.clone(), etcd: self.etcd.clone(), ..Flags::default() };
+        Ok(config::etcd_only(&flags)?)
+    }
+}
+
+/// What the store says about the fleet, as of one revision.
+struct Fleet {
+    session: FleetSession,
+    key: ReleaseKey,
+    contents: FleetContents,
+    statuses: BTreeMap<AppName, BTreeMap<HostName, (AppStatus, i64)>>,
+    revision: i64,
+}
+
+/// The changes that follow.
+struct Changes {
+    desired: FleetWatch,
+    state: FleetWatch,
+}
+
+impl Fleet {
+    /// Reads it from the first member that answers.
+    ///
+    /// # Errors
+    /// The last error; nothing was written.
+    async fn read(config: &EtcdConfig) -> Result<Self, Failed> {
+        let mut last = None;
+        for turn in 0..config.endpoints.len() {
+            match Self::read_from(config, turn).await {
+                Ok(read) => return read,
+                Err(e) => last = Some(e),
+            }
+        }
+        let why = last.map_or_else(|| "no endpoint is configured".to_owned(), |e| e.to_string());
+        Err(Failed::try_later(why))
+    }
+
+    async fn read_from(config: &EtcdConfig, turn: usize) -> Result<Result<Self, Failed>, StoreError> {
+        let session = FleetSession::open(config, turn).await?;
+        let Some(key) = session.release_key().await? else {
+            let prefix = config.prefix.as_str();
+            return Ok(Err(Failed::because(format!(
+                "no agent has used the store below `{prefix}` yet (start one, or give the prefix by `--prefix`)"
+            ))));
+        };
+        let reading = session.read(&session.client_ranges()).await?;
+        let nameless = HostName::try_from("none").map_err(|e| Failed::because(e.to_string()));
+        let nameless = match nameless {
+            Ok(name) => name,
+            Err(failed) => return Ok(Err(failed)),
+        };
+        let mut fleet = Self {
+            session,
+            key,
+            contents: FleetContents::new(nameless),
+            statuses: BTreeMap::new(),
+            revision: reading.revision,
+        };
+        for (key, entry) in reading.entries {
+            fleet.take(key, Some(entry));
+        }
+        fleet.contents.resolve(&fleet.key);
+        Ok(Ok(fleet))
+    }
+
+    fn take(&mut self, key: Vec<u8>, entry: Option<Entry>) {
+        if let Some(FleetKey::Status(host, app)) = parse_fleet(&key) {
+            let hosts = self.statuses.entry(app).or_default();
+            let status = entry.as_ref().and_then(|e| Some((serde_json::from_slice(e.value()).ok()?, e.modified())));
+            match status {
+                Some(status) => drop(hosts.insert(host, status)),
+                None => drop(hosts.remove(&host)),
+            }
+        }
+        self.contents.take(key, entry);
+    }
+
+    async fn changes(&self) -> Result<Changes, StoreError> {
+        let [desired, state] = self.session.client_ranges();
+        let first = self.revision + 1;
+        Ok(Changes {
+            desired: self.session.watch(desired, first).await?,
+            state: self.session.watch(state, first).await?,
+        })
+    }
+
+    /// Waits for the next changes, and takes them. Cancel-safe.
+    ///
+    /// # Errors
+    /// If the watch has ended.
+    async fn next(&mut self, changes: &mut Changes) -> Result<(), StoreError> {
+        let (changes, revision) = tokio::select! {
+            news = changes.desired.next() => news?,
+            news = changes.state.next() => news?,
+        };
+        for change in changes {
+            if let Some(key) = change.key {
+                self.take(key, change.value);
+            }
+        }
+        self.revision = self.revision.max(revision);
+        self.contents.resolve(&self.key);
+        Ok(())
+    }
+
+    /// The mod revision of a key that people write; 0 if there is none.
+    fn modified(&self, key: &Key) -> i64 {
+        self.contents.entry(key).map_or(0, Entry::modified)
+    }
+
+    fn text(&self, key: &Key) -> Option<String> {
+        self.contents.entry(key).map(|entry| String::from_utf8_lossy(entry.value()).trim().to_owned())
+    }
+
+    /// An app that can be deployed.
+    ///
+    /// # Errors
+    /// If it does not exist, or its keys are wrong.
+    fn app(&self, app: &AppName) -> Result<&Everywhere, Failed> {
+        match self.contents.apps().get(app) {
+            None => Err(Failed::because(format!(
+                "no app `{app}` is in the store (put its spec to `apps/{app}/spec`, or give it by `--spec FILE`)"
+            ))),
+            Some(Err(problems)) => Err(Failed::because(format!("`{app}` is invalid:\n{problems}"))),
+            Some(Ok(everywhere)) => Ok(everywhere),
+        }
+    }
+
+    /// What people want of an app.
+    fn wanted(&self, app: &AppName) -> Wanted {
+        let pin = match self.contents.pin(app) {
+            Ok(pin) => pin,
+            Err(e) => return Wanted::Stopped(format!("`{}` names no release: {e}", Key::Pin(app.clone()))),
+        };
+        match self.contents.apps().get(app) {
+            None => Wanted::Nothing,
+            Some(Err(problems)) => Wanted::Stopped(format!("its keys are invalid: {problems}")),
+            Some(Ok(everywhere)) => match &everywhere.paused {
+                Some(reason) => {
+                    let reason = reason.trim();
+                    let reason = if reason.is_empty() { "no reason given" } else { reason };
+                    Wanted::Stopped(format!("a person paused it: {reason}"))
+                }
+                None => Wanted::Release(pin.unwrap_or_else(|| everywhere.target.release.id.clone())),
+            },
+        }
+    }
+
+    /// Hosts that are up and are to run an app, and whether each takes turns.
+    fn hosts(&self, app: &AppName) -> BTreeMap<HostName, bool> {
+        let Some(Ok(everywhere)) = self.contents.apps().get(app) else { return BTreeMap::new() };
+        let hosts = self.contents.hosts.iter();
+        let hosts = hosts.filter(|(host, info)| self.contents.is_placed(app, everywhere, host, info));
+        hosts.map(|(host, info)| (host.clone(), takes_turns(info))).collect()
+    }
+
+    /// Whether an edit is in the store, given the revision of before it.
+    fn shows(&self, edit: &Edit, before: i64) -> Option<i64> {
+        let put = |(key, value): &(Key, Vec<u8>)| {
+            let entry = self.contents.entry(key).filter(|entry| entry.value() == value && entry.modified() > before)?;
+            Some(entry.modified())
+        };
+        let gone = edit.deletes.iter().all(|key| self.contents.entry(key).is_none());
+        let revisions: Option<Vec<i64>> = edit.puts.iter().map(put).collect();
+        revisions?.into_iter().max().filter(|_| gone)
+    }
+}
+
+/// A change that was written.
+struct Written {
+    /// Its revision; 0 if there was nothing to write.
+    revision: i64,
+    /// The release to wait for.
+    release: ReleaseId,
+}
+
+/// What a verb decides to write: the edit, and the release to wait for. Nothing is written if the edit is empty.
+struct Decision {
+    edit: Edit,
+    release: ReleaseId,
+}
+
+/// Decides by what the store says, and writes it. An answer that was lost is looked for in the store, so that nothing is
+/// written twice and nothing that was written is denied.
+async fn write(config: &EtcdConfig, decide: impl Fn(&Fleet) -> Result<Decision, Failed>) -> Result<Written, Failed> {
+    let mut unknown: Option<(Edit, ReleaseId, i64, StoreError)> = None;
+    for _ in 0..TRIES {
+        let fleet = match (Fleet::read(config).await, &unknown) {
+            (Ok(fleet), _) => fleet,
+            (Err(failed), None) => return Err(failed),
+            (Err(_), Some((.., e))) => return Err(Failed::undecided(lost_answer(e))),
+        };
+        if let Some((edit, release, before, _)) = unknown.take()
+            && let Some(revision) = fleet.shows(&edit, before)
+        {
+            return Ok(Written { revision, release });
+        }
+        let Decision { edit, release } = decide(&fleet)?;
+        if edit.puts.is_empty() && edit.deletes.is_empty() {
+            return Ok(Written { revision: 0, release });
+        }
+        match fleet.session.edit(&edit).await {
+            Ok(Some(revision)) => return Ok(Written { revision, release }),
+            // Another change came between: it is decided by what the store says now.
+            Ok(None) => {}
+            Err(e) => unknown = Some((edit, release, fleet.revision, e)),
+        }
+    }
+    match unknown {
+        Some((.., e)) => Err(Failed::undecided(lost_answer(&e))),
+        None => Err(Failed::superseded("other changes are written to the same keys all the time; nothing was written")),
+    }
+}
+
+fn lost_answer(e: &StoreError) -> String {
+    format!("it is not known whether the change was written: {e}")
+}
+
+/// A pause that ends at a time, if there is one.
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Between two attempts to reach the store while something is waited for.
+const RECONNECT: Duration = Duration::from_secs(1);

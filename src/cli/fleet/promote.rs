@@ -1,0 +1,61 @@
+//! `demae promote`
+
+use super::{
+    Decision, Fleet, StoreArgs,
+    wait::{WaitArgs, follow},
+    write,
+};
+use crate::{
+    cli::{Ended, Failed, print::Printer, runtime},
+    model::{fleet::RolloutPhase, name::AppName},
+    store::{Edit, keys::Key},
+};
+
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Args {
+    #[command(flatten)]
+    store: StoreArgs,
+    #[command(flatten)]
+    wait: WaitArgs,
+    /// The app
+    #[arg(value_name = "APP")]
+    app: String,
+}
+
+pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    let config = args.store.etcd()?;
+    args.wait.check()?;
+    let app = AppName::try_from(args.app.as_str())?;
+    runtime(1)?.block_on(async {
+        let written = write(&config, |fleet| decide(fleet, &app)).await?;
+        follow(&config, &app, written, &args.wait, printer).await
+    })
+}
+
+fn decide(fleet: &Fleet, app: &AppName) -> Result<Decision, Failed> {
+    let rollout = fleet.contents.records.rollouts.get(app).and_then(|stored| stored.value.as_ref());
+    let Some(rollout) = rollout else {
+        fleet.app(app)?;
+        return Err(Failed::because(format!("{app} has no rollout")));
+    };
+    let release = rollout.release.clone();
+    match rollout.phase {
+        RolloutPhase::Waiting => {}
+        RolloutPhase::Canary => {
+            return Err(Failed::because(format!(
+                "the canaries of {app} have not proven {release} yet (`demae wait {app} --until canary` waits for them)"
+            )));
+        }
+        phase => {
+            return Err(Failed::because(format!(
+                "the rollout of {app} {release} waits for no promotion: it is {}",
+                phase.as_str()
+            )));
+        }
+    }
+    let promote = Key::Promote(app.clone());
+    let unchanged =
+        [Key::Spec(app.clone()), promote.clone()].into_iter().map(|key| (key.clone(), fleet.modified(&key))).collect();
+    let puts = vec![(promote, release.to_string().into_bytes())];
+    Ok(Decision { edit: Edit { unchanged, puts, ..Edit::default() }, release })
+}

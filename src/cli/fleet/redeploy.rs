@@ -1,0 +1,54 @@
+//! `demae redeploy`
+
+use super::{
+    Decision, Fleet, StoreArgs,
+    wait::{WaitArgs, follow},
+    write,
+};
+use crate::{
+    cli::{Ended, Failed, print::Printer, runtime},
+    model::{name::AppName, time::Timestamp},
+    store::{Edit, keys::Key},
+};
+
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Args {
+    #[command(flatten)]
+    store: StoreArgs,
+    #[command(flatten)]
+    wait: WaitArgs,
+    /// The app
+    #[arg(value_name = "APP")]
+    app: String,
+}
+
+pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    let config = args.store.etcd()?;
+    args.wait.check()?;
+    let app = AppName::try_from(args.app.as_str())?;
+    let now = Timestamp::now().to_string();
+    runtime(1)?.block_on(async {
+        let written = write(&config, |fleet| decide(fleet, &app, &now)).await?;
+        follow(&config, &app, written, &args.wait, printer).await
+    })
+}
+
+/// A new release of the same image and variables.
+fn decide(fleet: &Fleet, app: &AppName, now: &str) -> Result<Decision, Failed> {
+    fleet.app(app)?;
+    let pin = Key::Pin(app.clone());
+    if let Some(pinned) = fleet.text(&pin) {
+        return Err(Failed::because(format!(
+            "{app} is pinned to {pinned} (`demae deploy {app} IMAGE` ends that, and so does deleting `{pin}`)"
+        )));
+    }
+    let restart = (Key::Restart(app.clone()), now.as_bytes().to_vec());
+    let changed = [(restart.0.clone(), Some(restart.1.clone()))];
+    let release = match fleet.contents.with(app, &changed, &fleet.key) {
+        Some(Ok(everywhere)) => everywhere.target.release.id.clone(),
+        _ => return Err(Failed::because(format!("`{app}` would be invalid"))),
+    };
+    let decided_from = [Key::Spec(app.clone()), Key::Image(app.clone()), pin, restart.0.clone()];
+    let unchanged = decided_from.into_iter().map(|key| (key.clone(), fleet.modified(&key))).collect();
+    Ok(Decision { edit: Edit { unchanged, puts: vec![restart], ..Edit::default() }, release })
+}

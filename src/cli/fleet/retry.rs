@@ -1,0 +1,56 @@
+//! `demae retry`
+
+use super::{
+    Decision, Fleet, StoreArgs,
+    wait::{WaitArgs, follow},
+    write,
+};
+use crate::{
+    cli::{Ended, Failed, print::Printer, runtime},
+    fleet::outcome::Wanted,
+    model::{name::AppName, time::Timestamp},
+    store::{Edit, keys::Key},
+};
+
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Args {
+    #[command(flatten)]
+    store: StoreArgs,
+    #[command(flatten)]
+    wait: WaitArgs,
+    /// The app
+    #[arg(value_name = "APP")]
+    app: String,
+}
+
+pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    let config = args.store.etcd()?;
+    args.wait.check()?;
+    let app = AppName::try_from(args.app.as_str())?;
+    let now = Timestamp::now().to_string();
+    runtime(1)?.block_on(async {
+        let written = write(&config, |fleet| decide(fleet, &app, &now)).await?;
+        follow(&config, &app, written, &args.wait, printer).await
+    })
+}
+
+/// Deletes the verdicts of the wanted release, and tells hosts that theirs count no more.
+fn decide(fleet: &Fleet, app: &AppName, now: &str) -> Result<Decision, Failed> {
+    let release = match fleet.wanted(app) {
+        Wanted::Release(release) => release,
+        Wanted::Stopped(why) => return Err(Failed::because(format!("{app}: {why}"))),
+        Wanted::Nothing => return Err(Failed::because(format!("no app `{app}` is in the store"))),
+    };
+    let statuses = fleet.statuses.get(app).into_iter().flatten();
+    let failed_here = statuses
+        .filter(|(_, (status, _))| status.verdict.is_some() && status.release.as_deref() == Some(release.as_str()));
+    if fleet.contents.records.verdicts_of(app, &release).next().is_none() && failed_here.count() == 0 {
+        return Err(Failed::because(format!("{app} {release} has not failed on any host; there is nothing to retry")));
+    }
+    let retry = Key::Retry(app.clone());
+    let decided_from = [Key::Spec(app.clone()), Key::Image(app.clone()), Key::Pin(app.clone()), retry.clone()];
+    let unchanged = decided_from.into_iter().map(|key| (key.clone(), fleet.modified(&key))).collect();
+    let puts = vec![(retry, now.as_bytes().to_vec())];
+    let forgiven = Some((app.clone(), release.clone()));
+    Ok(Decision { edit: Edit { unchanged, puts, forgiven, ..Edit::default() }, release })
+}

@@ -1,0 +1,217 @@
+//! `demae wait`, and the wait of every verb that changes an app.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{
+    Fleet, RECONNECT, StoreArgs, Written,
+    report::{Report, conclude},
+    until,
+};
+use crate::{
+    cli::{Ended, Exit, Failed, Format, print::Printer, runtime},
+    fleet::outcome::{Outcome, Question, Until, Wanted, outcome},
+    model::{
+        name::{AppName, ReleaseId},
+        text,
+    },
+    store::{client::EtcdConfig, keys::Key},
+};
+
+/// How long something must keep a release back before a person is said to be needed: conflicts may pass by themselves.
+const SETTLED: Duration = Duration::from_secs(5);
+
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Args {
+    #[command(flatten)]
+    store: StoreArgs,
+    #[command(flatten)]
+    wait: WaitArgs,
+    /// The release; unless given, the one that is wanted now
+    #[arg(long, value_name = "RELEASE")]
+    release: Option<String>,
+    /// The app
+    #[arg(value_name = "APP")]
+    app: String,
+}
+
+/// How a change is waited for.
+#[derive(Debug, clap::Args)]
+pub(super) struct WaitArgs {
+    /// Longest wait
+    #[arg(long, value_name = "DURATION", default_value = "15m")]
+    timeout: String,
+    /// Do not wait
+    #[arg(long)]
+    detach: bool,
+    /// What is waited for
+    #[arg(long, value_enum, default_value = "converged")]
+    until: Goal,
+    /// What is printed
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Goal {
+    /// Every host has proven the release
+    Converged,
+    /// Every host answers with it
+    Serving,
+    /// Proven on the canaries is enough
+    Canary,
+}
+
+pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    let config = args.store.etcd()?;
+    let app = AppName::try_from(args.app.as_str())?;
+    args.wait.check()?;
+    runtime(1)?.block_on(async {
+        let release = match &args.release {
+            Some(text) => ReleaseId::try_from(text.as_str())?,
+            None => {
+                let fleet = Fleet::read(&config).await?;
+                match fleet.wanted(&app) {
+                    Wanted::Release(release) => release,
+                    Wanted::Nothing => return Err(fleet.app(&app).err().unwrap_or_else(|| Failed::because("gone"))),
+                    Wanted::Stopped(why) => return Err(Failed::blocked(format!("{app}: {why}"))),
+                }
+            }
+        };
+        follow(&config, &app, Written { revision: 0, release }, &args.wait, printer).await
+    })
+}
+
+impl WaitArgs {
+    /// Checks the flags, before anything is written.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub(super) fn check(&self) -> Result<(), Failed> {
+        self.timeout().map(|_| ())
+    }
+
+    fn timeout(&self) -> Result<Duration, Failed> {
+        text::duration(&self.timeout).map_err(|e| Failed::usage(format!("--timeout: {e}")))
+    }
+
+    fn goal(&self) -> Until {
+        match self.until {
+            Goal::Converged => Until::Converged,
+            Goal::Serving => Until::Serving,
+            Goal::Canary => Until::Canary,
+        }
+    }
+
+    pub(super) fn format(&self) -> Format {
+        self.output
+    }
+}
+
+/// Waits until it is decided what became of a release, and says it.
+///
+/// # Errors
+/// If the flags are wrong. The store is asked again until the time is over.
+pub(super) async fn follow(
+    config: &EtcdConfig,
+    app: &AppName,
+    written: Written,
+    args: &WaitArgs,
+    printer: &mut Printer,
+) -> Ended {
+    let Written { revision, release } = written;
+    let mut report = Report::new(app.clone(), release.clone(), revision, args.format());
+    if args.detach {
+        report.detached(printer);
+        return Ok(Exit::Success);
+    }
+    let deadline = Instant::now() + args.timeout()?;
+    let mut watcher = Watcher { goal: args.goal(), blocked_since: None };
+    let mut turn = 0;
+    loop {
+        let watched = watcher.watch(config, turn, app, (&release, revision), &mut report, printer);
+        let ended = tokio::select! {
+            biased;
+            pressed = tokio::signal::ctrl_c() => {
+                pressed?;
+                report.goes_on(printer, "stopped waiting");
+                return Ok(Exit::Interrupted);
+            }
+            () = tokio::time::sleep_until(deadline) => {
+                report.goes_on(printer, &format!("not decided within {}", args.timeout));
+                return Ok(Exit::Undecided);
+            }
+            ended = watched => ended,
+        };
+        match ended {
+            Ok((outcome, fleet)) => return Ok(conclude(&report, &outcome, &fleet, watcher.goal, printer)),
+            Err(failed) => report.note(printer, &format!("the store cannot be read now: {}", failed.message)),
+        }
+        turn += 1;
+        tokio::time::sleep_until((Instant::now() + RECONNECT).min(deadline)).await;
+    }
+}
+
+struct Watcher {
+    goal: Until,
+    blocked_since: Option<(String, Instant)>,
+}
+
+impl Watcher {
+    /// Watches one connection until the answer is decided.
+    async fn watch(
+        &mut self,
+        config: &EtcdConfig,
+        turn: usize,
+        app: &AppName,
+        (release, since): (&ReleaseId, i64),
+        report: &mut Report,
+        printer: &mut Printer,
+    ) -> Result<(Outcome, Fleet), Failed> {
+        let failed = |e: crate::store::StoreError| Failed::try_later(e.to_string());
+        let mut fleet = Fleet::read_from(config, turn).await.map_err(failed)??;
+        let mut changes = fleet.changes().await.map_err(failed)?;
+        loop {
+            let decided = self.ask(&fleet, app, release, since);
+            report.progress(&fleet, &decided, printer);
+            let settles = match &decided {
+                Outcome::Pending(_) => {
+                    self.blocked_since = None;
+                    None
+                }
+                Outcome::Blocked(_, why) => {
+                    let same = self.blocked_since.take().filter(|(known, _)| known == why);
+                    let (why, since) = same.unwrap_or_else(|| (why.clone(), Instant::now()));
+                    let settles = since + SETTLED;
+                    self.blocked_since = Some((why, since));
+                    if settles <= Instant::now() {
+                        return Ok((decided, fleet));
+                    }
+                    Some(settles)
+                }
+                _ => return Ok((decided, fleet)),
+            };
+            tokio::select! {
+                news = fleet.next(&mut changes) => news.map_err(failed)?,
+                () = until(settles) => {}
+            }
+        }
+    }
+
+    fn ask(&self, fleet: &Fleet, app: &AppName, release: &ReleaseId, since: i64) -> Outcome {
+        let none = std::collections::BTreeMap::new();
+        let frozen = fleet.text(&Key::Freeze);
+        outcome(&Question {
+            app,
+            release,
+            since,
+            until: self.goal,
+            wanted: &fleet.wanted(app),
+            hosts: &fleet.hosts(app),
+            records: &fleet.contents.records,
+            statuses: fleet.statuses.get(app).unwrap_or(&none),
+            frozen: frozen.as_deref(),
+        })
+    }
+}
