@@ -29,7 +29,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     events::Events,
-    metrics::{HostGauges, Metrics, View},
+    metrics::{FleetGauges, HostGauges, Metrics, View},
     model::{event::Event, status::HostStatus, text::json, time::Timestamp},
 };
 
@@ -54,6 +54,8 @@ pub struct HttpState {
     pub view: watch::Receiver<Arc<View>>,
     /// Gauges of this machine, for metrics.
     pub host_gauges: watch::Receiver<HostGauges>,
+    /// Gauges of rollouts, for metrics.
+    pub fleet_gauges: watch::Receiver<FleetGauges>,
     /// The event stream.
     pub events: Events,
     /// Status of host and apps.
@@ -132,9 +134,10 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
 
 async fn metrics(State(state): State<HttpState>) -> impl IntoResponse {
     let (view, host_gauges) = (state.view.borrow().clone(), state.host_gauges.borrow().clone());
+    let fleet = state.fleet_gauges.borrow().clone();
     // Rendering a thousand apps takes milliseconds, so it does not run on the loop's thread.
     let rendered =
-        tokio::task::spawn_blocking(move || state.metrics.render(&view, &host_gauges, Timestamp::now())).await;
+        tokio::task::spawn_blocking(move || state.metrics.render(&view, &host_gauges, &fleet, Timestamp::now())).await;
     let failed = |e: String| (StatusCode::INTERNAL_SERVER_ERROR, e).into_response();
     match rendered {
         Ok(Ok(text)) => ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),

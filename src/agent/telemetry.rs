@@ -11,7 +11,7 @@ use tracing::Span;
 
 use crate::{
     events::Events,
-    metrics::{AppSeries, Drift, Metrics},
+    metrics::{AppSeries, ChangeOutcome, Drift, Metrics},
     model::{
         change::Change,
         desired::{DesiredApp, Target},
@@ -107,6 +107,10 @@ impl AppTelemetry {
         if let Some(before) = &self.change {
             before.deploy.record("outcome", "superseded");
         }
+        // What a rollout decides meanwhile is no other change.
+        if let (Some(before), true) = (&self.change, seen.is_some()) {
+            self.series.ended(before.kind, ChangeOutcome::Superseded);
+        }
         match (self.change.take(), seen) {
             // A change that is superseded before it answered is measured from the first one: that is how long the user
             // waits.
@@ -193,6 +197,8 @@ impl AppTelemetry {
         if let Some(block) = plan.blocks.iter().find(ends)
             && let Some(pending) = self.change.take()
         {
+            let failed = matches!(block, Block::Halted(_));
+            self.series.ended(pending.kind, if failed { ChangeOutcome::Failed } else { ChangeOutcome::Held });
             pending.deploy.record("outcome", block.kind());
             pending.deploy.record("took_ms", millis(pending.seen.elapsed()));
             pending.deploy.in_scope(|| tracing::warn!(app = %self.app, "the deploy ends here: {block}"));
@@ -204,6 +210,7 @@ impl AppTelemetry {
         let took = pending.seen.elapsed();
         self.timeline.push(Moment { what: "converged".into(), ms: millis(took) });
         self.series.converged(pending.kind, took);
+        self.series.ended(pending.kind, ChangeOutcome::Converged);
         let moments: Vec<String> = self.timeline.iter().map(|m| format!("{} {}", m.what, m.ms)).collect();
         let message = format!("converged ({})", moments.join(", "));
         pending.deploy.record("outcome", "converged");

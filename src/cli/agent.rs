@@ -12,13 +12,13 @@ use crate::{
     events::Events,
     host_gauges,
     http::{self, HttpState},
-    metrics::{HostGauges, Metrics, View},
+    metrics::{FleetGauges, HostGauges, Metrics, View},
     model::{
         desired::HostMode,
         status::{HostStatus, StoreStatus, VERSION},
     },
     plan::{app::plan_app, proxy::plan_proxy},
-    rollout::{self, Link},
+    rollout::{self, LeaderOutlets, Link},
     shutdown,
     store::{self, DesiredCache, EtcdCluster, Publishing, SharedFence, Update},
     telemetry,
@@ -98,6 +98,8 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let (view, view_in) =
         watch::channel(Arc::new(View::new(config.host.clone(), config.etcd.prefix.as_str().to_owned())));
     let (host_gauges, host_gauges_in) = watch::channel(HostGauges::default());
+    let (fleet_gauges, fleet_gauges_in) =
+        watch::channel(FleetGauges { enabled: config.rollouts.is_some(), leader: None });
     let (pulse, pulse_in) = watch::channel(tokio::time::Instant::now());
     let (ready, ready_in) = watch::channel(false);
     let (updates, updates_in) = watch::channel(Update::default());
@@ -109,6 +111,7 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
         metrics: metrics.clone(),
         view: view_in,
         host_gauges: host_gauges_in,
+        fleet_gauges: fleet_gauges_in,
         events: events.clone(),
         status: status_in,
         pulse: pulse_in,
@@ -146,9 +149,12 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
         let (link, ends) = Link::new();
         let (etcd, host) = (config.etcd.clone(), config.host.clone());
         let (updates, leases) = (updates_in.clone(), leases_in.clone());
-        tasks.spawn(rollout::follow(etcd.clone(), host.clone(), updates.clone(), leases, ends, side.clone()));
+        let following =
+            rollout::follow(etcd.clone(), host.clone(), updates.clone(), leases, ends, metrics.clone(), side.clone());
+        tasks.spawn(following);
         if rollouts.may_lead {
-            tasks.spawn(rollout::lead(etcd, host, claim.owner().run.clone(), updates, side.clone()));
+            let outlets = LeaderOutlets { metrics: metrics.clone(), gauges: fleet_gauges };
+            tasks.spawn(rollout::lead(etcd, host, claim.owner().run.clone(), updates, outlets, side.clone()));
         }
         link
     });

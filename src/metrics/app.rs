@@ -61,6 +61,37 @@ impl Histogram {
     }
 }
 
+/// What became of a change in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChangeOutcome {
+    /// The app converged.
+    Converged,
+    /// The release failed.
+    Failed,
+    /// Another change came before it had answered.
+    Superseded,
+    /// A person must act before it can go on: it is invalid, paused or cordoned.
+    Held,
+}
+
+impl ChangeOutcome {
+    /// Every outcome.
+    pub const ALL: [Self; 4] = [Self::Converged, Self::Failed, Self::Superseded, Self::Held];
+
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Converged => "converged",
+            Self::Failed => "failed",
+            Self::Superseded => "superseded",
+            Self::Held => "held",
+        }
+    }
+}
+
+/// Counters of changes, by kind and outcome. Those of a kind exist from its first change on.
+type Outcomes = [OnceLock<[AtomicU64; ChangeOutcome::ALL.len()]>; Change::ALL.len()];
+
 /// One histogram per kind of change, created by the first change of its kind.
 type ByChange = [OnceLock<Histogram>; Change::ALL.len()];
 
@@ -70,6 +101,7 @@ pub struct AppSeries {
     app: AppName,
     convergence: ByChange,
     first_answer: ByChange,
+    outcomes: Outcomes,
     restarts: AtomicU64,
     flaps: AtomicU64,
 }
@@ -81,6 +113,7 @@ impl AppSeries {
             app,
             convergence: ByChange::default(),
             first_answer: ByChange::default(),
+            outcomes: Outcomes::default(),
             restarts: AtomicU64::new(0),
             flaps: AtomicU64::new(0),
         };
@@ -89,8 +122,16 @@ impl AppSeries {
         for change in [Change::Image, Change::Environment] {
             histogram(&series.convergence, change);
             histogram(&series.first_answer, change);
+            outcomes(&series.outcomes, change);
         }
         series
+    }
+
+    /// What became of a change is known.
+    pub fn ended(&self, change: Change, outcome: ChangeOutcome) {
+        if let Some(count) = outcomes(&self.outcomes, change).get(outcome as usize) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// The app converged, this long after a change was seen.
@@ -117,6 +158,10 @@ impl AppSeries {
 fn histogram(histograms: &ByChange, change: Change) -> &Histogram {
     // Discriminants follow the order of `ALL`, which a test checks.
     histograms[change as usize].get_or_init(Histogram::default)
+}
+
+fn outcomes(all: &Outcomes, change: Change) -> &[AtomicU64; ChangeOutcome::ALL.len()] {
+    all[change as usize].get_or_init(Default::default)
 }
 
 /// The value of a family for an app.
@@ -146,6 +191,17 @@ pub(super) fn write(apps: &[&AppSeries], text: &mut Text) {
             }
         }
     }
+    let name = "demae_changes_total";
+    text.family(name, "counter", "Changes in the store, by kind and by what became of them on this host");
+    for series in apps {
+        for (place, change) in series.outcomes.iter().zip(Change::ALL) {
+            for (count, outcome) in place.get().into_iter().flatten().zip(ChangeOutcome::ALL) {
+                let (app, change, outcome) = (series.app.as_str(), change.as_str(), outcome.as_str());
+                text.put(&[name, "{app=\"", app, "\",change=\"", change, "\",outcome=\"", outcome, "\"} "]);
+                text.count(count.load(Ordering::Relaxed));
+            }
+        }
+    }
     let counters: [(&str, &str, Of<AtomicU64>); 2] = [
         ("demae_container_restarts_total", "Containers in service that had ended and were started again", |s| {
             &s.restarts
@@ -168,6 +224,7 @@ mod tests {
     #[test]
     fn change_discriminants_follow_all() {
         assert!(Change::ALL.iter().enumerate().all(|(n, change)| *change as usize == n));
+        assert!(ChangeOutcome::ALL.iter().enumerate().all(|(n, outcome)| *outcome as usize == n));
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! The agent's metrics, for Prometheus.
 //!
-//! Three sources are combined at each scrape:
+//! Several sources are combined at each scrape:
 //! - [`Metrics`], of the host as a whole. Every series exists from the start, so counting is a few atomic operations and no
 //!   lock;
 //! - [`AppSeries`], of one app. They are owned by the loop and only written here, so they live as long as the app;
-//! - [`View`], the state after the last round of the loop. It is rebuilt each round and immutable.
+//! - [`View`], the state after the last round of the loop. It is rebuilt each round and immutable;
+//! - [`HostGauges`] and [`FleetGauges`], as they were last read, of this machine and of rollouts.
 //!
 //! So a scrape can never block a deploy. Labels come from bounded sets: never an id, an address or an error.
 
 mod app;
+mod fleet;
 mod host_gauges;
 mod text;
 mod view;
@@ -20,7 +22,8 @@ use prometheus::{
     core::Collector,
 };
 
-pub use app::AppSeries;
+pub use app::{AppSeries, ChangeOutcome};
+pub use fleet::{FleetGauges, LeaderGauges};
 pub use host_gauges::{Disk, HostGauges};
 use text::Text;
 pub use view::{AppView, ReleaseView, StoreView, View};
@@ -30,6 +33,7 @@ use crate::{
     host::docker::{Failure, Meter, Operation},
     model::{
         event::{Outcome, What},
+        fleet::TransactionKind,
         time::Timestamp,
     },
     plan::step::StepKind,
@@ -120,6 +124,7 @@ pub struct Metrics {
     standstills: IntCounter,
     events: IntCounterVec,
     deliveries: IntCounterVec,
+    rollout_writes: IntCounterVec,
 }
 
 /// Creates and registers collectors.
@@ -225,6 +230,11 @@ impl Metrics {
                 "Events for the webhook, by outcome",
                 &["outcome"],
             )?,
+            rollout_writes: make.counters(
+                "demae_rollout_writes_total",
+                "Records of rollouts that this agent wrote, as the leader or in its turn, by kind and outcome",
+                &["kind", "outcome"],
+            )?,
             registry: make.0,
         };
         metrics.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
@@ -264,6 +274,16 @@ impl Metrics {
         for outcome in Delivery::ALL {
             self.deliveries.with_label_values(&[outcome.as_str()]);
         }
+        for kind in TransactionKind::ALL {
+            for made in [Some(true), Some(false), None] {
+                self.rollout_writes.with_label_values(&[kind.as_str(), written(made)]);
+            }
+        }
+    }
+
+    /// A record of a rollout was to be written; `made` is `None` if the store could not be asked.
+    pub fn rollout_written(&self, kind: TransactionKind, made: Option<bool>) {
+        self.rollout_writes.with_label_values(&[kind.as_str(), written(made)]).inc();
     }
 
     /// A step succeeded, or failed with this kind of error.
@@ -342,13 +362,29 @@ impl Metrics {
     ///
     /// # Errors
     /// If a metric cannot be written as text: a mistake in this module.
-    pub fn render(&self, view: &View, host_gauges: &HostGauges, now: Timestamp) -> Result<String, prometheus::Error> {
+    pub fn render(
+        &self,
+        view: &View,
+        host_gauges: &HostGauges,
+        fleet: &FleetGauges,
+        now: Timestamp,
+    ) -> Result<String, prometheus::Error> {
         let mut text = String::new();
         TextEncoder::new().encode_utf8(&self.registry.gather(), &mut text)?;
         let mut text = Text::from(text);
         view.write(now, &mut text);
         host_gauges.write(&mut text);
+        fleet.write(now, &mut text);
         Ok(text.finish())
+    }
+}
+
+/// What became of a write.
+fn written(made: Option<bool>) -> &'static str {
+    match made {
+        Some(true) => "made",
+        Some(false) => "refused",
+        None => "failed",
     }
 }
 

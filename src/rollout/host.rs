@@ -18,6 +18,7 @@ use crate::{
         records::{RawRecord, Records},
         turn::HostRecords,
     },
+    metrics::Metrics,
     model::{
         desired::Target,
         fleet::{FleetKey, KeptEnv, KeptRelease, RolloutPhase, Transaction, TransactionKind, Write},
@@ -94,6 +95,7 @@ pub async fn follow(
     mut updates: Receiver<Update>,
     leases: Receiver<Option<Lease>>,
     mut ends: Ends,
+    metrics: Arc<Metrics>,
     token: CancellationToken,
 ) {
     let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(10));
@@ -110,7 +112,8 @@ pub async fn follow(
             match opened {
                 Ok(follower) => {
                     let mut follower = Follower { kept: std::mem::take(&mut kept), ..follower };
-                    let io = Io { rollouts, requests, answers, updates: &mut updates, leases: &leases };
+                    let io =
+                        Io { rollouts, requests, answers, updates: &mut updates, leases: &leases, metrics: &metrics };
                     let ended = follower.run(io, &token).await;
                     kept = follower.kept;
                     if follower.has_published {
@@ -164,6 +167,7 @@ struct Io<'a> {
     answers: &'a UnboundedSender<Answer>,
     updates: &'a mut Receiver<Update>,
     leases: &'a Receiver<Option<Lease>>,
+    metrics: &'a Metrics,
 }
 
 /// One connection.
@@ -247,6 +251,7 @@ impl Follower {
                     }
                     tracing::debug!(app = %request.app, kind = kind.as_str(), made = ?written.as_ref().ok(), "turn");
                     let made = written.as_ref().ok().map(Option::is_some).filter(|_| lease.is_some());
+                    io.metrics.rollout_written(kind, made);
                     let _ = io.answers.send(Answer { app: request.app, kind, made });
                     written?;
                     continue;

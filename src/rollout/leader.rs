@@ -2,10 +2,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
-use tokio::{sync::watch::Receiver, time::Instant};
+use tokio::{
+    sync::watch::{Receiver, Sender},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -13,9 +17,13 @@ use super::{
     is_trusted, trusted,
 };
 use crate::{
-    fleet::leader::{FleetView, Intent, decide, is_canary},
+    fleet::{
+        leader::{FleetView, Intent, decide, is_canary},
+        records::Stored,
+    },
+    metrics::{FleetGauges, LeaderGauges, Metrics},
     model::{
-        fleet::{FleetKey, KeptEnv, KeptRelease, Leader, VERSION},
+        fleet::{FleetKey, KeptEnv, KeptRelease, Leader, PermitPhase, Rollout, VERSION},
         name::{AppName, HostName},
         problem::Problems,
         release::ReleaseKey,
@@ -36,12 +44,22 @@ const SPREAD: Duration = Duration::from_millis(200);
 /// Pause after a transaction that was refused, if the watch brings no reason for it.
 const REFUSED: Duration = Duration::from_secs(1);
 
+/// Where a leader says what it does.
+#[derive(Debug)]
+pub struct LeaderOutlets {
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// What it knows while it leads.
+    pub gauges: Sender<FleetGauges>,
+}
+
 /// Leads whenever there is no leader, until cancelled.
 pub async fn lead(
     config: EtcdConfig,
     host: HostName,
     run: String,
     mut updates: Receiver<Update>,
+    outlets: LeaderOutlets,
     token: CancellationToken,
 ) {
     let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(10));
@@ -51,7 +69,7 @@ pub async fn lead(
         let ended = tokio::select! {
             biased;
             () = token.cancelled() => return,
-            ended = session(&config, turn, &host, &run, &mut updates, &token) => ended,
+            ended = session(&config, turn, (&host, &run), &mut updates, &outlets, &token) => ended,
         };
         if token.is_cancelled() {
             return;
@@ -74,9 +92,9 @@ pub async fn lead(
 async fn session(
     config: &EtcdConfig,
     turn: usize,
-    host: &HostName,
-    run: &str,
+    (host, run): (&HostName, &str),
     updates: &mut Receiver<Update>,
+    outlets: &LeaderOutlets,
     token: &CancellationToken,
 ) -> Result<(), StoreError> {
     let Some(etcd) = trusted(updates).await else { return Ok(()) };
@@ -95,9 +113,10 @@ async fn session(
                 tracing::info!(term = term.revision, "this agent leads the fleet");
                 let ended = Leading::begin(session.clone(), host, term, etcd, asked).await;
                 let ended = match ended {
-                    Ok(mut leading) => leading.run(updates, token).await,
+                    Ok(mut leading) => leading.run(updates, outlets, token).await,
                     Err(e) => Err(e),
                 };
+                outlets.gauges.send_modify(|gauges| gauges.leader = None);
                 session.resign(term).await;
                 tracing::info!(term = term.revision, "this agent leads no more");
                 return ended;
@@ -158,7 +177,12 @@ impl Leading {
         Ok(leading)
     }
 
-    async fn run(&mut self, updates: &mut Receiver<Update>, token: &CancellationToken) -> Result<(), StoreError> {
+    async fn run(
+        &mut self,
+        updates: &mut Receiver<Update>,
+        outlets: &LeaderOutlets,
+        token: &CancellationToken,
+    ) -> Result<(), StoreError> {
         let mut watch = self.session.watch(self.session.leader_range(), self.revision + 1).await?;
         let mut renew_at = Instant::now() + RENEWAL;
         let mut refused_at = None;
@@ -166,9 +190,10 @@ impl Leading {
             if !is_trusted(updates, self.etcd) || self.renewed.elapsed() > UNANSWERED {
                 return Ok(());
             }
+            outlets.gauges.send_modify(|gauges| gauges.leader = Some(self.gauges()));
             let is_waiting = refused_at.is_some_and(|at: Instant| at.elapsed() < REFUSED);
             if self.revision >= self.written && !is_waiting {
-                refused_at = if self.decide().await? { None } else { Some(Instant::now()) };
+                refused_at = if self.decide(&outlets.metrics).await? { None } else { Some(Instant::now()) };
             }
             tokio::select! {
                 biased;
@@ -198,7 +223,7 @@ impl Leading {
     }
 
     /// Decides, and writes. Returns false if a write was refused.
-    async fn decide(&mut self) -> Result<bool, StoreError> {
+    async fn decide(&mut self, metrics: &Metrics) -> Result<bool, StoreError> {
         let Some(key) = self.key.clone() else { return Ok(true) };
         let now = Timestamp::now();
         self.fleet.resolve(&key);
@@ -218,6 +243,7 @@ impl Leading {
             let made = self.session.commit(&transaction, 0).await.inspect_err(|e| {
                 tracing::warn!(kind = transaction.kind.as_str(), "a decision for the fleet cannot be written: {e}");
             });
+            metrics.rollout_written(transaction.kind, made.as_ref().ok().map(Option::is_some));
             match made? {
                 Some(revision) => self.written = self.written.max(revision),
                 None => all_made = false,
@@ -225,6 +251,23 @@ impl Leading {
             tracing::debug!(kind = transaction.kind.as_str(), "the leader writes: {:?}", transaction.writes.first());
         }
         Ok(all_made)
+    }
+
+    fn gauges(&self) -> LeaderGauges {
+        let records = &self.fleet.records;
+        let phase = |(app, stored): (&AppName, &Stored<Rollout>)| {
+            let rollout = stored.value.as_ref()?;
+            Some((app.clone(), (rollout.phase, rollout.changed)))
+        };
+        let in_phase = |phase: PermitPhase| {
+            records.permits.values().filter(|permit| permit.value.as_ref().is_some_and(|p| p.phase == phase)).count()
+        };
+        LeaderGauges {
+            rollouts: records.rollouts.iter().filter_map(phase).collect(),
+            tries: in_phase(PermitPhase::Try),
+            switches: in_phase(PermitPhase::Switch),
+            lost: records.lost.len(),
+        }
     }
 
     fn intents(&self, now: Timestamp) -> BTreeMap<AppName, Intent> {

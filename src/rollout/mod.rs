@@ -7,7 +7,7 @@ mod leader;
 
 pub use contents::{FleetContents, takes_turns};
 pub use host::{Answer, HostRollouts, Link, Request, follow};
-pub use leader::lead;
+pub use leader::{LeaderOutlets, lead};
 
 use tokio::sync::watch::Receiver;
 

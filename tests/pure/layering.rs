@@ -16,7 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("world", &["model", "host"]),
     ("execute", &["model", "plan", "host", "world", "failpoint"]),
     ("machine", &["model", "plan", "host", "world", "execute", "retry"]),
-    ("rollout", &["model", "fleet", "store", "retry"]),
+    ("rollout", &["model", "fleet", "store", "metrics", "retry"]),
     (
         "agent",
         &[

@@ -102,6 +102,20 @@ pub enum TransactionKind {
 }
 
 impl TransactionKind {
+    /// Every kind.
+    pub const ALL: [Self; 10] = [
+        Self::Open,
+        Self::Grant,
+        Self::ChangePhase,
+        Self::Withdraw,
+        Self::DeclareLost,
+        Self::Commit,
+        Self::Prove,
+        Self::Judge,
+        Self::GiveBack,
+        Self::Restore,
+    ];
+
     /// Its name in logs and metrics.
     pub fn as_str(self) -> &'static str {
         match self {
