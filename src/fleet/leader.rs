@@ -14,7 +14,7 @@ use super::{
 };
 use crate::model::{
     fleet::{
-        Condition, FleetKey, KeptEnv, KeptRelease, Lost, Permit, PermitPhase, Rollout, RolloutPhase, SCHEME,
+        Condition, FleetKey, KeptEnv, KeptRelease, Lost, Permit, PermitPhase, Proof, Rollout, RolloutPhase, SCHEME,
         Transaction, TransactionKind, VERSION, Write,
     },
     name::{AppName, HostName, ReleaseId},
@@ -105,6 +105,14 @@ impl<'a> Decision<'a> {
 
     fn records(&self) -> &'a Records {
         self.view.records
+    }
+
+    /// How many hosts have the app, also those that are down now.
+    fn count(&self, intent: &Intent) -> u32 {
+        let proven = |proof: &&Stored<Proof>| proof.value.as_ref().is_some_and(|proof| proof.release.is_some());
+        let proofs = self.records().proofs.iter().filter(|((app, _), proof)| app == self.app && proven(proof));
+        let hosts: BTreeSet<&HostName> = proofs.map(|((_, host), _)| host).chain(intent.hosts.keys()).collect();
+        u32::try_from(hosts.len()).unwrap_or(u32::MAX)
     }
 
     fn key(&self) -> FleetKey {
@@ -208,7 +216,7 @@ impl<'a> Decision<'a> {
             from,
             phase,
             scheme: SCHEME,
-            hosts: count(intent),
+            hosts: self.count(intent),
             pinned,
             opened: now,
             changed: now,
@@ -313,7 +321,7 @@ impl<'a> Decision<'a> {
         if let Some((phase, reason)) = next {
             return Some(self.change_phase(
                 stored,
-                &Rollout { phase, reason, changed: self.view.now, hosts: count(intent), ..rollout.clone() },
+                &Rollout { phase, reason, changed: self.view.now, hosts: self.count(intent), ..rollout.clone() },
             ));
         }
         let (conditions, writes) = self.grants(intent, rollout, stored.modified);
@@ -433,10 +441,6 @@ impl<'a> Decision<'a> {
         }
         chosen
     }
-}
-
-fn count(intent: &Intent) -> u32 {
-    u32::try_from(intent.hosts.len()).unwrap_or(u32::MAX)
 }
 
 fn because(host: &HostName, cause: Option<&str>) -> String {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::support::bench::{
     deploy::{AGAIN, BARE, DEMAE, Plan, Route, measure},
     figures::Figures,
-    many, path,
+    fleet, many, path,
     start::{self, LIST, READY},
 };
 
@@ -51,4 +51,14 @@ fn requests_by_table_and_by_port_are_measured_in_turn() {
     println!("{outcome}");
     assert_eq!((outcome.table.len(), outcome.port.len(), outcome.failed), (2, 2, 0), "{outcome}");
     assert!(outcome.ratio().median > 0.0, "{outcome}");
+}
+
+#[test]
+fn rollouts_over_many_agents_are_measured() {
+    let outcome = fleet::measure(12);
+    println!("{outcome}");
+    assert_eq!(outcome.rolled.len(), 2, "{outcome}");
+    assert!(outcome.rolled.iter().all(|rolled| rolled.writes_per_turn <= 8.0), "{outcome}");
+    assert!(outcome.failover <= Duration::from_secs(20), "{outcome}");
+    assert!(outcome.unproven <= 3, "{outcome}");
 }

@@ -49,6 +49,10 @@ impl Etcd {
         self.0.try_wait().expect("a child").is_some()
     }
 
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
     pub fn signal(&self, name: &str) {
         signal(self.0.id(), name);
     }

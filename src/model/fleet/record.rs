@@ -50,7 +50,7 @@ pub struct Rollout {
     /// [`SCHEME`].
     #[serde(default = "version")]
     pub scheme: u32,
-    /// How many hosts wanted the app when the phase last changed.
+    /// How many hosts had the app when the phase last changed, also those that were down.
     #[serde(default)]
     pub hosts: u32,
     /// Whether a person pinned the release.

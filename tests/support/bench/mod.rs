@@ -9,6 +9,7 @@ use super::{lab::Lab, wait::until_within};
 pub mod bare;
 pub mod deploy;
 pub mod figures;
+pub mod fleet;
 pub mod many;
 pub mod path;
 pub mod start;
