@@ -108,6 +108,58 @@ impl Drop for Leftovers<'_> {
     }
 }
 
+/// What `dev` says that commands need.
+fn environment(dir: &Path) -> Vec<(String, String)> {
+    let text = fs::read_to_string(dir.join("dev.env")).expect("a file");
+    let pairs = text.lines().filter_map(|line| line.trim_start_matches("export ").split_once('='));
+    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+#[test]
+fn dev_with_two_hosts_shows_a_bad_release_and_a_rollback() {
+    let lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    let dir = lab.path("dev");
+    fs::create_dir(&dir).expect("a directory");
+    let (_first, _second) = (Leftovers(&dir), Leftovers(&dir.join("host2")));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
+    command.args(["dev", "--hosts", "2", "--dir"]).arg(&dir).stdin(Stdio::null()).stdout(Stdio::null());
+    command.stderr(fs::File::create(lab.path("dev.log")).expect("a log"));
+    let mut dev = command.spawn().expect("it starts");
+    until("dev is up", || dir.join("dev.env").exists());
+    let env = environment(&dir);
+    let demae = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_demae")).args(args).envs(env.iter().cloned()).output();
+        let output = output.expect("it runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let versions = || {
+        let ingress = env.iter().filter(|(name, _)| name.starts_with("DEMAE_INGRESS"));
+        let version = |(_, url): &(String, String)| {
+            let address = url.trim_start_matches("http://").parse().expect("an address");
+            let (_, body) = load::get(address, "web.test", "/").unwrap_or_default();
+            body.split_whitespace().find_map(|word| word.strip_prefix("version=")).unwrap_or("none").to_owned()
+        };
+        ingress.map(version).collect::<Vec<_>>()
+    };
+    let spec = lab.path("web.yaml");
+    let more = "deploy: {update_config: {monitor: 200ms}}\n";
+    fs::write(&spec, lab.socket_spec(&lab.image("v1"), "web.test", more)).expect("a file");
+    let spec = spec.to_str().expect("a path");
+    until("both hosts are up", || demae(&["hosts"]).1.lines().count() == 3);
+    let (code, out, err) = demae(&["deploy", "web", &lab.image("v1"), "--spec", spec]);
+    assert_eq!((code, out.contains("converged on 2 hosts")), (Some(0), true), "{out}{err}");
+    let (code, out, err) = demae(&["deploy", "web", &lab.image("v2")]);
+    assert_eq!((code, versions()), (Some(0), vec!["v2".to_owned(), "v2".to_owned()]), "{out}{err}");
+    let (code, _, err) = demae(&["deploy", "web", &lab.image("v2"), "--env", "MOOD=exit"]);
+    assert_eq!((code, versions()), (Some(3), vec!["v2".to_owned(), "v2".to_owned()]), "{err}");
+    let (code, out, err) = demae(&["rollback", "web"]);
+    assert_eq!((code, versions()), (Some(0), vec!["v2".to_owned(), "v2".to_owned()]), "{out}{err}");
+    assert!(Command::new("kill").args(["-INT", &dev.id().to_string()]).status().expect("kill runs").success());
+    assert!(dev.wait().expect("it ends").success());
+    assert_eq!(fs::read_dir(&dir).expect("a directory").count(), 0, "files are left");
+}
+
 #[test]
 fn dev_starts_resumes_and_cleans_up() {
     let lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
@@ -127,12 +179,7 @@ fn dev_starts_resumes_and_cleans_up() {
     until("dev is up", || dir.join("dev.env").exists());
     assert!(!start().wait().expect("it ends").success(), "two cannot share a directory");
     assert!(dir.join("dev.env").exists(), "the second one removes nothing of the first");
-    let env: Vec<(String, String)> = fs::read_to_string(dir.join("dev.env"))
-        .expect("a file")
-        .lines()
-        .filter_map(|l| l.trim_start_matches("export ").split_once('='))
-        .map(|(k, v)| (k.to_owned(), v.to_owned()))
-        .collect();
+    let env = environment(&dir);
     let get = |name: &str| env.iter().find(|(k, _)| k == name).map(|(_, v)| v.clone()).expect("a variable");
     let ingress = get("DEMAE_INGRESS").trim_start_matches("http://").parse().expect("an address");
     let put = |key: &str, value: &str| {
