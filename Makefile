@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help install demo test lint stack soak simulate fuzz bench upgrade
+.PHONY: help install demo test lint stack fleet soak simulate fuzz bench upgrade
 
 help: ## Show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,10 @@ test: lint ## Everything: format, clippy, unit, property and integration tests; 
 stack: install ## The whole stack by docker-compose.yml: deploys under load, dashboards, alerts, etcd away; 10 min
 	@scripts/install.sh stack
 	@scripts/stack.sh
+
+fleet: install ## Three hosts with engines of their own, and three members of etcd: rollouts while hosts are cut off and killed; 12 min
+	@scripts/install.sh fleet
+	@scripts/fleet.sh
 
 soak: install ## The long forms: a thousand switches, twenty deploys of slow apps, every kill point, many histories
 	DEMAE_ETCD_ROUNDS=20 DEMAE_SOCKET_SWITCHES=1000 DEMAE_TABLE_SWITCHES=1000 DEMAE_ADDRESS_ROUNDS=50 DEMAE_PORT_SWITCHES=100 DEMAE_DEFAULT_DEPLOYS=20 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=20000 \

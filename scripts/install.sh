@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing from Debian's packages: for the build, for the tests and for the demo. With the argument
-# `stack`, also what the whole stack needs; with `fuzz`, what libFuzzer is built with.
+# `stack`, also what the whole stack needs; with `fleet`, what the fleet of hosts is made with; with `fuzz`, what libFuzzer
+# is built with.
 # With `sudo` if need be. Installs nothing that is there.
 set -euo pipefail
 
@@ -26,6 +27,8 @@ if [ "${1:-}" = fuzz ]; then
 fi
 if [ "${1:-}" = stack ]; then
     docker compose version >/dev/null 2>&1 || need docker-compose docker-compose
+fi
+if [ "${1:-}" = stack ] || [ "${1:-}" = fleet ]; then
     # Where there is no registry, the base of all images is made with it.
     docker image inspect debian:bookworm-slim >/dev/null 2>&1 || need debootstrap debootstrap
 fi

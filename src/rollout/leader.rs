@@ -23,14 +23,17 @@ use crate::{
     },
     metrics::{FleetGauges, LeaderGauges, Metrics},
     model::{
-        fleet::{FleetKey, KeptEnv, KeptRelease, Leader, PermitPhase, Rollout, VERSION},
+        fleet::{
+            Condition, FleetKey, KeptEnv, KeptRelease, Leader, PermitPhase, Rollout, Transaction, TransactionKind,
+            VERSION, Write,
+        },
         name::{AppName, HostName},
         problem::Problems,
         release::ReleaseKey,
         time::Timestamp,
     },
     retry::{Retry, jittered},
-    store::{Change, Everywhere, FleetSession, StoreError, Term, Update, client::EtcdConfig},
+    store::{Change, Everywhere, FleetReading, FleetSession, StoreError, Term, Update, client::EtcdConfig},
 };
 
 /// How long a leader that is gone is still taken for one.
@@ -123,6 +126,11 @@ async fn session(
             }
             continue;
         }
+        if let Some(left) = left_behind(&reading, (host, run)) {
+            // Its term has ended with it: what it may still write is refused without this key.
+            session.commit(&left, 0).await?;
+            continue;
+        }
         let mut watch = session.watch(range, reading.revision + 1).await?;
         let is_gone = |changes: &[Change]| changes.iter().any(|change| change.value.is_none());
         loop {
@@ -133,6 +141,19 @@ async fn session(
         }
         tokio::time::sleep(jittered(SPREAD)).await;
     }
+}
+
+/// Deletes the key of an earlier run of this agent, which was killed: only one run has the name of this host.
+fn left_behind(reading: &FleetReading, (host, run): (&HostName, &str)) -> Option<Transaction> {
+    let (_, entry) = reading.entries.first()?;
+    let leader: Leader = serde_json::from_slice(entry.value()).ok()?;
+    let conditions = vec![Condition::Modified(FleetKey::Leader, entry.modified())];
+    let writes = vec![Write::Delete(FleetKey::Leader)];
+    (leader.host == *host && leader.run != run).then_some(Transaction {
+        kind: TransactionKind::Withdraw,
+        conditions,
+        writes,
+    })
 }
 
 /// A term of this agent.
