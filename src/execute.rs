@@ -161,7 +161,7 @@ impl World {
                     release: handle.key.release.clone(),
                     cause: bounded(cause.as_str(), MAX_CAUSE),
                     exit_code: *exit_code,
-                    log_tail: tail(&redact(self.docker.log_tail(&handle.id).await, release)).to_owned(),
+                    log_tail: evidence(self.docker.log_tail(&handle.id).await, release),
                     at: Timestamp::now(),
                     attempts: *attempts,
                     conditions: conditions.clone(),
@@ -486,7 +486,7 @@ fn is_dead(socket: &Path) -> bool {
 }
 
 /// Docker follows symlinks, and an app may create one below a mounted directory.
-fn check_mounts(container: &ContainerSpec) -> Result<(), StepError> {
+pub(crate) fn check_mounts(container: &ContainerSpec) -> Result<(), StepError> {
     for volume in &container.volumes {
         let VolumeSource::Host(path) = &volume.source else { continue };
         // Docker refuses a missing path.
@@ -512,6 +512,11 @@ fn sockets(observed: &ObservedApp, key: &InstanceKey) -> Result<Vec<String>, Ste
     });
     let sockets: Vec<String> = sockets.collect();
     if sockets.is_empty() { Err(StepError::Gone(key.clone())) } else { Ok(sockets) }
+}
+
+/// The end of a log, without values of the environment.
+pub(crate) fn evidence(log: String, release: &Release) -> String {
+    tail(&redact(log, release)).to_owned()
 }
 
 /// The end of a text.

@@ -38,6 +38,7 @@ pub mod plan;
 pub mod host;
 pub mod store;
 
+pub mod command;
 pub mod execute;
 pub mod machine;
 pub mod world;

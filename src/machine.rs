@@ -15,7 +15,9 @@ use crate::{
         nginx::{NginxError, Published},
     },
     model::{
-        name::{AppName, ContainerId, HostName},
+        desired::Target,
+        fleet::{CommandEnd, CommandRun},
+        name::{AppName, ContainerId, HostName, ReleaseId},
         observed::{Health, ObservedApp, Wanted},
         proxy::{ObservedProxy, Vhost},
         time::Timestamp,
@@ -109,6 +111,25 @@ pub trait Machine: Send + Sync + 'static {
         observed: &ObservedApp,
     ) -> impl Future<Output = Result<Option<NewContainer>, StepError>> + Send;
 
+    /// Runs the command of a release, or waits for the end of one that was started. `is_own` says that this agent has written
+    /// the start of it.
+    ///
+    /// # Errors
+    /// If nothing can be said about it now; it is tried again.
+    fn run_command(
+        &self,
+        app: &AppName,
+        release: &ReleaseId,
+        target: Option<&Target>,
+        run: (&CommandRun, bool),
+    ) -> impl Future<Output = Result<CommandEnd, StepError>> + Send;
+
+    /// Removes what a command whose end is known has left.
+    ///
+    /// # Errors
+    /// If it cannot be removed.
+    fn remove_command(&self, app: &AppName, release: &ReleaseId) -> impl Future<Output = Result<(), StepError>> + Send;
+
     /// Publishes a set of virtual hosts and reloads nginx.
     ///
     /// # Errors
@@ -199,6 +220,20 @@ impl Machine for World {
         observed: &ObservedApp,
     ) -> Result<Option<NewContainer>, StepError> {
         self.perform(app, step, observed).await
+    }
+
+    async fn run_command(
+        &self,
+        app: &AppName,
+        release: &ReleaseId,
+        target: Option<&Target>,
+        run: (&CommandRun, bool),
+    ) -> Result<CommandEnd, StepError> {
+        self.run_command(app, release, target, run).await
+    }
+
+    async fn remove_command(&self, app: &AppName, release: &ReleaseId) -> Result<(), StepError> {
+        self.remove_command(app, release).await
     }
 
     async fn publish(&self, vhosts: &BTreeMap<AppName, Vhost>) -> Result<Published, NginxError> {

@@ -13,7 +13,8 @@ use crate::{
     metrics::Drift,
     model::{
         event::{Outcome, What},
-        name::{AppName, ContainerId},
+        fleet::CommandEnd,
+        name::{AppName, ContainerId, ReleaseId},
         observed::ObservedApp,
         problem::chain,
         proxy::{ObservedProxy, Vhost},
@@ -45,6 +46,10 @@ pub(super) enum Completion {
     Counted(AppName, Vec<(ContainerId, Option<usize>)>),
     /// A count of nginx's old workers, and the generation of the set that they are older than.
     OldWorkers(Option<u64>, Option<usize>),
+    /// The command of a release ended, or nothing can be said about it now.
+    CommandEnded(AppName, ReleaseId, Result<CommandEnd, StepError>),
+    /// What a command had left is removed, or not.
+    CommandRemoved,
     /// A step for nginx ended.
     ProxyStepped(ProxyStepResult),
     /// A step for nginx that did not start: its decision expired.
@@ -68,6 +73,8 @@ impl<M: Machine> Agent<M> {
     pub(super) fn on_completion(&mut self, completion: Completion) {
         let now = self.machine.now();
         match completion {
+            Completion::CommandEnded(app, release, result) => self.on_command_ended(&app, release, result),
+            Completion::CommandRemoved => {}
             Completion::Observed(app, result) => {
                 let Some(state) = self.apps.get_mut(&app) else { return };
                 match result {

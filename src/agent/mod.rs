@@ -430,6 +430,7 @@ impl<M: Machine> Agent<M> {
             }
         }
         self.follow_rollout(app, now);
+        self.run_command(app, now);
         // Plan on a fresh observation before the next one: else a flood of hints would starve the app.
         let is_writing = self.is_plannable(app) && self.write_turn(app, false, now);
         let Some(step) = (!is_writing).then(|| self.plan(app, now)).flatten() else {

@@ -2,13 +2,16 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use super::{Agent, app::AppState, turn::Kept};
+use super::{Agent, app::AppState, completion::Completion, turn::Kept};
 use crate::{
+    execute::StepError,
     fleet::turn::{Directive, HostFacts, HostRecords, directive, next_write},
     machine::Machine,
     model::{
         desired::{DesiredApp, Target},
-        fleet::{HostVerdict, PermitPhase, Transaction, TransactionKind, Turn, VERSION},
+        fleet::{
+            CommandEnd, CommandRun, CommandState, HostVerdict, PermitPhase, Transaction, TransactionKind, Turn, VERSION,
+        },
         name::{AppName, ReleaseId},
         observed::{Address, Instance, Verdict},
         proxy::{ObservedProxy, Upstreams},
@@ -19,6 +22,8 @@ use crate::{
 
 /// How long a record of a switch counts for requests that have not moved yet. A step that waited longer is decided anew.
 const CONFIRMED: Duration = Duration::from_secs(5);
+/// Pause after a command that could not be run, for a reason of this host.
+const COMMAND_RETRY: Duration = Duration::from_secs(5);
 /// Pause after a write that was refused: the reason for it is about to arrive.
 const REFUSED: Duration = Duration::from_millis(200);
 /// Pause after a write that could not be made.
@@ -116,6 +121,9 @@ impl<M: Machine> Agent<M> {
             app,
             host: self.machine.host(),
             wanted: wanted.map(|target| &target.release.id),
+            has_command: wanted.is_some_and(|target| target.release_command.is_some()),
+            command_end: state.turn.command_end.as_ref(),
+            run: self.rollouts.as_ref().map_or("", |link| &link.run),
             retried: wanted.map_or(0, |target| target.retried),
             update: &update,
             detection: wanted.map_or(Duration::ZERO, |target| {
@@ -205,6 +213,52 @@ impl<M: Machine> Agent<M> {
         sent
     }
 
+    /// Runs the command of a release whose start this host has written, or waits for its end.
+    pub(super) fn run_command(&mut self, app: &AppName, now: Timestamp) {
+        let Some(rollouts) = self.rollouts() else { return };
+        let (Some(records), Some(link)) = (rollouts.records.get(app), &self.rollouts) else { return };
+        let Some(state) = self.apps.get_mut(app) else { return };
+        // Nothing is started while something of the app may not be created.
+        if state.turn.running_command || now < state.turn.write_after || self.nested.contains_key(app) {
+            return;
+        }
+        let own = |run: &&CommandRun| run.state == CommandState::Started && run.host == *self.machine.host();
+        let started =
+            records.commands.iter().find_map(|(release, run)| Some((release, run.value.as_ref().filter(own)?)));
+        let Some((release, run)) =
+            started.filter(|(release, _)| state.turn.command_end.as_ref().is_none_or(|(ended, _)| ended != *release))
+        else {
+            return;
+        };
+        state.turn.running_command = true;
+        let (app, release, is_own) = (app.clone(), release.clone(), run.run == link.run);
+        let (machine, run, target) = (self.machine.clone(), run.clone(), state.turn.intended.target().cloned());
+        tracing::info!(%app, %release, "the release command is run, or waited for");
+        self.jobs.spawn(async move {
+            let end = machine.run_command(&app, &release, target.as_ref(), (&run, is_own)).await;
+            Completion::CommandEnded(app, release, end)
+        });
+    }
+
+    /// The command of a release ended, or nothing can be said about it now.
+    pub(super) fn on_command_ended(&mut self, app: &AppName, release: ReleaseId, end: Result<CommandEnd, StepError>) {
+        let now = self.machine.now();
+        let Some(state) = self.apps.get_mut(app) else { return };
+        state.turn.running_command = false;
+        match end {
+            Ok(end) => {
+                tracing::info!(%app, %release, "the release command has ended: {end}");
+                state.turn.command_end = Some((release, end));
+            }
+            Err(e) => {
+                tracing::warn!(%app, %release, "the release command cannot be run now: {e}");
+                state.turn.write_after = now.plus(COMMAND_RETRY);
+                state.wake = Some(state.wake.map_or(state.turn.write_after, |at| at.min(state.turn.write_after)));
+            }
+        }
+        state.fresh.request_plan();
+    }
+
     /// A write was made, or not.
     pub(super) fn on_turn_written(&mut self, answer: &Answer) {
         let now = self.machine.now();
@@ -212,6 +266,17 @@ impl<M: Machine> Agent<M> {
         let sent = state.turn.writing.take();
         match answer.made {
             Some(true) if answer.kind == TransactionKind::Commit => state.turn.confirmed = sent,
+            Some(true) if answer.kind == TransactionKind::EndCommand => {
+                if let Some((release, _)) = state.turn.command_end.take() {
+                    let (machine, app) = (self.machine.clone(), answer.app.clone());
+                    self.jobs.spawn(async move {
+                        if let Err(e) = machine.remove_command(&app, &release).await {
+                            tracing::warn!(%app, %release, "the container of the release command stays: {e}");
+                        }
+                        Completion::CommandRemoved
+                    });
+                }
+            }
             Some(true) => {}
             Some(false) => state.turn.write_after = now.plus(REFUSED),
             None => state.turn.write_after = now.plus(FAILED),

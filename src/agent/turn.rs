@@ -1,7 +1,12 @@
 //! The turn of an app in a rollout, as the loop knows it.
 
 use crate::{
-    model::{desired::DesiredApp, fleet::Turn, time::Timestamp},
+    model::{
+        desired::DesiredApp,
+        fleet::{CommandEnd, Turn},
+        name::ReleaseId,
+        time::Timestamp,
+    },
     plan::wait::Wait,
 };
 
@@ -20,6 +25,10 @@ pub(super) struct TurnState {
     pub(super) write_after: Timestamp,
     /// When the last record of a switch was sent.
     pub(super) confirmed: Option<Timestamp>,
+    /// Whether the command of a release is being run, or waited for.
+    pub(super) running_command: bool,
+    /// How it ended, until that is in the store.
+    pub(super) command_end: Option<(ReleaseId, CommandEnd)>,
 }
 
 impl TurnState {
@@ -31,6 +40,8 @@ impl TurnState {
             writing: None,
             write_after: Timestamp::default(),
             confirmed: None,
+            running_command: false,
+            command_end: None,
         }
     }
 

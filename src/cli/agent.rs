@@ -146,7 +146,7 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let (leases, leases_in) = watch::channel(None);
     tasks.spawn(store::keep_lease(config.etcd.clone(), updates_in.clone(), leases, side.clone()));
     let link = config.rollouts.map(|rollouts| {
-        let (link, ends) = Link::new();
+        let (link, ends) = Link::new(claim.owner().run.clone());
         let (etcd, host) = (config.etcd.clone(), config.host.clone());
         let (updates, leases) = (updates_in.clone(), leases_in.clone());
         let following =

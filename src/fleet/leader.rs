@@ -14,8 +14,8 @@ use super::{
 };
 use crate::model::{
     fleet::{
-        Condition, FleetKey, KeptEnv, KeptRelease, Lost, Permit, PermitPhase, Proof, Rollout, RolloutPhase, SCHEME,
-        Transaction, TransactionKind, VERSION, Write,
+        CommandState, Condition, FleetKey, KeptEnv, KeptRelease, Lost, Permit, PermitPhase, Proof, Rollout,
+        RolloutPhase, SCHEME, Transaction, TransactionKind, VERSION, Write,
     },
     name::{AppName, HostName, ReleaseId},
     spec::{FailureAction, Update},
@@ -267,8 +267,12 @@ impl<'a> Decision<'a> {
         old.sort_by_key(|(_, kept)| kept.created);
         let surplus = (old.len() + 1).saturating_sub(KEPT_RELEASES);
         let forgotten = old.into_iter().take(surplus).flat_map(|((app, release), _)| {
-            [FleetKey::Kept(app.clone(), release.clone()), FleetKey::KeptEnv(app.clone(), release.clone())]
-                .map(Write::Delete)
+            [
+                FleetKey::Kept(app.clone(), release.clone()),
+                FleetKey::KeptEnv(app.clone(), release.clone()),
+                FleetKey::Command(app.clone(), release.clone()),
+            ]
+            .map(Write::Delete)
         });
         writes.into_iter().chain(forgotten).collect()
     }
@@ -280,7 +284,12 @@ impl<'a> Decision<'a> {
         let lost = records.lost.keys().filter(|(app, _)| app == self.app).count();
         let proven =
             intent.hosts.keys().filter(|host| records.proven(self.app, host) == Some(&rollout.release)).count();
-        let failed = verdicts.first().filter(|_| verdicts.len() > allowed);
+        let failed = verdicts
+            .first()
+            .filter(|_| verdicts.len() > allowed)
+            .map(|(host, verdict)| because(host, verdict.value.as_ref().map(|v| &*v.cause)));
+        // Where a command has failed says nothing about that host: no other one may start the release either.
+        let failed = self.failed_command(&rollout.release).or(failed);
         let has_permits = records.permits_of(self.app).next().is_some();
         let next = match rollout.phase {
             RolloutPhase::Reverting => (!has_permits).then(|| (RolloutPhase::Reverted, rollout.reason.clone())),
@@ -288,12 +297,10 @@ impl<'a> Decision<'a> {
             RolloutPhase::Halted | RolloutPhase::Reverted if failed.is_none() && lost <= allowed => {
                 Some((RolloutPhase::Rolling, String::new()))
             }
-            RolloutPhase::Canary | RolloutPhase::Waiting | RolloutPhase::Rolling
-                if let Some((host, verdict)) = failed =>
-            {
+            RolloutPhase::Canary | RolloutPhase::Waiting | RolloutPhase::Rolling if let Some(reason) = failed => {
                 let goes_back = intent.update.on_failure == FailureAction::Rollback && rollout.from.is_some();
                 let phase = if goes_back { RolloutPhase::Reverting } else { RolloutPhase::Halted };
-                Some((phase, because(host, verdict.value.as_ref().map(|v| &*v.cause))))
+                Some((phase, reason))
             }
             RolloutPhase::Canary | RolloutPhase::Waiting | RolloutPhase::Rolling if lost > allowed => {
                 let reason = "a host went away in its turn, and requests may be on the new release there".to_owned();
@@ -330,6 +337,12 @@ impl<'a> Decision<'a> {
         }
         let same = [Condition::Modified(self.key(), stored.modified), self.spec_unchanged()];
         Some(self.transaction(TransactionKind::Grant, same.into_iter().chain(conditions).collect(), writes))
+    }
+
+    /// Why the command of a release failed, if it did.
+    fn failed_command(&self, release: &ReleaseId) -> Option<String> {
+        let run = self.records().commands.get(&(self.app.clone(), release.clone()))?.value.as_ref()?;
+        (run.state == CommandState::Failed).then(|| because(&run.host, Some(&run.cause)))
     }
 
     fn change_phase(&self, stored: &Stored<Rollout>, rollout: &Rollout) -> Transaction {
@@ -399,7 +412,7 @@ impl<'a> Decision<'a> {
         let failed: BTreeSet<&HostName> =
             records.verdicts_of(self.app, &rollout.release).map(|(host, _)| host).collect();
         // A rollout that is done is not halted by a host that comes late and fails, but nothing more begins.
-        if failed.len() > allowed {
+        if failed.len() > allowed || self.failed_command(&rollout.release).is_some() {
             return Vec::new();
         }
         // The first turn is of one host alone, whatever the size of the fleet.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::model::{
-    fleet::{FleetKey, HostVerdict, KeptRelease, Leader, Lost, Permit, Proof, Rollout, VERSION},
+    fleet::{CommandRun, FleetKey, HostVerdict, KeptRelease, Leader, Lost, Permit, Proof, Rollout, VERSION},
     name::{AppName, HostName, ReleaseId},
 };
 
@@ -70,6 +70,8 @@ pub struct Records {
     pub served: BTreeMap<(AppName, HostName), Stored<Served>>,
     /// Kept releases.
     pub kept: BTreeMap<(AppName, ReleaseId), Stored<KeptRelease>>,
+    /// Runs of the commands of releases.
+    pub commands: BTreeMap<(AppName, ReleaseId), Stored<CommandRun>>,
     /// The mod revisions of specs.
     pub specs: BTreeMap<AppName, i64>,
     /// The mod revisions of images.
@@ -100,6 +102,7 @@ impl Records {
             FleetKey::Proof(host, app) => put(&mut self.proofs, (app, host), raw),
             FleetKey::Status(host, app) => put(&mut self.served, (app, host), raw),
             FleetKey::Kept(app, release) => put(&mut self.kept, (app, release), raw),
+            FleetKey::Command(app, release) => put(&mut self.commands, (app, release), raw),
             FleetKey::KeptEnv(..) | FleetKey::Retry(_) => true,
             FleetKey::Spec(app) => note_revision(&mut self.specs, app, raw),
             FleetKey::Image(app) => note_revision(&mut self.images, app, raw),

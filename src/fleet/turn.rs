@@ -1,12 +1,15 @@
 //! What a host may do about an app, and what it writes about its turn.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use super::records::Stored;
 use crate::model::{
     fleet::{
-        Condition, FleetKey, HostVerdict, Lost, Permit, PermitPhase, Proof, Rollout, RolloutPhase, Transaction,
-        TransactionKind, Turn, VERSION, Write,
+        CommandEnd, CommandRun, CommandState, Condition, FleetKey, HostVerdict, Lost, Permit, PermitPhase, Proof,
+        Rollout, RolloutPhase, Transaction, TransactionKind, Turn, VERSION, Write,
     },
     name::{AppName, HostName, ReleaseId},
     spec::Update,
@@ -24,6 +27,8 @@ pub struct HostRecords {
     pub lost: Option<Stored<Lost>>,
     /// What this host has proven, as the store knows it.
     pub proof: Option<Stored<Proof>>,
+    /// Runs of the commands of its releases.
+    pub commands: BTreeMap<ReleaseId, Stored<CommandRun>>,
     /// Releases against which a verdict of this host is in the store.
     pub verdicts: BTreeSet<ReleaseId>,
 }
@@ -39,6 +44,12 @@ pub struct HostFacts<'a> {
     pub wanted: Option<&'a ReleaseId>,
     /// The revision at which a person last asked for another try; 0 if never.
     pub retried: i64,
+    /// Whether the wanted release has a command, which must have run before it starts.
+    pub has_command: bool,
+    /// How the command of a release ended that was run here, if its end is not in the store yet.
+    pub command_end: Option<&'a (ReleaseId, CommandEnd)>,
+    /// This run of the agent.
+    pub run: &'a str,
     /// How it goes over the hosts.
     pub update: &'a Update,
     /// How long its health checks take to notice a failure.
@@ -110,12 +121,38 @@ pub fn directive(facts: &HostFacts<'_>, records: &HostRecords) -> Directive {
             Some((stored_permit, permit))
                 if permit.release == *wanted && epoch(stored_permit, permit) == stored.modified =>
             {
-                Directive::Wanted(Turn::Try)
+                match command_reason(facts, records, wanted) {
+                    Some(why) => hold(facts, rollout, wanted, &why),
+                    None => Directive::Wanted(Turn::Try),
+                }
             }
             // The permit of a turn that goes on was deleted: requests are on the release already.
             None if is_switched => Directive::Wanted(Turn::Switch { monitor, confirmed: true }),
             _ => hold(facts, rollout, wanted, waiting_reason(rollout)),
         },
+    }
+}
+
+/// Why a release may not start yet although it is the turn of this host: its command has not run.
+fn command_reason(facts: &HostFacts<'_>, records: &HostRecords, wanted: &ReleaseId) -> Option<String> {
+    if !facts.has_command {
+        return None;
+    }
+    let Some(stored) = records.commands.get(wanted) else {
+        return Some("its release command is about to be started".to_owned());
+    };
+    let Some(run) = &stored.value else {
+        return Some("the record of its release command cannot be read by this version".to_owned());
+    };
+    match run.state {
+        CommandState::Done => None,
+        CommandState::Started if run.host == *facts.host => Some("its release command runs".to_owned()),
+        CommandState::Started => Some(format!("its release command runs on {}", run.host)),
+        CommandState::Failed => Some(format!("its release command failed on {}: {}", run.host, run.cause)),
+        CommandState::Unknown => Some(format!(
+            "whether its release command has run on {} is not known ({}): see to it, then `demae retry {}` runs it again",
+            run.host, run.cause, facts.app
+        )),
     }
 }
 
@@ -162,6 +199,10 @@ pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, 
     // What served before serves again, or nothing ever did.
     let is_back = || facts.proven.is_none() || facts.serving == facts.proven;
 
+    if let Some(ended) = end_of_command(facts, records) {
+        return transaction(TransactionKind::EndCommand, ended.0, ended.1);
+    }
+
     // A failure is a fact, whether or not the turn still counts.
     let judged = permit.map(|(_, p)| &p.release).into_iter().chain(rollout.map(|(_, r)| &r.release));
     for release in judged.filter(|release| facts.proven != Some(*release) && !records.verdicts.contains(*release)) {
@@ -201,6 +242,33 @@ pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, 
         if (is_failed || is_void) && is_off && is_back() {
             let writes = vec![Write::Delete(permit_key.clone())];
             return transaction(TransactionKind::GiveBack, vec![unchanged(stored)], writes);
+        }
+        let command_key = FleetKey::Command(app.clone(), permit.release.clone());
+        let must_run = facts.has_command && permit.phase == PermitPhase::Try;
+        if let Some((r, _)) = rollout
+            && must_run
+            && !is_failed
+            && !is_void
+            && !records.commands.contains_key(&permit.release)
+        {
+            let started = CommandRun {
+                version: VERSION,
+                host: host.clone(),
+                run: facts.run.to_owned(),
+                state: CommandState::Started,
+                started: now,
+                cause: String::new(),
+            };
+            let conditions = vec![
+                unchanged(stored),
+                Condition::Modified(FleetKey::Rollout(app.clone()), r.modified),
+                Condition::Created(FleetKey::Freeze, 0),
+                Condition::Created(command_key.clone(), 0),
+            ];
+            return transaction(TransactionKind::StartCommand, conditions, vec![Write::record(command_key, &started)]);
+        }
+        if must_run && command_reason(facts, records, &permit.release).is_some() {
+            return None;
         }
         let is_fresh = permit.phase == PermitPhase::Switch && (facts.confirmed || is_routed(&permit.release));
         if let Some((r, _)) = rollout
@@ -257,4 +325,30 @@ pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, 
         return transaction(TransactionKind::Prove, conditions, writes);
     }
     None
+}
+
+/// The end of a command that this host has run, and its verdict if it failed, as conditions and writes.
+fn end_of_command(facts: &HostFacts<'_>, records: &HostRecords) -> Option<(Vec<Condition>, Vec<Write>)> {
+    let (release, end) = facts.command_end?;
+    let stored = records.commands.get(release)?;
+    let run = stored.value.as_ref()?;
+    if run.state != CommandState::Started || run.host != *facts.host {
+        return None;
+    }
+    let (state, cause) = match end {
+        CommandEnd::Done => (CommandState::Done, String::new()),
+        CommandEnd::Failed(verdict) => (CommandState::Failed, verdict.cause.clone()),
+        CommandEnd::Unknown(why) => (CommandState::Unknown, why.clone()),
+    };
+    let key = FleetKey::Command(facts.app.clone(), release.clone());
+    let mut conditions = vec![Condition::Modified(key.clone(), stored.modified)];
+    let mut writes = vec![Write::record(key, &CommandRun { state, cause, ..run.clone() })];
+    if let CommandEnd::Failed(verdict) = end
+        && !records.verdicts.contains(release)
+    {
+        let key = FleetKey::Verdict(facts.app.clone(), release.clone(), facts.host.clone());
+        conditions.push(Condition::Created(key.clone(), 0));
+        writes.push(Write::record(key, verdict));
+    }
+    Some((conditions, writes))
 }

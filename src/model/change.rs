@@ -119,6 +119,7 @@ mod tests {
             created: 1,
             cordoned: false,
             retried: 0,
+            release_command: None,
         })
     }
 

@@ -127,6 +127,8 @@ pub struct Target {
     pub cordoned: bool,
     /// The revision at which a person last asked for another try of a release that failed; 0 if never.
     pub retried: i64,
+    /// Runs once for each release in the fleet, before the first host starts it.
+    pub release_command: Option<Vec<String>>,
 }
 
 impl Target {
@@ -264,6 +266,7 @@ pub fn target(
         created: *created,
         cordoned,
         retried: app.retried,
+        release_command: spec.release_command.clone(),
     })
 }
 

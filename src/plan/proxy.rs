@@ -306,6 +306,7 @@ mod tests {
             created,
             cordoned: false,
             retried: 0,
+            release_command: None,
         })
     }
 

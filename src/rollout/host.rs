@@ -61,6 +61,8 @@ pub struct Answer {
 /// What connects the loop of an agent with the records of its turns.
 #[derive(Debug)]
 pub struct Link {
+    /// This run of the agent.
+    pub run: String,
     /// The records; `None` before they were read for the first time.
     pub rollouts: Receiver<Option<Arc<HostRollouts>>>,
     /// Writes.
@@ -77,13 +79,13 @@ pub struct Ends {
 }
 
 impl Link {
-    /// Both ends.
-    pub fn new() -> (Self, Ends) {
+    /// Both ends, for this run of an agent.
+    pub fn new(run: String) -> (Self, Ends) {
         let (rollouts_out, rollouts) = tokio::sync::watch::channel(None);
         let (requests, requests_in) = tokio::sync::mpsc::unbounded_channel();
         let (answers_out, answers) = tokio::sync::mpsc::unbounded_channel();
         let ends = Ends { rollouts: rollouts_out, requests: requests_in, answers: answers_out };
-        (Self { rollouts, requests, answers }, ends)
+        (Self { run, rollouts, requests, answers }, ends)
     }
 }
 
@@ -216,13 +218,14 @@ impl Follower {
         if !is_trusted(io.updates, self.etcd) {
             return Ok(());
         }
-        let [rollouts, permits, proofs, lost, verdicts] = self.session.host_ranges(&self.host);
+        let [rollouts, permits, proofs, lost, verdicts, commands] = self.session.host_ranges(&self.host);
         let mut rollouts = self.session.watch(rollouts, self.revision + 1).await?;
         let mut permits = self.session.watch(permits, self.revision + 1).await?;
         // Few and rare; a person may delete them, and this host then writes again what it knows.
         let mut proofs = self.session.watch(proofs, self.revision + 1).await?;
         let mut lost = self.session.watch(lost, self.revision + 1).await?;
         let mut verdicts = self.session.watch(verdicts, self.revision + 1).await?;
+        let mut commands = self.session.watch(commands, self.revision + 1).await?;
         self.publish(io.rollouts).await?;
         loop {
             tokio::select! {
@@ -238,6 +241,7 @@ impl Follower {
                 news = proofs.next() => self.take_changes(&news?.0),
                 news = lost.next() => self.take_changes(&news?.0),
                 news = verdicts.next() => self.take_changes(&news?.0),
+                news = commands.next() => self.take_changes(&news?.0),
                 Some(request) = io.requests.recv() => {
                     let kind = request.transaction.kind;
                     let lease = *io.leases.borrow();
@@ -287,6 +291,9 @@ impl Follower {
         match key {
             FleetKey::Permit(host, app) => Some(self.records.permits.get(&(app.clone(), host.clone()))?.created),
             FleetKey::Proof(host, app) => Some(self.records.proofs.get(&(app.clone(), host.clone()))?.created),
+            FleetKey::Command(app, release) => {
+                Some(self.records.commands.get(&(app.clone(), release.clone()))?.created)
+            }
             _ => None,
         }
     }
@@ -305,12 +312,14 @@ impl Follower {
         let of = |app: &AppName| {
             let key = (app.clone(), self.host.clone());
             let verdicts = records.verdicts.keys().filter(|(a, _, host)| a == app && *host == self.host);
+            let commands = records.commands.iter().filter(|((a, _), _)| a == app);
             HostRecords {
                 rollout: records.rollouts.get(app).cloned(),
                 permit: records.permits.get(&key).cloned(),
                 lost: records.lost.get(&key).cloned(),
                 proof: records.proofs.get(&key).cloned(),
                 verdicts: verdicts.map(|(_, release, _)| release.clone()).collect(),
+                commands: commands.map(|((_, release), run)| (release.clone(), run.clone())).collect(),
             }
         };
         let records = apps.into_iter().map(|app| (app.clone(), of(app))).collect();

@@ -3,7 +3,10 @@
 use etcd_client::{Compare, CompareOp, DeleteOptions, Txn, TxnOp};
 
 use super::{client::StoreError, fleet::FleetSession, keys::Key};
-use crate::model::name::{AppName, ReleaseId};
+use crate::model::{
+    fleet::FleetKey,
+    name::{AppName, ReleaseId},
+};
 
 /// Keys that are written together, or not at all.
 #[derive(Debug, Clone, Default)]
@@ -14,7 +17,7 @@ pub struct Edit {
     pub puts: Vec<(Key, Vec<u8>)>,
     /// Keys that are deleted.
     pub deletes: Vec<Key>,
-    /// A release whose verdicts are deleted.
+    /// A release whose verdicts, and the run of its command, are deleted.
     pub forgiven: Option<(AppName, ReleaseId)>,
 }
 
@@ -32,7 +35,11 @@ impl FleetSession {
         let forgiven = edit.forgiven.iter().map(|(app, release)| {
             TxnOp::delete(self.prefix.verdicts(app, release), Some(DeleteOptions::new().with_prefix()))
         });
-        let writes: Vec<TxnOp> = puts.chain(deletes).chain(forgiven).collect();
+        let commands = edit.forgiven.iter().map(|(app, release)| {
+            let key = self.prefix.fleet(&FleetKey::Command(app.clone(), release.clone()));
+            TxnOp::delete(key, None)
+        });
+        let writes: Vec<TxnOp> = puts.chain(deletes).chain(forgiven).chain(commands).collect();
         let answer = self.connection.client.clone().txn(Txn::new().when(conditions).and_then(writes)).await;
         let answer = answer.map_err(self.connection.failed("writing the change"))?;
         Ok(answer.succeeded().then(|| answer.header().map_or(0, etcd_client::ResponseHeader::revision)))

@@ -208,8 +208,9 @@ impl FleetSession {
         }
     }
 
-    /// What a host reads: all rollouts, its own permits, its own proofs, hosts that are lost, and verdicts.
-    pub fn host_ranges(&self, host: &HostName) -> [KeyRange; 5] {
+    /// What a host reads: all rollouts, its own permits, its own proofs, hosts that are lost, verdicts, and runs of
+    /// commands.
+    pub fn host_ranges(&self, host: &HostName) -> [KeyRange; 6] {
         let below = |dir: String| {
             let from = self.prefix.key(&dir).into_bytes();
             // `0` follows `/`.
@@ -222,6 +223,7 @@ impl FleetSession {
             below(format!("state/proven/{host}/")),
             below("state/lost/".into()),
             below("state/verdicts/".into()),
+            below("state/commands/".into()),
         ]
     }
 

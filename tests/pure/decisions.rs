@@ -41,6 +41,7 @@ fn target(text: &str, version: &str) -> Target {
         created: 1,
         cordoned: false,
         retried: 0,
+        release_command: None,
     }
 }
 

@@ -15,7 +15,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("host", &["model", "retry", "failpoint"]),
     ("world", &["model", "host"]),
     ("execute", &["model", "plan", "host", "world", "failpoint"]),
-    ("machine", &["model", "plan", "host", "world", "execute", "retry"]),
+    ("command", &["model", "host", "world", "execute"]),
+    ("machine", &["model", "plan", "host", "world", "execute", "command", "retry"]),
     ("rollout", &["model", "fleet", "store", "metrics", "retry"]),
     (
         "agent",

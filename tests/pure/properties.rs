@@ -106,6 +106,7 @@ fn target(version: u8, replicas: u16, endpoint: Option<Endpoint>, order: Order) 
         created: 1,
         cordoned: false,
         retried: 0,
+        release_command: None,
     }
 }
 

@@ -13,8 +13,8 @@ use demae::{
     },
     model::{
         fleet::{
-            FleetKey, Permit, PermitPhase, Proof, Rollout, RolloutPhase, SCHEME, Transaction, TransactionKind, Turn,
-            VERSION, Write,
+            CommandEnd, CommandRun, CommandState, FleetKey, HostVerdict, Permit, PermitPhase, Proof, Rollout,
+            RolloutPhase, SCHEME, Transaction, TransactionKind, Turn, VERSION, Write,
         },
         name::{AppName, HostName, ReleaseId},
         spec::{Amount, Update},
@@ -226,6 +226,8 @@ struct OneHost {
     proven: Option<ReleaseId>,
     routed: BTreeSet<ReleaseId>,
     records: HostRecords,
+    has_command: bool,
+    command_end: Option<(ReleaseId, CommandEnd)>,
 }
 
 impl OneHost {
@@ -247,7 +249,7 @@ impl OneHost {
             proof: Some(Stored { value: Some(proof), created: 9, modified: 9 }),
             ..HostRecords::default()
         };
-        Self { proven: Some(release(0)), routed: [release(0)].into(), records }
+        Self { proven: Some(release(0)), routed: [release(0)].into(), records, has_command: false, command_end: None }
     }
 
     fn ask(&self, is_ready: bool) -> (Directive, Option<TransactionKind>) {
@@ -257,6 +259,9 @@ impl OneHost {
             host: &host,
             wanted: Some(&wanted),
             retried: 0,
+            has_command: self.has_command,
+            command_end: self.command_end.as_ref(),
+            run: "run",
             update: &update,
             detection: Duration::ZERO,
             proven: self.proven.as_ref(),
@@ -333,4 +338,54 @@ fn host_that_serves_nothing_takes_what_the_fleet_has_proven() {
     let mut host = OneHost::new(RolloutPhase::Done, None);
     (host.proven, host.routed) = (None, BTreeSet::new());
     assert_eq!(host.ask(false).0, Directive::Wanted(Turn::Free));
+}
+
+#[test]
+fn command_of_a_release_runs_once_before_it_starts() {
+    let command = |state, host_number| Stored {
+        value: Some(CommandRun {
+            version: VERSION,
+            host: host(host_number),
+            run: "run".into(),
+            state,
+            started: Timestamp::default(),
+            cause: String::new(),
+        }),
+        created: 60,
+        modified: 60,
+    };
+    let with = |found: Option<Stored<CommandRun>>, end: Option<CommandEnd>| {
+        let mut host = OneHost::new(RolloutPhase::Rolling, Some(PermitPhase::Try));
+        host.has_command = true;
+        host.records.commands = found.into_iter().map(|run| (release(1), run)).collect();
+        host.command_end = end.map(|end| (release(1), end));
+        host.ask(true)
+    };
+    let is_held = |directive: &Directive| matches!(directive, Directive::Kept(kept, _) if *kept == release(0));
+    // Its start is written before it starts.
+    let (directive, write) = with(None, None);
+    assert!(is_held(&directive) && write == Some(TransactionKind::StartCommand), "{directive:?} {write:?}");
+    // While it runs here, or there, nothing is written and the release is not started.
+    for number in [0, 1] {
+        let (directive, write) = with(Some(command(CommandState::Started, number)), None);
+        assert!(is_held(&directive) && write.is_none(), "{directive:?} {write:?}");
+    }
+    let failed = CommandEnd::Failed(HostVerdict {
+        version: VERSION,
+        cause: "it ended with exit code 1".into(),
+        exit_code: Some(1),
+        log_tail: String::new(),
+        at: Timestamp::default(),
+    });
+    for end in [CommandEnd::Done, failed, CommandEnd::Unknown("its container is gone".into())] {
+        let (directive, write) = with(Some(command(CommandState::Started, 0)), Some(end));
+        assert!(is_held(&directive) && write == Some(TransactionKind::EndCommand), "{directive:?} {write:?}");
+    }
+    // Only once it is done, the release starts, wherever it ran.
+    for state in [CommandState::Failed, CommandState::Unknown] {
+        let (directive, write) = with(Some(command(state, 1)), None);
+        assert!(is_held(&directive) && write.is_none(), "{directive:?} {write:?}");
+    }
+    let (directive, write) = with(Some(command(CommandState::Done, 1)), None);
+    assert_eq!((directive, write), (Directive::Wanted(Turn::Try), Some(TransactionKind::Commit)));
 }

@@ -82,6 +82,7 @@ impl Scenario {
             created: 1,
             cordoned: false,
             retried: 0,
+            release_command: None,
         }
     }
 

@@ -17,7 +17,9 @@ use demae::{
     },
     machine::{Inventory, Machine},
     model::{
-        name::{AppName, ContainerId, HostName},
+        desired::Target,
+        fleet::{CommandEnd, CommandRun},
+        name::{AppName, ContainerId, HostName, ReleaseId},
         observed::{Address, Health, Instance, ObservedApp, Phase, Via, Wanted},
         proxy::{ObservedProxy, Vhost},
         spec::Probe,
@@ -385,6 +387,20 @@ impl Machine for SimMachine {
         // Before it arrives, the agent knows nothing of it.
         self.scene.state().observed_at.insert(app.clone(), began);
         Ok(observed)
+    }
+
+    async fn run_command(
+        &self,
+        _: &AppName,
+        _: &ReleaseId,
+        _: Option<&Target>,
+        _: (&CommandRun, bool),
+    ) -> Result<CommandEnd, StepError> {
+        panic!("no app of these histories has a release command")
+    }
+
+    async fn remove_command(&self, _: &AppName, _: &ReleaseId) -> Result<(), StepError> {
+        panic!("no app of these histories has a release command")
     }
 
     async fn observe_proxy(&self) -> ObservedProxy {

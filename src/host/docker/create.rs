@@ -142,7 +142,7 @@ impl Docker {
         labels
     }
 
-    fn body(host: &HostName, r: &CreateRequest<'_>) -> ContainerCreateBody {
+    pub(super) fn body(host: &HostName, r: &CreateRequest<'_>) -> ContainerCreateBody {
         let c = &r.release.container;
         let mut env: Vec<String> = r.release.env.iter().map(|(k, v)| format!("{k}={}", v.expose())).collect();
         env.extend(injected_env(r.app, r.key, host.as_str()).map(|(k, v)| format!("{k}={v}")));
@@ -274,6 +274,6 @@ fn none_if_empty<T: IntoIterator + Clone>(list: T) -> Option<T> {
     if list.clone().into_iter().next().is_some() { Some(list) } else { None }
 }
 
-fn id(text: &str) -> Result<ContainerId, DockerError> {
+pub(super) fn id(text: &str) -> Result<ContainerId, DockerError> {
     ContainerId::try_from(text).map_err(|e| DockerError::Labels { id: text.to_owned(), what: e.to_string() })
 }

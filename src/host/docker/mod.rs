@@ -3,6 +3,7 @@
 //! Only containers with our label *and* our host name are ever seen, so several agents can share one engine. Every call
 //! has a deadline; after a timeout nothing is assumed, the next observation decides.
 
+mod command;
 mod create;
 mod found;
 mod image;
@@ -33,6 +34,7 @@ use bollard::{
 use futures_util::{Stream, StreamExt as _, stream};
 
 pub use crate::model::observed::Foreign;
+pub use command::{CommandContainer, CommandPhase};
 pub use create::{CreateRequest, create_body, injected_env};
 pub use found::Found;
 use found::LEAVING_SUFFIX;

@@ -4,7 +4,8 @@ mod record;
 mod transaction;
 
 pub use record::{
-    HostVerdict, KeptEnv, KeptRelease, Leader, Lost, Permit, PermitPhase, Proof, Rollout, RolloutPhase, SCHEME, VERSION,
+    CommandEnd, CommandRun, CommandState, HostVerdict, KeptEnv, KeptRelease, Leader, Lost, Permit, PermitPhase, Proof,
+    Rollout, RolloutPhase, SCHEME, VERSION,
 };
 pub use transaction::{Condition, FleetKey, Transaction, TransactionKind, Write};
 

@@ -225,6 +225,61 @@ pub struct KeptRelease {
     pub proven: Option<Timestamp>,
 }
 
+/// `state/commands/<app>/<release>`: the run of the release's command, of which there is one in the fleet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommandRun {
+    /// [`VERSION`].
+    #[serde(default = "version")]
+    pub version: u32,
+    /// The host that runs it, or has run it.
+    pub host: HostName,
+    /// The run of its agent that wrote the start.
+    #[serde(default)]
+    pub run: String,
+    /// How far it is.
+    pub state: CommandState,
+    /// When it was started.
+    pub started: Timestamp,
+    /// Why it failed, or is unknown; empty otherwise.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub cause: String,
+}
+
+/// How far the command of a release is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CommandState {
+    /// It was started, and may have ended.
+    Started,
+    /// It has ended with exit code 0.
+    Done,
+    /// It has ended otherwise.
+    Failed,
+    /// Whether it has run is not known: a person decides.
+    Unknown,
+}
+
+/// How the command of a release ended on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CommandEnd {
+    /// With exit code 0.
+    Done,
+    /// Otherwise: the evidence.
+    Failed(HostVerdict),
+    /// It is not known, for this reason.
+    Unknown(String),
+}
+
+impl std::fmt::Display for CommandEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Done => f.write_str("exit code 0"),
+            Self::Failed(verdict) => f.write_str(&verdict.cause),
+            Self::Unknown(why) => write!(f, "whether it has run is not known: {why}"),
+        }
+    }
+}
+
 /// `secret/releases/<app>/<release>`: the variables of a release, by set.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptEnv {

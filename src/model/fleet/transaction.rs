@@ -28,6 +28,8 @@ pub enum FleetKey {
     Kept(AppName, ReleaseId),
     /// `secret/releases/<app>/<release>`
     KeptEnv(AppName, ReleaseId),
+    /// `state/commands/<app>/<release>`
+    Command(AppName, ReleaseId),
     /// `apps/<app>/spec`
     Spec(AppName),
     /// `apps/<app>/image`
@@ -99,11 +101,15 @@ pub enum TransactionKind {
     GiveBack,
     /// A host puts back its permit, which was deleted during its turn.
     Restore,
+    /// A host is about to start the command of a release.
+    StartCommand,
+    /// The command of a release has ended.
+    EndCommand,
 }
 
 impl TransactionKind {
     /// Every kind.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Open,
         Self::Grant,
         Self::ChangePhase,
@@ -114,6 +120,8 @@ impl TransactionKind {
         Self::Judge,
         Self::GiveBack,
         Self::Restore,
+        Self::StartCommand,
+        Self::EndCommand,
     ];
 
     /// Its name in logs and metrics.
@@ -129,6 +137,8 @@ impl TransactionKind {
             Self::Judge => "judge",
             Self::GiveBack => "give-back",
             Self::Restore => "restore",
+            Self::StartCommand => "start-command",
+            Self::EndCommand => "end-command",
         }
     }
 }

@@ -39,6 +39,8 @@ pub struct Spec {
     pub ingress: Option<Ingress>,
     /// When the image is pulled.
     pub pull_policy: PullPolicy,
+    /// Runs once for each release in the fleet, before the first host starts it.
+    pub release_command: Option<Vec<String>>,
     /// Where it runs, how many, and in what order it is replaced.
     pub deploy: Deploy,
 }

@@ -75,7 +75,12 @@ impl Reader {
                 "an app with `ingress.port` needs a network; use `ingress.socket` or `bridge`",
             );
         }
+        let release_command = self.command(&f, "release_command");
+        if let (Some(_), false, Some(n)) = (&release_command, deploy.update.is_paced(), f.get("release_command")) {
+            self.problem("release_command", n, "without turns each host would run it; leave out `parallelism: 0`");
+        }
         Spec {
+            release_command,
             image: self.read(&f, "image", |t| t.try_into()),
             container,
             environment: self.environment(&f),

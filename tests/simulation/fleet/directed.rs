@@ -4,8 +4,8 @@ use demae::{
     fleet::leader::LOST_AFTER,
     model::{
         fleet::{
-            FleetKey, HostVerdict, Permit, PermitPhase, Proof, Rollout, RolloutPhase, SCHEME, Transaction,
-            TransactionKind, VERSION,
+            CommandRun, CommandState, FleetKey, HostVerdict, Permit, PermitPhase, Proof, Rollout, RolloutPhase, SCHEME,
+            Transaction, TransactionKind, VERSION,
         },
         name::HostName,
         spec::Update,
@@ -60,11 +60,11 @@ fn roll(fleet: &mut Fleet, to: u64, phase: RolloutPhase) {
     fleet.store.put(key, serde_json::to_string(&rollout).expect("JSON"), None);
 }
 
-fn verdict(fleet: &mut Fleet, of: u64) {
+fn verdict(fleet: &mut Fleet, of: u64, on: usize) {
     let at = Timestamp::default();
     let verdict =
         HostVerdict { version: VERSION, cause: "it exited".into(), exit_code: None, log_tail: String::new(), at };
-    let key = FleetKey::Verdict(fleet.app.clone(), release(of), host(1));
+    let key = FleetKey::Verdict(fleet.app.clone(), release(of), host(on));
     fleet.store.put(key, serde_json::to_string(&verdict).expect("JSON"), None);
 }
 
@@ -129,11 +129,39 @@ fn serves_the_next(fleet: &mut Fleet) {
     fleet.hosts[0].routed = Some(release(1));
 }
 
+/// The first host goes away in its turn, for long.
+fn goes_away_in_its_turn(fleet: &mut Fleet) {
+    is_under_way(fleet);
+    permit(fleet, 1, PermitPhase::Switch);
+    fleet.hosts[0].crash();
+    fleet.keep_leases(true);
+    fleet.candidate_acts(4);
+    fleet.now = fleet.now.plus(LOST_AFTER);
+}
+
+/// The command of the next release has failed on the first host, and its end is not written yet.
+fn fails_in_its_command(fleet: &mut Fleet) {
+    is_under_way(fleet);
+    fleet.qualities.insert(release(1), super::Quality { command: Some(false), ..super::Quality::default() });
+    let run = CommandRun {
+        version: VERSION,
+        host: host(0),
+        run: String::new(),
+        state: CommandState::Started,
+        started: Timestamp::default(),
+        cause: String::new(),
+    };
+    let key = FleetKey::Command(fleet.app.clone(), release(1));
+    fleet.store.put(key, serde_json::to_string(&run).expect("JSON"), None);
+    let created = fleet.store.now().revision;
+    fleet.hosts[0].commands.insert(release(1), created);
+}
+
 const CASES: &[Case] = &[
     Case {
         condition: (TransactionKind::Open, "no-verdict-since"),
         before: wants_the_next,
-        meanwhile: |fleet| verdict(fleet, 1),
+        meanwhile: |fleet| verdict(fleet, 1, 1),
         missed: "which failed",
     },
     Case {
@@ -165,16 +193,36 @@ const CASES: &[Case] = &[
     },
     Case {
         condition: (TransactionKind::DeclareLost, "permit"),
-        before: |fleet| {
-            is_under_way(fleet);
-            permit(fleet, 1, PermitPhase::Switch);
-            fleet.hosts[0].crash();
-            fleet.keep_leases(true);
-            fleet.candidate_acts(4);
-            fleet.now = fleet.now.plus(LOST_AFTER);
-        },
+        before: goes_away_in_its_turn,
         meanwhile: |fleet| permit(fleet, 2, PermitPhase::Try),
         missed: "is taken in phase",
+    },
+    Case {
+        condition: (TransactionKind::DeclareLost, "host"),
+        before: goes_away_in_its_turn,
+        meanwhile: |fleet| {
+            fleet.hosts[0].up = true;
+            fleet.keep_leases(true);
+        },
+        missed: "is there, and its turn is taken",
+    },
+    Case {
+        condition: (TransactionKind::GiveBack, "permit"),
+        before: |fleet| {
+            is_under_way(fleet);
+            permit(fleet, 1, PermitPhase::Try);
+        },
+        meanwhile: |fleet| {
+            permit(fleet, 1, PermitPhase::Switch);
+            fleet.hosts[0].routed = Some(release(1));
+        },
+        missed: "gives back its turn with requests on the release",
+    },
+    Case {
+        condition: (TransactionKind::EndCommand, "verdict"),
+        before: fails_in_its_command,
+        meanwhile: |fleet| verdict(fleet, 1, 0),
+        missed: "the first evidence of host0 is replaced",
     },
     Case {
         condition: (TransactionKind::Prove, "permit"),

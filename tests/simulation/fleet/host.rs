@@ -12,7 +12,7 @@ use demae::{
         turn::{Directive, HostFacts, HostRecords, directive, next_write},
     },
     model::{
-        fleet::{FleetKey, HostVerdict, Transaction, Turn, VERSION},
+        fleet::{CommandEnd, CommandState, FleetKey, HostVerdict, Transaction, Turn, VERSION},
         name::{AppName, HostName, ReleaseId},
         spec::Update,
         time::Timestamp,
@@ -28,11 +28,13 @@ pub struct Quality {
     pub fails_at_start: BTreeSet<usize>,
     /// Hosts on which it fails once it serves.
     pub fails_in_service: BTreeSet<usize>,
+    /// Whether its command succeeds, if it has one.
+    pub command: Option<bool>,
 }
 
 impl Quality {
     pub fn is_good(&self) -> bool {
-        self.fails_at_start.is_empty() && self.fails_in_service.is_empty()
+        self.fails_at_start.is_empty() && self.fails_in_service.is_empty() && self.command != Some(false)
     }
 }
 
@@ -58,6 +60,13 @@ pub struct SimHost {
     pub moving: Option<ReleaseId>,
     /// The permit was confirmed, and nothing was moved since.
     pub confirmed: bool,
+    /// Containers of commands, by the create revision of the record that they were started for. They survive a crash.
+    pub commands: BTreeMap<ReleaseId, i64>,
+    /// Commands that were started, with that revision.
+    pub started: Vec<(ReleaseId, i64)>,
+    /// How a command ended, and is to be written.
+    pub command_end: Option<(ReleaseId, CommandEnd)>,
+    run_text: String,
 }
 
 impl SimHost {
@@ -74,6 +83,7 @@ impl SimHost {
         self.up = false;
         self.moving = None;
         self.confirmed = false;
+        self.command_end = None;
     }
 
     fn own_records(&self, records: &Records, app: &AppName) -> HostRecords {
@@ -83,6 +93,7 @@ impl SimHost {
             permit: records.permits.get(&key).cloned(),
             lost: records.lost.get(&key).cloned(),
             proof: records.proofs.get(&key).cloned(),
+            commands: records.commands.iter().map(|((_, r), run)| (r.clone(), run.clone())).collect(),
             verdicts: records.verdicts.keys().filter(|(_, _, h)| *h == self.name).map(|(_, r, _)| r.clone()).collect(),
         }
     }
@@ -102,8 +113,12 @@ impl SimHost {
         let records = self.own_records(self.records.records(), app);
         let wanted = self.intent.wanted.clone();
         let retried = self.retried(app);
+        self.run_text = self.run.to_string();
+        self.run_command(&records, qualities);
+        let has_command = qualities[&wanted].command.is_some();
         self.verdicts.retain(|_, of| *of == retried);
-        let decided = directive(&self.facts(app, update, &wanted, &self.routed_set(), &self.judged()), &records);
+        let given = (self.routed_set(), self.judged());
+        let decided = directive(&self.facts(app, update, (&wanted, has_command), &given), &records);
         let (target, turn) = match decided {
             Directive::Wanted(turn) => (wanted.clone(), turn),
             Directive::Kept(release, _) | Directive::Pinned(release) => (release, Turn::Free),
@@ -112,23 +127,49 @@ impl SimHost {
         if self.moving.is_some() {
             return None;
         }
-        let (routed, verdicts) = (self.routed_set(), self.judged());
-        next_write(&self.facts(app, update, &wanted, &routed, &verdicts), &records, is_ready, Timestamp::default())
+        let given = (self.routed_set(), self.judged());
+        let facts = self.facts(app, update, (&wanted, has_command), &given);
+        next_write(&facts, &records, is_ready, Timestamp::default())
+    }
+
+    /// Starts a command whose record says that this host does, once, and learns how it ended.
+    fn run_command(&mut self, records: &HostRecords, qualities: &BTreeMap<ReleaseId, Quality>) {
+        for (release, stored) in &records.commands {
+            let run = stored.value.as_ref().expect("it can be read");
+            if run.state != CommandState::Started || run.host != self.name {
+                continue;
+            }
+            let end = if self.commands.get(release) == Some(&stored.created) {
+                match qualities[release].command {
+                    Some(true) => CommandEnd::Done,
+                    _ => CommandEnd::Failed(self.evidence()),
+                }
+            } else if run.run == self.run_text {
+                self.commands.insert(release.clone(), stored.created);
+                self.started.push((release.clone(), stored.created));
+                continue;
+            } else {
+                CommandEnd::Unknown("its container is gone".into())
+            };
+            self.command_end = Some((release.clone(), end));
+        }
     }
 
     fn facts<'a>(
         &'a self,
         app: &'a AppName,
         update: &'a Update,
-        wanted: &'a ReleaseId,
-        routed: &'a BTreeSet<ReleaseId>,
-        verdicts: &'a [(ReleaseId, HostVerdict)],
+        (wanted, has_command): (&'a ReleaseId, bool),
+        (routed, verdicts): &'a (BTreeSet<ReleaseId>, Vec<(ReleaseId, HostVerdict)>),
     ) -> HostFacts<'a> {
         HostFacts {
             app,
             host: &self.name,
             wanted: Some(wanted),
             retried: self.retried(app),
+            has_command,
+            command_end: self.command_end.as_ref(),
+            run: &self.run_text,
             update,
             detection: Duration::ZERO,
             proven: self.proven.as_ref(),
@@ -148,14 +189,41 @@ impl SimHost {
     }
 
     fn judged(&self) -> Vec<(ReleaseId, HostVerdict)> {
-        let verdict = HostVerdict {
+        self.verdicts.keys().map(|release| (release.clone(), self.evidence())).collect()
+    }
+
+    fn evidence(&self) -> HostVerdict {
+        HostVerdict {
             version: VERSION,
-            cause: "it exited".into(),
+            cause: format!("it exited on {}", self.name),
             exit_code: Some(1),
             log_tail: String::new(),
             at: Timestamp::default(),
-        };
-        self.verdicts.keys().map(|release| (release.clone(), verdict.clone())).collect()
+        }
+    }
+
+    /// A host that has served a release since always.
+    pub fn new(number: usize, serves: &ReleaseId, state: &Rc<State>) -> Self {
+        Self {
+            name: HostName::try_from(format!("host{number}")).expect("a name"),
+            number,
+            up: true,
+            suspended: false,
+            cut_off: false,
+            run: 0,
+            intent: state.clone(),
+            records: state.clone(),
+            proven: Some(serves.clone()),
+            verdicts: BTreeMap::new(),
+            running: [serves.clone()].into(),
+            routed: Some(serves.clone()),
+            moving: None,
+            confirmed: false,
+            commands: BTreeMap::new(),
+            started: Vec::new(),
+            command_end: None,
+            run_text: String::new(),
+        }
     }
 
     /// What the planner does by its turn. Returns true if only the permit keeps it from moving requests.

@@ -22,7 +22,7 @@ use std::{
 use demae::{
     fleet::leader::{FleetView, Intent, LOST_AFTER, decide},
     model::{
-        fleet::{Condition, FleetKey, Leader, Transaction, TransactionKind, VERSION, Write},
+        fleet::{CommandRun, CommandState, Condition, FleetKey, Leader, Transaction, TransactionKind, VERSION, Write},
         name::{AppName, HostName, ReleaseId},
         spec::{Amount, FailureAction, Update},
         time::Timestamp,
@@ -30,7 +30,7 @@ use demae::{
 };
 use host::{Quality, SimHost};
 use oracle::Oracle;
-use store::{Omitted, State, Store};
+use store::{Omitted, State, Store, Value};
 
 use crate::chance::Chance;
 
@@ -103,24 +103,7 @@ impl Fleet {
         };
         let mut store = Store::new(first, omitted);
         store.put(FleetKey::Spec(app.clone()), "{}".into(), None);
-        let hosts = (0..count)
-            .map(|number| SimHost {
-                name: HostName::try_from(format!("host{number}")).expect("a name"),
-                number,
-                up: true,
-                suspended: false,
-                cut_off: false,
-                run: 0,
-                intent: store.now().clone(),
-                records: store.now().clone(),
-                proven: Some(release(0)),
-                verdicts: BTreeMap::new(),
-                running: [release(0)].into(),
-                routed: Some(release(0)),
-                moving: None,
-                confirmed: false,
-            })
-            .collect::<Vec<_>>();
+        let hosts = (0..count).map(|number| SimHost::new(number, &release(0), store.now())).collect::<Vec<_>>();
         let update = Update {
             parallelism: Amount::Hosts(u32::try_from(parallelism).expect("small")),
             monitor: None,
@@ -318,6 +301,10 @@ impl Fleet {
             3 => drop(quality.fails_in_service.insert(self.chance.below(self.hosts.len()))),
             _ => {}
         }
+        if self.chance.one_in(3) {
+            quality.command = Some(!self.chance.one_in(4));
+            self.oracle.with_command.insert(release(n));
+        }
         self.qualities.insert(release(n), quality.clone());
         self.want(&release(n));
         self.note(format!("deploy {} {quality:?}", release(n)));
@@ -390,8 +377,16 @@ impl Fleet {
             }
             94 => {
                 // A person takes the verdicts away.
-                let verdicts: Vec<FleetKey> =
-                    self.store.now().keys.keys().filter(|k| matches!(k, FleetKey::Verdict(..))).cloned().collect();
+                let has_ended = |text: &str| {
+                    serde_json::from_str::<CommandRun>(text).is_ok_and(|run| run.state != CommandState::Started)
+                };
+                let is_taken = |(key, value): &(&FleetKey, &Value)| match key {
+                    FleetKey::Verdict(..) => true,
+                    FleetKey::Command(..) => has_ended(&value.text),
+                    _ => false,
+                };
+                let taken = self.store.now().keys.iter().filter(is_taken);
+                let verdicts: Vec<FleetKey> = taken.map(|(key, _)| key.clone()).collect();
                 self.note("retry");
                 let retry = FleetKey::Retry(self.app.clone());
                 self.store.change(|state| {
@@ -442,6 +437,15 @@ impl Fleet {
             if round == 0 {
                 // Leases of leaders that do not act any more end.
                 self.store.delete(&FleetKey::Leader);
+            }
+            // Only a person can say whether a command is to run once more.
+            let is_unknown = |(_, value): &(&FleetKey, &Value)| {
+                serde_json::from_str::<CommandRun>(&value.text).is_ok_and(|run| run.state == CommandState::Unknown)
+            };
+            let commands = self.store.now().clone();
+            let commands = commands.keys.iter().filter(|(key, _)| matches!(key, FleetKey::Command(..)));
+            for (key, _) in commands.filter(is_unknown) {
+                self.store.delete(key);
             }
             for n in 0..self.hosts.len() {
                 self.host_steps(n);
@@ -507,36 +511,41 @@ fn fleets_with_faults_keep_to_their_limits_and_come_to_rest() {
 /// Conditions that histories miss if they are left out, each with a history in which that was seen. It changes with the
 /// code: others are searched then. What takes a rarer order of events is in `directed`.
 const CONDITIONS: &[(TransactionKind, &str, u64)] = &[
-    (TransactionKind::Open, "leader", 5),
-    (TransactionKind::Open, "rollout", 29),
-    (TransactionKind::Open, "spec", 1),
-    (TransactionKind::Open, "image", 1),
-    (TransactionKind::Open, "freeze", 32),
-    (TransactionKind::Open, "host", 243),
-    (TransactionKind::Grant, "leader", 48),
-    (TransactionKind::Grant, "no-verdict-since", 478),
-    (TransactionKind::Grant, "freeze", 48),
+    (TransactionKind::Open, "leader", 10),
+    (TransactionKind::Open, "rollout", 130),
+    (TransactionKind::Open, "spec", 3),
+    (TransactionKind::Open, "image", 3),
+    (TransactionKind::Open, "freeze", 10),
+    (TransactionKind::Open, "host", 260),
+    (TransactionKind::Grant, "leader", 55),
+    (TransactionKind::Grant, "no-verdict-since", 854),
+    (TransactionKind::Grant, "freeze", 60),
     (TransactionKind::Grant, "permit", 49),
-    (TransactionKind::Grant, "host", 341),
-    (TransactionKind::ChangePhase, "leader", 425),
+    (TransactionKind::Grant, "host", 374),
+    (TransactionKind::ChangePhase, "leader", 261),
     (TransactionKind::ChangePhase, "rollout", 105),
-    (TransactionKind::Withdraw, "leader", 45),
-    (TransactionKind::Withdraw, "permit", 198),
-    (TransactionKind::Withdraw, "host", 153),
-    (TransactionKind::DeclareLost, "leader", 974),
-    (TransactionKind::DeclareLost, "host", 2094),
-    (TransactionKind::Commit, "holds-name", 135),
-    (TransactionKind::Commit, "permit", 18),
-    (TransactionKind::Commit, "rollout", 31),
-    (TransactionKind::Commit, "no-verdict-since", 1834),
-    (TransactionKind::Commit, "freeze", 93),
-    (TransactionKind::Prove, "holds-name", 1),
-    (TransactionKind::Prove, "proof", 2215),
-    (TransactionKind::Judge, "holds-name", 218),
-    (TransactionKind::Judge, "verdict", 127),
-    (TransactionKind::Judge, "retry", 1),
-    (TransactionKind::GiveBack, "holds-name", 49),
-    (TransactionKind::GiveBack, "permit", 2471),
+    (TransactionKind::Withdraw, "leader", 105),
+    (TransactionKind::Withdraw, "permit", 59),
+    (TransactionKind::Withdraw, "host", 232),
+    (TransactionKind::DeclareLost, "leader", 1068),
+    (TransactionKind::Commit, "holds-name", 631),
+    (TransactionKind::Commit, "permit", 566),
+    (TransactionKind::Commit, "rollout", 1351),
+    (TransactionKind::Commit, "no-verdict-since", 148),
+    (TransactionKind::Commit, "freeze", 35),
+    (TransactionKind::Prove, "holds-name", 11),
+    (TransactionKind::Prove, "proof", 1450),
+    (TransactionKind::Judge, "holds-name", 1370),
+    (TransactionKind::Judge, "verdict", 43),
+    (TransactionKind::Judge, "retry", 75),
+    (TransactionKind::StartCommand, "holds-name", 242),
+    (TransactionKind::StartCommand, "permit", 302),
+    (TransactionKind::StartCommand, "rollout", 312),
+    (TransactionKind::StartCommand, "freeze", 68),
+    (TransactionKind::StartCommand, "command", 29),
+    (TransactionKind::EndCommand, "holds-name", 218),
+    (TransactionKind::EndCommand, "command", 157),
+    (TransactionKind::GiveBack, "holds-name", 13),
 ];
 
 #[test]

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use demae::model::{
     fleet::{
-        Condition, FleetKey, Permit, PermitPhase, Proof, Rollout, RolloutPhase, Transaction, TransactionKind, Write,
+        CommandRun, CommandState, Condition, FleetKey, Permit, PermitPhase, Proof, Rollout, RolloutPhase, Transaction,
+        TransactionKind, Write,
     },
     name::{AppName, HostName, ReleaseId},
     spec::Update,
@@ -22,12 +23,21 @@ pub struct Oracle {
     allowed: usize,
     /// The largest number of hosts at a time that people ever wanted.
     parallelism: usize,
+    /// Releases that have a command.
+    pub with_command: BTreeSet<ReleaseId>,
     pub violations: Vec<String>,
 }
 
 impl Oracle {
     pub fn new(first: ReleaseId, hosts: usize) -> Self {
-        Self { proven: [first].into(), hosts, allowed: 0, parallelism: 0, violations: Vec::new() }
+        Self {
+            proven: [first].into(),
+            hosts,
+            allowed: 0,
+            parallelism: 0,
+            with_command: BTreeSet::new(),
+            violations: Vec::new(),
+        }
     }
 
     fn violate(&mut self, what: String) {
@@ -44,6 +54,11 @@ impl Oracle {
             if let Some(from) = rollout.from.filter(|from| !self.proven.contains(from)) {
                 self.violate(format!("{from} was never proven in the fleet, and hosts go back to it"));
             }
+        }
+        let mut started: Vec<&(ReleaseId, i64)> = hosts.iter().flat_map(|host| &host.started).collect();
+        started.sort();
+        if let Some(twice) = started.windows(2).find(|pair| pair[0] == pair[1]) {
+            self.violate(format!("the command of {} was started twice", twice[0].0));
         }
         let is_unproven = |host: &&SimHost| match (&host.routed, &host.proven) {
             (Some(routed), Some(proven)) => routed != proven && !self.proven.contains(routed),
@@ -113,7 +128,9 @@ impl Oracle {
 
     /// What is wrong with one write, by the state before and the hosts as they are.
     fn wrong(&self, kind: TransactionKind, before: &State, write: &Write, hosts: &[SimHost]) -> Vec<String> {
-        use TransactionKind::{ChangePhase, Commit, DeclareLost, GiveBack, Grant, Judge, Open, Restore, Withdraw};
+        use TransactionKind::{
+            ChangePhase, Commit, DeclareLost, EndCommand, GiveBack, Grant, Judge, Open, Restore, StartCommand, Withdraw,
+        };
         let verdicts = |release: &ReleaseId| {
             before.keys.keys().filter(|k| matches!(k, FleetKey::Verdict(_, r, _) if r == release)).count()
         };
@@ -154,6 +171,12 @@ impl Oracle {
                         r.release == permit.release && (r.phase.is_under_way() || r.phase == RolloutPhase::Done)
                     });
                     holds_not(!wanted, format!("{host} moves requests to {}, which is not rolled out", permit.release));
+                    let has_run = command(before, &permit.release).is_some_and(|run| run.state == CommandState::Done);
+                    let too_early = self.with_command.contains(&permit.release) && !has_run;
+                    holds_not(
+                        too_early,
+                        format!("{host} moves requests to {}, whose command has not run", permit.release),
+                    );
                 }
                 if kind == Restore {
                     holds_not(old.is_some(), format!("{host} has a turn, and puts back another"));
@@ -188,7 +211,27 @@ impl Oracle {
                 let differs = proof.release != host.proven;
                 holds_not(differs, format!("{} has proven {:?}, and says {:?}", host.name, host.proven, proof.release));
             }
-            (FleetKey::Verdict(_, _, host), Write::Put(..)) if kind == Judge => {
+            (FleetKey::Command(_, of), Write::Put(_, text)) => {
+                let run: CommandRun = serde_json::from_str(text).expect("a run");
+                let old = command(before, of);
+                if kind == StartCommand {
+                    let key = before.keys.iter().find_map(|(key, value)| match key {
+                        FleetKey::Permit(host, _) if *host == run.host => Some(&value.text),
+                        _ => None,
+                    });
+                    let permit = key.map(|text| serde_json::from_str::<Permit>(text).expect("a permit"));
+                    let has_turn = permit.is_some_and(|permit| permit.release == *of);
+                    holds_not(!has_turn, format!("{} starts the command of {of} without a turn", run.host));
+                    holds_not(is_frozen, format!("{} starts the command of {of} in a freeze", run.host));
+                    let rolls = now_rolls.as_ref().is_some_and(|(r, _)| r.release == *of);
+                    holds_not(!rolls, format!("{} starts the command of {of}, which is not rolled out", run.host));
+                    holds_not(old.is_some(), format!("the command of {of} is started again"));
+                } else {
+                    let own = old.is_some_and(|old| old.host == run.host && old.state == CommandState::Started);
+                    holds_not(!own, format!("{} ends another run of the command of {of}", run.host));
+                }
+            }
+            (FleetKey::Verdict(_, _, host), Write::Put(..)) if matches!(kind, Judge | EndCommand) => {
                 holds_not(old.is_some(), format!("the first evidence of {host} is replaced"));
             }
             (FleetKey::Rollout(_), Write::Put(_, text)) => {
@@ -274,4 +317,9 @@ impl Oracle {
 fn rollout(state: &State, app: &AppName) -> Option<Rollout> {
     let value = state.keys.get(&FleetKey::Rollout(app.clone()))?;
     serde_json::from_str(&value.text).ok()
+}
+
+fn command(state: &State, of: &ReleaseId) -> Option<CommandRun> {
+    let found = state.keys.iter().find(|(key, _)| matches!(key, FleetKey::Command(_, release) if release == of));
+    found.and_then(|(_, value)| serde_json::from_str(&value.text).ok())
 }

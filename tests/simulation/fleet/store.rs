@@ -62,6 +62,7 @@ pub fn name(condition: &Condition) -> &'static str {
             FleetKey::Proof(..) => "proof",
             FleetKey::Spec(_) => "spec",
             FleetKey::Image(_) => "image",
+            FleetKey::Command(..) => "command",
             FleetKey::Retry(_) => "retry",
             FleetKey::Freeze => "freeze",
             FleetKey::Status(..) | FleetKey::Kept(..) | FleetKey::KeptEnv(..) => "other",

@@ -238,6 +238,9 @@ impl Host {
             host: &self.name,
             wanted: Some(&target.release.id),
             retried: 0,
+            has_command: false,
+            command_end: None,
+            run: "",
             update: &target.update,
             detection: Duration::ZERO,
             proven: self.proven.as_ref(),
@@ -328,7 +331,7 @@ impl Agent {
         let token = CancellationToken::new();
         let fence = Arc::new(SharedFence::default());
         let cache = DesiredCache::new(config.prefix.clone(), viewer, Arc::new(Disk::default()), fence.clone(), updates);
-        let (link, ends) = Link::new();
+        let (link, ends) = Link::new(run.clone());
         let host = Host {
             name: name.clone(),
             app,

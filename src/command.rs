@@ -1,0 +1,99 @@
+//! Runs the command of a release, at most once: its container has a fixed name and is never created a second time by
+//! itself.
+
+use std::time::{Duration, Instant};
+
+use crate::{
+    execute::{StepError, check_mounts, evidence},
+    host::docker::CommandPhase,
+    model::{
+        desired::Target,
+        fleet::{CommandEnd, CommandRun, HostVerdict, VERSION},
+        name::{AppName, ReleaseId},
+        time::Timestamp,
+    },
+    world::World,
+};
+
+/// Longest run of a command. A longer task is not one to hold a deploy up with.
+const LONGEST: Duration = Duration::from_secs(3600);
+/// Between two looks at a command that runs.
+const LOOK: Duration = Duration::from_millis(300);
+/// What a command has to end after its time is over.
+const GRACE: Duration = Duration::from_secs(10);
+
+impl World {
+    /// Runs the command of a release, or waits for the end of one that an earlier agent has started. `is_own` says that this
+    /// agent has written the start of it: else a container that is missing leaves open whether it has run.
+    ///
+    /// # Errors
+    /// If Docker does not answer, or the image cannot be pulled; the caller tries again.
+    pub async fn run_command(
+        &self,
+        app: &AppName,
+        release: &ReleaseId,
+        target: Option<&Target>,
+        (run, is_own): (&CommandRun, bool),
+    ) -> Result<CommandEnd, StepError> {
+        let began = Instant::now();
+        let token = format!("{app}/{release}/{}", run.started.as_millis());
+        let mut is_late = false;
+        loop {
+            let target = target.filter(|target| target.release.id == *release);
+            match (self.docker.command(app, release).await?, target) {
+                // It is of an earlier try.
+                (Some(container), _) if container.run != token => {
+                    self.docker.stop(&container.id, GRACE).await?;
+                    self.docker.remove(&container.id).await?;
+                }
+                (None, Some(target)) if is_own => {
+                    check_mounts(&target.release.container)?;
+                    if self.docker.image(target.release.image.as_str()).await?.is_none() {
+                        self.docker.pull(&target.release.image).await?;
+                    }
+                    let command = target.release_command.clone().unwrap_or_default();
+                    self.docker.create_command(app, &target.release, &command, &token).await?;
+                }
+                (None, _) => return Ok(CommandEnd::Unknown("its container is gone".to_owned())),
+                (Some(container), _) => match container.phase {
+                    CommandPhase::Created => self.docker.start(&container.id).await?,
+                    CommandPhase::Running if began.elapsed() > LONGEST => {
+                        is_late = true;
+                        self.docker.stop(&container.id, GRACE).await?;
+                    }
+                    CommandPhase::Running => tokio::time::sleep(LOOK).await,
+                    CommandPhase::Exited(0, _) if !is_late => return Ok(CommandEnd::Done),
+                    CommandPhase::Exited(code, out_of_memory) => {
+                        let cause = match (is_late, out_of_memory) {
+                            (true, _) => {
+                                format!("its release command did not end within {} min", LONGEST.as_secs() / 60)
+                            }
+                            (false, true) => format!("its release command ran out of memory (exit code {code})"),
+                            (false, false) => format!("its release command ended with exit code {code}"),
+                        };
+                        let log = self.docker.log_tail(&container.id).await;
+                        return Ok(CommandEnd::Failed(HostVerdict {
+                            version: VERSION,
+                            cause,
+                            exit_code: Some(code),
+                            // Without its environment no value of it can be found in the log.
+                            log_tail: target.map_or_else(String::new, |target| evidence(log, &target.release)),
+                            at: Timestamp::now(),
+                        }));
+                    }
+                },
+            }
+        }
+    }
+
+    /// Removes the container of a command whose end is known. No effect if it is gone.
+    ///
+    /// # Errors
+    /// If the engine cannot.
+    pub async fn remove_command(&self, app: &AppName, release: &ReleaseId) -> Result<(), StepError> {
+        if let Some(container) = self.docker.command(app, release).await? {
+            self.docker.remove(&container.id).await?;
+        }
+        Ok(())
+    }
+}

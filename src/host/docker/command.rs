@@ -1,0 +1,107 @@
+//! Containers that run the command of a release, once. They are no instances: they have none of the labels by which those
+//! are listed.
+
+use std::collections::HashMap;
+
+use bollard::{
+    models::{ContainerCreateBody, ContainerStateStatusEnum},
+    query_parameters::CreateContainerOptionsBuilder,
+};
+
+use super::{Docker, DockerError, Operation, create::CreateRequest, create::id};
+use crate::model::{
+    name::{AppName, ContainerId, ReleaseId},
+    observed::InstanceKey,
+    release::Release,
+};
+
+/// The label that names the run of the command: app, release, and when it was started.
+const COMMAND: &str = "demae.command";
+
+/// The container of a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommandContainer {
+    /// Its id.
+    pub id: ContainerId,
+    /// Which run of the command it is of.
+    pub run: String,
+    /// How far it is.
+    pub phase: CommandPhase,
+}
+
+/// How far the container of a command is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CommandPhase {
+    /// It was never started.
+    Created,
+    /// It runs, or is paused.
+    Running,
+    /// It has ended, with this exit code, and whether it ran out of memory.
+    Exited(i64, bool),
+}
+
+impl Docker {
+    fn command_name(&self, app: &AppName, release: &ReleaseId) -> String {
+        format!("demae.{}.{app}.{release}.command", self.host)
+    }
+
+    /// The container of a command; `None` if there is none.
+    ///
+    /// # Errors
+    /// If the engine cannot say.
+    pub async fn command(&self, app: &AppName, release: &ReleaseId) -> Result<Option<CommandContainer>, DockerError> {
+        let name = self.command_name(app, release);
+        let found = match self.call(Operation::Inspect, |client| client.inspect_container(&name, None)).await {
+            Err(e) if e.is_status(404) => return Ok(None),
+            found => found?,
+        };
+        let state = found.state.unwrap_or_default();
+        let phase = match state.status {
+            Some(ContainerStateStatusEnum::CREATED) => CommandPhase::Created,
+            Some(ContainerStateStatusEnum::EXITED | ContainerStateStatusEnum::DEAD) => {
+                CommandPhase::Exited(state.exit_code.unwrap_or(-1), state.oom_killed.unwrap_or(false))
+            }
+            _ => CommandPhase::Running,
+        };
+        let labels = found.config.and_then(|config| config.labels).unwrap_or_default();
+        let run = labels.get(COMMAND).cloned().unwrap_or_default();
+        Ok(Some(CommandContainer { id: id(&found.id.unwrap_or_default())?, run, phase }))
+    }
+
+    /// Creates the container of a command: that of an instance of its release, without a way in and without a health check.
+    ///
+    /// # Errors
+    /// If the engine cannot.
+    pub async fn create_command(
+        &self,
+        app: &AppName,
+        release: &Release,
+        command: &[String],
+        run: &str,
+    ) -> Result<ContainerId, DockerError> {
+        let key = InstanceKey { release: release.id.clone(), number: 0 };
+        let request = CreateRequest {
+            app,
+            key: &key,
+            release,
+            image: release.image.as_str(),
+            socket_dir: None,
+            port: None,
+            own_address: None,
+            more_ports: &[],
+            drain: std::time::Duration::ZERO,
+            check_host: None,
+        };
+        let labels = HashMap::from([(COMMAND.to_owned(), run.to_owned())]);
+        let body = ContainerCreateBody {
+            cmd: Some(command.to_vec()),
+            labels: Some(labels),
+            healthcheck: None,
+            ..Self::body(&self.host, &request)
+        };
+        let options = CreateContainerOptionsBuilder::default().name(&self.command_name(app, &release.id)).build();
+        let created =
+            self.call(Operation::Create, |client| client.create_container(Some(options), body.clone())).await?;
+        id(&created.id)
+    }
+}
