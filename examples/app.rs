@@ -1,6 +1,7 @@
 //! A tiny web app to deploy: static, without dependencies, with the failure modes that tests need.
 //!
-//! With the argument `check` it only checks whether another one listens on `SOCKET`.
+//! With the argument `check` it only checks whether another one listens on `SOCKET`; with `exit CODE MS` it only exits,
+//! after so many milliseconds.
 //!
 //! Environment: `ALSO_SOCKET` or `ALSO_PORT` (a second endpoint, reported as `way=second`), `ROOT_STATUS` (status of
 //! `/`), `ONLY_HOST` (any other host gets 400), `SICK_AFTER_MS` (from then on `/healthz` answers 503), `SOCKET` (a
@@ -37,6 +38,12 @@ fn main() {
         // For a health check that Docker runs inside the container.
         let path = env::var("SOCKET").unwrap_or_default();
         std::process::exit(if std::os::unix::net::UnixStream::connect(path).is_ok() { 0 } else { 1 });
+    }
+    if env::args().nth(1).as_deref() == Some("exit") {
+        let number = |n| env::args().nth(n).and_then(|text| text.parse().ok()).unwrap_or(0);
+        println!("the command of {} runs", version());
+        thread::sleep(Duration::from_millis(number(3)));
+        std::process::exit(i32::try_from(number(2)).unwrap_or(1));
     }
     let mood = env::var("MOOD").unwrap_or_default();
     println!("version {} starts, mood `{mood}`", version());

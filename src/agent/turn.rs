@@ -5,6 +5,7 @@ use crate::{
         desired::DesiredApp,
         fleet::{CommandEnd, Turn},
         name::ReleaseId,
+        problem::Problem,
         time::Timestamp,
     },
     plan::wait::Wait,
@@ -52,6 +53,14 @@ impl TurnState {
             Some(Kept::Pinned) | None => None,
         }
     }
+}
+
+/// What an app with a release command is on a host that takes no turns: invalid, since each such host would run it.
+pub(super) fn without_turns(desired: &DesiredApp, before: &DesiredApp) -> Option<DesiredApp> {
+    desired.target()?.release_command.as_ref()?;
+    let problem = Problem::new("release_command", "this host takes no turns in rollouts, and would run it by itself");
+    let problem = problem.hint("set `enabled = true` below `[rollouts]` in the file of its agent");
+    Some(DesiredApp::Invalid { problems: problem.into(), last_good: before.target().cloned() })
 }
 
 /// Why an app runs a kept release.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use super::records::{Records, Stored};
 use crate::model::{
-    fleet::{Rollout, RolloutPhase},
+    fleet::{CommandState, Rollout, RolloutPhase},
     name::{AppName, HostName, ReleaseId},
     status::{AppStatus, State},
 };
@@ -119,6 +119,16 @@ impl Question<'_> {
             return Some(Outcome::Blocked(None, why));
         }
         let rollout = self.rollout()?;
+        let command = self.records.commands.get(&(self.app.clone(), self.release.clone()));
+        if let Some(run) = command.and_then(|stored| stored.value.as_ref())
+            && run.state == CommandState::Unknown
+        {
+            let why = format!(
+                "whether its release command has run is not known ({}): see to it, then `demae retry {}` runs it again",
+                run.cause, self.app
+            );
+            return Some(Outcome::Blocked(Some(run.host.clone()), why));
+        }
         match rollout.phase {
             RolloutPhase::Waiting => Some(Outcome::Canaries),
             RolloutPhase::Halted | RolloutPhase::Reverting | RolloutPhase::Reverted => {

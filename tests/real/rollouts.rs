@@ -7,12 +7,13 @@
 
 use std::time::{Duration, Instant};
 
-use demae::model::fleet::{Leader, RolloutPhase};
+use demae::model::fleet::{CommandRun, Leader, Rollout, RolloutPhase};
 
 use crate::support::{
     fleet::{Fleet, expect_none_lost},
     lab::Lab,
     load::get,
+    process::docker,
     wait::until,
 };
 
@@ -170,5 +171,100 @@ fn canary_waits_for_its_promotion() {
     store.put("apps/web/promote", first.release.as_str());
     store.put("apps/web/promote", waiting.release.as_str());
     fleet.wait_phase(Some(first.release.as_str()), RolloutPhase::Done);
+    assert!(fleet.versions().values().all(|version| version == "v2"));
+}
+
+/// How often containers of commands of `web` were started since a time, by the engine's own account.
+fn command_starts(fleet: &Fleet, since: &str) -> usize {
+    let now = docker(&["system", "info", "--format", "{{.SystemTime}}"]);
+    let until = now.trim().to_owned();
+    let events = docker(&[
+        "events",
+        "--since",
+        since,
+        "--until",
+        &until,
+        "--filter",
+        "event=start",
+        "--format",
+        "{{.Actor.Attributes.name}}",
+    ]);
+    let is_own = |name: &&str| {
+        name.ends_with(".command") && fleet.0.iter().any(|lab| name.starts_with(&format!("demae.{}.web.", lab.host)))
+    };
+    events.lines().filter(is_own).count()
+}
+
+#[test]
+fn release_command_runs_once_in_the_fleet_before_its_release() {
+    let fleet = Fleet::new(2);
+    let store = fleet.store();
+    let first = fleet.serve("200ms");
+    let since = docker(&["system", "info", "--format", "{{.SystemTime}}"]).trim().to_owned();
+    let spec = |command: &str| {
+        let more = format!("deploy: {{update_config: {{monitor: 200ms}}}}\nrelease_command: {command}\n");
+        store.socket_spec(&store.image("v1"), "web.test", &more)
+    };
+    let loads = fleet.load();
+    // It is no part of the release: what runs stays.
+    store.put("apps/web/spec", &spec("[exit, '0', '1500']"));
+    store.put("apps/web/image", &store.image("v2"));
+    let key = |rollout: &Rollout| format!("state/commands/web/{}", rollout.release);
+    let second = fleet.wait_phase(Some(first.release.as_str()), RolloutPhase::Rolling);
+    until("the command runs", || store.get_key(&key(&second)).contains("started"));
+    assert!(fleet.versions().values().all(|version| version == "v1"), "{:?}", fleet.versions());
+    fleet.wait_phase(Some(first.release.as_str()), RolloutPhase::Done);
+    assert!(store.get_key(&key(&second)).contains("done"));
+    assert_eq!(command_starts(&fleet, &since), 1);
+
+    // A failure is that of the release, whatever may fail: no host starts it. Another try runs it again.
+    store.put("apps/web/spec", &spec("[exit, '7']"));
+    store.put("env/web/MOOD", "well");
+    let failed = fleet.wait_phase(Some(second.release.as_str()), RolloutPhase::Reverted);
+    assert!(failed.reason.contains("exit code 7"), "{}", failed.reason);
+    assert!(store.get_key(&key(&failed)).contains("failed"));
+    assert_eq!(command_starts(&fleet, &since), 2);
+    for lab in &fleet.0 {
+        assert_eq!(
+            docker(&[
+                "ps",
+                "-aq",
+                "--filter",
+                &format!("label=demae.release={}", failed.release),
+                "--filter",
+                &format!("label=demae.host={}", lab.host)
+            ]),
+            ""
+        );
+    }
+    store.put("apps/web/spec", &spec("[exit, '0']"));
+    let retried = store.demae(&["retry", "web", "--timeout", "60s"]);
+    assert_eq!(retried.status.code(), Some(0), "{}", String::from_utf8_lossy(&retried.stderr));
+    assert_eq!(command_starts(&fleet, &since), 3);
+    assert!(fleet.versions().values().all(|version| version == "v2"));
+    until("no container of a command is left", || {
+        let left = |lab: &Lab| docker(&["ps", "-aq", "--filter", &format!("name=demae.{}.web.*command", lab.host)]);
+        fleet.0.iter().all(|lab| left(lab).is_empty())
+    });
+    expect_none_lost(loads);
+}
+
+#[test]
+fn agent_killed_while_a_release_command_runs_starts_none_again() {
+    let mut fleet = Fleet::new(2);
+    let first = fleet.serve("200ms");
+    let since = docker(&["system", "info", "--format", "{{.SystemTime}}"]).trim().to_owned();
+    let store = fleet.store();
+    let more = "deploy: {update_config: {monitor: 200ms}}\nrelease_command: [exit, '0', '3000']\n";
+    store.put("apps/web/spec", &store.socket_spec(&store.image("v2"), "web.test", more));
+    let rolling = fleet.wait_phase(Some(first.release.as_str()), RolloutPhase::Rolling);
+    until("the command is started", || command_starts(&fleet, &since) == 1);
+    let run: CommandRun =
+        serde_json::from_str(&store.get_key(&format!("state/commands/web/{}", rolling.release))).expect("a run");
+    let at = fleet.0.iter().position(|lab| lab.host == run.host.as_str()).expect("its host");
+    fleet.0[at].kill_agent();
+    fleet.0[at].start_agent(&[]);
+    fleet.wait_phase(Some(first.release.as_str()), RolloutPhase::Done);
+    assert_eq!(command_starts(&fleet, &since), 1, "the one that was started is waited for");
     assert!(fleet.versions().values().all(|version| version == "v2"));
 }

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     cli::{Ended, Failed, print::Printer, runtime},
     fleet::outcome::Wanted,
-    model::{name::AppName, time::Timestamp},
+    model::{fleet::CommandState, name::AppName, time::Timestamp},
     store::{Edit, keys::Key},
 };
 
@@ -34,7 +34,7 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
     })
 }
 
-/// Deletes the verdicts of the wanted release, and tells hosts that theirs count no more.
+/// Deletes the verdicts of the wanted release and the run of its command, and tells hosts that theirs count no more.
 fn decide(fleet: &Fleet, app: &AppName, now: &str) -> Result<Decision, Failed> {
     let release = match fleet.wanted(app) {
         Wanted::Release(release) => release,
@@ -44,7 +44,14 @@ fn decide(fleet: &Fleet, app: &AppName, now: &str) -> Result<Decision, Failed> {
     let statuses = fleet.statuses.get(app).into_iter().flatten();
     let failed_here = statuses
         .filter(|(_, (status, _))| status.verdict.is_some() && status.release.as_deref() == Some(release.as_str()));
-    if fleet.contents.records.verdicts_of(app, &release).next().is_none() && failed_here.count() == 0 {
+    let key = (app.clone(), release.clone());
+    let command = fleet.contents.records.commands.get(&key).and_then(|stored| stored.value.as_ref());
+    if let Some(run) = command.filter(|run| run.state == CommandState::Started) {
+        return Err(Failed::because(format!("the release command of {app} {release} runs on {}", run.host)));
+    }
+    let is_unknown = command.is_some_and(|run| run.state == CommandState::Unknown);
+    let has_failed = fleet.contents.records.verdicts_of(app, &release).next().is_some() || failed_here.count() > 0;
+    if !has_failed && !is_unknown {
         return Err(Failed::because(format!("{app} {release} has not failed on any host; there is nothing to retry")));
     }
     let retry = Key::Retry(app.clone());
