@@ -49,6 +49,7 @@ bench: install ## A deploy, many at once, and the start of an agent, each beside
 	@cargo bench --quiet --bench start
 	@cargo bench --quiet --bench path
 	@cargo bench --quiet --bench scrape
+	@cargo bench --quiet --bench fleet
 
 upgrade: install ## From the agent of another commit to this one and back, 20 apps under load: make upgrade FROM=<commit>
 	@scripts/upgrade.sh "$(FROM)"
