@@ -28,6 +28,9 @@ use crate::{
 /// Timeout of the final status update to the store.
 const FINAL_UPDATE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Timeout of the question what machine this is.
+const CAPACITY_TIMEOUT: Duration = Duration::from_secs(1);
+
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
@@ -158,9 +161,17 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
         }
         link
     });
-    let rollouts = link.is_some();
-    let sources =
-        store::Sources { statuses: publish_in, leases: leases_in, updates: updates_in.clone(), fence, rollouts };
+    // It is for people: an engine that hangs must not hold up the start for it.
+    let capacity = tokio::time::timeout(CAPACITY_TIMEOUT, world.docker.capacity()).await;
+    let capacity = capacity.ok().and_then(Result::ok);
+    let sources = store::Sources {
+        statuses: publish_in,
+        leases: leases_in,
+        updates: updates_in.clone(),
+        fence,
+        rollouts: link.is_some(),
+        capacity,
+    };
     let publisher = tasks.spawn(store::publish(config.etcd.clone(), claim, sources, publishing.clone(), side.clone()));
     // An agent whose publisher died must be restarted.
     let (publisher_died, stop) = (CancellationToken::new(), token.clone());

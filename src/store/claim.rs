@@ -24,6 +24,7 @@ use super::{
 };
 use crate::model::{
     desired::HostMode,
+    fleet::Capacity,
     name::HostName,
     status::{NAME_TAKEN, StoreBlock},
 };
@@ -62,6 +63,9 @@ pub struct HostInfo {
     /// What this agent understands beyond the first version.
     #[serde(default)]
     pub features: Vec<String>,
+    /// Its machine, if Docker answered when the agent started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capacity: Option<Capacity>,
 }
 
 /// The claim of one run of an agent.

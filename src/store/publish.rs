@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     model::{
+        fleet::Capacity,
         status::{AppStatus, HostStatus, VERSION},
         text::json,
     },
@@ -81,6 +82,8 @@ pub struct Sources {
     pub fence: Arc<SharedFence>,
     /// Whether this host takes turns in rollouts.
     pub rollouts: bool,
+    /// Its machine, if that is known.
+    pub capacity: Option<Capacity>,
 }
 
 /// Publishes every status until cancelled.
@@ -106,6 +109,7 @@ pub async fn publish(
             host_revision: None,
             is_complete: false,
             features: if sources.rollouts { &[ROLLOUTS] } else { &[] },
+            capacity: sources.capacity.clone(),
         };
         let ended = publisher.session(turn, &mut sources, &token).await;
         // A session that wrote everything was a good one: the name goes with the lease, and must not wait for long.
@@ -150,6 +154,7 @@ struct Publisher<'c> {
     is_complete: bool,
     /// What this host does beyond [`FEATURES`].
     features: &'c [&'static str],
+    capacity: Option<Capacity>,
 }
 
 impl Publisher<'_> {
@@ -221,6 +226,7 @@ impl Publisher<'_> {
             mode: status.mode,
             agent: status.agent.clone(),
             features: FEATURES.iter().chain(self.features).map(|feature| (*feature).to_owned()).collect(),
+            capacity: self.capacity.clone(),
         };
         let mut keys = BTreeMap::new();
         let mut add = |key: String, value: Result<String, serde_json::Error>| match value {

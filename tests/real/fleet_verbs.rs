@@ -254,6 +254,7 @@ fn hosts_are_listed_and_drained_and_the_last_one_is_kept() {
     let hosts = shown["hosts"].as_array().expect("hosts");
     assert_eq!((code, hosts.len()), (0, 2), "{shown}");
     assert_eq!(hosts.iter().filter(|host| host["leader"] == true).count(), 1, "{shown}");
+    assert!(hosts.iter().all(|host| host["capacity"]["cpus"].as_u64() > Some(0)), "{shown}");
 
     let (code, out, err) = run(store, &["hosts", "drain", &other.host]);
     assert_eq!((code, out), (0, format!("{} is drained\n", other.host)), "{err}");

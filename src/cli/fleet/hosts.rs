@@ -10,6 +10,7 @@ use crate::{
     cli::{Ended, Exit, Failed, Format, print::Printer, runtime},
     model::{
         desired::HostMode,
+        fleet::Capacity,
         name::{AppName, HostName},
         status::{State, VERSION},
         text,
@@ -77,6 +78,8 @@ struct Shown {
     /// Apps that are not converged.
     trouble: Vec<AppName>,
     labels: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    capacity: Option<Capacity>,
 }
 
 #[derive(Debug, Serialize)]
@@ -103,7 +106,9 @@ fn list(fleet: &Fleet, format: Format, printer: &mut Printer) -> Ended {
         printer.line(&serde_json::to_string_pretty(&ShownAll { version: VERSION, hosts })?);
         return Ok(Exit::Success);
     }
-    let mut rows = vec![["HOST", "MODE", "APPS", "TROUBLE", "AGENT", "LEADS", "LABELS"].map(String::from).to_vec()];
+    let mut rows = vec![
+        ["HOST", "MODE", "APPS", "TROUBLE", "CPUS", "MEMORY", "AGENT", "LEADS", "LABELS"].map(String::from).to_vec(),
+    ];
     let dash = |text: String| if text.is_empty() { "-".to_owned() } else { text };
     for host in &hosts {
         let labels: Vec<String> = host.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
@@ -112,6 +117,8 @@ fn list(fleet: &Fleet, format: Format, printer: &mut Printer) -> Ended {
             if host.up { host.mode.to_owned() } else { format!("down, {}", host.mode) },
             host.apps.to_string(),
             dash(host.trouble.iter().map(AppName::as_str).collect::<Vec<_>>().join(",")),
+            dash(host.capacity.as_ref().map(|c| c.cpus.to_string()).unwrap_or_default()),
+            dash(host.capacity.as_ref().map(|c| gib(c.memory_bytes)).unwrap_or_default()),
             dash(host.agent.clone()),
             if host.leader { "yes" } else { "-" }.to_owned(),
             dash(labels.join(",")),
@@ -122,6 +129,11 @@ fn list(fleet: &Fleet, format: Format, printer: &mut Printer) -> Ended {
         printer.error("note: no agent leads the fleet, so no host gets a turn (`rollouts.lead` in the agents' files)");
     }
     Ok(Exit::Success)
+}
+
+fn gib(bytes: u64) -> String {
+    let tenths = bytes * 10 / (1 << 30);
+    format!("{}.{} GiB", tenths / 10, tenths % 10)
 }
 
 /// Hosts that are up, and those that have left something behind.
@@ -152,6 +164,7 @@ fn shown(fleet: &Fleet, host: HostName) -> Shown {
         apps: here().count(),
         trouble: here().filter(|(_, s)| s.state != State::Converged).map(|(app, _)| app.clone()).collect(),
         labels: info.map(|info| info.labels.clone()).unwrap_or_default(),
+        capacity: info.and_then(|info| info.capacity.clone()),
         host,
     }
 }

@@ -43,6 +43,7 @@ pub use meter::{Failure, Meter, NoMeter, Operation};
 pub use network::{BridgeNetwork, OwnAddress};
 
 use crate::model::{
+    fleet::Capacity,
     name::{AppName, ContainerId, HostName},
     problem::chain,
 };
@@ -266,6 +267,27 @@ impl Docker {
     pub async fn version(&self) -> Result<(String, String)> {
         let version = self.call(Operation::Version, Client::version).await?;
         Ok((version.version.unwrap_or_default(), version.api_version.unwrap_or_default()))
+    }
+
+    /// The machine, as the engine sees it.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn capacity(&self) -> Result<Capacity> {
+        let info = self.call(Operation::Info, Client::info).await?;
+        let os = info.os_type.unwrap_or_default();
+        // The engine says `x86_64`, and images say `amd64`.
+        let architecture = match info.architecture.unwrap_or_default().as_str() {
+            "x86_64" => "amd64".to_owned(),
+            "aarch64" => "arm64".to_owned(),
+            other => other.to_owned(),
+        };
+        Ok(Capacity {
+            memory_bytes: info.mem_total.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0),
+            cpus: info.ncpu.and_then(|cpus| u32::try_from(cpus).ok()).unwrap_or(0),
+            platform: format!("{os}/{architecture}"),
+            docker: info.server_version.unwrap_or_default(),
+        })
     }
 
     /// The engine's data directory; `None` if it is on no disk of this machine.

@@ -33,6 +33,19 @@ pub struct Leader {
     pub since: Timestamp,
 }
 
+/// The machine of a host, in `state/hosts/<host>`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capacity {
+    /// Its memory, in bytes.
+    pub memory_bytes: u64,
+    /// Its cores.
+    pub cpus: u32,
+    /// What images must be made for, such as `linux/amd64`.
+    pub platform: String,
+    /// The version of its Docker engine.
+    pub docker: String,
+}
+
 /// `state/rollouts/<app>`: the release that the fleet goes to. It is written only when the phase changes; its mod revision
 /// is the epoch of its permits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -351,6 +351,7 @@ impl Agent {
             updates: updates_in.clone(),
             fence,
             rollouts: true,
+            capacity: None,
         };
         let outlets = LeaderOutlets { metrics: metrics.clone(), gauges: channel(FleetGauges::default()).0 };
         let (c, u) = (config.clone(), updates_in.clone());
