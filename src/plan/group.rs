@@ -195,9 +195,10 @@ pub(super) fn stopped_for_good(instance: &Instance) -> bool {
 }
 
 /// Whether an instance was killed from outside, by an operator or by an engine or host that went down, which says
-/// nothing about its release. Exit codes as in a shell: 128 + SIGKILL and 128 + SIGTERM.
+/// nothing about its release. Exit codes as in a shell: 128 + SIGKILL and 128 + SIGTERM; and 255, which Docker gives to a
+/// container whose end it has not seen, since the machine or the engine was killed.
 fn was_killed(instance: &Instance) -> bool {
-    let code = matches!(instance.phase, Phase::Exited(137 | 143)) && !instance.out_of_memory;
+    let code = matches!(instance.phase, Phase::Exited(137 | 143 | 255)) && !instance.out_of_memory;
     code || stopped_for_good(instance)
 }
 
