@@ -100,7 +100,7 @@ pub async fn follow(
     metrics: Arc<Metrics>,
     token: CancellationToken,
 ) {
-    let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(10));
+    let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(5));
     let mut turn = 0;
     let mut kept = BTreeMap::new();
     loop {

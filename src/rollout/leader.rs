@@ -65,7 +65,7 @@ pub async fn lead(
     outlets: LeaderOutlets,
     token: CancellationToken,
 ) {
-    let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(10));
+    let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(5));
     let mut turn = 0;
     loop {
         let began = Instant::now();

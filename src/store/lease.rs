@@ -42,7 +42,7 @@ pub async fn keep_lease(
     leases: Sender<Option<Lease>>,
     token: CancellationToken,
 ) {
-    let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(15));
+    let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(5));
     let mut turn = 0;
     let mut held = None;
     loop {

@@ -96,7 +96,7 @@ pub async fn publish(
     publishing: Arc<Publishing>,
     token: CancellationToken,
 ) {
-    let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(15));
+    let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(5));
     let mut turn = 0;
     let (mut published, mut lease) = (BTreeMap::new(), None);
     loop {
