@@ -1,7 +1,10 @@
 //! Runs the command of a release, at most once: its container has a fixed name and is never created a second time by
 //! itself.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::PoisonError,
+    time::{Duration, Instant},
+};
 
 use crate::{
     execute::{StepError, check_mounts, evidence},
@@ -10,6 +13,7 @@ use crate::{
         desired::Target,
         fleet::{CommandEnd, CommandRun, HostVerdict, VERSION},
         name::{AppName, ReleaseId},
+        problem::chain,
         time::Timestamp,
     },
     world::World,
@@ -40,13 +44,23 @@ impl World {
         let mut is_late = false;
         loop {
             let target = target.filter(|target| target.release.id == *release);
-            match (self.docker.command(app, release).await?, target) {
+            let found = self.docker.command(app, release).await?;
+            // One that was there and is gone may have run, whoever removed it.
+            let was_there = {
+                let mut seen = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+                let key = (app.clone(), run.started);
+                if found.as_ref().is_some_and(|container| container.run == token) {
+                    seen.insert(key.clone());
+                }
+                seen.contains(&key)
+            };
+            match (found, target) {
                 // It is of an earlier try.
                 (Some(container), _) if container.run != token => {
                     self.docker.stop(&container.id, GRACE).await?;
                     self.docker.remove(&container.id).await?;
                 }
-                (None, Some(target)) if is_own => {
+                (None, Some(target)) if is_own && !was_there => {
                     check_mounts(&target.release.container)?;
                     if self.docker.image(target.release.image.as_str()).await?.is_none() {
                         self.docker.pull(&target.release.image).await?;
@@ -56,7 +70,15 @@ impl World {
                 }
                 (None, _) => return Ok(CommandEnd::Unknown("its container is gone".to_owned())),
                 (Some(container), _) => match container.phase {
-                    CommandPhase::Created => self.docker.start(&container.id).await?,
+                    // Of a release that is not wanted any more nothing is started.
+                    CommandPhase::Created if target.is_none() => {
+                        return Ok(CommandEnd::Unknown("another release was wanted before it was started".to_owned()));
+                    }
+                    CommandPhase::Created => match self.docker.start(&container.id).await {
+                        // A program that is not there, for example: it will not be there the next time either.
+                        Err(e) if !e.is_temporary() => return Ok(failed(chain(&e), None, String::new())),
+                        started => started?,
+                    },
                     CommandPhase::Running if began.elapsed() > LONGEST => {
                         is_late = true;
                         self.docker.stop(&container.id, GRACE).await?;
@@ -72,14 +94,9 @@ impl World {
                             (false, false) => format!("its release command ended with exit code {code}"),
                         };
                         let log = self.docker.log_tail(&container.id).await;
-                        return Ok(CommandEnd::Failed(HostVerdict {
-                            version: VERSION,
-                            cause,
-                            exit_code: Some(code),
-                            // Without its environment no value of it can be found in the log.
-                            log_tail: target.map_or_else(String::new, |target| evidence(log, &target.release)),
-                            at: Timestamp::now(),
-                        }));
+                        // Without its environment no value of it can be found in the log.
+                        let log = target.map_or_else(String::new, |target| evidence(log, &target.release));
+                        return Ok(failed(cause, Some(code), log));
                     }
                 },
             }
@@ -96,4 +113,9 @@ impl World {
         }
         Ok(())
     }
+}
+
+fn failed(cause: String, exit_code: Option<i64>, log_tail: String) -> CommandEnd {
+    let cause = if exit_code.is_none() { format!("its release command cannot be started: {cause}") } else { cause };
+    CommandEnd::Failed(HostVerdict { version: VERSION, cause, exit_code, log_tail, at: Timestamp::now() })
 }

@@ -23,6 +23,7 @@ use crate::{
         name::{AppName, ContainerId, HostName, ReleaseId},
         observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict, Via, Wanted},
         spec::Endpoint,
+        time::Timestamp,
     },
 };
 
@@ -46,6 +47,8 @@ pub struct World {
     pub prober: Option<Prober>,
     /// How connections are counted, of the instances that were counted at the last observation of each app.
     pub counters: Mutex<HashMap<AppName, HashMap<ContainerId, Counter>>>,
+    /// Release commands whose container this agent has seen, by app and the start in their record.
+    pub commands: Mutex<BTreeSet<(AppName, Timestamp)>>,
 }
 
 /// Why something could not be observed. Nothing is concluded from it.
@@ -365,12 +368,9 @@ fn counter(found: &Found, first: Option<&Address>, more: &[Address]) -> Option<C
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        host::{
-            nginx::{Local, NginxConfig, Profile, Settings},
-            tcp_routes,
-        },
-        model::time::Timestamp,
+    use crate::host::{
+        nginx::{Local, NginxConfig, Profile, Settings},
+        tcp_routes,
     };
 
     fn world(dir: &Path) -> World {
@@ -387,6 +387,7 @@ mod tests {
         let config = NginxConfig { conf, pid, address: "127.0.0.1:1".into(), group: None, settings };
         World {
             counters: Mutex::default(),
+            commands: Mutex::default(),
             tcp_routes: TcpRoutes::new(
                 tcp_routes::Settings {
                     enabled: false,

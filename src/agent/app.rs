@@ -278,7 +278,9 @@ impl AppState {
         plan.waits.extend(self.turn.kept_wait());
         self.counting_since = None;
         // The end of the step in flight wakes the loop.
-        self.wake = if self.busy.is_some() { None } else { plan.wake_at(now) };
+        // A write about its turn that was refused, or got no answer, is tried again by itself.
+        let write_at = Some(self.turn.write_after).filter(|at| *at > now);
+        self.wake = if self.busy.is_some() { None } else { plan.wake_at(now).into_iter().chain(write_at).min() };
         let step = plan.step.clone();
         if let Some(planned) = &step {
             tracing::debug!(app = %app, step = planned.step.kind().as_str(), "{planned}");

@@ -13,8 +13,8 @@ use crate::{
     metrics::Drift,
     model::{
         event::{Outcome, What},
-        fleet::CommandEnd,
-        name::{AppName, ContainerId, ReleaseId},
+        fleet::EndedCommand,
+        name::{AppName, ContainerId},
         observed::ObservedApp,
         problem::chain,
         proxy::{ObservedProxy, Vhost},
@@ -47,7 +47,7 @@ pub(super) enum Completion {
     /// A count of nginx's old workers, and the generation of the set that they are older than.
     OldWorkers(Option<u64>, Option<usize>),
     /// The command of a release ended, or nothing can be said about it now.
-    CommandEnded(AppName, ReleaseId, Result<CommandEnd, StepError>),
+    CommandEnded(AppName, Result<EndedCommand, StepError>),
     /// What a command had left is removed, or not.
     CommandRemoved,
     /// A step for nginx ended.
@@ -73,7 +73,7 @@ impl<M: Machine> Agent<M> {
     pub(super) fn on_completion(&mut self, completion: Completion) {
         let now = self.machine.now();
         match completion {
-            Completion::CommandEnded(app, release, result) => self.on_command_ended(&app, release, result),
+            Completion::CommandEnded(app, result) => self.on_command_ended(&app, result),
             Completion::CommandRemoved => {}
             Completion::Observed(app, result) => {
                 let Some(state) = self.apps.get_mut(&app) else { return };

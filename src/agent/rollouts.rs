@@ -1,6 +1,8 @@
 //! The turns of this host in rollouts: what an app may do by the records of the fleet, and what is written about it.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use tokio::task::JoinSet;
 
 use super::{Agent, app::AppState, completion::Completion, turn::Kept};
 use crate::{
@@ -10,10 +12,12 @@ use crate::{
     model::{
         desired::{DesiredApp, Target},
         fleet::{
-            CommandEnd, CommandRun, CommandState, HostVerdict, PermitPhase, Transaction, TransactionKind, Turn, VERSION,
+            CommandRun, CommandState, EndedCommand, HostVerdict, PermitPhase, Transaction, TransactionKind, Turn,
+            VERSION,
         },
         name::{AppName, ReleaseId},
         observed::{Address, Instance, Verdict},
+        problem::chain,
         proxy::{ObservedProxy, Upstreams},
         time::Timestamp,
     },
@@ -78,13 +82,7 @@ impl AppState {
 }
 
 /// The desired state with another target in the place of its own.
-fn in_place(intended: &DesiredApp, kept: &Target) -> DesiredApp {
-    let of = |wanted: &Target| Target {
-        created: wanted.created,
-        cordoned: wanted.cordoned,
-        retried: wanted.retried,
-        ..kept.clone()
-    };
+fn in_place(intended: &DesiredApp, of: impl Fn(&Target) -> Target) -> DesiredApp {
     match intended {
         DesiredApp::Run(wanted) => DesiredApp::Run(of(wanted)),
         DesiredApp::Invalid { problems, last_good: Some(wanted) } => {
@@ -92,6 +90,30 @@ fn in_place(intended: &DesiredApp, kept: &Target) -> DesiredApp {
         }
         other => other.clone(),
     }
+}
+
+/// A kept release, with all that it was made from.
+fn pinned(wanted: &Target, kept: &Target) -> Target {
+    Target { created: wanted.created, cordoned: wanted.cordoned, retried: wanted.retried, ..kept.clone() }
+}
+
+/// A kept release in the place of the wanted one. What makes no release, such as replicas and virtual hosts, is as it is
+/// wanted now: the record may be older than the last change of it. Only where the app listens goes with its release.
+fn meanwhile(wanted: &Target, kept: &Target) -> Target {
+    let endpoints = |target: &Target| (target.release.endpoint.clone(), target.release.more_endpoints.clone());
+    let ingress = if endpoints(wanted) == endpoints(kept) { &wanted.ingress } else { &kept.ingress };
+    Target { release: kept.release.clone(), ingress: ingress.clone(), ..wanted.clone() }
+}
+
+/// Removes the container of a command whose end is known.
+fn remove_command<M: Machine>(jobs: &mut JoinSet<Completion>, machine: &Arc<M>, app: &AppName, release: ReleaseId) {
+    let (machine, app) = (machine.clone(), app.clone());
+    jobs.spawn(async move {
+        if let Err(e) = machine.remove_command(&app, &release).await {
+            tracing::warn!(%app, %release, "the container of the release command stays: {e}");
+        }
+        Completion::CommandRemoved
+    });
 }
 
 impl<M: Machine> Agent<M> {
@@ -123,6 +145,7 @@ impl<M: Machine> Agent<M> {
             wanted: wanted.map(|target| &target.release.id),
             has_command: wanted.is_some_and(|target| target.release_command.is_some()),
             command_end: state.turn.command_end.as_ref(),
+            command_trouble: state.turn.command_trouble.as_deref(),
             run: self.rollouts.as_ref().map_or("", |link| &link.run),
             retried: wanted.map_or(0, |target| target.retried),
             update: &update,
@@ -162,12 +185,15 @@ impl<M: Machine> Agent<M> {
         let (desired, turn, why) = match decided {
             Directive::Wanted(turn) => (intended, turn, None),
             Directive::Kept(release, why) => match kept(&release) {
-                Some(target) => (in_place(&intended, &target), Turn::Free, Some(Kept::Meanwhile(why))),
+                Some(kept) => {
+                    let desired = in_place(&intended, |wanted| meanwhile(wanted, &kept));
+                    (desired, Turn::Free, Some(Kept::Meanwhile(why)))
+                }
                 // What was proven here before serves on, if it does.
                 None => (intended, Turn::Held(why), None),
             },
             Directive::Pinned(release) => match kept(&release) {
-                Some(target) => (in_place(&intended, &target), Turn::Free, Some(Kept::Pinned)),
+                Some(kept) => (in_place(&intended, |wanted| pinned(wanted, &kept)), Turn::Free, Some(Kept::Pinned)),
                 None => (intended, Turn::Held("the pinned release is not kept in the store".to_owned()), None),
             },
         };
@@ -223,35 +249,52 @@ impl<M: Machine> Agent<M> {
             return;
         }
         let own = |run: &&CommandRun| run.state == CommandState::Started && run.host == *self.machine.host();
-        let started =
-            records.commands.iter().find_map(|(release, run)| Some((release, run.value.as_ref().filter(own)?)));
-        let Some((release, run)) =
-            started.filter(|(release, _)| state.turn.command_end.as_ref().is_none_or(|(ended, _)| ended != *release))
-        else {
-            return;
+        let mut started: Vec<(&ReleaseId, &CommandRun)> = records
+            .commands
+            .iter()
+            .filter_map(|(release, run)| Some((release, run.value.as_ref().filter(own)?)))
+            .collect();
+        // What was known of a run that its record is not of any more is of no use.
+        let is_ended = |ended: &EndedCommand| {
+            started.iter().any(|(release, run)| **release == ended.release && run.started == ended.started)
         };
+        if let Some(stale) = state.turn.command_end.take_if(|ended| !is_ended(ended)) {
+            remove_command(&mut self.jobs, &self.machine, app, stale.release);
+        }
+        started.retain(|(release, run)| {
+            let known = state.turn.command_end.as_ref();
+            known.is_none_or(|ended| ended.release != **release || ended.started != run.started)
+        });
+        // That of the wanted release first: another one may wait for good.
+        let wanted = state.turn.intended.target().map(|target| &target.release.id);
+        started.sort_by_key(|(release, _)| Some(*release) != wanted);
+        let Some((release, run)) = started.first() else { return };
         state.turn.running_command = true;
-        let (app, release, is_own) = (app.clone(), release.clone(), run.run == link.run);
-        let (machine, run, target) = (self.machine.clone(), run.clone(), state.turn.intended.target().cloned());
-        tracing::info!(%app, %release, "the release command is run, or waited for");
+        let (app, release, is_own) = (app.clone(), (*release).clone(), run.run == link.run);
+        let (machine, run, target) = (self.machine.clone(), (*run).clone(), state.turn.intended.target().cloned());
+        tracing::debug!(%app, %release, "the release command is run, or waited for");
         self.jobs.spawn(async move {
             let end = machine.run_command(&app, &release, target.as_ref(), (&run, is_own)).await;
-            Completion::CommandEnded(app, release, end)
+            Completion::CommandEnded(app, end.map(|end| EndedCommand { release, started: run.started, end }))
         });
     }
 
     /// The command of a release ended, or nothing can be said about it now.
-    pub(super) fn on_command_ended(&mut self, app: &AppName, release: ReleaseId, end: Result<CommandEnd, StepError>) {
+    pub(super) fn on_command_ended(&mut self, app: &AppName, ended: Result<EndedCommand, StepError>) {
         let now = self.machine.now();
         let Some(state) = self.apps.get_mut(app) else { return };
         state.turn.running_command = false;
-        match end {
-            Ok(end) => {
-                tracing::info!(%app, %release, "the release command has ended: {end}");
-                state.turn.command_end = Some((release, end));
+        match ended {
+            Ok(ended) => {
+                tracing::info!(%app, release = %ended.release, "the release command has ended: {}", ended.end);
+                (state.turn.command_end, state.turn.command_trouble) = (Some(ended), None);
             }
             Err(e) => {
-                tracing::warn!(%app, %release, "the release command cannot be run now: {e}");
+                let trouble = chain(&e);
+                if state.turn.command_trouble.as_ref() != Some(&trouble) {
+                    tracing::warn!(%app, "the release command cannot be run now: {trouble}");
+                }
+                state.turn.command_trouble = Some(trouble);
                 state.turn.write_after = now.plus(COMMAND_RETRY);
                 state.wake = Some(state.wake.map_or(state.turn.write_after, |at| at.min(state.turn.write_after)));
             }
@@ -267,14 +310,8 @@ impl<M: Machine> Agent<M> {
         match answer.made {
             Some(true) if answer.kind == TransactionKind::Commit => state.turn.confirmed = sent,
             Some(true) if answer.kind == TransactionKind::EndCommand => {
-                if let Some((release, _)) = state.turn.command_end.take() {
-                    let (machine, app) = (self.machine.clone(), answer.app.clone());
-                    self.jobs.spawn(async move {
-                        if let Err(e) = machine.remove_command(&app, &release).await {
-                            tracing::warn!(%app, %release, "the container of the release command stays: {e}");
-                        }
-                        Completion::CommandRemoved
-                    });
+                if let Some(ended) = state.turn.command_end.take() {
+                    remove_command(&mut self.jobs, &self.machine, &answer.app, ended.release);
                 }
             }
             Some(true) => {}

@@ -3,8 +3,7 @@
 use crate::{
     model::{
         desired::DesiredApp,
-        fleet::{CommandEnd, Turn},
-        name::ReleaseId,
+        fleet::{EndedCommand, Turn},
         problem::Problem,
         time::Timestamp,
     },
@@ -29,7 +28,9 @@ pub(super) struct TurnState {
     /// Whether the command of a release is being run, or waited for.
     pub(super) running_command: bool,
     /// How it ended, until that is in the store.
-    pub(super) command_end: Option<(ReleaseId, CommandEnd)>,
+    pub(super) command_end: Option<EndedCommand>,
+    /// Why it cannot be run now.
+    pub(super) command_trouble: Option<String>,
 }
 
 impl TurnState {
@@ -43,6 +44,7 @@ impl TurnState {
             confirmed: None,
             running_command: false,
             command_end: None,
+            command_trouble: None,
         }
     }
 

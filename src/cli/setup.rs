@@ -69,6 +69,7 @@ pub(super) fn world(
     let clock = Arc::new(Clock::default());
     Ok(World {
         counters: std::sync::Mutex::default(),
+        commands: std::sync::Mutex::default(),
         host: config.host.clone(),
         docker: docker.clone(),
         nginx: Nginx::new(server, nginx, layout.clone(), clock.clone()),

@@ -284,6 +284,10 @@ impl<'a> Decision<'a> {
         let lost = records.lost.keys().filter(|(app, _)| app == self.app).count();
         let proven =
             intent.hosts.keys().filter(|host| records.proven(self.app, host) == Some(&rollout.release)).count();
+        let is_behind = |host: &HostName| {
+            intent.hosts.contains_key(host) && records.proven(self.app, host) != Some(&rollout.release)
+        };
+        let behind = verdicts.iter().filter(|(host, _)| is_behind(host)).count();
         let failed = verdicts
             .first()
             .filter(|_| verdicts.len() > allowed)
@@ -315,7 +319,8 @@ impl<'a> Decision<'a> {
                 let promoted = by_time || intent.promoted.as_ref() == Some(&rollout.release);
                 promoted.then(|| (RolloutPhase::Rolling, String::new()))
             }
-            RolloutPhase::Rolling if proven > 0 && proven == intent.hosts.len() => {
+            // Hosts that were allowed to fail stay behind.
+            RolloutPhase::Rolling if proven > 0 && proven + behind == intent.hosts.len() => {
                 Some((RolloutPhase::Done, String::new()))
             }
             RolloutPhase::Canary

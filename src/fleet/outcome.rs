@@ -120,14 +120,16 @@ impl Question<'_> {
         }
         let rollout = self.rollout()?;
         let command = self.records.commands.get(&(self.app.clone(), self.release.clone()));
-        if let Some(run) = command.and_then(|stored| stored.value.as_ref())
-            && run.state == CommandState::Unknown
-        {
-            let why = format!(
-                "whether its release command has run is not known ({}): see to it, then `demae retry {}` runs it again",
-                run.cause, self.app
-            );
-            return Some(Outcome::Blocked(Some(run.host.clone()), why));
+        if let Some(run) = command.and_then(|stored| stored.value.as_ref()) {
+            let is_gone = run.state == CommandState::Started && !self.records.hosts.contains_key(&run.host);
+            let cause = if is_gone { "the host is down" } else { &run.cause };
+            if is_gone || run.state == CommandState::Unknown {
+                let why = format!(
+                    "whether its release command has run is not known ({cause}): see to it, then `demae retry {}` runs it again",
+                    self.app
+                );
+                return Some(Outcome::Blocked(Some(run.host.clone()), why));
+            }
         }
         match rollout.phase {
             RolloutPhase::Waiting => Some(Outcome::Canaries),
@@ -160,10 +162,22 @@ impl Question<'_> {
 
     fn by_hosts(&self) -> Outcome {
         let mut blocked = None;
-        let mut there = 0;
+        let (mut there, mut failed) = (0, 0);
         for (host, takes_turns) in self.hosts {
+            // With turns, the rollout says what a failure means. Where one is allowed, that host stays behind.
+            let verdict = self.records.verdicts.get(&(self.app.clone(), self.release.clone(), host.clone()));
+            if let Some(stored) = verdict.filter(|_| *takes_turns && self.rollout().is_some()) {
+                let cause = stored.value.as_ref().map_or("no cause is given", |verdict| verdict.cause.as_str());
+                blocked.get_or_insert((host.clone(), format!("the release failed there: {cause}")));
+                failed += 1;
+                continue;
+            }
             let Some((status, modified)) = self.statuses.get(host) else { continue };
             if status.release.as_deref() != Some(self.release.as_str()) {
+                // Of an invalid app the last valid release runs.
+                if status.state == State::Invalid && *modified > self.since {
+                    blocked.get_or_insert((host.clone(), status.reason.clone()));
+                }
                 continue;
             }
             if self.is_there(status) {
@@ -171,12 +185,7 @@ impl Question<'_> {
                 continue;
             }
             match &status.verdict {
-                // With turns, the rollout says what a failure means; a host that comes late may fail by itself.
-                Some(verdict) if *takes_turns => {
-                    if self.rollout().is_some() {
-                        blocked.get_or_insert((host.clone(), format!("the release failed there: {}", verdict.cause)));
-                    }
-                }
+                Some(_) if *takes_turns => {}
                 Some(verdict) if *modified > self.since => {
                     return Outcome::Failed(Failure {
                         host: Some(host.clone()),
@@ -201,7 +210,8 @@ impl Question<'_> {
         if count > 0 && there == count && is_rolled {
             return Outcome::Converged(count);
         }
-        if let Some((host, why)) = blocked {
+        // While others have their turns, a failure that is allowed holds up nothing.
+        if let Some((host, why)) = blocked.filter(|_| failed == 0 || there + failed == count) {
             return Outcome::Blocked(Some(host), why);
         }
         match self.frozen {

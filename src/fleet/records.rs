@@ -156,6 +156,10 @@ fn put<K: Ord, T: DeserializeOwned>(map: &mut BTreeMap<K, Stored<T>>, key: K, ra
         map.remove(&key);
         return true;
     };
+    // What this agent wrote itself is known before the watch brings what came before it.
+    if map.get(&key).is_some_and(|known| known.modified > raw.modified) {
+        return true;
+    }
     let stored = parse(raw);
     let is_read = stored.value.is_some();
     map.insert(key, stored);

@@ -8,8 +8,8 @@ use std::{
 use super::records::Stored;
 use crate::model::{
     fleet::{
-        CommandEnd, CommandRun, CommandState, Condition, FleetKey, HostVerdict, Lost, Permit, PermitPhase, Proof,
-        Rollout, RolloutPhase, Transaction, TransactionKind, Turn, VERSION, Write,
+        CommandEnd, CommandRun, CommandState, Condition, EndedCommand, FleetKey, HostVerdict, Lost, Permit,
+        PermitPhase, Proof, Rollout, RolloutPhase, Transaction, TransactionKind, Turn, VERSION, Write,
     },
     name::{AppName, HostName, ReleaseId},
     spec::Update,
@@ -47,7 +47,9 @@ pub struct HostFacts<'a> {
     /// Whether the wanted release has a command, which must have run before it starts.
     pub has_command: bool,
     /// How the command of a release ended that was run here, if its end is not in the store yet.
-    pub command_end: Option<&'a (ReleaseId, CommandEnd)>,
+    pub command_end: Option<&'a EndedCommand>,
+    /// Why a command whose start is written cannot be run now.
+    pub command_trouble: Option<&'a str>,
     /// This run of the agent.
     pub run: &'a str,
     /// How it goes over the hosts.
@@ -146,7 +148,10 @@ fn command_reason(facts: &HostFacts<'_>, records: &HostRecords, wanted: &Release
     };
     match run.state {
         CommandState::Done => None,
-        CommandState::Started if run.host == *facts.host => Some("its release command runs".to_owned()),
+        CommandState::Started if run.host == *facts.host => Some(match facts.command_trouble {
+            Some(trouble) => format!("its release command cannot be run now: {trouble}"),
+            None => "its release command runs".to_owned(),
+        }),
         CommandState::Started => Some(format!("its release command runs on {}", run.host)),
         CommandState::Failed => Some(format!("its release command failed on {}: {}", run.host, run.cause)),
         CommandState::Unknown => Some(format!(
@@ -329,10 +334,10 @@ pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, 
 
 /// The end of a command that this host has run, and its verdict if it failed, as conditions and writes.
 fn end_of_command(facts: &HostFacts<'_>, records: &HostRecords) -> Option<(Vec<Condition>, Vec<Write>)> {
-    let (release, end) = facts.command_end?;
+    let EndedCommand { release, started, end } = facts.command_end?;
     let stored = records.commands.get(release)?;
     let run = stored.value.as_ref()?;
-    if run.state != CommandState::Started || run.host != *facts.host {
+    if run.state != CommandState::Started || run.host != *facts.host || run.started != *started {
         return None;
     }
     let (state, cause) = match end {

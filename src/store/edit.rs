@@ -17,8 +17,10 @@ pub struct Edit {
     pub puts: Vec<(Key, Vec<u8>)>,
     /// Keys that are deleted.
     pub deletes: Vec<Key>,
-    /// A release whose verdicts, and the run of its command, are deleted.
+    /// A release whose verdicts are deleted.
     pub forgiven: Option<(AppName, ReleaseId)>,
+    /// A release whose command is to run again.
+    pub rerun: Option<(AppName, ReleaseId)>,
 }
 
 impl FleetSession {
@@ -35,7 +37,7 @@ impl FleetSession {
         let forgiven = edit.forgiven.iter().map(|(app, release)| {
             TxnOp::delete(self.prefix.verdicts(app, release), Some(DeleteOptions::new().with_prefix()))
         });
-        let commands = edit.forgiven.iter().map(|(app, release)| {
+        let commands = edit.rerun.iter().map(|(app, release)| {
             let key = self.prefix.fleet(&FleetKey::Command(app.clone(), release.clone()));
             TxnOp::delete(key, None)
         });

@@ -13,8 +13,8 @@ use demae::{
     },
     model::{
         fleet::{
-            CommandEnd, CommandRun, CommandState, FleetKey, HostVerdict, Permit, PermitPhase, Proof, Rollout,
-            RolloutPhase, SCHEME, Transaction, TransactionKind, Turn, VERSION, Write,
+            CommandEnd, CommandRun, CommandState, EndedCommand, FleetKey, HostVerdict, Permit, PermitPhase, Proof,
+            Rollout, RolloutPhase, SCHEME, Transaction, TransactionKind, Turn, VERSION, Write,
         },
         name::{AppName, HostName, ReleaseId},
         spec::{Amount, Update},
@@ -227,7 +227,7 @@ struct OneHost {
     routed: BTreeSet<ReleaseId>,
     records: HostRecords,
     has_command: bool,
-    command_end: Option<(ReleaseId, CommandEnd)>,
+    command_end: Option<EndedCommand>,
 }
 
 impl OneHost {
@@ -261,6 +261,7 @@ impl OneHost {
             retried: 0,
             has_command: self.has_command,
             command_end: self.command_end.as_ref(),
+            command_trouble: None,
             run: "run",
             update: &update,
             detection: Duration::ZERO,
@@ -358,7 +359,7 @@ fn command_of_a_release_runs_once_before_it_starts() {
         let mut host = OneHost::new(RolloutPhase::Rolling, Some(PermitPhase::Try));
         host.has_command = true;
         host.records.commands = found.into_iter().map(|run| (release(1), run)).collect();
-        host.command_end = end.map(|end| (release(1), end));
+        host.command_end = end.map(|end| EndedCommand { release: release(1), started: Timestamp::default(), end });
         host.ask(true)
     };
     let is_held = |directive: &Directive| matches!(directive, Directive::Kept(kept, _) if *kept == release(0));

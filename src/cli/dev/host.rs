@@ -165,6 +165,11 @@ fn check_traversable(dir: &Path) -> Result<(), Failed> {
 }
 
 async fn remove_containers(docker: &Docker) {
+    for id in docker.commands().await.unwrap_or_default() {
+        if let Err(e) = docker.stop(&id, Duration::from_secs(1)).await.and(docker.remove(&id).await) {
+            tracing::warn!("{e}");
+        }
+    }
     let Ok(listed) = docker.list(None).await else { return };
     let apps: std::collections::BTreeSet<_> = listed.into_iter().map(|l| l.app).collect();
     for app in apps {

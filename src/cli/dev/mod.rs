@@ -81,6 +81,13 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     let lock = files::lock(&dir.join("dev.lock"))?;
     let first = !dir.join("dev.json").exists();
     let state = DevState::open(&dir, args.hosts)?;
+    if state.hosts.len() != usize::from(args.hosts) {
+        let count = state.hosts.len();
+        return Err(Failed::because(format!(
+            "`{}` is of a `dev` with {count} hosts that was interrupted; give `--hosts {count}`, or another directory",
+            dir.display()
+        )));
+    }
     let places = state.places(&dir);
     let configs = places.iter().map(|place| place.config(state.etcd, &nginx, args.profile));
     let configs = configs.collect::<Result<Vec<Config>, Failed>>()?;

@@ -9,7 +9,9 @@ use super::{
 };
 use crate::{
     cli::{Ended, Failed, print::Printer, runtime},
+    fleet::outcome::Wanted,
     model::name::{AppName, EnvName, SetName},
+    rollout::takes_turns,
     store::{Edit, Everywhere, keys::Key},
 };
 
@@ -70,11 +72,21 @@ fn decide(fleet: &Fleet, app: &AppName, changes: &[(Key, Vec<u8>)]) -> Result<De
     let is_same = |key: &Key, value: &[u8]| fleet.contents.entry(key).is_some_and(|entry| entry.value() == value);
     let puts: Vec<_> = changes.iter().filter(|(key, value)| !is_same(key, value)).cloned().collect();
     let all: Vec<_> = changes.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
-    let Everywhere { target, .. } = match fleet.contents.with(app, &all, &fleet.key) {
+    let everywhere = match fleet.contents.with(app, &all, &fleet.key) {
         Some(Ok(everywhere)) => everywhere,
         Some(Err(problems)) => return Err(Failed::because(format!("`{app}` would be invalid:\n{problems}"))),
         None => return Err(fleet.app(app).err().unwrap_or_else(|| Failed::because(format!("no app `{app}`")))),
     };
+    let Everywhere { target, .. } = &everywhere;
+    if target.release_command.is_some() {
+        let placed = fleet.contents.hosts.iter().filter(|(_, info)| !takes_turns(info));
+        let mut placed = placed.filter(|(host, info)| fleet.contents.is_placed(app, &everywhere, host, info));
+        if let Some((host, _)) = placed.next() {
+            return Err(Failed::because(format!(
+                "`release_command`: {host} takes no turns, and would run it by itself (`[rollouts] enabled = true` in the agent's file)"
+            )));
+        }
+    }
     let deletes: Vec<Key> =
         [Key::Pin(app.clone())].into_iter().filter(|key| fleet.contents.entry(key).is_some()).collect();
     let decided_from = [Key::Spec(app.clone()), Key::Image(app.clone()), Key::Restart(app.clone())];
@@ -85,6 +97,9 @@ fn decide(fleet: &Fleet, app: &AppName, changes: &[(Key, Vec<u8>)]) -> Result<De
             unchanged.push((key.clone(), fleet.modified(&key)));
         }
     }
-    let edit = Edit { unchanged, puts, deletes, forgiven: None };
-    Ok(Decision { edit, release: target.release.id.clone() })
+    let edit = Edit { unchanged, puts, deletes, ..Edit::default() };
+    let release = target.release.id.clone();
+    // A change that makes no release opens no rollout.
+    let waits_for_edit = fleet.wanted(app) != Wanted::Release(release.clone());
+    Ok(Decision { edit, release, waits_for_edit })
 }

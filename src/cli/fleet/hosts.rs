@@ -12,7 +12,7 @@ use crate::{
         desired::HostMode,
         fleet::Capacity,
         name::{AppName, HostName},
-        status::{State, VERSION},
+        status::{AppStatus, State, VERSION},
         text,
     },
     rollout::takes_turns,
@@ -183,7 +183,10 @@ async fn write_mode(
             return Err(Failed::because(format!("no host `{host}` is known (`demae hosts` lists them)")));
         }
         check(&fleet)?;
-        let unchanged = vec![(key.clone(), fleet.modified(&key))];
+        // Two drains at once must not rely on each other's host.
+        let mut read = if mode == HostMode::Drained { relied_on(&fleet, host) } else { BTreeSet::new() };
+        read.insert(host.clone());
+        let unchanged = read.into_iter().map(Key::HostMode).map(|key| (key.clone(), fleet.modified(&key))).collect();
         let edit = match mode {
             HostMode::Active if fleet.contents.entry(&key).is_none() => return Ok(()),
             HostMode::Active => Edit { unchanged, deletes: vec![key.clone()], ..Edit::default() },
@@ -224,11 +227,13 @@ fn drain(args: &DrainArgs, printer: &mut Printer) -> Ended {
         let deadline = Instant::now() + timeout;
         let mut left = BTreeSet::new();
         let mut turn = 0;
+        // One for the whole wait: a signal between two of them would be lost.
+        let mut pressed = std::pin::pin!(tokio::signal::ctrl_c());
         let again = || format!("it goes on. To wait again: demae hosts drain {host}");
         loop {
             tokio::select! {
                 biased;
-                pressed = tokio::signal::ctrl_c() => {
+                pressed = &mut pressed => {
                     pressed?;
                     printer.error(&format!("stopped waiting; {}", again()));
                     return Ok(Exit::Interrupted);
@@ -243,21 +248,43 @@ fn drain(args: &DrainArgs, printer: &mut Printer) -> Ended {
                 },
             }
             turn += 1;
-            tokio::time::sleep_until((Instant::now() + RECONNECT).min(deadline)).await;
+            tokio::select! {
+                pressed = &mut pressed => {
+                    pressed?;
+                    printer.error(&format!("stopped waiting; {}", again()));
+                    return Ok(Exit::Interrupted);
+                }
+                () = tokio::time::sleep_until((Instant::now() + RECONNECT).min(deadline)) => {}
+            }
         }
     })
 }
 
+/// Another host that serves an app and stays, if there is one.
+fn other_server<'f>(fleet: &'f Fleet, app: &AppName, host: &HostName) -> Option<&'f HostName> {
+    let is_drained = |other: &HostName| fleet.text(&Key::HostMode(other.clone())).as_deref() == Some("drained");
+    let stays = |other: &HostName| other != host && fleet.contents.hosts.contains_key(other) && !is_drained(other);
+    let hosts = fleet.statuses.get(app)?.iter();
+    hosts.filter(|(other, (status, _))| stays(other) && status.healthy > 0).map(|(other, _)| other).next()
+}
+
+/// Apps that a host serves.
+fn served<'f>(fleet: &'f Fleet, host: &'f HostName) -> impl Iterator<Item = &'f AppName> {
+    let serves = move |hosts: &BTreeMap<HostName, (AppStatus, i64)>| {
+        hosts.get(host).is_some_and(|(status, _)| status.healthy > 0)
+    };
+    fleet.statuses.iter().filter(move |(_, hosts)| serves(hosts)).map(|(app, _)| app)
+}
+
 /// Apps that serve on this host, and on no other one that is up and stays.
 fn last_of(fleet: &Fleet, host: &HostName) -> Vec<String> {
-    let stays = |other: &HostName| {
-        other != host && fleet.contents.hosts.get(other).is_some_and(|info| info.mode != HostMode::Drained)
-    };
-    let is_last = |hosts: &BTreeMap<HostName, (crate::model::status::AppStatus, i64)>| {
-        hosts.get(host).is_some_and(|(status, _)| status.healthy > 0)
-            && !hosts.iter().any(|(other, (status, _))| stays(other) && status.healthy > 0)
-    };
-    fleet.statuses.iter().filter(|(_, hosts)| is_last(hosts)).map(|(app, _)| app.to_string()).collect()
+    let is_last = |app: &&AppName| other_server(fleet, app, host).is_none();
+    served(fleet, host).filter(is_last).map(AppName::to_string).collect()
+}
+
+/// Hosts that must stay for what this one serves: one for each app, as many as etcd compares at once.
+fn relied_on(fleet: &Fleet, host: &HostName) -> BTreeSet<HostName> {
+    served(fleet, host).filter_map(|app| other_server(fleet, app, host)).take(100).cloned().collect()
 }
 
 /// Waits until no app is on a host.

@@ -219,6 +219,8 @@ impl Fleet {
 struct Written {
     /// Its revision; 0 if there was nothing to write.
     revision: i64,
+    /// The revision before which failures do not count; 0 if all do.
+    since: i64,
     /// The release to wait for.
     release: ReleaseId,
 }
@@ -227,32 +229,40 @@ struct Written {
 struct Decision {
     edit: Edit,
     release: ReleaseId,
+    /// Whether what became of the release can only be known after the edit.
+    waits_for_edit: bool,
+}
+
+impl Decision {
+    fn written(self, revision: i64) -> Written {
+        Written { revision, since: if self.waits_for_edit { revision } else { 0 }, release: self.release }
+    }
 }
 
 /// Decides by what the store says, and writes it. An answer that was lost is looked for in the store, so that nothing is
 /// written twice and nothing that was written is denied.
 async fn write(config: &EtcdConfig, decide: impl Fn(&Fleet) -> Result<Decision, Failed>) -> Result<Written, Failed> {
-    let mut unknown: Option<(Edit, ReleaseId, i64, StoreError)> = None;
+    let mut unknown: Option<(Decision, i64, StoreError)> = None;
     for _ in 0..TRIES {
         let fleet = match (Fleet::read(config).await, &unknown) {
             (Ok(fleet), _) => fleet,
             (Err(failed), None) => return Err(failed),
             (Err(_), Some((.., e))) => return Err(Failed::undecided(lost_answer(e))),
         };
-        if let Some((edit, release, before, _)) = unknown.take()
-            && let Some(revision) = fleet.shows(&edit, before)
+        if let Some((decision, before, _)) = unknown.take()
+            && let Some(revision) = fleet.shows(&decision.edit, before)
         {
-            return Ok(Written { revision, release });
+            return Ok(decision.written(revision));
         }
-        let Decision { edit, release } = decide(&fleet)?;
-        if edit.puts.is_empty() && edit.deletes.is_empty() {
-            return Ok(Written { revision: 0, release });
+        let decision = decide(&fleet)?;
+        if decision.edit.puts.is_empty() && decision.edit.deletes.is_empty() {
+            return Ok(decision.written(0));
         }
-        match fleet.session.edit(&edit).await {
-            Ok(Some(revision)) => return Ok(Written { revision, release }),
+        match fleet.session.edit(&decision.edit).await {
+            Ok(Some(revision)) => return Ok(decision.written(revision)),
             // Another change came between: it is decided by what the store says now.
             Ok(None) => {}
-            Err(e) => unknown = Some((edit, release, fleet.revision, e)),
+            Err(e) => unknown = Some((decision, fleet.revision, e)),
         }
     }
     match unknown {

@@ -8,7 +8,11 @@ use super::{
 use crate::{
     cli::{Ended, Failed, print::Printer, runtime},
     fleet::outcome::Wanted,
-    model::{fleet::CommandState, name::AppName, time::Timestamp},
+    model::{
+        fleet::{CommandRun, CommandState},
+        name::AppName,
+        time::Timestamp,
+    },
     store::{Edit, keys::Key},
 };
 
@@ -34,7 +38,7 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
     })
 }
 
-/// Deletes the verdicts of the wanted release and the run of its command, and tells hosts that theirs count no more.
+/// Deletes the verdicts of the wanted release, and the run of its command unless that is done, and tells hosts that theirs count no more.
 fn decide(fleet: &Fleet, app: &AppName, now: &str) -> Result<Decision, Failed> {
     let release = match fleet.wanted(app) {
         Wanted::Release(release) => release,
@@ -46,12 +50,14 @@ fn decide(fleet: &Fleet, app: &AppName, now: &str) -> Result<Decision, Failed> {
         .filter(|(_, (status, _))| status.verdict.is_some() && status.release.as_deref() == Some(release.as_str()));
     let key = (app.clone(), release.clone());
     let command = fleet.contents.records.commands.get(&key).and_then(|stored| stored.value.as_ref());
-    if let Some(run) = command.filter(|run| run.state == CommandState::Started) {
+    let is_up = |run: &&CommandRun| fleet.contents.hosts.contains_key(&run.host);
+    if let Some(run) = command.filter(is_up).filter(|run| run.state == CommandState::Started) {
         return Err(Failed::because(format!("the release command of {app} {release} runs on {}", run.host)));
     }
-    let is_unknown = command.is_some_and(|run| run.state == CommandState::Unknown);
+    // One that is done is not run again: a retry is for what failed.
+    let runs_again = command.is_some_and(|run| run.state != CommandState::Done);
     let has_failed = fleet.contents.records.verdicts_of(app, &release).next().is_some() || failed_here.count() > 0;
-    if !has_failed && !is_unknown {
+    if !has_failed && !runs_again {
         return Err(Failed::because(format!("{app} {release} has not failed on any host; there is nothing to retry")));
     }
     let retry = Key::Retry(app.clone());
@@ -59,5 +65,6 @@ fn decide(fleet: &Fleet, app: &AppName, now: &str) -> Result<Decision, Failed> {
     let unchanged = decided_from.into_iter().map(|key| (key.clone(), fleet.modified(&key))).collect();
     let puts = vec![(retry, now.as_bytes().to_vec())];
     let forgiven = Some((app.clone(), release.clone()));
-    Ok(Decision { edit: Edit { unchanged, puts, forgiven, ..Edit::default() }, release })
+    let rerun = forgiven.clone().filter(|_| runs_again);
+    Ok(Decision { edit: Edit { unchanged, puts, forgiven, rerun, ..Edit::default() }, release, waits_for_edit: true })
 }

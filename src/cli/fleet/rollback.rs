@@ -48,6 +48,8 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
 
 /// The release to go back to.
 fn choose(fleet: &Fleet, app: &AppName, asked: Option<&ReleaseId>) -> Result<(ReleaseId, KeptRelease), Failed> {
+    // A pin of an app that is gone would be taken by the next one of that name.
+    fleet.app(app)?;
     let kept = fleet.contents.records.kept.iter().filter(|((of, _), _)| of == app);
     let kept = kept.filter_map(|((_, release), stored)| Some((release, stored.value.as_ref()?)));
     let proven: Vec<(&ReleaseId, &KeptRelease)> = kept.filter(|(_, kept)| kept.proven.is_some()).collect();
@@ -61,13 +63,20 @@ fn choose(fleet: &Fleet, app: &AppName, asked: Option<&ReleaseId>) -> Result<(Re
             ))),
         };
     }
-    fleet.app(app).map(|_| ()).or_else(|e| if proven.is_empty() { Err(e) } else { Ok(()) })?;
+    // The same command again is no second step back.
+    let pin = fleet.contents.pin(app).ok().flatten();
+    if let Some((release, kept)) = proven.iter().find(|(release, _)| Some(*release) == pin.as_ref()) {
+        return Ok(((*release).clone(), (*kept).clone()));
+    }
     let rollout = fleet.contents.records.rollouts.get(app).and_then(|stored| stored.value.as_ref());
     let is_done = |phase| matches!(phase, RolloutPhase::Done | RolloutPhase::Restored);
     // A rollout that is under way, or failed, has not changed what is proven.
     let before = rollout.filter(|rollout| !is_done(rollout.phase)).and_then(|rollout| rollout.from.as_ref());
-    let current = rollout.map(|rollout| &rollout.release);
-    let last = proven.iter().filter(|(release, _)| Some(*release) != current).max_by_key(|(_, kept)| kept.proven);
+    let current = rollout.map(|rollout| (&rollout.release, rollout.opened));
+    let is_before = |release: &ReleaseId, kept: &KeptRelease| {
+        current.is_none_or(|(current, opened)| release != current && kept.opened <= opened)
+    };
+    let last = proven.iter().filter(|(release, kept)| is_before(release, kept)).max_by_key(|(_, kept)| kept.proven);
     let chosen = proven.iter().find(|(release, _)| Some(*release) == before).or(last);
     match chosen {
         Some((release, kept)) => Ok(((*release).clone(), (*kept).clone())),
@@ -102,5 +111,6 @@ fn decide(fleet: &Fleet, app: &AppName, release: &ReleaseId) -> Result<Decision,
     let unchanged = [spec, pin.clone()].into_iter().map(|key| (key.clone(), fleet.modified(&key))).collect();
     let is_pinned = fleet.text(&pin).is_some_and(|text| text == release.as_str());
     let puts = if is_pinned { Vec::new() } else { vec![(pin, release.to_string().into_bytes())] };
-    Ok(Decision { edit: Edit { unchanged, puts, ..Edit::default() }, release: release.clone() })
+    let edit = Edit { unchanged, puts, ..Edit::default() };
+    Ok(Decision { edit, release: release.clone(), waits_for_edit: true })
 }

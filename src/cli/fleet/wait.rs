@@ -79,7 +79,7 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
                 }
             }
         };
-        follow(&config, &app, Written { revision: 0, release }, &args.wait, printer).await
+        follow(&config, &app, Written { revision: 0, since: 0, release }, &args.wait, printer).await
     })
 }
 
@@ -120,7 +120,7 @@ pub(super) async fn follow(
     args: &WaitArgs,
     printer: &mut Printer,
 ) -> Ended {
-    let Written { revision, release } = written;
+    let Written { revision, since, release } = written;
     let mut report = Report::new(app.clone(), release.clone(), revision, args.format());
     if args.detach {
         report.detached(printer);
@@ -129,11 +129,13 @@ pub(super) async fn follow(
     let deadline = Instant::now() + args.timeout()?;
     let mut watcher = Watcher { goal: args.goal(), blocked_since: None };
     let mut turn = 0;
+    // One for the whole wait: a signal between two of them would be lost.
+    let mut pressed = std::pin::pin!(tokio::signal::ctrl_c());
     loop {
-        let watched = watcher.watch(config, turn, app, (&release, revision), &mut report, printer);
+        let watched = watcher.watch(config, turn, app, (&release, since), &mut report, printer);
         let ended = tokio::select! {
             biased;
-            pressed = tokio::signal::ctrl_c() => {
+            pressed = &mut pressed => {
                 pressed?;
                 report.goes_on(printer, "stopped waiting");
                 return Ok(Exit::Interrupted);
@@ -149,7 +151,14 @@ pub(super) async fn follow(
             Err(failed) => report.note(printer, &format!("the store cannot be read now: {}", failed.message)),
         }
         turn += 1;
-        tokio::time::sleep_until((Instant::now() + RECONNECT).min(deadline)).await;
+        tokio::select! {
+            pressed = &mut pressed => {
+                pressed?;
+                report.goes_on(printer, "stopped waiting");
+                return Ok(Exit::Interrupted);
+            }
+            () = tokio::time::sleep_until((Instant::now() + RECONNECT).min(deadline)) => {}
+        }
     }
 }
 

@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 
 use bollard::{
-    models::{ContainerCreateBody, ContainerStateStatusEnum},
-    query_parameters::CreateContainerOptionsBuilder,
+    models::{ContainerCreateBody, ContainerStateStatusEnum, HealthConfig},
+    query_parameters::{CreateContainerOptionsBuilder, ListContainersOptionsBuilder},
 };
 
 use super::{Docker, DockerError, Operation, create::CreateRequest, create::id};
@@ -17,6 +17,8 @@ use crate::model::{
 
 /// The label that names the run of the command: app, release, and when it was started.
 const COMMAND: &str = "demae.command";
+/// The label that names the host.
+const COMMAND_HOST: &str = "demae.command-host";
 
 /// The container of a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,6 +70,17 @@ impl Docker {
         Ok(Some(CommandContainer { id: id(&found.id.unwrap_or_default())?, run, phase }))
     }
 
+    /// All containers of commands of this host.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn commands(&self) -> Result<Vec<ContainerId>, DockerError> {
+        let filters = HashMap::from([("label", vec![format!("{COMMAND_HOST}={}", self.host)])]);
+        let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
+        let found = self.call(Operation::List, |client| client.list_containers(Some(options.clone()))).await?;
+        found.into_iter().filter_map(|container| container.id).map(|text| id(&text)).collect()
+    }
+
     /// Creates the container of a command: that of an instance of its release, without a way in and without a health check.
     ///
     /// # Errors
@@ -92,11 +105,13 @@ impl Docker {
             drain: std::time::Duration::ZERO,
             check_host: None,
         };
-        let labels = HashMap::from([(COMMAND.to_owned(), run.to_owned())]);
+        let labels =
+            HashMap::from([(COMMAND.to_owned(), run.to_owned()), (COMMAND_HOST.to_owned(), self.host.to_string())]);
         let body = ContainerCreateBody {
             cmd: Some(command.to_vec()),
             labels: Some(labels),
-            healthcheck: None,
+            // Without this the image's own check would run.
+            healthcheck: Some(HealthConfig { test: Some(vec!["NONE".to_owned()]), ..HealthConfig::default() }),
             ..Self::body(&self.host, &request)
         };
         let options = CreateContainerOptionsBuilder::default().name(&self.command_name(app, &release.id)).build();

@@ -4,8 +4,8 @@ mod record;
 mod transaction;
 
 pub use record::{
-    Capacity, CommandEnd, CommandRun, CommandState, HostVerdict, KeptEnv, KeptRelease, Leader, Lost, Permit,
-    PermitPhase, Proof, Rollout, RolloutPhase, SCHEME, VERSION,
+    Capacity, CommandEnd, CommandRun, CommandState, EndedCommand, HostVerdict, KeptEnv, KeptRelease, Leader, Lost,
+    Permit, PermitPhase, Proof, Rollout, RolloutPhase, SCHEME, VERSION,
 };
 pub use transaction::{Condition, FleetKey, Transaction, TransactionKind, Write};
 

@@ -272,6 +272,17 @@ pub enum CommandState {
     Unknown,
 }
 
+/// A run of a command that ended on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndedCommand {
+    /// Of which release.
+    pub release: ReleaseId,
+    /// When it was started, by its record.
+    pub started: Timestamp,
+    /// How it ended.
+    pub end: CommandEnd,
+}
+
 /// How the command of a release ended on this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CommandEnd {

@@ -159,6 +159,17 @@ fn fails_in_its_command(fleet: &mut Fleet) {
 
 const CASES: &[Case] = &[
     Case {
+        condition: (TransactionKind::Prove, "proof"),
+        before: |fleet| {
+            is_under_way(fleet);
+            permit(fleet, 1, PermitPhase::Switch);
+            fleet.hosts[0].proven = Some(release(1));
+            fleet.hosts[0].routed = Some(release(1));
+        },
+        meanwhile: |fleet| proves(fleet, 0, 2),
+        missed: "host0 has proven",
+    },
+    Case {
         condition: (TransactionKind::Open, "no-verdict-since"),
         before: wants_the_next,
         meanwhile: |fleet| verdict(fleet, 1, 1),

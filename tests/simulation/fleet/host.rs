@@ -12,7 +12,7 @@ use demae::{
         turn::{Directive, HostFacts, HostRecords, directive, next_write},
     },
     model::{
-        fleet::{CommandEnd, CommandState, FleetKey, HostVerdict, Transaction, Turn, VERSION},
+        fleet::{CommandEnd, CommandState, EndedCommand, FleetKey, HostVerdict, Transaction, Turn, VERSION},
         name::{AppName, HostName, ReleaseId},
         spec::Update,
         time::Timestamp,
@@ -65,7 +65,7 @@ pub struct SimHost {
     /// Commands that were started, with that revision.
     pub started: Vec<(ReleaseId, i64)>,
     /// How a command ended, and is to be written.
-    pub command_end: Option<(ReleaseId, CommandEnd)>,
+    pub command_end: Option<EndedCommand>,
     run_text: String,
 }
 
@@ -129,7 +129,9 @@ impl SimHost {
         }
         let given = (self.routed_set(), self.judged());
         let facts = self.facts(app, update, (&wanted, has_command), &given);
-        next_write(&facts, &records, is_ready, Timestamp::default())
+        // Another one at each revision, as the time is.
+        let now = Timestamp::default().plus(Duration::from_millis(self.records.revision.unsigned_abs()));
+        next_write(&facts, &records, is_ready, now)
     }
 
     /// Starts a command whose record says that this host does, once, and learns how it ended.
@@ -151,7 +153,7 @@ impl SimHost {
             } else {
                 CommandEnd::Unknown("its container is gone".into())
             };
-            self.command_end = Some((release.clone(), end));
+            self.command_end = Some(EndedCommand { release: release.clone(), started: run.started, end });
         }
     }
 
@@ -169,6 +171,7 @@ impl SimHost {
             retried: self.retried(app),
             has_command,
             command_end: self.command_end.as_ref(),
+            command_trouble: None,
             run: &self.run_text,
             update,
             detection: Duration::ZERO,

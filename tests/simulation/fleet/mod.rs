@@ -378,7 +378,8 @@ impl Fleet {
             94 => {
                 // A person takes the verdicts away.
                 let has_ended = |text: &str| {
-                    serde_json::from_str::<CommandRun>(text).is_ok_and(|run| run.state != CommandState::Started)
+                    let run = serde_json::from_str::<CommandRun>(text).expect("a run");
+                    matches!(run.state, CommandState::Failed | CommandState::Unknown)
                 };
                 let is_taken = |(key, value): &(&FleetKey, &Value)| match key {
                     FleetKey::Verdict(..) => true,
@@ -534,7 +535,6 @@ const CONDITIONS: &[(TransactionKind, &str, u64)] = &[
     (TransactionKind::Commit, "no-verdict-since", 148),
     (TransactionKind::Commit, "freeze", 35),
     (TransactionKind::Prove, "holds-name", 11),
-    (TransactionKind::Prove, "proof", 1450),
     (TransactionKind::Judge, "holds-name", 1370),
     (TransactionKind::Judge, "verdict", 43),
     (TransactionKind::Judge, "retry", 75),

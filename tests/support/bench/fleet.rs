@@ -240,6 +240,7 @@ impl Host {
             retried: 0,
             has_command: false,
             command_end: None,
+            command_trouble: None,
             run: "",
             update: &target.update,
             detection: Duration::ZERO,
