@@ -27,8 +27,8 @@
 //! # Imports
 //!
 //! They run one way, and `tests/pure/layering.rs` holds them to it:
-//! `model <- {plan, fleet, store, host} <- {world, execute, rollout} <- machine <- agent <- cli <- main`.
-//! In braces, only `execute` imports its sibling. ARCHITECTURE.md walks one change through the code.
+//! `model <- {plan, fleet, store, host} <- {world, execute, command, rollout} <- machine <- agent <- cli <- main`.
+//! In braces, only `execute` imports `world`, and `command` both. ARCHITECTURE.md walks one change through the code.
 
 pub mod model;
 
