@@ -168,8 +168,8 @@ commands_started() { # SECONDS-SINCE-1970
 }
 
 scenario_commanded() {
-    local began count
-    began=$(date +%s)
+    local from count
+    from=$(date +%s)
     put_spec 2s "exit, '0', '1500'"
     deploy v14
     await 30 "the release command runs" exists "state/commands/web/$release"
@@ -178,7 +178,7 @@ scenario_commanded() {
     expect_turns "host1 host2 host3"
     # The engines report whole seconds.
     await 10 "the second is over" has_passed_second "$(date +%s)"
-    count=$(commands_started "$began")
+    count=$(commands_started "$from")
     [ "$count" = 1 ] || fail "the release command was started $count times"
     put_spec 2s
     passed commanded "started once on three hosts, before the release"
