@@ -2,13 +2,9 @@
 
 use std::{fs, path::PathBuf};
 
-use super::{
-    Decision, Fleet, StoreArgs,
-    wait::{WaitArgs, follow},
-    write,
-};
+use super::{ChangeArgs, Decision, Fleet, no_app};
 use crate::{
-    cli::{Ended, Failed, print::Printer, runtime},
+    cli::{Ended, Failed, print::Printer},
     fleet::outcome::Wanted,
     model::name::{AppName, EnvName, SetName},
     rollout::takes_turns,
@@ -18,32 +14,22 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
     #[command(flatten)]
-    store: StoreArgs,
-    #[command(flatten)]
-    wait: WaitArgs,
+    change: ChangeArgs,
     /// A variable of the app, in the same release; more than once
     #[arg(long = "env", value_name = "NAME=VALUE")]
     env: Vec<String>,
     /// A new spec, in the same release
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
-    /// The app
-    #[arg(value_name = "APP")]
-    app: String,
     /// Its new image, such as `registry.example.com/web:v43`
     #[arg(value_name = "IMAGE")]
     image: String,
 }
 
 pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
-    let config = args.store.etcd()?;
-    args.wait.check()?;
-    let app = AppName::try_from(args.app.as_str())?;
+    let app = AppName::try_from(args.change.app.as_str())?;
     let changes = args.changes(&app)?;
-    runtime(1)?.block_on(async {
-        let written = write(&config, |fleet| decide(fleet, &app, &changes)).await?;
-        follow(&config, &app, written, &args.wait, printer).await
-    })
+    args.change.run(printer, |fleet, app| decide(fleet, app, &changes))
 }
 
 impl Args {
@@ -75,7 +61,7 @@ fn decide(fleet: &Fleet, app: &AppName, changes: &[(Key, Vec<u8>)]) -> Result<De
     let everywhere = match fleet.contents.with(app, &all, &fleet.key) {
         Some(Ok(everywhere)) => everywhere,
         Some(Err(problems)) => return Err(Failed::because(format!("`{app}` would be invalid:\n{problems}"))),
-        None => return Err(fleet.app(app).err().unwrap_or_else(|| Failed::because(format!("no app `{app}`")))),
+        None => return Err(no_app(app)),
     };
     let Everywhere { target, .. } = &everywhere;
     if target.release_command.is_some() {

@@ -319,7 +319,7 @@ async fn wait_empty(
             return Ok(Exit::Success);
         }
         if fleet.text(&Key::HostMode(host.clone())).as_deref() != Some("drained") {
-            printer.error(&format!("the mode of {host} was changed by somebody else"));
+            printer.error(&format!("the mode of {host} was changed meanwhile"));
             return Ok(Exit::Superseded);
         }
         fleet.next(&mut changes).await?;

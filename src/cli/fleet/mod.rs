@@ -14,7 +14,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use tokio::time::Instant;
 
-use super::Failed;
+use super::{Ended, Failed, print::Printer, runtime};
 use crate::{
     config::{self, EtcdFlags, Flags},
     fleet::outcome::Wanted,
@@ -32,7 +32,7 @@ use crate::{
     },
 };
 
-/// How often a change is decided anew if somebody else writes the same keys at the same time.
+/// How often a change is decided anew if the same keys are written by others at the same time.
 const TRIES: usize = 5;
 
 /// The store, for verbs that need no agent.
@@ -167,9 +167,7 @@ impl Fleet {
     /// If it does not exist, or its keys are wrong.
     fn app(&self, app: &AppName) -> Result<&Everywhere, Failed> {
         match self.contents.apps().get(app) {
-            None => Err(Failed::because(format!(
-                "no app `{app}` is in the store (put its spec to `apps/{app}/spec`, or give it by `--spec FILE`)"
-            ))),
+            None => Err(no_app(app)),
             Some(Err(problems)) => Err(Failed::because(format!("`{app}` is invalid:\n{problems}"))),
             Some(Ok(everywhere)) => Ok(everywhere),
         }
@@ -212,6 +210,37 @@ impl Fleet {
         let gone = edit.deletes.iter().all(|key| self.contents.entry(key).is_none());
         let revisions: Option<Vec<i64>> = edit.puts.iter().map(put).collect();
         revisions?.into_iter().max().filter(|_| gone)
+    }
+}
+
+fn no_app(app: &AppName) -> Failed {
+    Failed::because(format!(
+        "no app `{app}` is in the store (put its spec to `apps/{app}/spec`, or deploy it with `--spec FILE`)"
+    ))
+}
+
+/// The flags of a verb that changes an app and waits.
+#[derive(Debug, clap::Args)]
+struct ChangeArgs {
+    #[command(flatten)]
+    store: StoreArgs,
+    #[command(flatten)]
+    wait: wait::WaitArgs,
+    /// The app
+    #[arg(value_name = "APP")]
+    app: String,
+}
+
+impl ChangeArgs {
+    /// Decides, writes, and waits.
+    fn run(&self, printer: &mut Printer, decide: impl Fn(&Fleet, &AppName) -> Result<Decision, Failed>) -> Ended {
+        let config = self.store.etcd()?;
+        self.wait.check()?;
+        let app = AppName::try_from(self.app.as_str())?;
+        runtime(1)?.block_on(async {
+            let written = write(&config, |fleet| decide(fleet, &app)).await?;
+            wait::follow(&config, &app, written, &self.wait, printer).await
+        })
     }
 }
 

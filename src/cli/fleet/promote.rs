@@ -1,12 +1,8 @@
 //! `demae promote`
 
-use super::{
-    Decision, Fleet, StoreArgs,
-    wait::{WaitArgs, follow},
-    write,
-};
+use super::{ChangeArgs, Decision, Fleet};
 use crate::{
-    cli::{Ended, Failed, print::Printer, runtime},
+    cli::{Ended, Failed, print::Printer},
     model::{fleet::RolloutPhase, name::AppName},
     store::{Edit, keys::Key},
 };
@@ -14,22 +10,11 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
     #[command(flatten)]
-    store: StoreArgs,
-    #[command(flatten)]
-    wait: WaitArgs,
-    /// The app
-    #[arg(value_name = "APP")]
-    app: String,
+    change: ChangeArgs,
 }
 
 pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
-    let config = args.store.etcd()?;
-    args.wait.check()?;
-    let app = AppName::try_from(args.app.as_str())?;
-    runtime(1)?.block_on(async {
-        let written = write(&config, |fleet| decide(fleet, &app)).await?;
-        follow(&config, &app, written, &args.wait, printer).await
-    })
+    args.change.run(printer, decide)
 }
 
 fn decide(fleet: &Fleet, app: &AppName) -> Result<Decision, Failed> {

@@ -1,12 +1,8 @@
 //! `demae redeploy`
 
-use super::{
-    Decision, Fleet, StoreArgs,
-    wait::{WaitArgs, follow},
-    write,
-};
+use super::{ChangeArgs, Decision, Fleet};
 use crate::{
-    cli::{Ended, Failed, print::Printer, runtime},
+    cli::{Ended, Failed, print::Printer},
     model::{name::AppName, time::Timestamp},
     store::{Edit, keys::Key},
 };
@@ -14,23 +10,12 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
     #[command(flatten)]
-    store: StoreArgs,
-    #[command(flatten)]
-    wait: WaitArgs,
-    /// The app
-    #[arg(value_name = "APP")]
-    app: String,
+    change: ChangeArgs,
 }
 
 pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
-    let config = args.store.etcd()?;
-    args.wait.check()?;
-    let app = AppName::try_from(args.app.as_str())?;
     let now = Timestamp::now().to_string();
-    runtime(1)?.block_on(async {
-        let written = write(&config, |fleet| decide(fleet, &app, &now)).await?;
-        follow(&config, &app, written, &args.wait, printer).await
-    })
+    args.change.run(printer, |fleet, app| decide(fleet, app, &now))
 }
 
 /// A new release of the same image and variables.

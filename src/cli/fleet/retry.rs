@@ -1,12 +1,8 @@
 //! `demae retry`
 
-use super::{
-    Decision, Fleet, StoreArgs,
-    wait::{WaitArgs, follow},
-    write,
-};
+use super::{ChangeArgs, Decision, Fleet, no_app};
 use crate::{
-    cli::{Ended, Failed, print::Printer, runtime},
+    cli::{Ended, Failed, print::Printer},
     fleet::outcome::Wanted,
     model::{
         fleet::{CommandRun, CommandState},
@@ -19,23 +15,12 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
     #[command(flatten)]
-    store: StoreArgs,
-    #[command(flatten)]
-    wait: WaitArgs,
-    /// The app
-    #[arg(value_name = "APP")]
-    app: String,
+    change: ChangeArgs,
 }
 
 pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
-    let config = args.store.etcd()?;
-    args.wait.check()?;
-    let app = AppName::try_from(args.app.as_str())?;
     let now = Timestamp::now().to_string();
-    runtime(1)?.block_on(async {
-        let written = write(&config, |fleet| decide(fleet, &app, &now)).await?;
-        follow(&config, &app, written, &args.wait, printer).await
-    })
+    args.change.run(printer, |fleet, app| decide(fleet, app, &now))
 }
 
 /// Deletes the verdicts of the wanted release, and the run of its command unless that is done, and tells hosts that theirs count no more.
@@ -43,7 +28,7 @@ fn decide(fleet: &Fleet, app: &AppName, now: &str) -> Result<Decision, Failed> {
     let release = match fleet.wanted(app) {
         Wanted::Release(release) => release,
         Wanted::Stopped(why) => return Err(Failed::because(format!("{app}: {why}"))),
-        Wanted::Nothing => return Err(Failed::because(format!("no app `{app}` is in the store"))),
+        Wanted::Nothing => return Err(no_app(app)),
     };
     let statuses = fleet.statuses.get(app).into_iter().flatten();
     let failed_here = statuses

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    Fleet, RECONNECT, StoreArgs, Written,
+    Fleet, RECONNECT, StoreArgs, Written, no_app,
     report::{Report, conclude},
     until,
 };
@@ -74,7 +74,7 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
                 let fleet = Fleet::read(&config).await?;
                 match fleet.wanted(&app) {
                     Wanted::Release(release) => release,
-                    Wanted::Nothing => return Err(fleet.app(&app).err().unwrap_or_else(|| Failed::because("gone"))),
+                    Wanted::Nothing => return Err(no_app(&app)),
                     Wanted::Stopped(why) => return Err(Failed::blocked(format!("{app}: {why}"))),
                 }
             }
