@@ -69,7 +69,7 @@ fn app_unhealthy_after_each_start_is_replaced_with_backoff_and_reported() {
     let lab = Lab::with(&Setup { top: "resync = \"1s\"\n", ..Setup::default() });
     let spec = lab
         .socket_spec(&lab.image("v1"), "web.test", "")
-        .replace("{SOCKET:", "{SICK_AFTER_MS: \"1500\", SOCKET:")
+        .replace("{SOCKET:", "{SICK_AFTER_MS: \"3000\", SOCKET:")
         .replace("interval: 1s", "interval: 200ms, retries: 1");
     lab.deploy("web", "apps/web/spec", &spec);
     lab.wait_app("web", "in backoff", |s| s.reason.contains("given up") || s.reason.contains("was replaced"));
