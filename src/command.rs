@@ -45,7 +45,7 @@ impl World {
         loop {
             let target = target.filter(|target| target.release.id == *release);
             let found = self.docker.command(app, release).await?;
-            // One that was there and is gone may have run, whoever removed it.
+            // One that was there and is gone may have run, even if a person removed it.
             let was_there = {
                 let mut seen = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
                 let key = (app.clone(), run.started);

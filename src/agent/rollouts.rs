@@ -258,7 +258,9 @@ impl<M: Machine> Agent<M> {
         let is_ended = |ended: &EndedCommand| {
             started.iter().any(|(release, run)| **release == ended.release && run.started == ended.started)
         };
-        if let Some(stale) = state.turn.command_end.take_if(|ended| !is_ended(ended)) {
+        let stale = state.turn.command_end.take_if(|ended| !is_ended(ended));
+        // The next run of the same command removes what this one left by itself, and must not lose its own container.
+        if let Some(stale) = stale.filter(|stale| !started.iter().any(|(release, _)| **release == stale.release)) {
             remove_command(&mut self.jobs, &self.machine, app, stale.release);
         }
         started.retain(|(release, run)| {

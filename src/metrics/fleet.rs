@@ -52,14 +52,14 @@ impl FleetGauges {
         text.family(
             "demae_rollout_turns",
             "gauge",
-            "Hosts that have a turn, by how far they may go; 0 but from the leader",
+            "Hosts that have a turn, by how far they may go; 0 except from the leader",
         );
         text.series("demae_rollout_turns", &[("phase", "try")], leader.tries as f64);
         text.series("demae_rollout_turns", &[("phase", "switch")], leader.switches as f64);
         text.single(
             "demae_rollout_lost_hosts",
             "gauge",
-            "Hosts that went away in their turn and have not come back; 0 but from the leader",
+            "Hosts that went away in their turn and have not come back; 0 except from the leader",
             leader.lost as f64,
         );
     }

@@ -94,7 +94,7 @@ fn good_and_bad_deploys_are_told_apart() {
     assert!(err.contains("::error title=web on "), "{err}");
     assert!(err.contains("demae retry web"), "{err}");
     assert!(fleet.versions().values().all(|version| version == "v2"), "what served serves");
-    // The same answer for whoever waits for it, as an object too.
+    // `wait` gives the same answer, as an object too.
     let (code, shown) = json(store, &["wait", "web", "-o", "json"]);
     assert_eq!((code, shown["outcome"].as_str()), (3, Some("failed")), "{shown}");
     assert!(shown["hosts"].as_array().is_some_and(|hosts| hosts.iter().any(|h| h["verdict"].is_string())), "{shown}");
