@@ -277,7 +277,8 @@ impl Leading {
     fn gauges(&self) -> LeaderGauges {
         let records = &self.fleet.records;
         let phase = |(app, stored): (&AppName, &Stored<Rollout>)| {
-            let rollout = stored.value.as_ref()?;
+            // The record of an app that nobody wants any more says nothing to act on.
+            let rollout = stored.value.as_ref().filter(|_| records.specs.contains_key(app))?;
             Some((app.clone(), (rollout.phase, rollout.changed)))
         };
         let in_phase = |phase: PermitPhase| {

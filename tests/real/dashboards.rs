@@ -86,6 +86,7 @@ fn every_exported_metric_is_documented_and_every_query_has_data() {
         del: &|key| lab.del(key),
         image: &|version| lab.image(version),
         user: &user_line(),
+        failed_release_alert: "DemaeRolloutStopped",
     };
     let began = now();
     let mut seen = Forms::new();
