@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use bollard::{
     models::{
         ContainerCreateBody, HealthConfig, HostConfig, HostConfigLogConfig, Mount, MountType, PortBinding,
-        RestartPolicy, RestartPolicyNameEnum,
+        ResourcesUlimits, RestartPolicy, RestartPolicyNameEnum,
     },
     query_parameters::CreateContainerOptionsBuilder,
 };
@@ -15,7 +15,7 @@ use crate::model::{
     name::{AppName, ContainerId, HostName},
     observed::InstanceKey,
     release::Release,
-    spec::{Endpoint, Probe, VolumeSource},
+    spec::{Endpoint, Probe, Ulimit, VolumeSource},
     text::json,
 };
 
@@ -194,6 +194,11 @@ impl Docker {
             log_config: Some(log_config),
             network_mode: r.own_address.map(|own| own.network.clone()).or_else(|| c.network.clone()),
             extra_hosts: none_if_empty(c.extra_hosts.clone()),
+            dns: none_if_empty(c.dns.clone()),
+            group_add: none_if_empty(c.group_add.clone()),
+            security_opt: c.no_new_privileges.then(|| vec!["no-new-privileges".to_owned()]),
+            shm_size: c.shm_size,
+            ulimits: none_if_empty(c.ulimits.iter().map(ulimit).collect::<Vec<_>>()),
             cap_drop: none_if_empty(c.cap_drop.clone()),
             tmpfs: none_if_empty(c.tmpfs.iter().map(|t| (t.clone(), String::new())).collect::<HashMap<_, _>>()),
             readonly_rootfs: Some(c.read_only),
@@ -209,6 +214,7 @@ impl Docker {
             entrypoint: c.entrypoint.clone(),
             user: c.user.clone(),
             working_dir: c.working_dir.clone(),
+            hostname: c.hostname.clone(),
             env: Some(env),
             labels: Some(Self::labels_of(host, r)),
             exposed_ports: none_if_empty(exposed),
@@ -220,6 +226,10 @@ impl Docker {
             ..Default::default()
         }
     }
+}
+
+fn ulimit((name, limit): (&String, &Ulimit)) -> ResourcesUlimits {
+    ResourcesUlimits { name: Some(name.clone()), soft: Some(limit.soft), hard: Some(limit.hard) }
 }
 
 /// The body of the create call as sent to the engine: for tests of what a spec can ask for.

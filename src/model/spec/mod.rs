@@ -2,6 +2,7 @@
 //!
 //! A [`Spec`] is only created by [`Spec::parse`], which reports every problem of a text, not the first.
 
+mod compose;
 mod fields;
 mod read;
 mod update;
@@ -109,6 +110,33 @@ pub struct ContainerSpec {
     pub stop_signal: Option<String>,
     /// Time to exit before it is killed.
     pub stop_grace_period: Duration,
+    /// Its own host name; Docker's unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// Addresses of name servers; Docker's unless given.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub dns: Vec<String>,
+    /// Further groups of its user.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub group_add: Vec<String>,
+    /// Whether no process may get more rights than it was started with.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub no_new_privileges: bool,
+    /// Size of `/dev/shm`, in bytes; Docker's 64 MiB unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shm_size: Option<i64>,
+    /// Limits of its processes, by Docker's names.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub ulimits: BTreeMap<String, Ulimit>,
+}
+
+/// A limit of a process, as setrlimit(2) has it; -1 for none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Ulimit {
+    /// What a process gets.
+    pub soft: i64,
+    /// Up to where it may raise that.
+    pub hard: i64,
 }
 
 /// A mount.

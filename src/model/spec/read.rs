@@ -7,7 +7,7 @@ use super::{
     fields::{Fields, Reader},
     update::ratio,
     values::{
-        absolute, constraint, host_header, http_path, is_system_dir, nano_cpus, network, printable, pull_policy,
+        self, absolute, constraint, host_header, http_path, is_system_dir, nano_cpus, network, printable, pull_policy,
         signal, volume,
     },
 };
@@ -44,15 +44,23 @@ impl Reader {
         let ingress = f.get("ingress").and_then(|n| self.ingresses(n));
         let health = self.health(&f, ingress.as_ref());
         let (deploy, memory, nano_cpus, pids) = self.deploy(&f);
+        let (memory, nano_cpus, pids) = self.short_limits(&f, (memory, nano_cpus, pids));
+        self.without_effect(&f);
         let container = ContainerSpec {
             command: self.command(&f, "command"),
             entrypoint: self.command(&f, "entrypoint"),
             user: self.string(&f, "user"),
             working_dir: self.read(&f, "working_dir", |t| absolute(t).map(str::to_owned)),
             volumes: self.items(&f, "volumes", volume),
-            tmpfs: self.items(&f, "tmpfs", |t| absolute(t).map(str::to_owned)),
+            tmpfs: self.tmpfs(&f),
             network: self.read(&f, "network_mode", network).flatten(),
-            extra_hosts: self.items(&f, "extra_hosts", |t| printable(t).map(str::to_owned)),
+            extra_hosts: self.extra_hosts(&f),
+            hostname: self.hostname(&f),
+            dns: self.dns(&f),
+            group_add: self.items(&f, "group_add", |t| printable(t).map(str::to_owned)),
+            no_new_privileges: self.no_new_privileges(&f),
+            shm_size: self.shm_size(&f),
+            ulimits: self.ulimits(&f),
             labels: self.labels(&f),
             cap_drop: self.items(&f, "cap_drop", |t| printable(t).map(str::to_owned)),
             read_only: self.boolean(&f, "read_only").unwrap_or(false),
@@ -352,6 +360,7 @@ impl Reader {
         let (mut memory, mut cpus, mut pids) = (None, None, None);
         let Some(node) = top.get("deploy") else { return (deploy, memory, cpus, pids) };
         let f = self.fields("deploy", node);
+        self.restart_policy(&f);
         self.read(&f, "mode", |t| match t {
             "global" => Ok(()),
             "replicated" => {
@@ -371,11 +380,7 @@ impl Reader {
             let resources = self.fields("deploy.resources", node);
             if let Some(node) = resources.get("limits") {
                 let limits = self.fields("deploy.resources.limits", node);
-                memory = self.read(&limits, "memory", |t| match text::size(t)? {
-                    // Docker's own minimum.
-                    bytes if bytes < 6 * 1024 * 1024 => Err("Docker needs at least `6M`".to_owned()),
-                    bytes => i64::try_from(bytes).map_err(|_| "this is too much".to_owned()),
-                });
+                memory = self.read(&limits, "memory", values::memory);
                 cpus = self.read(&limits, "cpus", nano_cpus);
                 pids = self.number(&limits, "pids", 1, 4_194_304).map(i64::from);
             }

@@ -89,7 +89,7 @@ fn schema_and_reader_have_the_same_keys() {
     for (path, keys) in KEYS {
         let mut at = &schema;
         for part in path.split('.').filter(|p| !p.is_empty()) {
-            at = &at["properties"][part];
+            at = if part == "*" { &at["additionalProperties"] } else { &at["properties"][part] };
             // One item or a list of them: the item is defined once, under `$defs`.
             if let Some(name) = at["oneOf"][0]["$ref"].as_str().and_then(|r| r.strip_prefix("#/$defs/")) {
                 at = &schema["$defs"][name];
@@ -106,5 +106,75 @@ fn schema_and_reader_have_the_same_keys() {
         read.sort_unstable();
         assert_eq!(schema_keys, read, "keys of `{path}`");
         assert_eq!(at["additionalProperties"], false, "`{path}` allows no other keys");
+    }
+}
+
+#[test]
+fn keys_of_compose_are_read_as_compose_has_them() {
+    let text = r#"
+image: web:v1
+restart: unless-stopped
+hostname: web-1.example.com
+dns: 10.0.0.53
+tmpfs: /tmp
+extra_hosts: {db: 10.0.0.5}
+group_add: [audio, 999]
+security_opt: ["no-new-privileges:true"]
+shm_size: 256m
+ulimits: {nofile: 65536, core: {soft: 0, hard: -1}}
+mem_limit: 512m
+cpus: 0.5
+pids_limit: 200
+stdin_open: false
+tty: false
+deploy: {restart_policy: {condition: on-failure, delay: 5s, max_attempts: 3, window: 120s}}
+"#;
+    let container = spec(text.as_bytes()).expect("this spec is fine").container;
+    assert_eq!(
+        (container.hostname.as_deref(), container.dns.as_slice()),
+        (Some("web-1.example.com"), &["10.0.0.53".to_owned()][..])
+    );
+    assert_eq!(
+        (container.tmpfs.as_slice(), container.extra_hosts.as_slice()),
+        (&["/tmp".to_owned()][..], &["db:10.0.0.5".to_owned()][..])
+    );
+    assert!(container.no_new_privileges && container.group_add == ["audio", "999"]);
+    assert_eq!((container.shm_size, container.memory), (Some(256 << 20), Some(512 << 20)));
+    assert_eq!((container.nano_cpus, container.pids), (Some(500_000_000), Some(200)));
+    let ulimit = |name: &str| container.ulimits.get(name).map(|limit| (limit.soft, limit.hard));
+    assert_eq!((ulimit("nofile"), ulimit("core")), (Some((65536, 65536)), Some((0, -1))));
+    // An older release has the same id as before these keys.
+    let plain = spec(b"image: web:v1\n").expect("this spec is fine").container;
+    let keys = serde_json::to_value(&plain).expect("JSON");
+    assert_eq!(
+        keys.as_object().map(|keys| keys.keys().cloned().collect::<Vec<_>>()),
+        Some(vec!["init".to_owned(), "read_only".to_owned(), "stop_grace_period".to_owned()])
+    );
+}
+
+#[test]
+fn keys_of_compose_that_ask_for_too_much_are_refused() {
+    for (text, why) in [
+        ("restart: 'no'", "release_command"),
+        ("restart: sometimes", "unless-stopped"),
+        ("deploy: {restart_policy: {condition: none}}", "release_command"),
+        ("tty: true", "leave it out"),
+        ("security_opt: ['seccomp:unconfined']", "no-new-privileges"),
+        ("security_opt: ['no-new-privileges:false']", "no-new-privileges"),
+        ("hostname: 'a b'", "not a host name"),
+        ("dns: example.com", "name server"),
+        ("ulimits: {rtprio: 99}", "not a limit that can be given"),
+        ("ulimits: {nofile: many}", "whole number"),
+        ("ulimits: {nofile: {soft: 5}}", "`soft` and `hard`"),
+        ("ulimits: {nofile: {soft: 5, hard: 4}}", "above `hard`"),
+        ("ulimits: [nofile]", "a mapping"),
+        ("shm_size: 0", "1k"),
+        ("mem_limit: 1k", "6M"),
+        ("mem_limit: 1g\ndeploy: {resources: {limits: {memory: 1g}}}", "one of them"),
+        ("services: {web: {image: x}}", "whole Compose file"),
+        ("platform: linux/arm64", "platform of the host"),
+    ] {
+        let found = problems(&format!("image: web:v1\n{text}\n"));
+        assert!(found.contains(why), "{text}: {found}");
     }
 }

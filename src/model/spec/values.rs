@@ -1,6 +1,7 @@
 //! Parsers for single values of a spec: what they may be, and what to write instead.
 
 use super::{Constraint, PullPolicy, Volume, VolumeSource};
+use crate::model::text;
 
 /// Host directories below which an app may mount. All else belongs to the system or to demae: a denylist would be
 /// incomplete.
@@ -67,6 +68,34 @@ pub(super) fn network(text: &str) -> Result<Option<String>, String> {
             Ok(Some(t.to_owned()))
         }
         t => Err(format!("`{}` is not the name of a network", t.escape_debug())),
+    }
+}
+
+/// Limits of a process that can be given: those that take nothing from others. Docker's own names, without `nice`,
+/// `rtprio` and `rttime`, which give precedence over other apps.
+const LIMITS: [&str; 12] =
+    ["core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nofile", "nproc", "rss", "sigpending", "stack"];
+
+pub(super) fn limit_name(text: &str) -> Result<(), String> {
+    if LIMITS.contains(&text) {
+        return Ok(());
+    }
+    Err(format!("`{}` is not a limit that can be given; these are: {}", text.escape_debug(), LIMITS.join(", ")))
+}
+
+/// A limit; -1 for none.
+pub(super) fn limit_value(text: &str) -> Result<i64, String> {
+    match text.parse::<i64>() {
+        Ok(value) if value >= -1 => Ok(value),
+        _ => Err(format!("`{}` is not a whole number, or -1 for no limit", text.escape_debug())),
+    }
+}
+
+pub(super) fn memory(text: &str) -> Result<i64, String> {
+    match text::size(text)? {
+        // Docker's own minimum.
+        bytes if bytes < 6 * 1024 * 1024 => Err("Docker needs at least `6M`".to_owned()),
+        bytes => i64::try_from(bytes).map_err(|_| "this is too much".to_owned()),
     }
 }
 
