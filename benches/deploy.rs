@@ -4,7 +4,7 @@
 //! same round; the bare steps against themselves show the noise. Intervals are 95 % bootstrap intervals of the median.
 //!
 //! `DEMAE_BENCH_ROUNDS` (30), `DEMAE_BENCH_ROUTES` (`socket,table,port`), `DEMAE_BENCH_START_MS` (0): start time of the app,
-//! `DEMAE_BENCH_VHOSTS` (0): other virtual hosts in nginx, `DEMAE_BENCH_APPS` (0): other apps on the host, `DEMAE_BENCH_ROLLOUTS` (0): 1 with rollouts enabled.
+//! `DEMAE_BENCH_VHOSTS` (0): other virtual hosts in nginx, `DEMAE_BENCH_APPS` (0): other apps on the host, `DEMAE_BENCH_ROLLOUTS` (1): 0 without rollouts.
 #![expect(clippy::print_stdout, reason = "a program for people")]
 
 #[path = "../tests/support/mod.rs"]
@@ -26,7 +26,7 @@ fn main() {
                     start_ms: number("DEMAE_BENCH_START_MS", 0),
                     vhosts: number("DEMAE_BENCH_VHOSTS", 0),
                     apps: number("DEMAE_BENCH_APPS", 0),
-                    rollouts: number("DEMAE_BENCH_ROLLOUTS", 0) > 0,
+                    rollouts: number("DEMAE_BENCH_ROLLOUTS", 1) > 0,
                 };
                 println!("\n{}", measure(plan));
             }

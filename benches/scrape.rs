@@ -21,7 +21,7 @@ use demae::{
     events::Events,
     host::docker::{Meter as _, Operation},
     http::{self, HttpState},
-    metrics::{AppSeries, AppView, FleetGauges, HostGauges, Metrics, ReleaseView, View},
+    metrics::{AppSeries, AppView, HostGauges, Metrics, ReleaseView, View},
     model::{
         change::Change,
         desired::HostMode,
@@ -159,7 +159,8 @@ async fn serve(host: HostName, metrics: Arc<Metrics>, view: View) -> (SocketAddr
         metrics,
         view: watch::channel(Arc::new(view)).1,
         host_gauges: watch::channel(HostGauges::default()).1,
-        fleet_gauges: watch::channel(FleetGauges::default()).1,
+        leader_gauges: watch::channel(None).1,
+        takes_turns: watch::channel(true).1,
         status: watch::channel(status).1,
         pulse: watch::channel(tokio::time::Instant::now()).1,
         ready: watch::channel(true).1,

@@ -49,7 +49,6 @@ fn main() -> ExitCode {
         del: &del,
         image: &image,
         user: "",
-        failed_release_alert: "DemaeReleaseHalted",
     };
     let mut failed = 0;
     let mut check = |passed: bool, what: &str| {

@@ -29,7 +29,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     events::Events,
-    metrics::{FleetGauges, HostGauges, Metrics, View},
+    metrics::{FleetGauges, HostGauges, LeaderGauges, Metrics, View},
     model::{event::Event, status::HostStatus, text::json, time::Timestamp},
 };
 
@@ -55,7 +55,9 @@ pub struct HttpState {
     /// Gauges of this machine, for metrics.
     pub host_gauges: watch::Receiver<HostGauges>,
     /// Gauges of rollouts, for metrics.
-    pub fleet_gauges: watch::Receiver<FleetGauges>,
+    pub leader_gauges: watch::Receiver<Option<LeaderGauges>>,
+    /// Whether this host takes turns in rollouts.
+    pub takes_turns: watch::Receiver<bool>,
     /// The event stream.
     pub events: Events,
     /// Status of host and apps.
@@ -134,7 +136,7 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
 
 async fn metrics(State(state): State<HttpState>) -> impl IntoResponse {
     let (view, host_gauges) = (state.view.borrow().clone(), state.host_gauges.borrow().clone());
-    let fleet = state.fleet_gauges.borrow().clone();
+    let fleet = FleetGauges { enabled: *state.takes_turns.borrow(), leader: state.leader_gauges.borrow().clone() };
     // Rendering a thousand apps takes milliseconds, so it does not run on the loop's thread.
     let rendered =
         tokio::task::spawn_blocking(move || state.metrics.render(&view, &host_gauges, &fleet, Timestamp::now())).await;

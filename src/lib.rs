@@ -14,10 +14,10 @@
 //! | `host::health`, one per running instance | probes | `changes`: an app whose health changed |
 //! | `store::keep_lease` | `updates` | `leases`: the current lease, if any |
 //! | `store::publish` | `publish`, `leases`, `updates`, `store::SharedFence` | etcd: `state/` |
-//! | `rollout::follow`, if enabled | etcd: rollouts, own permits; `leases`, `requests` of the loop | `rollouts`: records and kept releases; `answers` |
-//! | `rollout::lead`, if enabled | etcd: everything, while it leads | etcd: `state/`, `secret/releases/`; `fleet_gauges` |
+//! | `rollout::follow`, unless off | etcd: rollouts, own permits; `leases`, `requests` of the loop | `rollouts`: records and kept releases; `answers` |
+//! | `rollout::lead`, unless off | etcd: everything, while it leads | etcd: `state/`, `secret/releases/`; `leader_gauges` |
 //! | `host_gauges::watch` | disks, certificates | `host_gauges`; the loop adds ports |
-//! | `http::serve` | `status`, `view`, `host_gauges`, `fleet_gauges`, `pulse`, `ready`, events | `/metrics`, `/status`, `/events`, … |
+//! | `http::serve` | `status`, `view`, `host_gauges`, `leader_gauges`, `pulse`, `ready`, events | `/metrics`, `/status`, `/events`, … |
 //! | `webhook::Webhook::run`, if configured | events | HTTP requests |
 //! | `shutdown::on_signals` | SIGTERM, SIGINT | two tokens: orderly, at once |
 //!

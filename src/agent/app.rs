@@ -275,7 +275,7 @@ impl AppState {
             plan.vhost = VhostWish::Keep;
             plan.blocks.push(Block::Refused(violation));
         }
-        plan.waits.extend(self.turn.kept_wait());
+        self.turn.tell_kept(&mut plan);
         self.counting_since = None;
         // The end of the step in flight wakes the loop.
         // A write about its turn that was refused, or got no answer, is tried again by itself.

@@ -27,7 +27,7 @@ const MOST_REASON: usize = 4096;
 impl AppState {
     /// Its status; `None` if it is neither here nor wanted here.
     pub(super) fn status<M: Machine>(&mut self, machine: &M) -> Option<AppStatus> {
-        let target = self.desired.target().cloned();
+        let target = self.turn.kept_from().or(self.desired.target()).cloned();
         // Of a plan for an earlier desired state only what serves still counts.
         let mut plan = self.planned.clone().unwrap_or_default();
         if !self.fresh.is_plan_current() {
@@ -77,7 +77,10 @@ impl AppState {
             since: self.since,
             kinds: self.kinds(&plan).into_iter().map(str::to_owned).collect(),
             reason: bounded(self.reason(&plan, &|at| machine.wall(at)), MOST_REASON),
-            verdict: verdict.map(|v| Verdict { at: machine.wall(v.at), ..v }),
+            verdict: match self.turn.kept_from() {
+                Some(_) => self.turn.failed.clone(),
+                None => verdict.map(|v| Verdict { at: machine.wall(v.at), ..v }),
+            },
             timeline: self.telemetry.timeline().to_vec(),
         })
     }

@@ -166,6 +166,8 @@ pub struct Agent<M> {
     store_block: Option<StoreBlock>,
     /// The records of rollouts, if this host takes turns.
     rollouts: Option<Link>,
+    /// Whether this host took turns when the desired state was last applied.
+    took_turns: bool,
 }
 
 /// Desired state of an app that a snapshot does not list.
@@ -174,12 +176,13 @@ fn desired_if_unlisted(snapshot: Option<&Snapshot>) -> DesiredApp {
     if snapshot.is_some_and(|s| s.proven) { DesiredApp::Absent(why) } else { DesiredApp::Unknown(why) }
 }
 
-/// News of rollouts: the answer to a write, or `None` if the records have changed. Never ends without rollouts.
+/// News of rollouts: the answer to a write, or `None` if the records have changed, or whether this host takes turns. Never ends without rollouts.
 async fn rollout_news(link: &mut Option<Link>) -> Option<Answer> {
-    let Some(Link { rollouts, answers, .. }) = link else { return std::future::pending().await };
+    let Some(Link { takes_turns, rollouts, answers, .. }) = link else { return std::future::pending().await };
     tokio::select! {
         biased;
         Some(answer) = answers.recv() => Some(answer),
+        Ok(()) = takes_turns.changed() => None,
         Ok(()) = rollouts.changed() => None,
         // The task at the other end is gone: the agent is ending.
         else => std::future::pending().await,
@@ -218,13 +221,14 @@ impl<M: Machine> Agent<M> {
             store_reachable: true,
             store_block: None,
             rollouts: None,
+            took_turns: false,
         }
     }
 
     /// The same agent, which takes turns in rollouts.
     #[must_use]
     pub fn with_rollouts(self, link: Link) -> Self {
-        Self { rollouts: Some(link), ..self }
+        Self { rollouts: Some(link), took_turns: true, ..self }
     }
 
     /// Runs until cancelled; with `once`, until nothing is left to do.
@@ -331,10 +335,11 @@ impl<M: Machine> Agent<M> {
         // State found at startup is not a change with a latency to measure.
         let seen = seen.filter(|_| self.snapshot.as_ref().is_some_and(|s| s.proven));
         let unlisted = desired_if_unlisted(Some(&snapshot));
+        let takes_turns = self.takes_turns();
         for (app, desired) in &snapshot.apps {
             let state =
                 self.apps.entry(app.clone()).or_insert_with(|| AppState::new(app.clone(), unlisted.clone(), now));
-            let refused = if self.rollouts.is_none() { without_turns(desired, &state.turn.intended) } else { None };
+            let refused = if takes_turns { None } else { without_turns(desired, &state.turn.intended) };
             let desired = refused.as_ref().unwrap_or(desired);
             let is_same = state.turn.intended == *desired;
             state.turn.intended.clone_from(desired);

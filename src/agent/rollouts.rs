@@ -105,6 +105,14 @@ fn meanwhile(wanted: &Target, kept: &Target) -> Target {
     Target { release: kept.release.clone(), ingress: ingress.clone(), ..wanted.clone() }
 }
 
+/// The verdict of this host against a release, as the store has it.
+fn failed(records: &HostRecords, release: &ReleaseId) -> Option<Verdict> {
+    let verdict = records.verdicts.get(release)?.clone()?;
+    let HostVerdict { cause, exit_code, log_tail, at, .. } = verdict;
+    let (release, conditions) = (release.clone(), String::new());
+    Some(Verdict { release, cause, exit_code, log_tail, at, attempts: 1, conditions })
+}
+
 /// Removes the container of a command whose end is known.
 fn remove_command<M: Machine>(jobs: &mut JoinSet<Completion>, machine: &Arc<M>, app: &AppName, release: ReleaseId) {
     let (machine, app) = (machine.clone(), app.clone());
@@ -119,6 +127,11 @@ fn remove_command<M: Machine>(jobs: &mut JoinSet<Completion>, machine: &Arc<M>, 
 impl<M: Machine> Agent<M> {
     fn rollouts(&self) -> Option<std::sync::Arc<HostRollouts>> {
         self.rollouts.as_ref().and_then(|link| link.rollouts.borrow().clone())
+    }
+
+    /// Whether this host takes turns. One that does not converges by itself.
+    pub(super) fn takes_turns(&self) -> bool {
+        self.rollouts.as_ref().is_some_and(|link| !link.is_alone())
     }
 
     /// Calls a function with the facts about an app, and its records.
@@ -171,6 +184,7 @@ impl<M: Machine> Agent<M> {
         let Some(state) = self.apps.get(app) else { return };
         let decided = match (state.turn.intended.target(), &rollouts) {
             (None, _) => Directive::Wanted(Turn::Free),
+            (Some(_), None) if !self.takes_turns() => Directive::Wanted(Turn::Free),
             (Some(_), None) => Directive::Wanted(Turn::Held("the records of its rollout were not read yet".into())),
             (Some(_), Some(rollouts)) => match self.with_facts(app, rollouts, now, directive) {
                 Some(directive) => directive,
@@ -180,8 +194,10 @@ impl<M: Machine> Agent<M> {
         };
         let kept = |release: &ReleaseId| rollouts.as_ref()?.kept.get(&(app.clone(), release.clone())).cloned();
         let grace = self.options.delete_grace;
+        let records = rollouts.as_ref().and_then(|rollouts| rollouts.records.get(app));
         let Some(state) = self.apps.get_mut(app) else { return };
         let intended = state.turn.intended.clone();
+        let failed = intended.target().and_then(|target| failed(records?, &target.release.id));
         let (desired, turn, why) = match decided {
             Directive::Wanted(turn) => (intended, turn, None),
             Directive::Kept(release, why) => match kept(&release) {
@@ -200,10 +216,10 @@ impl<M: Machine> Agent<M> {
         if state.turn.turn.may_switch() && !turn.may_switch() {
             // What the last plan wishes of nginx must not be published any more.
             state.fresh.change_desired();
-        } else if state.turn.turn != turn || state.turn.kept != why {
+        } else if state.turn.turn != turn || state.turn.kept != why || state.turn.failed != failed {
             state.fresh.request_plan();
         }
-        (state.turn.turn, state.turn.kept) = (turn, why);
+        (state.turn.turn, state.turn.kept, state.turn.failed) = (turn, why, failed);
         state.set_desired(desired, None, now, grace);
     }
 
@@ -323,8 +339,14 @@ impl<M: Machine> Agent<M> {
         state.fresh.request_plan();
     }
 
-    /// The records of the fleet changed.
+    /// The records of the fleet changed, or whether this host takes turns.
     pub(super) fn on_rollouts_changed(&mut self) {
+        let takes_turns = self.takes_turns();
+        if std::mem::replace(&mut self.took_turns, takes_turns) != takes_turns {
+            // Whether an app can run here depends on it.
+            self.snapshot = None;
+            self.apply_update();
+        }
         let (now, apps): (_, Vec<AppName>) = (self.machine.now(), self.apps.keys().cloned().collect());
         for app in apps {
             self.follow_rollout(&app, now);

@@ -2,12 +2,16 @@
 
 use crate::{
     model::{
-        desired::DesiredApp,
+        desired::{DesiredApp, Target},
         fleet::{EndedCommand, Turn},
+        observed::Verdict,
         problem::Problem,
         time::Timestamp,
     },
-    plan::wait::Wait,
+    plan::{
+        AppPlan,
+        wait::{Block, Wait},
+    },
 };
 
 /// The part of an app that is about turns.
@@ -19,6 +23,8 @@ pub(super) struct TurnState {
     pub(super) turn: Turn,
     /// Why it runs another release than the one that its keys make.
     pub(super) kept: Option<Kept>,
+    /// The evidence against the wanted release, if it failed here and another one runs; its time is that of the wall.
+    pub(super) failed: Option<Verdict>,
     /// A write is under way since then: nothing is decided before its answer.
     pub(super) writing: Option<Timestamp>,
     /// No write before.
@@ -39,6 +45,7 @@ impl TurnState {
             intended,
             turn: Turn::Free,
             kept: None,
+            failed: None,
             writing: None,
             write_after: Timestamp::default(),
             confirmed: None,
@@ -48,11 +55,17 @@ impl TurnState {
         }
     }
 
-    /// Why an app that runs a kept release is not converged.
-    pub(super) fn kept_wait(&self) -> Option<Wait> {
-        match &self.kept {
-            Some(Kept::Meanwhile(why)) => Some(Wait::Turn(why.clone())),
-            Some(Kept::Pinned) | None => None,
+    /// The wanted release, while another one that the fleet has proven runs in its place.
+    pub(super) fn kept_from(&self) -> Option<&Target> {
+        self.intended.target().filter(|_| matches!(self.kept, Some(Kept::Meanwhile(_))))
+    }
+
+    /// Adds to a plan why an app that runs a kept release is not converged. Where the wanted one failed, a person must act.
+    pub(super) fn tell_kept(&self, plan: &mut AppPlan) {
+        let Some(Kept::Meanwhile(why)) = &self.kept else { return };
+        match &self.failed {
+            Some(verdict) => plan.blocks.push(Block::Halted(verdict.clone())),
+            None => plan.waits.push(Wait::Turn(why.clone())),
         }
     }
 }
@@ -61,8 +74,10 @@ impl TurnState {
 pub(super) fn without_turns(desired: &DesiredApp, before: &DesiredApp) -> Option<DesiredApp> {
     desired.target()?.release_command.as_ref()?;
     let problem = Problem::new("release_command", "this host takes no turns in rollouts, and would run it by itself");
-    let problem = problem.hint("set `enabled = true` below `[rollouts]` in the file of its agent");
-    Some(DesiredApp::Invalid { problems: problem.into(), last_good: before.target().cloned() })
+    let problem = problem.hint("docs/rollouts.md says how it takes turns: `[rollouts]` in the file of its agent, and the rights of its etcd role");
+    // A release whose command has not run yet is none to go on with.
+    let last_good = before.target().filter(|target| target.release_command.is_none()).cloned();
+    Some(DesiredApp::Invalid { problems: problem.into(), last_good })
 }
 
 /// Why an app runs a kept release.

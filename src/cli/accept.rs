@@ -12,11 +12,11 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    #[command(flatten)]
-    common: Common,
     /// Do not prompt
     #[arg(long)]
     yes: bool,
+    #[command(flatten)]
+    common: Common,
 }
 
 /// `demae store`

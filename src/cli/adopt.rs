@@ -8,11 +8,11 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    #[command(flatten)]
-    common: Common,
     /// The agent id that `status` and `doctor` show; `none` for containers without one
     #[arg(value_name = "ID")]
     id: String,
+    #[command(flatten)]
+    common: Common,
 }
 
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {

@@ -12,7 +12,7 @@ use crate::{
     events::Events,
     host_gauges,
     http::{self, HttpState},
-    metrics::{FleetGauges, HostGauges, Metrics, View},
+    metrics::{HostGauges, Metrics, View},
     model::{
         desired::HostMode,
         status::{HostStatus, StoreStatus, VERSION},
@@ -33,14 +33,14 @@ const CAPACITY_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    #[command(flatten)]
-    common: Common,
     /// Exit once converged: 0 when everything is converged, 1 when a person must act
     #[arg(long)]
     once: bool,
     /// With `--once`: give up after this time
     #[arg(long, value_name = "DURATION", default_value = "10m", requires = "once")]
     timeout: String,
+    #[command(flatten)]
+    common: Common,
 }
 
 pub(super) fn run(args: &Args) -> CliEnded {
@@ -101,8 +101,10 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let (view, view_in) =
         watch::channel(Arc::new(View::new(config.host.clone(), config.etcd.prefix.as_str().to_owned())));
     let (host_gauges, host_gauges_in) = watch::channel(HostGauges::default());
-    let (fleet_gauges, fleet_gauges_in) =
-        watch::channel(FleetGauges { enabled: config.rollouts.is_some(), leader: None });
+    let (leader_gauges, leader_gauges_in) = watch::channel(None);
+    let link = config.rollouts.map(|rollouts| (rollouts, Link::new(claim.owner().run.clone(), rollouts.required)));
+    let (_off, off) = watch::channel(false);
+    let takes_turns = link.as_ref().map_or(off, |(_, (link, _))| link.takes_turns.clone());
     let (pulse, pulse_in) = watch::channel(tokio::time::Instant::now());
     let (ready, ready_in) = watch::channel(false);
     let (updates, updates_in) = watch::channel(Update::default());
@@ -114,7 +116,8 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
         metrics: metrics.clone(),
         view: view_in,
         host_gauges: host_gauges_in,
-        fleet_gauges: fleet_gauges_in,
+        leader_gauges: leader_gauges_in,
+        takes_turns: takes_turns.clone(),
         events: events.clone(),
         status: status_in,
         pulse: pulse_in,
@@ -148,15 +151,14 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
     let publishing = Arc::new(Publishing::default());
     let (leases, leases_in) = watch::channel(None);
     tasks.spawn(store::keep_lease(config.etcd.clone(), updates_in.clone(), leases, side.clone()));
-    let link = config.rollouts.map(|rollouts| {
-        let (link, ends) = Link::new(claim.owner().run.clone());
+    let link = link.map(|(rollouts, (link, ends))| {
         let (etcd, host) = (config.etcd.clone(), config.host.clone());
         let (updates, leases) = (updates_in.clone(), leases_in.clone());
         let following =
             rollout::follow(etcd.clone(), host.clone(), updates.clone(), leases, ends, metrics.clone(), side.clone());
         tasks.spawn(following);
         if rollouts.may_lead {
-            let outlets = LeaderOutlets { metrics: metrics.clone(), gauges: fleet_gauges };
+            let outlets = LeaderOutlets { metrics: metrics.clone(), gauges: leader_gauges };
             tasks.spawn(rollout::lead(etcd, host, claim.owner().run.clone(), updates, outlets, side.clone()));
         }
         link
@@ -169,7 +171,7 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
         leases: leases_in,
         updates: updates_in.clone(),
         fence,
-        rollouts: link.is_some(),
+        takes_turns,
         capacity,
     };
     let publisher = tasks.spawn(store::publish(config.etcd.clone(), claim, sources, publishing.clone(), side.clone()));

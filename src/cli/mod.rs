@@ -3,6 +3,7 @@
 mod accept;
 mod adopt;
 mod agent;
+mod completions;
 mod dev;
 mod doctor;
 mod events;
@@ -16,10 +17,11 @@ mod schema;
 mod setup;
 mod status;
 mod validate;
+mod version;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand, error::ErrorKind, parser::ValueSource};
 
 use crate::{
     config::{Flags, LISTEN},
@@ -32,8 +34,7 @@ use print::Printer;
 #[command(
     name = "demae",
     version,
-    about = "Keeps the containers and the nginx of a Docker host as etcd says, and drops no request on the way",
-    disable_help_subcommand = true
+    about = "Keeps the containers and the nginx of a Docker host as etcd says, and drops no request on the way"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -58,6 +59,22 @@ enum Verb {
     Retry(fleet::retry::Args),
     /// Wait until it is decided what became of a release
     Wait(fleet::wait::Args),
+    /// Deploy specs from files, and wait for the outcome
+    Apply(fleet::apply::Args),
+    /// Show and change the variables of an app
+    Env(fleet::env::Args),
+    /// List the releases of an app: who wanted them, and what became of them
+    History(fleet::history::Args),
+    /// Compare what two releases of an app are made from
+    Diff(fleet::diff::Args),
+    /// Print the end of the log of a release that failed
+    Logs(fleet::logs::Args),
+    /// Keep an app as it is, whatever is written, until it is resumed
+    Pause(fleet::pause::PauseArgs),
+    /// Let a paused app be changed again
+    Resume(fleet::pause::ResumeArgs),
+    /// Remove an app from every host
+    Delete(fleet::delete::Args),
     /// List the hosts of the fleet, or take one out of service
     Hosts(fleet::hosts::Args),
     /// Follow what happens on this host: steps, verdicts, blocks, convergence
@@ -80,6 +97,12 @@ enum Verb {
     Validate(validate::Args),
     /// Print the JSON Schema of a spec
     Schema,
+    /// Print the completions of a shell
+    Completions(completions::CompletionsArgs),
+    /// Print the manual pages
+    Man(completions::ManArgs),
+    /// Print the version of this program, and of what it reads and writes
+    Version(version::Args),
     /// Put the routes of TCP apps back as they were; at boot, before the agent runs
     RestoreRoutes(restore_routes::Args),
     /// Run a complete demae on this machine to try it: etcd, nginx, agent
@@ -173,7 +196,9 @@ impl<E: std::error::Error> From<E> for Failed {
 
 /// Reads the command line and does what it says.
 pub fn run() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let parsed = Cli::command().try_get_matches();
+    let parsed = parsed.and_then(|matches| check_context(&matches).and_then(|()| Cli::from_arg_matches(&matches)));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(e) => {
             // A closed pipe is no error.
@@ -192,6 +217,14 @@ pub fn run() -> ExitCode {
         Verb::Promote(args) => fleet::promote::run(&args, &mut printer),
         Verb::Retry(args) => fleet::retry::run(&args, &mut printer),
         Verb::Wait(args) => fleet::wait::run(&args, &mut printer),
+        Verb::Apply(args) => fleet::apply::run(&args, &mut printer),
+        Verb::Env(args) => fleet::env::run(&args, &mut printer),
+        Verb::History(args) => fleet::history::run(&args, &mut printer),
+        Verb::Diff(args) => fleet::diff::run(&args, &mut printer),
+        Verb::Logs(args) => fleet::logs::run(&args, &mut printer),
+        Verb::Pause(args) => fleet::pause::pause(&args, &mut printer),
+        Verb::Resume(args) => fleet::pause::resume(&args, &mut printer),
+        Verb::Delete(args) => fleet::delete::run(&args, &mut printer),
         Verb::Hosts(args) => fleet::hosts::run(&args, &mut printer),
         Verb::Events(args) => events::run(&args, &mut printer),
         Verb::Ready(args) => ready::run(&args, &mut printer),
@@ -203,6 +236,9 @@ pub fn run() -> ExitCode {
         Verb::Adopt(args) => adopt::run(&args, &mut printer),
         Verb::Validate(args) => validate::run(&args, &mut printer),
         Verb::Schema => schema::run(&mut printer),
+        Verb::Completions(args) => completions::completions(&args, &mut printer),
+        Verb::Man(args) => completions::man(&args, &mut printer),
+        Verb::Version(args) => version::run(&args, &mut printer),
         Verb::RestoreRoutes(args) => restore_routes::run(&args, &mut printer),
         Verb::Dev(args) => dev::run(&args, &mut printer),
     };
@@ -212,6 +248,43 @@ pub fn run() -> ExitCode {
             printer.error(&format!("error: {}", failed.message));
             failed.exit.code()
         }
+    }
+}
+
+/// Refuses a store that is named twice on a command line: by a context, and by the flags of etcd. Variables of the
+/// environment are for where there is no context.
+fn check_context(matches: &clap::ArgMatches) -> Result<(), clap::Error> {
+    let mut leaf = matches;
+    while let Some((_, below)) = leaf.subcommand() {
+        leaf = below;
+    }
+    let named = leaf.try_get_one::<String>("context").ok().flatten().filter(|name| !name.is_empty());
+    let is_given = |id: &&str| {
+        matches!(leaf.try_contains_id(id), Ok(true)) && leaf.value_source(id) == Some(ValueSource::CommandLine)
+    };
+    let given = [
+        "config",
+        "endpoints",
+        "user",
+        "password",
+        "cacert",
+        "cert",
+        "key",
+        "prefix",
+        "dial_timeout",
+        "command_timeout",
+    ]
+    .into_iter()
+    .find(is_given);
+    match (named, given) {
+        (Some(name), Some(flag)) => {
+            let message = format!(
+                "the context `{name}` names the store, and so does `--{}`: give one of them\n",
+                flag.replace('_', "-")
+            );
+            Err(clap::Error::raw(ErrorKind::ArgumentConflict, message))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -249,3 +322,13 @@ enum Format {
 
 /// Flags of every verb that loads the configuration.
 type Common = Flags;
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        super::Cli::command().debug_assert();
+    }
+}

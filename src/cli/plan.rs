@@ -26,11 +26,11 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    #[command(flatten)]
-    common: Common,
     /// Only these apps
     #[arg(value_name = "APP")]
     apps: Vec<String>,
+    #[command(flatten)]
+    common: Common,
 }
 
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {

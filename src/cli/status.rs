@@ -22,14 +22,15 @@ const MAX_POLL_INTERVAL: Duration = Duration::from_secs(8);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    #[command(flatten)]
-    common: Common,
     /// Address of the agent; its metrics URL will do
     #[arg(long, env = "DEMAE_METRICS", value_name = "URL")]
     agent: Option<String>,
     /// All hosts of the fleet, from the store, instead of this one
     #[arg(long, conflicts_with = "watch")]
     fleet: bool,
+    /// The same, from a store of `~/.config/demae/contexts.toml`, by its name
+    #[arg(long, env = "DEMAE_CONTEXT", value_name = "NAME")]
+    context: Option<String>,
     /// Print again at each change
     #[arg(long)]
     watch: bool,
@@ -39,6 +40,8 @@ pub(super) struct Args {
     /// Only these apps
     #[arg(value_name = "APP")]
     apps: Vec<String>,
+    #[command(flatten)]
+    common: Common,
 }
 
 /// The JSON output.
@@ -60,6 +63,12 @@ struct Shown {
 }
 
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    if let Some(name) = args.context.as_deref().filter(|name| !name.is_empty()) {
+        if args.watch {
+            return Err(Failed::usage("`--watch` shows the agent of this host, and a context is a store"));
+        }
+        return fleet::table::run(&config::context(name)?.etcd, &args.apps, args.output, printer);
+    }
     if args.fleet {
         return fleet::table::run(&config::etcd_only(&args.common)?, &args.apps, args.output, printer);
     }

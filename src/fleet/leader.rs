@@ -387,6 +387,8 @@ impl<'a> Decision<'a> {
             granted: self.view.now,
             seen,
             strict: intent.update.allowed_failures(intent.hosts.len()) == 0,
+            first: rollout.from.is_none()
+                && !records.proofs.keys().any(|(app, host)| app == self.app && records.proven(app, host).is_some()),
         };
         let mut conditions = vec![
             Condition::NoVerdictSince(self.app.clone(), rollout.release.clone(), seen),

@@ -29,8 +29,8 @@ pub struct HostRecords {
     pub proof: Option<Stored<Proof>>,
     /// Runs of the commands of its releases.
     pub commands: BTreeMap<ReleaseId, Stored<CommandRun>>,
-    /// Releases against which a verdict of this host is in the store.
-    pub verdicts: BTreeSet<ReleaseId>,
+    /// The verdicts of this host that are in the store; `None` if one cannot be read.
+    pub verdicts: BTreeMap<ReleaseId, Option<HostVerdict>>,
 }
 
 /// What is the case on this host.
@@ -208,9 +208,18 @@ pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, 
         return transaction(TransactionKind::EndCommand, ended.0, ended.1);
     }
 
-    // A failure is a fact, whether or not the turn still counts.
+    // Before anything is proven in the fleet, a failure ends nothing, and a host that has lost its turn says nothing.
+    let tries_again = |release: &ReleaseId| {
+        facts.proven.is_none()
+            && rollout.is_some_and(|(_, r)| r.release == *release && r.from.is_none() && r.phase.is_under_way())
+            && permit.is_none_or(|(_, p)| p.release != *release || p.first)
+    };
+    // Otherwise it is a fact, whether or not the turn still counts.
     let judged = permit.map(|(_, p)| &p.release).into_iter().chain(rollout.map(|(_, r)| &r.release));
-    for release in judged.filter(|release| facts.proven != Some(*release) && !records.verdicts.contains(*release)) {
+    for release in judged
+        .filter(|release| !tries_again(release))
+        .filter(|release| facts.proven != Some(*release) && !records.verdicts.contains_key(*release))
+    {
         if let Some((_, verdict)) = facts.verdicts.iter().find(|(of, _)| of == release) {
             let put = Write::record(verdict_key(release), verdict);
             // A verdict that a person has just taken away is not written again.
@@ -231,7 +240,7 @@ pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, 
             writes.extend(lost.map(|_| Write::Delete(lost_key)));
             return transaction(TransactionKind::Prove, vec![unchanged(stored), same_proof], writes);
         }
-        let is_failed = facts.verdicts.iter().any(|(of, _)| *of == permit.release);
+        let is_failed = facts.verdicts.iter().any(|(of, _)| *of == permit.release) && !tries_again(&permit.release);
         let is_void = match rollout {
             Some((r, rollout)) => {
                 rollout.release != permit.release
@@ -316,6 +325,7 @@ pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, 
             granted: now,
             seen: 0,
             strict: true,
+            first: false,
         };
         // The proof says that all of this host's turn is in the store again, so both are written at once.
         let writes = vec![Write::record(permit_key.clone(), &restored), put_proof];
@@ -349,7 +359,7 @@ fn end_of_command(facts: &HostFacts<'_>, records: &HostRecords) -> Option<(Vec<C
     let mut conditions = vec![Condition::Modified(key.clone(), stored.modified)];
     let mut writes = vec![Write::record(key, &CommandRun { state, cause, ..run.clone() })];
     if let CommandEnd::Failed(verdict) = end
-        && !records.verdicts.contains(release)
+        && !records.verdicts.contains_key(release)
     {
         let key = FleetKey::Verdict(facts.app.clone(), release.clone(), facts.host.clone());
         conditions.push(Condition::Created(key.clone(), 0));

@@ -30,6 +30,16 @@ impl ReleaseKey {
     }
 }
 
+impl ReleaseKey {
+    /// Eight hexadecimal digits that tell values of a variable apart, and say nothing about them without the key.
+    pub fn digest(&self, name: &EnvName, value: &str) -> String {
+        // Names have no NUL. HMAC takes keys of any length, so this cannot fail.
+        let text = format!("variable\0{name}\0{value}");
+        let tag = Hmac::<Sha256>::new_from_slice(&self.0).map(|mac| mac.chain_update(text).finalize().into_bytes());
+        tag.iter().flat_map(|t| t.iter()).take(4).map(|b| format!("{b:02x}")).collect()
+    }
+}
+
 impl std::fmt::Debug for ReleaseKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("ReleaseKey(***)")

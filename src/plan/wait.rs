@@ -297,10 +297,10 @@ impl Block {
     pub fn remedy(&self, app: &AppName) -> String {
         match self {
             Self::Invalid(_) => "put a corrected value; `demae validate` checks a spec beforehand".to_owned(),
-            Self::Paused(_) => format!("delete `apps/{app}/paused` to go on"),
+            Self::Paused(_) => format!("`demae resume {app}`, or delete `apps/{app}/paused`, to go on"),
             Self::Cordoned => "set `hosts/<host>/mode` to `active` to admit it".to_owned(),
             Self::Halted(_) => {
-                format!("deploy a fixed image or environment, or write a new value to `apps/{app}/restart` to retry")
+                format!("deploy a fixed image or environment; if the cause was elsewhere, `demae retry {app}`")
             }
             Self::HostTaken { .. } => "take the virtual host out of one of the two specs".to_owned(),
             Self::RoutesRejected(_) => "fix the spec, or the template on the host".to_owned(),

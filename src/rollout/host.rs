@@ -29,6 +29,9 @@ use crate::{
     store::{Change, FleetSession, Lease, MadeFrom, StoreError, Update, client::EtcdConfig, parse_fleet},
 };
 
+/// Between two looks at the rights of this agent, if they do not suffice.
+const DENIED: Duration = Duration::from_secs(15);
+
 /// What the store says about the turns of this host.
 #[derive(Debug, Clone, Default)]
 pub struct HostRollouts {
@@ -63,6 +66,10 @@ pub struct Answer {
 pub struct Link {
     /// This run of the agent.
     pub run: String,
+    /// False if the etcd role of this agent does not allow it to take turns.
+    pub takes_turns: Receiver<bool>,
+    /// Whether it then waits, rather than converge by itself.
+    required: bool,
     /// The records; `None` before they were read for the first time.
     pub rollouts: Receiver<Option<Arc<HostRollouts>>>,
     /// Writes.
@@ -73,19 +80,28 @@ pub struct Link {
 
 /// The other end of a [`Link`].
 pub struct Ends {
+    takes_turns: Sender<bool>,
     rollouts: Sender<Option<Arc<HostRollouts>>>,
     requests: UnboundedReceiver<Request>,
     answers: UnboundedSender<Answer>,
 }
 
 impl Link {
-    /// Both ends, for this run of an agent.
-    pub fn new(run: String) -> (Self, Ends) {
+    /// Both ends, for this run of an agent. With `required` it waits if it lacks the rights to take turns.
+    pub fn new(run: String, required: bool) -> (Self, Ends) {
         let (rollouts_out, rollouts) = tokio::sync::watch::channel(None);
+        let (takes_turns_out, takes_turns) = tokio::sync::watch::channel(true);
         let (requests, requests_in) = tokio::sync::mpsc::unbounded_channel();
         let (answers_out, answers) = tokio::sync::mpsc::unbounded_channel();
-        let ends = Ends { rollouts: rollouts_out, requests: requests_in, answers: answers_out };
-        (Self { run, rollouts, requests, answers }, ends)
+        let ends =
+            Ends { takes_turns: takes_turns_out, rollouts: rollouts_out, requests: requests_in, answers: answers_out };
+        (Self { run, takes_turns, required, rollouts, requests, answers }, ends)
+    }
+
+    /// Whether this host converges by itself: it may not take turns, never has in this run, and its file does not ask for
+    /// them. Where turns were taken, what is held stays held.
+    pub fn is_alone(&self) -> bool {
+        !*self.takes_turns.borrow() && !self.required && self.rollouts.borrow().is_none()
     }
 }
 
@@ -101,11 +117,11 @@ pub async fn follow(
     token: CancellationToken,
 ) {
     let mut retry = Retry::new(Duration::from_millis(100), Duration::from_secs(5));
-    let mut turn = 0;
+    let (mut turn, mut was_denied) = (0, false);
     let mut kept = BTreeMap::new();
     loop {
         let ended = {
-            let Ends { rollouts, requests, answers } = &mut ends;
+            let Ends { takes_turns, rollouts, requests, answers, .. } = &mut ends;
             let opening = async {
                 let etcd = trusted(&mut updates).await?;
                 Some(Follower::open(&config, turn, &host, etcd).await)
@@ -114,6 +130,8 @@ pub async fn follow(
             match opened {
                 Ok(follower) => {
                     let mut follower = Follower { kept: std::mem::take(&mut kept), ..follower };
+                    set(takes_turns, true);
+                    was_denied = false;
                     let io =
                         Io { rollouts, requests, answers, updates: &mut updates, leases: &leases, metrics: &metrics };
                     let ended = follower.run(io, &token).await;
@@ -126,20 +144,34 @@ pub async fn follow(
                 Err(e) => Err(e),
             }
         };
+        let mut pause = retry.pause();
         match ended {
             Ok(()) if token.is_cancelled() => return,
             Ok(()) => {}
+            Err(e) if e.is_of_rights() => {
+                if !std::mem::replace(&mut was_denied, true) {
+                    tracing::warn!("this host cannot take turns in rollouts: {e}; docs/rollouts.md has the rights");
+                }
+                // The leader is not to count on this host.
+                set(&ends.takes_turns, false);
+                pause = DENIED;
+            }
             Err(e) => tracing::debug!("the records of rollouts cannot be followed now: {e}"),
         }
         turn += 1;
         let pause = async {
-            tokio::time::sleep(retry.pause()).await;
+            tokio::time::sleep(pause).await;
             Some(())
         };
         if refusing(&mut ends.requests, &mut ends.answers, pause, &token).await.is_none() {
             return;
         }
     }
+}
+
+/// Tells whether this host takes turns, if that is new.
+fn set(takes_turns: &Sender<bool>, value: bool) {
+    takes_turns.send_if_modified(|known| std::mem::replace(known, value) != value);
 }
 
 /// Waits for a result; writes are refused meanwhile, so that no app waits for the store. `None` if cancelled.
@@ -187,6 +219,7 @@ struct Follower {
 impl Follower {
     async fn open(config: &EtcdConfig, turn: usize, host: &HostName, etcd: u64) -> Result<Self, StoreError> {
         let session = FleetSession::open(config, turn).await?;
+        session.try_rights().await?;
         let reading = session.read(&session.host_ranges(host)).await?;
         let mut follower = Self {
             key: session.release_key().await?,
@@ -311,14 +344,14 @@ impl Follower {
             .collect();
         let of = |app: &AppName| {
             let key = (app.clone(), self.host.clone());
-            let verdicts = records.verdicts.keys().filter(|(a, _, host)| a == app && *host == self.host);
+            let verdicts = records.verdicts.iter().filter(|((a, _, host), _)| a == app && *host == self.host);
             let commands = records.commands.iter().filter(|((a, _), _)| a == app);
             HostRecords {
                 rollout: records.rollouts.get(app).cloned(),
                 permit: records.permits.get(&key).cloned(),
                 lost: records.lost.get(&key).cloned(),
                 proof: records.proofs.get(&key).cloned(),
-                verdicts: verdicts.map(|(_, release, _)| release.clone()).collect(),
+                verdicts: verdicts.map(|((_, release, _), v)| (release.clone(), v.value.clone())).collect(),
                 commands: commands.map(|((_, release), run)| (release.clone(), run.clone())).collect(),
             }
         };

@@ -21,7 +21,7 @@ use crate::{
         leader::{FleetView, Intent, decide, is_canary},
         records::Stored,
     },
-    metrics::{FleetGauges, LeaderGauges, Metrics},
+    metrics::{LeaderGauges, Metrics},
     model::{
         fleet::{
             Condition, FleetKey, KeptEnv, KeptRelease, Leader, PermitPhase, Rollout, Transaction, TransactionKind,
@@ -47,13 +47,16 @@ const SPREAD: Duration = Duration::from_millis(200);
 /// Pause after a transaction that was refused, if the watch brings no reason for it.
 const REFUSED: Duration = Duration::from_secs(1);
 
+/// Between two looks at the rights of this agent, if they do not suffice.
+const DENIED: Duration = Duration::from_secs(15);
+
 /// Where a leader says what it does.
 #[derive(Debug)]
 pub struct LeaderOutlets {
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// What it knows while it leads.
-    pub gauges: Sender<FleetGauges>,
+    pub gauges: Sender<Option<LeaderGauges>>,
 }
 
 /// Leads whenever there is no leader, until cancelled.
@@ -66,7 +69,7 @@ pub async fn lead(
     token: CancellationToken,
 ) {
     let mut retry = Retry::new(Duration::from_millis(200), Duration::from_secs(5));
-    let mut turn = 0;
+    let (mut turn, mut was_denied) = (0, false);
     loop {
         let began = Instant::now();
         let ended = tokio::select! {
@@ -77,8 +80,16 @@ pub async fn lead(
         if token.is_cancelled() {
             return;
         }
-        if let Err(e) = ended {
-            tracing::debug!("this agent cannot lead now: {e}");
+        let mut pause = retry.pause();
+        match ended {
+            Err(e) if e.is_of_rights() => {
+                if !std::mem::replace(&mut was_denied, true) {
+                    tracing::warn!("this agent cannot lead the fleet: {e}; docs/rollouts.md has the rights");
+                }
+                pause = DENIED;
+            }
+            Err(e) => tracing::debug!("this agent cannot lead now: {e}"),
+            Ok(()) => was_denied = false,
         }
         if began.elapsed() > TTL {
             retry.reset();
@@ -86,7 +97,7 @@ pub async fn lead(
         turn += 1;
         tokio::select! {
             () = token.cancelled() => return,
-            () = tokio::time::sleep(retry.pause()) => {}
+            () = tokio::time::sleep(pause) => {}
         }
     }
 }
@@ -102,6 +113,8 @@ async fn session(
 ) -> Result<(), StoreError> {
     let Some(etcd) = trusted(updates).await else { return Ok(()) };
     let session = FleetSession::open(config, turn).await?;
+    // Whoever leads and cannot read the fleet keeps others from leading.
+    session.try_rights_to_lead().await?;
     loop {
         let key = config.prefix.fleet(&FleetKey::Leader).into_bytes();
         let range = (key.clone(), [&key[..], &[0]].concat());
@@ -119,7 +132,7 @@ async fn session(
                     Ok(mut leading) => leading.run(updates, outlets, token).await,
                     Err(e) => Err(e),
                 };
-                outlets.gauges.send_modify(|gauges| gauges.leader = None);
+                outlets.gauges.send_replace(None);
                 session.resign(term).await;
                 tracing::info!(term = term.revision, "this agent leads no more");
                 return ended;
@@ -211,7 +224,7 @@ impl Leading {
             if !is_trusted(updates, self.etcd) || self.renewed.elapsed() > UNANSWERED {
                 return Ok(());
             }
-            outlets.gauges.send_modify(|gauges| gauges.leader = Some(self.gauges()));
+            outlets.gauges.send_replace(Some(self.gauges()));
             let is_waiting = refused_at.is_some_and(|at: Instant| at.elapsed() < REFUSED);
             if self.revision >= self.written && !is_waiting {
                 refused_at = if self.decide(&outlets.metrics).await? { None } else { Some(Instant::now()) };
@@ -301,6 +314,7 @@ impl Leading {
             let hosts = fleet.hosts.iter();
             let hosts = hosts.filter(|(host, info)| takes_turns(info) && fleet.is_placed(app, everywhere, host, info));
             let made_from = &everywhere.made_from;
+            let written = fleet.records.rollouts.get(app).map_or(0, |rollout| rollout.modified);
             let kept = KeptRelease {
                 version: VERSION,
                 spec: made_from.spec.clone(),
@@ -308,6 +322,8 @@ impl Leading {
                 restart: made_from.restart.clone(),
                 opened: now,
                 proven: None,
+                // One from before the rollout was last written is about another change.
+                by: everywhere.by.as_ref().filter(|by| by.revision > written).map(|by| by.text.clone()),
             };
             let intent = Intent {
                 release: everywhere.target.release.id.clone(),

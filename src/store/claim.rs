@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -63,6 +64,9 @@ pub struct HostInfo {
     /// What this agent understands beyond the first version.
     #[serde(default)]
     pub features: Vec<String>,
+    /// The address from which it reaches etcd; `None` if that is on this machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<IpAddr>,
     /// Its machine, if Docker answered when the agent started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capacity: Option<Capacity>,

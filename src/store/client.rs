@@ -116,6 +116,21 @@ impl StoreError {
         Self::Watch { endpoint: endpoint.to_owned(), reason }
     }
 
+    /// True if the user of this connection lacks the rights for it.
+    pub fn is_of_rights(&self) -> bool {
+        // The client's own error of a refused call is its text, too.
+        matches!(self, Self::Call { reason, .. } if reason.contains("permission denied"))
+    }
+
+    /// True if etcd has answered that it will not make the call: nothing was written.
+    pub fn is_refusal(&self) -> bool {
+        // The texts of api/v3rpc/rpctypes/error.go.
+        let refusals =
+            ["too many operations", "request is too large", "database space exceeded", "duplicate key given"];
+        self.is_of_rights()
+            || matches!(self, Self::Call { reason, .. } if refusals.iter().any(|text| reason.contains(text)))
+    }
+
     /// True if the store was read and its contents are not trusted. A name that another agent holds says nothing about
     /// them.
     pub fn is_about_contents(&self) -> bool {

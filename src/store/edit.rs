@@ -5,7 +5,7 @@ use etcd_client::{Compare, CompareOp, DeleteOptions, Txn, TxnOp};
 use super::{client::StoreError, fleet::FleetSession, keys::Key};
 use crate::model::{
     fleet::FleetKey,
-    name::{AppName, ReleaseId},
+    name::{AppName, HostName, ReleaseId, SetName},
 };
 
 /// Keys that are written together, or not at all.
@@ -17,10 +17,22 @@ pub struct Edit {
     pub puts: Vec<(Key, Vec<u8>)>,
     /// Keys that are deleted.
     pub deletes: Vec<Key>,
+    /// A set of variables that is deleted.
+    pub set: Option<SetName>,
     /// A release whose verdicts are deleted.
     pub forgiven: Option<(AppName, ReleaseId)>,
     /// A release whose command is to run again.
     pub rerun: Option<(AppName, ReleaseId)>,
+    /// An app of which nothing is to be left in the store, and the hosts that had it.
+    pub forgotten: Option<(AppName, Vec<HostName>)>,
+}
+
+impl Edit {
+    /// Whether it writes nothing.
+    pub fn is_empty(&self) -> bool {
+        let nothing = self.forgiven.is_none() && self.rerun.is_none() && self.forgotten.is_none();
+        self.puts.is_empty() && self.deletes.is_empty() && nothing
+    }
 }
 
 impl FleetSession {
@@ -34,6 +46,11 @@ impl FleetSession {
         let conditions: Vec<Compare> = edit.unchanged.iter().map(unchanged).collect();
         let puts = edit.puts.iter().map(|(key, value)| TxnOp::put(own(key), value.clone(), None));
         let deletes = edit.deletes.iter().map(|key| TxnOp::delete(own(key), None));
+        let sets = edit.set.iter().map(|set| {
+            let set = self.prefix.key(&format!("env/{set}/"));
+            TxnOp::delete(set, Some(DeleteOptions::new().with_prefix()))
+        });
+        let deletes = deletes.chain(sets);
         let forgiven = edit.forgiven.iter().map(|(app, release)| {
             TxnOp::delete(self.prefix.verdicts(app, release), Some(DeleteOptions::new().with_prefix()))
         });
@@ -41,7 +58,17 @@ impl FleetSession {
             let key = self.prefix.fleet(&FleetKey::Command(app.clone(), release.clone()));
             TxnOp::delete(key, None)
         });
-        let writes: Vec<TxnOp> = puts.chain(deletes).chain(forgiven).chain(commands).collect();
+        let forgotten = edit.forgotten.iter().flat_map(|(app, hosts)| {
+            let below =
+                self.prefix.records_of(app).map(|key| TxnOp::delete(key, Some(DeleteOptions::new().with_prefix())));
+            let of_host = |host: &HostName| {
+                let keys = [FleetKey::Permit(host.clone(), app.clone()), FleetKey::Proof(host.clone(), app.clone())];
+                keys.map(|key| TxnOp::delete(self.prefix.fleet(&key), None))
+            };
+            let rollout = TxnOp::delete(self.prefix.fleet(&FleetKey::Rollout(app.clone())), None);
+            below.into_iter().chain(hosts.iter().flat_map(of_host)).chain([rollout])
+        });
+        let writes: Vec<TxnOp> = puts.chain(deletes).chain(forgiven).chain(commands).chain(forgotten).collect();
         let answer = self.connection.client.clone().txn(Txn::new().when(conditions).and_then(writes)).await;
         let answer = answer.map_err(self.connection.failed("writing the change"))?;
         Ok(answer.succeeded().then(|| answer.header().map_or(0, etcd_client::ResponseHeader::revision)))

@@ -100,7 +100,8 @@ impl Interpreter {
                 env: sets.collect(),
             };
             let paused = text(&app.paused);
-            Ok(Everywhere { target, constraints: spec.deploy.constraints.clone(), made_from, paused })
+            let by = changed_by(contents, name, made_from.env.keys());
+            Ok(Everywhere { target, constraints: spec.deploy.constraints.clone(), made_from, paused, by })
         };
         let apps = keys.apps.iter().filter_map(|(name, app)| Some((name, app, &app.spec.as_ref()?.1)));
         apps.map(|(name, app, spec)| (name.clone(), one(name, app, spec))).collect()
@@ -147,7 +148,13 @@ impl Interpreter {
                     }
                 },
                 Ok(
-                    Key::HostLabels(_) | Key::HostMode(_) | Key::Cluster | Key::Freeze | Key::Pin(_) | Key::Promote(_),
+                    Key::HostLabels(_)
+                    | Key::HostMode(_)
+                    | Key::Cluster
+                    | Key::Freeze
+                    | Key::Pin(_)
+                    | Key::Promote(_)
+                    | Key::By(_),
                 ) => {}
                 Err(BadKey::Set(set, problem)) => keys.env_problems.entry(set).or_default().push(problem),
                 // An unknown key below an app may be of a newer version: the app is not invalid for it.
@@ -182,6 +189,26 @@ impl Interpreter {
     }
 }
 
+/// Most characters of who made a change, and why.
+const MOST_BY: usize = 200;
+
+/// Who changed an app last. It counts only if nothing of what makes its release was written after it; what is deleted
+/// leaves no trace.
+fn changed_by<'a>(contents: &Contents, app: &AppName, sets: impl Iterator<Item = &'a SetName>) -> Option<By> {
+    let by = contents.entries.get(Key::By(app.clone()).to_string().as_bytes())?;
+    let own = [Key::Spec(app.clone()), Key::Image(app.clone()), Key::Restart(app.clone())];
+    let own = own.iter().filter_map(|key| contents.entries.get(key.to_string().as_bytes()));
+    let of_sets = sets.flat_map(|set| {
+        // `0` follows `/`.
+        let (from, to) = (format!("env/{set}/").into_bytes(), format!("env/{set}0").into_bytes());
+        contents.entries.range(from..to).map(|(_, entry)| entry)
+    });
+    let last = own.chain(of_sets).map(Entry::modified).max()?;
+    let text = String::from_utf8_lossy(by.value());
+    let text = text.trim().chars().filter(|c| !c.is_control()).take(MOST_BY).collect();
+    Some(By { text, revision: by.modified() }).filter(|by| by.revision >= last)
+}
+
 /// An app, wherever it is placed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Everywhere {
@@ -193,6 +220,17 @@ pub struct Everywhere {
     pub made_from: MadeFrom,
     /// Why a person paused it.
     pub paused: Option<String>,
+    /// Who made the last change of it, and why, if that was written with it.
+    pub by: Option<By>,
+}
+
+/// Who changed an app, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct By {
+    /// As it was written.
+    pub text: String,
+    /// When: its mod revision.
+    pub revision: i64,
 }
 
 /// The texts that a release is made from.

@@ -101,6 +101,17 @@ impl Prefix {
         (self.key("apps/").into_bytes(), self.key("state0").into_bytes())
     }
 
+    /// Where the records of an app's releases are, each with what is below it.
+    pub fn records_of(&self, app: &AppName) -> [String; 5] {
+        ["state/releases", "state/verdicts", "state/commands", "state/lost", "secret/releases"]
+            .map(|place| self.key(&format!("{place}/{app}/")))
+    }
+
+    /// The variables of kept releases.
+    pub fn kept_variables(&self) -> (Vec<u8>, Vec<u8>) {
+        (self.key("secret/releases/").into_bytes(), self.key("secret/releases0").into_bytes())
+    }
+
     /// What agents write about hosts, apps and rollouts; no secrets.
     pub fn state_range(&self) -> (Vec<u8>, Vec<u8>) {
         (self.key("state/").into_bytes(), self.key("state0").into_bytes())
@@ -166,6 +177,8 @@ pub enum Key {
     Promote(AppName),
     /// `apps/<app>/retry`
     Retry(AppName),
+    /// `apps/<app>/by`
+    By(AppName),
 }
 
 impl std::fmt::Display for Key {
@@ -179,6 +192,7 @@ impl std::fmt::Display for Key {
             Self::Pin(app) => write!(f, "apps/{app}/release"),
             Self::Promote(app) => write!(f, "apps/{app}/promote"),
             Self::Retry(app) => write!(f, "apps/{app}/retry"),
+            Self::By(app) => write!(f, "apps/{app}/by"),
             Self::Env(set, name) => write!(f, "env/{set}/{name}"),
             Self::HostLabels(host) => write!(f, "hosts/{host}/labels"),
             Self::HostMode(host) => write!(f, "hosts/{host}/mode"),
@@ -229,12 +243,13 @@ impl Key {
                     "release" => Ok(Self::Pin(app)),
                     "promote" => Ok(Self::Promote(app)),
                     "retry" => Ok(Self::Retry(app)),
+                    "by" => Ok(Self::By(app)),
                     _ => {
                         let problem = Problem::new(shown, "demae knows no such key, and ignores it");
                         Err(BadKey::App(
                             app,
                             problem.hint(
-                                "an app has `spec`, `image`, `restart`, `paused`, `release`, `promote` and `retry`",
+                                "an app has `spec`, `image`, `restart`, `paused`, `release`, `promote`, `retry` and `by`",
                             ),
                         ))
                     }
@@ -287,6 +302,7 @@ mod tests {
             "apps/web/release",
             "apps/web/promote",
             "apps/web/retry",
+            "apps/web/by",
             "env/web/A",
             "hosts/web1/labels",
             "hosts/web1/mode",

@@ -32,7 +32,7 @@ pub use contents::{Contents, Entry, Write};
 pub use edit::Edit;
 pub use etcd::EtcdCluster;
 pub use fleet::{FleetReading, FleetSession, FleetWatch, KeyRange, Term};
-pub use interpret::{Everywhere, Interpreter, MadeFrom};
+pub use interpret::{By, Everywhere, Interpreter, MadeFrom};
 pub use keys::parse_fleet;
 pub use lease::{Lease, keep_lease};
 pub use members::{Member, members};

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -81,7 +82,7 @@ pub struct Sources {
     /// The nonces that are to be written.
     pub fence: Arc<SharedFence>,
     /// Whether this host takes turns in rollouts.
-    pub rollouts: bool,
+    pub takes_turns: Receiver<bool>,
     /// Its machine, if that is known.
     pub capacity: Option<Capacity>,
 }
@@ -108,8 +109,8 @@ pub async fn publish(
             lease: &mut lease,
             host_revision: None,
             is_complete: false,
-            features: if sources.rollouts { &[ROLLOUTS] } else { &[] },
             capacity: sources.capacity.clone(),
+            address: None,
         };
         let ended = publisher.session(turn, &mut sources, &token).await;
         // A session that wrote everything was a good one: the name goes with the lease, and must not wait for long.
@@ -152,9 +153,8 @@ struct Publisher<'c> {
     host_revision: Option<i64>,
     /// True once everything was written.
     is_complete: bool,
-    /// What this host does beyond [`FEATURES`].
-    features: &'c [&'static str],
     capacity: Option<Capacity>,
+    address: Option<IpAddr>,
 }
 
 impl Publisher<'_> {
@@ -165,6 +165,7 @@ impl Publisher<'_> {
         token: &CancellationToken,
     ) -> Result<(), StoreError> {
         let mut connection = Connection::open(self.config, turn).await?;
+        self.address = own_address(&connection.endpoint).await;
         let mut write_at = Some(Instant::now());
         loop {
             tokio::select! {
@@ -180,6 +181,9 @@ impl Publisher<'_> {
                         return Ok(());
                     }
                     self.host_revision = None;
+                    write_at = Some(Instant::now());
+                }
+                Ok(()) = sources.takes_turns.changed(), if write_at.is_none() => {
                     write_at = Some(Instant::now());
                 }
                 () = sources.fence.pending.notified(), if write_at.is_none() => {
@@ -205,7 +209,8 @@ impl Publisher<'_> {
                         // What hung on the lease before is gone with it.
                         self.published.clear();
                     }
-                    let wanted = self.keys(&sources.statuses.borrow_and_update());
+                    let takes_turns = *sources.takes_turns.borrow_and_update();
+                    let wanted = self.keys(&sources.statuses.borrow_and_update(), takes_turns);
                     self.write(&mut connection, lease, wanted).await?;
                     self.write_fence(&mut connection, &sources.fence).await?;
                     self.publishing.succeeded();
@@ -216,7 +221,11 @@ impl Publisher<'_> {
         }
     }
 
-    fn keys(&self, (status, labels): &(HostStatus, BTreeMap<String, String>)) -> BTreeMap<String, String> {
+    fn keys(
+        &self,
+        (status, labels): &(HostStatus, BTreeMap<String, String>),
+        takes_turns: bool,
+    ) -> BTreeMap<String, String> {
         let prefix = &self.config.prefix;
         let info = HostInfo {
             version: VERSION,
@@ -225,7 +234,12 @@ impl Publisher<'_> {
             labels: labels.clone(),
             mode: status.mode,
             agent: status.agent.clone(),
-            features: FEATURES.iter().chain(self.features).map(|feature| (*feature).to_owned()).collect(),
+            features: FEATURES
+                .iter()
+                .chain(takes_turns.then_some(&ROLLOUTS))
+                .map(|feature| (*feature).to_owned())
+                .collect(),
+            address: self.address,
             capacity: self.capacity.clone(),
         };
         let mut keys = BTreeMap::new();
@@ -334,6 +348,20 @@ impl Publisher<'_> {
         let reason = "the fence of this host is not the one that was read".to_owned();
         StoreError::Call { endpoint: connection.endpoint.clone(), operation: "writing the fence", reason }
     }
+}
+
+/// The address of this machine from which it reaches an endpoint; `None` if that is this machine itself. Nothing is sent:
+/// a datagram socket that is connected has chosen its route.
+async fn own_address(endpoint: &str) -> Option<IpAddr> {
+    let peer = endpoint.split_once("://").map_or(endpoint, |(_, rest)| rest);
+    let look = async {
+        let peer = tokio::net::lookup_host(peer).await.ok()?.next()?;
+        let any: IpAddr = if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let socket = tokio::net::UdpSocket::bind((any, 0)).await.ok()?;
+        socket.connect(peer).await.ok()?;
+        Some(socket.local_addr().ok()?.ip()).filter(|own| !own.is_loopback())
+    };
+    tokio::time::timeout(LAST_WRITE, look).await.ok().flatten()
 }
 
 /// The feature of a host that takes turns in rollouts.

@@ -228,6 +228,10 @@ struct OneHost {
     records: HostRecords,
     has_command: bool,
     command_end: Option<EndedCommand>,
+    /// Whether the app is to run here.
+    is_wanted: bool,
+    /// Whether the release has failed here.
+    has_failed: bool,
 }
 
 impl OneHost {
@@ -240,6 +244,7 @@ impl OneHost {
             granted: Timestamp::default(),
             seen: 0,
             strict: true,
+            first: false,
         });
         let stored = |modified| move |value| Stored { value: Some(value), created: modified, modified };
         let proof = Proof { version: VERSION, release: Some(release(0)) };
@@ -249,15 +254,31 @@ impl OneHost {
             proof: Some(Stored { value: Some(proof), created: 9, modified: 9 }),
             ..HostRecords::default()
         };
-        Self { proven: Some(release(0)), routed: [release(0)].into(), records, has_command: false, command_end: None }
+        Self {
+            proven: Some(release(0)),
+            routed: [release(0)].into(),
+            records,
+            has_command: false,
+            command_end: None,
+            is_wanted: true,
+            has_failed: false,
+        }
     }
 
     fn ask(&self, is_ready: bool) -> (Directive, Option<TransactionKind>) {
         let (app, host, wanted, update) = (app(), host(0), release(1), Update::default());
+        let evidence = HostVerdict {
+            version: VERSION,
+            cause: "it exited".into(),
+            exit_code: None,
+            log_tail: String::new(),
+            at: Timestamp::default(),
+        };
+        let verdicts: Vec<_> = self.has_failed.then(|| (release(1), evidence)).into_iter().collect();
         let facts = HostFacts {
             app: &app,
             host: &host,
-            wanted: Some(&wanted),
+            wanted: self.is_wanted.then_some(&wanted),
             retried: 0,
             has_command: self.has_command,
             command_end: self.command_end.as_ref(),
@@ -268,12 +289,39 @@ impl OneHost {
             proven: self.proven.as_ref(),
             routed: &self.routed,
             serving: self.routed.first(),
-            verdicts: &[],
+            verdicts: &verdicts,
             confirmed: false,
         };
         let write = next_write(&facts, &self.records, is_ready, Timestamp::default());
         (directive(&facts, &self.records), write.map(|t| t.kind))
     }
+}
+
+#[test]
+fn failure_of_a_first_release_ends_nothing_and_others_do() {
+    let first = |permit: Option<bool>| {
+        let mut host = OneHost::new(RolloutPhase::Rolling, permit.map(|_| PermitPhase::Try));
+        (host.proven, host.routed, host.has_failed) = (None, BTreeSet::new(), true);
+        host.records.proof =
+            Some(Stored { value: Some(Proof { version: VERSION, release: None }), created: 9, modified: 9 });
+        host.records.rollout.as_mut().expect("one").value.as_mut().expect("one").from = None;
+        if let (Some(stored), Some(first)) = (&mut host.records.permit, permit) {
+            stored.value.as_mut().expect("one").first = first;
+        }
+        host
+    };
+    // It keeps its turn, and tries again; once it is healthy, it goes on.
+    assert_eq!(first(Some(true)).ask(false), (Directive::Wanted(Turn::Try), None));
+    assert_eq!(first(Some(true)).ask(true).1, Some(TransactionKind::Commit));
+    // A host that has lost its turn, by a restart or a pause, says nothing against the release.
+    assert_eq!(first(None).ask(false).1, None);
+    let paused = OneHost { is_wanted: false, ..first(Some(true)) };
+    assert_eq!(paused.ask(false).1, Some(TransactionKind::GiveBack));
+    // Once another host has proven it, a failure is one.
+    assert_eq!(first(Some(false)).ask(false).1, Some(TransactionKind::Judge));
+    let mut later = OneHost::new(RolloutPhase::Rolling, Some(PermitPhase::Try));
+    later.has_failed = true;
+    assert_eq!(later.ask(false).1, Some(TransactionKind::Judge));
 }
 
 #[test]

@@ -20,7 +20,7 @@ fn assert_complete(figures: &Figures) {
 #[test]
 fn deploys_are_measured_beside_their_bare_steps() {
     for (route, reloads) in [(Route::Socket, 0.0), (Route::Table, 0.0), (Route::Port, 2.0)] {
-        let outcome = measure(Plan { route, rounds: 2, start_ms: 0, vhosts: 10, apps: 1, rollouts: false });
+        let outcome = measure(Plan { route, rounds: 2, start_ms: 0, vhosts: 10, apps: 1, rollouts: true });
         println!("{outcome}");
         assert_complete(&outcome.first);
         assert_complete(&outcome.removed);

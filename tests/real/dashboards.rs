@@ -71,7 +71,7 @@ fn exported(lab: &Lab) -> Forms {
 #[test]
 fn every_exported_metric_is_documented_and_every_query_has_data() {
     let receiver = Receiver::start(|_| 204);
-    let sections = format!("[rollouts]\nenabled = true\n[webhook]\nurl = \"http://{}/\"\n", receiver.address);
+    let sections = format!("[webhook]\nurl = \"http://{}/\"\n", receiver.address);
     let certificate = root("tests/golden/certificate.pem");
     let nginx = format!("certificates = [\"{}\"]", certificate.display());
     let lab = Lab::with(&Setup { sections: &sections, nginx: &nginx, ..Setup::default() });
@@ -86,7 +86,6 @@ fn every_exported_metric_is_documented_and_every_query_has_data() {
         del: &|key| lab.del(key),
         image: &|version| lab.image(version),
         user: &user_line(),
-        failed_release_alert: "DemaeRolloutStopped",
     };
     let began = now();
     let mut seen = Forms::new();

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::support::{
     fleet::{Fleet, expect_none_lost},
-    lab::Lab,
+    lab::{Lab, Setup},
     wait::until,
 };
 
@@ -129,7 +129,7 @@ fn good_and_bad_deploys_are_told_apart() {
 
 #[test]
 fn what_is_wrong_is_refused_and_nothing_is_written() {
-    let lab = Lab::new();
+    let lab = Lab::with(&Setup { sections: "[rollouts]\nenabled = false\n", ..Setup::default() });
     let spec = lab.path("web.yaml");
     fs::write(&spec, lab.socket_spec(&lab.image("v1"), "web.test", "")).expect("a file");
     let spec = spec.to_str().expect("a path");

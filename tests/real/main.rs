@@ -5,6 +5,7 @@ mod support;
 
 mod acceptance;
 mod answers;
+mod app_verbs;
 mod benchmarks;
 mod bounds;
 mod container;

@@ -7,7 +7,10 @@
 
 use std::time::{Duration, Instant};
 
-use demae::model::fleet::{CommandRun, Leader, Rollout, RolloutPhase};
+use demae::model::{
+    fleet::{CommandRun, Leader, Rollout, RolloutPhase},
+    status::AppStatus,
+};
 
 use crate::support::{
     fleet::{Fleet, expect_none_lost},
@@ -52,10 +55,12 @@ fn bad_release_reaches_one_host_and_its_fleet_goes_back() {
         .iter()
         .filter(|lab| !lab.get_key(&format!("state/verdicts/web/{}/{}", reverted.release, lab.host)).is_empty());
     assert_eq!(verdicts.count(), 1, "hosts that tried it");
+    // Each says why it runs another release than the wanted one; the one on which it failed has the evidence.
     for lab in &fleet.0 {
-        let app = lab
-            .wait_app("web", "back", |app| app.release.as_deref() == Some(good.release.as_str()) && app.healthy == 1);
-        assert!(app.is("turn"), "it says why it runs another release than the wanted one: {app:?}");
+        let runs_good = |app: &AppStatus| app.serving.as_deref() == Some(good.release.as_str()) && app.healthy == 1;
+        let app = lab.wait_app("web", "back", |app| runs_good(app) && (app.is("turn") || app.is("halted")));
+        assert_eq!(app.release.as_deref(), Some(reverted.release.as_str()));
+        assert_eq!(app.is("halted"), app.verdict.as_ref().is_some_and(|v| v.exit_code == Some(3)), "{app:?}");
     }
     // A mended release is rolled out again.
     fleet.store().put("env/web/MOOD", "well");

@@ -27,7 +27,11 @@ fn etcdctl(lab: &Lab, args: &[&str]) -> String {
 
 /// A lab whose agent reaches etcd through a proxy, with a serving app.
 fn lab_with_wire(top: &str) -> (Lab, Wire) {
-    let mut lab = Lab::with(&Setup { no_agent: true, top, ..Setup::default() });
+    lab_with(top, "")
+}
+
+fn lab_with(top: &str, sections: &str) -> (Lab, Wire) {
+    let mut lab = Lab::with(&Setup { no_agent: true, top, sections, ..Setup::default() });
     let wire = Wire::intercept(&lab);
     lab.start_agent(&[]);
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
@@ -36,7 +40,8 @@ fn lab_with_wire(top: &str) -> (Lab, Wire) {
 
 #[test]
 fn changes_missed_by_a_compacted_watch_are_found() {
-    let (lab, wire) = lab_with_wire("");
+    // A leader reads the same range.
+    let (lab, wire) = lab_with("", "[rollouts]\nenabled = false\n");
     // Between the agent's next read and its next watch the store changes and is compacted.
     let mut reads = 0;
     wire.hold(move |bytes| {
@@ -133,11 +138,57 @@ fn documented_etcd_permissions_are_sufficient() {
         let output = lab.demae_with(&[("ETCDCTL_USER", "agent:word")], &["doctor"]);
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
+    for args in ROLLOUT_PERMISSIONS {
+        as_root(&lab, args);
+    }
     assert!(!doctor().contains("permission denied"), "{}", doctor());
     as_root(&lab, &["role", "revoke-permission", "--prefix=true", "agent", "/demae/state/"]);
     let report = doctor();
     assert!(report.contains("asking whether it may be written") && report.contains("permission denied"), "{report}");
     assert!(report.contains("give this user the rights that docs/keys.md names"), "{report}");
+}
+
+/// Further permissions of an agent, to take turns and to lead, as documented.
+const ROLLOUT_PERMISSIONS: [&[&str]; 3] = [
+    &["role", "grant-permission", "agent", "read", "--prefix=true", "/demae/secret/releases/"],
+    &["role", "grant-permission", "agent", "read", "/demae/apps/", "/demae/state0"],
+    &["role", "grant-permission", "agent", "readwrite", "--prefix=true", "/demae/secret/releases/"],
+];
+
+#[test]
+fn agent_without_the_rights_for_rollouts_converges_by_itself_until_it_has_them() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    lab.put("apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    enable_auth(&lab);
+    lab.start_agent(&[("ETCDCTL_USER", "agent:word")]);
+    let doctor = |lab: &Lab| {
+        let output = lab.demae_with(&[("ETCDCTL_USER", "agent:word")], &["doctor"]);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let features = |lab: &Lab| as_root(lab, &["get", &format!("/demae/state/hosts/{}", lab.host)]);
+    lab.wait_app("web", "converged without turns", |s| s.state == State::Converged);
+    until("no turns are published", || {
+        let found = features(&lab);
+        found.contains("features") && !found.contains("\"rollouts\"")
+    });
+    assert!(doctor(&lab).contains("takes no turns, and converges by itself"), "{}", doctor(&lab));
+    assert!((lab.metric("demae_rollouts_enabled", "") - 0.0).abs() < f64::EPSILON);
+    let before = lab.containers();
+
+    for args in ROLLOUT_PERMISSIONS {
+        as_root(&lab, args);
+    }
+    until("turns are published", || features(&lab).contains("\"rollouts\""));
+    until("a rollout of what runs is opened", || {
+        as_root(&lab, &["get", "/demae/state/rollouts/web"]).contains("\"phase\":\"restored\"")
+    });
+    assert_eq!(lab.containers(), before, "nothing is restarted");
+    assert!(doctor(&lab).contains("this host takes turns, and may be the leader"), "{}", doctor(&lab));
+    as_root(&lab, &["put", "/demae/apps/web/image", &lab.image("v2")]);
+    lab.wait_app("web", "converged in its turn", |s| {
+        s.state == State::Converged && s.image.as_ref().is_some_and(|image| image.ends_with("v2"))
+    });
+    assert!(as_root(&lab, &["get", "/demae/state/rollouts/web"]).contains("\"phase\":\"done\""));
 }
 
 /// A token expires after 2 s here, and is not used while the store is quiet.

@@ -393,7 +393,7 @@ fn mistyped_prefix_removes_nothing() {
 
 #[test]
 fn etcd_restarts_during_deploys_lose_no_request() {
-    let mut lab = Lab::new();
+    let mut lab = Lab::with(&Setup { sections: "[rollouts]\nenabled = false\n", ..Setup::default() });
     init(&lab);
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
     lab.image("v2");
@@ -418,4 +418,26 @@ fn etcd_restarts_during_deploys_lose_no_request() {
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
     println!("{rounds} times without etcd: requests: {}  failed: {}", tally.requests, tally.failed + tally.stale);
+}
+
+#[test]
+fn turn_without_etcd_is_finished_once_it_is_back_and_loses_no_request() {
+    let mut lab = Lab::new();
+    init(&lab);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    lab.image("v2");
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(5)));
+    until("requests are served", || load.requests() > 50);
+    for (moment, version) in [("create", "v2"), ("switch", "v1")] {
+        let moment = format!("\"step\":\"{moment}\"");
+        let known = lab.agent_log().matches(&moment).count();
+        lab.put("apps/web/image", &lab.image(version));
+        until("a step of the deploy", || lab.agent_log().matches(&moment).count() > known);
+        lab.stop_etcd();
+        until("the store is missed", || lab.status().is_some_and(|s| s.store.error.is_some()));
+        lab.start_etcd();
+        lab.wait_app("web", "deployed", |s| s.state == State::Converged && s.image == Some(lab.image(version)));
+    }
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
 }

@@ -101,5 +101,5 @@ fn unknown_key_below_an_app_is_a_warning() {
     let info: serde_json::Value =
         serde_json::from_str(&lab.get_key(&format!("state/hosts/{}", lab.host))).expect("the host is published");
     let features: Vec<&str> = info["features"].as_array().into_iter().flatten().filter_map(|f| f.as_str()).collect();
-    assert_eq!(features, demae::store::FEATURES);
+    assert_eq!(features, [demae::store::FEATURES, &[demae::store::ROLLOUTS]].concat());
 }

@@ -1,4 +1,4 @@
-//! Hosts with rollouts on: agents with an nginx each, on one etcd and one Docker engine.
+//! Several hosts: agents with an nginx each, on one etcd and one Docker engine.
 #![allow(
     clippy::disallowed_methods,
     clippy::print_stdout,
@@ -22,12 +22,11 @@ use super::{
 pub struct Fleet(pub Vec<Lab>);
 
 impl Fleet {
-    /// So many hosts, with rollouts.
+    /// So many hosts.
     pub fn new(count: usize) -> Self {
-        let sections = "[rollouts]\nenabled = true\n";
-        let first = Lab::with(&Setup { sections, ..Setup::default() });
+        let first = Lab::new();
         let etcd = Some(first.etcd);
-        let others = (1..count).map(|_| Lab::with(&Setup { sections, etcd, ..Setup::default() }));
+        let others = (1..count).map(|_| Lab::with(&Setup { etcd, ..Setup::default() }));
         let mut hosts: Vec<Lab> = [first].into_iter().chain(others.collect::<Vec<_>>()).collect();
         // The one that runs etcd stays the last to be dropped.
         hosts[1..].sort_by(|a, b| a.host.cmp(&b.host));

@@ -32,8 +32,6 @@ pub struct Site<'a> {
     pub image: &'a dyn Fn(&str) -> String,
     /// A line for specs: the user that apps run as.
     pub user: &'a str,
-    /// The alert for a release that failed: the host's own, or that of the rollout where rollouts decide.
-    pub failed_release_alert: &'a str,
 }
 
 impl Site<'_> {
@@ -110,7 +108,7 @@ pub fn block(site: &Site<'_>) {
 
 /// Undoes [`block`] once the alert for the failing release fires, and waits until it is resolved.
 pub fn mend(site: &Site<'_>) {
-    let fires = || site.prometheus.firing().iter().any(|a| a == site.failed_release_alert);
+    let fires = || site.prometheus.firing().iter().any(|a| a == "DemaeReleaseHalted");
     wait("the alert for a release that failed", fires);
     for app in ["sick", "typo", "lost", "held"] {
         (site.del)(&format!("apps/{app}/"));

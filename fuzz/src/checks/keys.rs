@@ -73,6 +73,7 @@ fn written(key: &Key) -> String {
         Key::Pin(app) => format!("apps/{app}/release"),
         Key::Promote(app) => format!("apps/{app}/promote"),
         Key::Retry(app) => format!("apps/{app}/retry"),
+        Key::By(app) => format!("apps/{app}/by"),
     }
 }
 
@@ -84,7 +85,8 @@ fn names(key: &Key) -> Vec<&str> {
         | Key::Paused(app)
         | Key::Pin(app)
         | Key::Promote(app)
-        | Key::Retry(app) => vec![app.as_str()],
+        | Key::Retry(app)
+        | Key::By(app) => vec![app.as_str()],
         Key::Env(set, name) => vec![set.as_str(), name.as_str()],
         Key::HostLabels(host) | Key::HostMode(host) => vec![host.as_str()],
         Key::Cluster | Key::Freeze => Vec::new(),

@@ -11,11 +11,11 @@ use crate::{config::Config, host::docker::NoMeter, world::World};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    #[command(flatten)]
-    common: Common,
     /// What is printed
     #[arg(short, long, value_enum, default_value = "text")]
     output: Output,
+    #[command(flatten)]
+    common: Common,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -95,6 +95,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         host::tcp_routes(&context, &mut found).await;
         store::members(&context, &mut found).await;
         let snapshot = store::trust(&context, &mut found).await;
+        store::rollouts(&context, &mut found).await;
         if context.docker_answers {
             apps::leftovers(&context, snapshot.as_ref(), &mut found).await;
             apps::copies(&context, &mut found).await;

@@ -57,6 +57,9 @@ pub(super) async fn members(context: &Context<'_>, found: &mut Findings) {
 /// The remedy for missing rights.
 const RIGHTS: &str = "give this user the rights that docs/keys.md names, and check name and password";
 
+/// The remedy for missing rights to take turns.
+const RIGHTS_FOR_ROLLOUTS: &str = "give this user the rights that docs/rollouts.md names, or turn rollouts off in the agent's file, for all hosts of the fleet";
+
 fn is_of_rights(reason: &str) -> bool {
     reason.contains("permission denied") || reason.contains("authenticat")
 }
@@ -149,6 +152,38 @@ pub(super) async fn trust(context: &Context<'_>, found: &mut Findings) -> Option
     }
     // No agent removes anything by a store that is not trusted, so leftovers are not reported either.
     compared.block.is_none().then_some(compared.snapshot)
+}
+
+/// Checks whether the rights of the agent suffice for rollouts.
+pub(super) async fn rollouts(context: &Context<'_>, found: &mut Findings) {
+    let Some(rollouts) = context.config.rollouts else {
+        return found.ok("rollouts", "turned off in the agent's file: this host converges by itself");
+    };
+    // If no member answers, that is reported already.
+    let Ok(session) = store::FleetSession::open(&context.config.etcd, 0).await else { return };
+    match session.try_rights().await {
+        Err(e) if e.is_of_rights() => {
+            let text = if rollouts.required {
+                format!("no app of this host gets a new release: {e}")
+            } else {
+                format!("an agent that starts now takes no turns, and converges by itself: {e}")
+            };
+            return found.warn("rollouts", text, RIGHTS_FOR_ROLLOUTS);
+        }
+        Err(_) => return,
+        Ok(()) => {}
+    }
+    let leads = match session.try_rights_to_lead().await {
+        _ if !rollouts.may_lead => "is never the leader, by its file",
+        Err(e) if e.is_of_rights() => "lacks the rights to be the leader",
+        Err(_) => return,
+        Ok(()) => "may be the leader",
+    };
+    if leads != "may be the leader" && matches!(session.has_leader().await, Ok(false)) {
+        let text = format!("this host takes turns, {leads}, and there is no leader now: no app gets a new release");
+        return found.warn("rollouts", text, "let some agents of the fleet lead: docs/rollouts.md has their rights");
+    }
+    found.ok("rollouts", format!("this host takes turns, and {leads}"));
 }
 
 #[cfg(test)]

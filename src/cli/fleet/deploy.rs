@@ -13,8 +13,6 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
-    #[command(flatten)]
-    change: ChangeArgs,
     /// A variable of the app, in the same release; more than once
     #[arg(long = "env", value_name = "NAME=VALUE")]
     env: Vec<String>,
@@ -22,8 +20,10 @@ pub(in crate::cli) struct Args {
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
     /// Its new image, such as `registry.example.com/web:v43`
-    #[arg(value_name = "IMAGE")]
+    #[arg(value_name = "IMAGE", index = 2)]
     image: String,
+    #[command(flatten)]
+    change: ChangeArgs,
 }
 
 pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
@@ -43,10 +43,10 @@ impl Args {
         changes.push((Key::Image(app.clone()), self.image.clone().into_bytes()));
         let set = SetName::try_from(app.as_str())?;
         for text in &self.env {
-            let (name, value) = text
-                .split_once('=')
-                .ok_or_else(|| Failed::usage(format!("--env {}: write it like `NAME=VALUE`", text.escape_debug())))?;
-            let name = EnvName::try_from(name).map_err(|e| Failed::usage(format!("--env: {e}")))?;
+            let (name, value) =
+                text.split_once('=').ok_or_else(|| Failed::usage("--env: write it like `NAME=VALUE`"))?;
+            let name = EnvName::try_from(name)
+                .map_err(|_| Failed::usage("--env: what is before the first `=` is not the name of a variable"))?;
             changes.push((Key::Env(set.clone(), name), value.as_bytes().to_vec()));
         }
         Ok(changes)
@@ -69,7 +69,7 @@ fn decide(fleet: &Fleet, app: &AppName, changes: &[(Key, Vec<u8>)]) -> Result<De
         let mut placed = placed.filter(|(host, info)| fleet.contents.is_placed(app, &everywhere, host, info));
         if let Some((host, _)) = placed.next() {
             return Err(Failed::because(format!(
-                "`release_command`: {host} takes no turns, and would run it by itself (`[rollouts] enabled = true` in the agent's file)"
+                "`release_command`: {host} takes no turns, and would run it by itself (`demae doctor` there says why)"
             )));
         }
     }
@@ -87,5 +87,5 @@ fn decide(fleet: &Fleet, app: &AppName, changes: &[(Key, Vec<u8>)]) -> Result<De
     let release = target.release.id.clone();
     // A change that makes no release opens no rollout.
     let waits_for_edit = fleet.wanted(app) != Wanted::Release(release.clone());
-    Ok(Decision { edit, release, waits_for_edit })
+    Ok(Decision::new(edit, release, waits_for_edit))
 }

@@ -1,11 +1,14 @@
 //! `demae hosts`
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::{Fleet, RECONNECT, StoreArgs};
+use super::{Fleet, RECONNECT, StoreArgs, commit};
 use crate::{
     cli::{Ended, Exit, Failed, Format, print::Printer, runtime},
     model::{
@@ -22,13 +25,13 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub(in crate::cli) struct Args {
-    #[command(flatten)]
-    store: StoreArgs,
     /// What is printed
     #[arg(short, long, value_enum, default_value = "text")]
     output: Format,
     #[command(subcommand)]
     verb: Option<HostsVerb>,
+    #[command(flatten)]
+    store: StoreArgs,
 }
 
 #[derive(Debug, clap::Subcommand)]
@@ -43,17 +46,15 @@ enum HostsVerb {
 
 #[derive(Debug, clap::Args)]
 struct ModeArgs {
+    /// The host
+    #[arg(value_name = "HOST", index = 1)]
+    host: String,
     #[command(flatten)]
     store: StoreArgs,
-    /// The host
-    #[arg(value_name = "HOST")]
-    host: String,
 }
 
 #[derive(Debug, clap::Args)]
 struct DrainArgs {
-    #[command(flatten)]
-    mode: ModeArgs,
     /// Also if an app then serves on no host
     #[arg(long)]
     force: bool,
@@ -63,6 +64,8 @@ struct DrainArgs {
     /// Do not wait
     #[arg(long)]
     detach: bool,
+    #[command(flatten)]
+    mode: ModeArgs,
 }
 
 /// One host in the JSON output.
@@ -78,6 +81,9 @@ struct Shown {
     /// Apps that are not converged.
     trouble: Vec<AppName>,
     labels: BTreeMap<String, String>,
+    /// From which it reaches etcd.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    address: Option<IpAddr>,
     #[serde(skip_serializing_if = "Option::is_none")]
     capacity: Option<Capacity>,
 }
@@ -107,7 +113,9 @@ fn list(fleet: &Fleet, format: Format, printer: &mut Printer) -> Ended {
         return Ok(Exit::Success);
     }
     let mut rows = vec![
-        ["HOST", "MODE", "APPS", "TROUBLE", "CPUS", "MEMORY", "AGENT", "LEADS", "LABELS"].map(String::from).to_vec(),
+        ["HOST", "MODE", "APPS", "TROUBLE", "CPUS", "MEMORY", "DISK", "ADDRESS", "AGENT", "LEADS", "LABELS"]
+            .map(String::from)
+            .to_vec(),
     ];
     let dash = |text: String| if text.is_empty() { "-".to_owned() } else { text };
     for host in &hosts {
@@ -119,6 +127,8 @@ fn list(fleet: &Fleet, format: Format, printer: &mut Printer) -> Ended {
             dash(host.trouble.iter().map(AppName::as_str).collect::<Vec<_>>().join(",")),
             dash(host.capacity.as_ref().map(|c| c.cpus.to_string()).unwrap_or_default()),
             dash(host.capacity.as_ref().map(|c| gib(c.memory_bytes)).unwrap_or_default()),
+            dash(host.capacity.as_ref().and_then(|c| c.disk_bytes).map(gib).unwrap_or_default()),
+            dash(host.address.map(|address| address.to_string()).unwrap_or_default()),
             dash(host.agent.clone()),
             if host.leader { "yes" } else { "-" }.to_owned(),
             dash(labels.join(",")),
@@ -164,6 +174,7 @@ fn shown(fleet: &Fleet, host: HostName) -> Shown {
         apps: here().count(),
         trouble: here().filter(|(_, s)| s.state != State::Converged).map(|(app, _)| app.clone()).collect(),
         labels: info.map(|info| info.labels.clone()).unwrap_or_default(),
+        address: info.and_then(|info| info.address),
         capacity: info.and_then(|info| info.capacity.clone()),
         host,
     }
@@ -177,39 +188,34 @@ async fn write_mode(
     check: impl Fn(&Fleet) -> Result<(), Failed>,
 ) -> Result<(), Failed> {
     let key = Key::HostMode(host.clone());
-    for _ in 0..super::TRIES {
-        let fleet = Fleet::read(config).await?;
-        if !known(&fleet).contains(host) && fleet.contents.entry(&key).is_none() {
+    let decide = |fleet: &Fleet| {
+        if !known(fleet).contains(host) && fleet.contents.entry(&key).is_none() {
             return Err(Failed::because(format!("no host `{host}` is known (`demae hosts` lists them)")));
         }
-        check(&fleet)?;
+        check(fleet)?;
         // Two drains at once must not rely on each other's host.
-        let mut read = if mode == HostMode::Drained { relied_on(&fleet, host) } else { BTreeSet::new() };
+        let mut read = if mode == HostMode::Drained { relied_on(fleet, host) } else { BTreeSet::new() };
         read.insert(host.clone());
         let unchanged = read.into_iter().map(Key::HostMode).map(|key| (key.clone(), fleet.modified(&key))).collect();
         let edit = match mode {
-            HostMode::Active if fleet.contents.entry(&key).is_none() => return Ok(()),
+            HostMode::Active if fleet.contents.entry(&key).is_none() => Edit::default(),
             HostMode::Active => Edit { unchanged, deletes: vec![key.clone()], ..Edit::default() },
             _ => Edit { unchanged, puts: vec![(key.clone(), mode.as_str().into())], ..Edit::default() },
         };
-        match fleet.session.edit(&edit).await {
-            Ok(Some(_)) => return Ok(()),
-            Ok(None) => {}
-            Err(e) => return Err(Failed::undecided(super::lost_answer(&e))),
-        }
-    }
-    Err(Failed::superseded("the mode of this host is written by others all the time; nothing was written"))
+        Ok((edit, ()))
+    };
+    commit(config, None, decide).await.map(drop)
 }
 
 fn set(args: &ModeArgs, mode: HostMode, printer: &mut Printer) -> Ended {
-    let (config, host) = (args.store.etcd()?, HostName::try_from(args.host.as_str())?);
+    let (config, host) = (args.store.etcd_to_write(printer)?, HostName::try_from(args.host.as_str())?);
     runtime(1)?.block_on(write_mode(&config, &host, mode, |_| Ok(())))?;
     printer.line(&format!("{host} is {}", mode.as_str()));
     Ok(Exit::Success)
 }
 
 fn drain(args: &DrainArgs, printer: &mut Printer) -> Ended {
-    let (config, host) = (args.mode.store.etcd()?, HostName::try_from(args.mode.host.as_str())?);
+    let (config, host) = (args.mode.store.etcd_to_write(printer)?, HostName::try_from(args.mode.host.as_str())?);
     let timeout = text::duration(&args.timeout).map_err(|e| Failed::usage(format!("--timeout: {e}")))?;
     let check = |fleet: &Fleet| match last_of(fleet, &host) {
         apps if apps.is_empty() || args.force => Ok(()),

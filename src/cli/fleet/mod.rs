@@ -1,7 +1,15 @@
 //! Verbs that write to the store and wait for the hosts: what they share.
 
+pub(super) mod apply;
+mod author;
+pub(super) mod delete;
 pub(super) mod deploy;
+pub(super) mod diff;
+pub(super) mod env;
+pub(super) mod history;
 pub(super) mod hosts;
+pub(super) mod logs;
+pub(super) mod pause;
 pub(super) mod promote;
 pub(super) mod redeploy;
 mod report;
@@ -10,13 +18,18 @@ pub(super) mod rollback;
 pub(super) mod table;
 pub(super) mod wait;
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io::{IsTerminal as _, stdin},
+    path::PathBuf,
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
 use super::{Ended, Failed, print::Printer, runtime};
 use crate::{
-    config::{self, EtcdFlags, Flags},
+    config::{self, Context, EtcdFlags, Flags},
     fleet::outcome::Wanted,
     model::{
         fleet::FleetKey,
@@ -37,7 +50,11 @@ const TRIES: usize = 5;
 
 /// The store, for verbs that need no agent.
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Store")]
 pub(super) struct StoreArgs {
+    /// A store of `~/.config/demae/contexts.toml`, by its name
+    #[arg(long, env = "DEMAE_CONTEXT", value_name = "NAME")]
+    context: Option<String>,
     /// The agent's configuration file, for its `[etcd]`
     #[arg(long, env = "DEMAE_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -46,9 +63,33 @@ pub(super) struct StoreArgs {
 }
 
 impl StoreArgs {
+    /// The connection, to read.
     fn etcd(&self) -> Result<EtcdConfig, Failed> {
+        if let Some(context) = self.context()? {
+            return Ok(context.etcd);
+        }
         let flags = Flags { config: self.config.clone(), etcd: self.etcd.clone(), ..Flags::default() };
         Ok(config::etcd_only(&flags)?)
+    }
+
+    fn context(&self) -> Result<Option<Context>, Failed> {
+        let name = self.context.as_deref().filter(|name| !name.is_empty());
+        Ok(name.map(config::context).transpose()?)
+    }
+
+    /// The connection, to write. Asks for the name of the context, if that wants it.
+    fn etcd_to_write(&self, printer: &mut Printer) -> Result<EtcdConfig, Failed> {
+        let Some(context) = self.context()?.filter(|context| context.confirm) else { return self.etcd() };
+        if !stdin().is_terminal() {
+            return Err(Failed::because(format!(
+                "the context `{}` is to be confirmed by its name, and there is no terminal to ask on; nothing was written",
+                context.name
+            )));
+        }
+        printer.error(&format!("This changes `{}`. Type its name to go on:", context.name));
+        let mut line = String::new();
+        stdin().read_line(&mut line)?;
+        if line.trim() == context.name { Ok(context.etcd) } else { Err(Failed::because("nothing was written")) }
     }
 }
 
@@ -209,7 +250,13 @@ impl Fleet {
         };
         let gone = edit.deletes.iter().all(|key| self.contents.entry(key).is_none());
         let revisions: Option<Vec<i64>> = edit.puts.iter().map(put).collect();
-        revisions?.into_iter().max().filter(|_| gone)
+        // What is deleted was there, and has no revision any more.
+        revisions.filter(|_| gone).map(|found| found.into_iter().max().unwrap_or(self.revision))
+    }
+
+    /// A key of an edit that somebody else has written since.
+    fn overwritten<'e>(&self, edit: &'e Edit, before: i64) -> Option<&'e Key> {
+        edit.puts.iter().map(|(key, _)| key).chain(&edit.deletes).find(|key| self.modified(key) > before)
     }
 }
 
@@ -222,23 +269,30 @@ fn no_app(app: &AppName) -> Failed {
 /// The flags of a verb that changes an app and waits.
 #[derive(Debug, clap::Args)]
 struct ChangeArgs {
-    #[command(flatten)]
-    store: StoreArgs,
+    /// The app
+    #[arg(value_name = "APP", index = 1)]
+    app: String,
+    /// Why, for `demae history`
+    #[arg(short, long, value_name = "TEXT")]
+    message: Option<String>,
     #[command(flatten)]
     wait: wait::WaitArgs,
-    /// The app
-    #[arg(value_name = "APP")]
-    app: String,
+    #[command(flatten)]
+    store: StoreArgs,
 }
 
 impl ChangeArgs {
     /// Decides, writes, and waits.
     fn run(&self, printer: &mut Printer, decide: impl Fn(&Fleet, &AppName) -> Result<Decision, Failed>) -> Ended {
-        let config = self.store.etcd()?;
         self.wait.check()?;
+        let config = self.store.etcd_to_write(printer)?;
         let app = AppName::try_from(self.app.as_str())?;
         runtime(1)?.block_on(async {
-            let written = write(&config, |fleet| decide(fleet, &app)).await?;
+            let by = author::signature(self.message.as_deref());
+            let written = write(&config, Some((&app, &by)), |fleet| decide(fleet, &app)).await?;
+            if let Some(note) = written.note.as_ref().filter(|_| written.revision > 0) {
+                printer.error(&format!("note: {note}"));
+            }
             wait::follow(&config, &app, written, &self.wait, printer).await
         })
     }
@@ -252,6 +306,8 @@ struct Written {
     since: i64,
     /// The release to wait for.
     release: ReleaseId,
+    /// What else is to be said.
+    note: Option<String>,
 }
 
 /// What a verb decides to write: the edit, and the release to wait for. Nothing is written if the edit is empty.
@@ -260,44 +316,103 @@ struct Decision {
     release: ReleaseId,
     /// Whether what became of the release can only be known after the edit.
     waits_for_edit: bool,
+    /// What else is to be said once it is written.
+    note: Option<String>,
 }
 
 impl Decision {
-    fn written(self, revision: i64) -> Written {
-        Written { revision, since: if self.waits_for_edit { revision } else { 0 }, release: self.release }
+    fn new(edit: Edit, release: ReleaseId, waits_for_edit: bool) -> Self {
+        Self { edit, release, waits_for_edit, note: None }
+    }
+
+    fn with_note(self, note: String) -> Self {
+        Self { note: Some(note), ..self }
     }
 }
 
-/// Decides by what the store says, and writes it. An answer that was lost is looked for in the store, so that nothing is
-/// written twice and nothing that was written is denied.
-async fn write(config: &EtcdConfig, decide: impl Fn(&Fleet) -> Result<Decision, Failed>) -> Result<Written, Failed> {
-    let mut unknown: Option<(Decision, i64, StoreError)> = None;
+/// The same edit, and who it is from, if it changes what a release is made from.
+fn signed(mut edit: Edit, by: Option<(&AppName, &str)>) -> Edit {
+    let makes_release = |key: &Key| matches!(key, Key::Spec(_) | Key::Image(_) | Key::Restart(_) | Key::Env(..));
+    let is_signed = edit.puts.iter().map(|(key, _)| key).chain(&edit.deletes).any(makes_release);
+    if let Some((app, by)) = by.filter(|_| is_signed) {
+        edit.puts.push((Key::By(app.clone()), by.as_bytes().to_vec()));
+    }
+    edit
+}
+
+/// Decides by what the store says, and writes it. Returns the revision, 0 if there was nothing to write, and what else was
+/// decided. An answer that was lost is looked for in the store, so that nothing is written twice and nothing that was
+/// written is denied.
+///
+/// `by` says who changes which app. It is left out where the rights of this user do not suffice for it.
+async fn commit<T>(
+    config: &EtcdConfig,
+    mut by: Option<(&AppName, &str)>,
+    decide: impl Fn(&Fleet) -> Result<(Edit, T), Failed>,
+) -> Result<(i64, T), Failed> {
+    let mut unknown: Option<(Edit, T, i64, StoreError)> = None;
     for _ in 0..TRIES {
         let fleet = match (Fleet::read(config).await, &unknown) {
             (Ok(fleet), _) => fleet,
             (Err(failed), None) => return Err(failed),
             (Err(_), Some((.., e))) => return Err(Failed::undecided(lost_answer(e))),
         };
-        if let Some((decision, before, _)) = unknown.take()
-            && let Some(revision) = fleet.shows(&decision.edit, before)
-        {
-            return Ok(decision.written(revision));
+        if let Some((edit, decided, before, _)) = unknown.take() {
+            if let Some(revision) = fleet.shows(&edit, before) {
+                return Ok((revision, decided));
+            }
+            if let Some(key) = fleet.overwritten(&edit, before) {
+                return Err(Failed::superseded(format!(
+                    "the answer to the write was lost, and `{key}` was written by somebody else since"
+                )));
+            }
         }
-        let decision = decide(&fleet)?;
-        if decision.edit.puts.is_empty() && decision.edit.deletes.is_empty() {
-            return Ok(decision.written(0));
+        let (edit, decided) = decide(&fleet)?;
+        if edit.is_empty() {
+            return Ok((0, decided));
         }
-        match fleet.session.edit(&decision.edit).await {
-            Ok(Some(revision)) => return Ok(decision.written(revision)),
+        let edit = signed(edit, by);
+        match fleet.session.edit(&edit).await {
+            Ok(Some(revision)) => return Ok((revision, decided)),
             // Another change came between: it is decided by what the store says now.
             Ok(None) => {}
-            Err(e) => unknown = Some((decision, fleet.revision, e)),
+            Err(e) if e.is_of_rights() && by.is_some() => by = None,
+            Err(e) if e.is_of_rights() => {
+                return Err(Failed::because(format!("nothing was written: {e} (docs/keys.md has the rights)")));
+            }
+            Err(e) if e.is_refusal() => return Err(Failed::because(format!("nothing was written: {e}"))),
+            Err(e) => unknown = Some((edit, decided, fleet.revision, e)),
         }
     }
     match unknown {
         Some((.., e)) => Err(Failed::undecided(lost_answer(&e))),
         None => Err(Failed::superseded("other changes are written to the same keys all the time; nothing was written")),
     }
+}
+
+/// Decides on a release, and writes it.
+async fn write(
+    config: &EtcdConfig,
+    by: Option<(&AppName, &str)>,
+    decide: impl Fn(&Fleet) -> Result<Decision, Failed>,
+) -> Result<Written, Failed> {
+    let decide = |fleet: &Fleet| {
+        let Decision { edit, release, waits_for_edit, note } = decide(fleet)?;
+        Ok((edit, (release, waits_for_edit, note)))
+    };
+    let (revision, (release, waits_for_edit, note)) = commit(config, by, decide).await?;
+    Ok(Written { revision, since: if waits_for_edit { revision } else { 0 }, release, note })
+}
+
+/// Makes an edit that no release follows from. Returns its revision; `None` if there was nothing to write.
+fn write_alone(
+    store: &StoreArgs,
+    printer: &mut Printer,
+    decide: impl Fn(&Fleet) -> Result<Edit, Failed>,
+) -> Result<Option<i64>, Failed> {
+    let config = store.etcd_to_write(printer)?;
+    let (revision, ()) = runtime(1)?.block_on(commit(&config, None, |fleet| Ok((decide(fleet)?, ()))))?;
+    Ok(Some(revision).filter(|revision| *revision > 0))
 }
 
 fn lost_answer(e: &StoreError) -> String {

@@ -42,5 +42,5 @@ fn decide(fleet: &Fleet, app: &AppName) -> Result<Decision, Failed> {
     let unchanged =
         [Key::Spec(app.clone()), promote.clone()].into_iter().map(|key| (key.clone(), fleet.modified(&key))).collect();
     let puts = vec![(promote, release.to_string().into_bytes())];
-    Ok(Decision { edit: Edit { unchanged, puts, ..Edit::default() }, release, waits_for_edit: true })
+    Ok(Decision::new(Edit { unchanged, puts, ..Edit::default() }, release, true))
 }

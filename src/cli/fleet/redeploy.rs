@@ -35,5 +35,5 @@ fn decide(fleet: &Fleet, app: &AppName, now: &str) -> Result<Decision, Failed> {
     };
     let decided_from = [Key::Spec(app.clone()), Key::Image(app.clone()), pin, restart.0.clone()];
     let unchanged = decided_from.into_iter().map(|key| (key.clone(), fleet.modified(&key))).collect();
-    Ok(Decision { edit: Edit { unchanged, puts: vec![restart], ..Edit::default() }, release, waits_for_edit: true })
+    Ok(Decision::new(Edit { unchanged, puts: vec![restart], ..Edit::default() }, release, true))
 }

@@ -51,5 +51,5 @@ fn decide(fleet: &Fleet, app: &AppName, now: &str) -> Result<Decision, Failed> {
     let puts = vec![(retry, now.as_bytes().to_vec())];
     let forgiven = Some((app.clone(), release.clone()));
     let rerun = forgiven.clone().filter(|_| runs_again);
-    Ok(Decision { edit: Edit { unchanged, puts, forgiven, rerun, ..Edit::default() }, release, waits_for_edit: true })
+    Ok(Decision::new(Edit { unchanged, puts, forgiven, rerun, ..Edit::default() }, release, true))
 }

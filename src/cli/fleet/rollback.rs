@@ -17,21 +17,21 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
-    #[command(flatten)]
-    store: StoreArgs,
-    #[command(flatten)]
-    wait: WaitArgs,
     /// The app
     #[arg(value_name = "APP")]
     app: String,
     /// A kept release; unless given, the last one that was proven before the wanted one
     #[arg(value_name = "RELEASE")]
     release: Option<String>,
+    #[command(flatten)]
+    wait: WaitArgs,
+    #[command(flatten)]
+    store: StoreArgs,
 }
 
 pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
-    let config = args.store.etcd()?;
     args.wait.check()?;
+    let config = args.store.etcd_to_write(printer)?;
     let app = AppName::try_from(args.app.as_str())?;
     let asked = args.release.as_deref().map(ReleaseId::try_from).transpose()?;
     runtime(1)?.block_on(async {
@@ -41,7 +41,7 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
         let image = kept.image.as_deref().map_or(String::new(), |image| format!("{}, ", image.trim()));
         let age = human(Timestamp::now().since(kept.opened));
         printer.error(&format!("{app} goes back to {release} ({image}deployed {age} ago)"));
-        let written = write(&config, |fleet| decide(fleet, &app, &release)).await?;
+        let written = write(&config, None, |fleet| decide(fleet, &app, &release)).await?;
         follow(&config, &app, written, &args.wait, printer).await
     })
 }
@@ -102,7 +102,7 @@ fn decide(fleet: &Fleet, app: &AppName, release: &ReleaseId) -> Result<Decision,
         fleet.hosts(app).into_iter().filter(|(_, takes)| !takes).map(|(host, _)| host.to_string()).collect();
     if !without_turns.is_empty() {
         return Err(Failed::because(format!(
-            "{} would not go back: turn rollouts on there (`[rollouts] enabled = true` in the agent's file)",
+            "{} would not go back: no turns are taken there (`demae doctor` on that host says why)",
             without_turns.join(", ")
         )));
     }
@@ -112,5 +112,5 @@ fn decide(fleet: &Fleet, app: &AppName, release: &ReleaseId) -> Result<Decision,
     let is_pinned = fleet.text(&pin).is_some_and(|text| text == release.as_str());
     let puts = if is_pinned { Vec::new() } else { vec![(pin, release.to_string().into_bytes())] };
     let edit = Edit { unchanged, puts, ..Edit::default() };
-    Ok(Decision { edit, release: release.clone(), waits_for_edit: true })
+    Ok(Decision::new(edit, release.clone(), true))
 }

@@ -24,27 +24,28 @@ const SETTLED: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
-    #[command(flatten)]
-    store: StoreArgs,
-    #[command(flatten)]
-    wait: WaitArgs,
-    /// The release; unless given, the one that is wanted now
-    #[arg(long, value_name = "RELEASE")]
-    release: Option<String>,
     /// The app
     #[arg(value_name = "APP")]
     app: String,
+    /// The release; unless given, the one that is wanted now
+    #[arg(long, value_name = "RELEASE")]
+    release: Option<String>,
+    #[command(flatten)]
+    wait: WaitArgs,
+    #[command(flatten)]
+    store: StoreArgs,
 }
 
 /// How a change is waited for.
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Waiting")]
 pub(super) struct WaitArgs {
     /// Longest wait
     #[arg(long, value_name = "DURATION", default_value = "15m")]
     timeout: String,
     /// Do not wait
     #[arg(long)]
-    detach: bool,
+    pub(super) detach: bool,
     /// What is waited for
     #[arg(long, value_enum, default_value = "converged")]
     until: Goal,
@@ -79,7 +80,7 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
                 }
             }
         };
-        follow(&config, &app, Written { revision: 0, since: 0, release }, &args.wait, printer).await
+        follow(&config, &app, Written { revision: 0, since: 0, release, note: None }, &args.wait, printer).await
     })
 }
 
@@ -94,6 +95,14 @@ impl WaitArgs {
 
     fn timeout(&self) -> Result<Duration, Failed> {
         text::duration(&self.timeout).map_err(|e| Failed::usage(format!("--timeout: {e}")))
+    }
+
+    /// When a wait that begins now is over.
+    ///
+    /// # Errors
+    /// If the flag is wrong.
+    pub(super) fn deadline(&self) -> Result<Instant, Failed> {
+        Ok(Instant::now() + self.timeout()?)
     }
 
     fn goal(&self) -> Until {
@@ -120,13 +129,27 @@ pub(super) async fn follow(
     args: &WaitArgs,
     printer: &mut Printer,
 ) -> Ended {
-    let Written { revision, since, release } = written;
+    follow_until(config, app, written, args, args.deadline()?, printer).await
+}
+
+/// The same, with a deadline that several waits share.
+///
+/// # Errors
+/// If the flags are wrong. The store is asked again until the time is over.
+pub(super) async fn follow_until(
+    config: &EtcdConfig,
+    app: &AppName,
+    written: Written,
+    args: &WaitArgs,
+    deadline: Instant,
+    printer: &mut Printer,
+) -> Ended {
+    let Written { revision, since, release, .. } = written;
     let mut report = Report::new(app.clone(), release.clone(), revision, args.format());
     if args.detach {
         report.detached(printer);
         return Ok(Exit::Success);
     }
-    let deadline = Instant::now() + args.timeout()?;
     let mut watcher = Watcher { goal: args.goal(), blocked_since: None };
     let mut turn = 0;
     // One for the whole wait: a signal between two of them would be lost.

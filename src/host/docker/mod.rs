@@ -42,6 +42,7 @@ pub use list::{Instances, Listed, Lists};
 pub use meter::{Failure, Meter, NoMeter, Operation};
 pub use network::{BridgeNetwork, OwnAddress};
 
+use crate::host::files;
 use crate::model::{
     fleet::Capacity,
     name::{AppName, ContainerId, HostName},
@@ -282,7 +283,9 @@ impl Docker {
             "aarch64" => "arm64".to_owned(),
             other => other.to_owned(),
         };
+        let root = info.docker_root_dir.map(PathBuf::from).filter(|dir| dir.is_absolute());
         Ok(Capacity {
+            disk_bytes: root.and_then(|root| files::space(&root).ok()).map(|(_, size)| size),
             memory_bytes: info.mem_total.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0),
             cpus: info.ncpu.and_then(|cpus| u32::try_from(cpus).ok()).unwrap_or(0),
             platform: format!("{os}/{architecture}"),

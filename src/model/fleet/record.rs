@@ -40,6 +40,9 @@ pub struct Capacity {
     pub memory_bytes: u64,
     /// Its cores.
     pub cpus: u32,
+    /// The size of the file system of Docker's data directory, in bytes; `None` if it is on no disk of this machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
     /// What images must be made for, such as `linux/amd64`.
     pub platform: String,
     /// The version of its Docker engine.
@@ -164,6 +167,10 @@ pub struct Permit {
     /// Whether a newer verdict keeps the host from switching: no failure is allowed.
     #[serde(default)]
     pub strict: bool,
+    /// Whether nothing of the app was proven in the fleet: there is nothing to go back to, so a host on which the release
+    /// fails keeps its turn, and tries again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub first: bool,
 }
 
 /// How far a permit goes.
@@ -236,6 +243,9 @@ pub struct KeptRelease {
     /// When its rollout was done; `None` if it never was. Only then hosts may go back to it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proven: Option<Timestamp>,
+    /// Who wanted it, and why: `apps/<app>/by`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
 }
 
 /// `state/commands/<app>/<release>`: the run of the release's command, of which there is one in the fleet.

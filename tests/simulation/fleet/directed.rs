@@ -38,6 +38,7 @@ fn permit(fleet: &mut Fleet, of: u64, phase: PermitPhase) {
         granted: Timestamp::default(),
         seen: 0,
         strict: true,
+        first: false,
     };
     let key = FleetKey::Permit(host(0), fleet.app.clone());
     fleet.store.put(key, serde_json::to_string(&permit).expect("JSON"), None);
@@ -179,6 +180,39 @@ const CASES: &[Case] = &[
         condition: (TransactionKind::Open, "permit"),
         before: wants_the_next,
         meanwhile: |fleet| permit(fleet, 9, PermitPhase::Switch),
+        missed: "has a turn, and gets another",
+    },
+    Case {
+        condition: (TransactionKind::Open, "rollout"),
+        before: wants_the_next,
+        meanwhile: |fleet| roll(fleet, 1, RolloutPhase::Rolling),
+        missed: "is opened twice",
+    },
+    Case {
+        condition: (TransactionKind::ChangePhase, "rollout"),
+        before: |fleet| {
+            is_under_way(fleet);
+            (0..5).for_each(|n| proves(fleet, n, 1));
+        },
+        meanwhile: |fleet| roll(fleet, 2, RolloutPhase::Rolling),
+        missed: "is written over that of",
+    },
+    Case {
+        condition: (TransactionKind::Withdraw, "permit"),
+        before: |fleet| {
+            is_under_way(fleet);
+            permit(fleet, 1, PermitPhase::Try);
+            fleet.hosts[0].crash();
+            fleet.keep_leases(true);
+        },
+        // It came back for a moment.
+        meanwhile: |fleet| permit(fleet, 1, PermitPhase::Switch),
+        missed: "is taken in phase",
+    },
+    Case {
+        condition: (TransactionKind::Grant, "permit"),
+        before: is_under_way,
+        meanwhile: |fleet| permit(fleet, 1, PermitPhase::Switch),
         missed: "has a turn, and gets another",
     },
     Case {

@@ -94,7 +94,12 @@ impl SimHost {
             lost: records.lost.get(&key).cloned(),
             proof: records.proofs.get(&key).cloned(),
             commands: records.commands.iter().map(|((_, r), run)| (r.clone(), run.clone())).collect(),
-            verdicts: records.verdicts.keys().filter(|(_, _, h)| *h == self.name).map(|(_, r, _)| r.clone()).collect(),
+            verdicts: records
+                .verdicts
+                .iter()
+                .filter(|((_, _, h), _)| *h == self.name)
+                .map(|((_, r, _), verdict)| (r.clone(), verdict.value.clone()))
+                .collect(),
         }
     }
 

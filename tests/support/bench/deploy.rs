@@ -75,7 +75,7 @@ pub struct Outcome {
 /// Runs a plan.
 pub fn measure(plan: Plan) -> Outcome {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    let sections = if plan.rollouts { "[rollouts]\nenabled = true\n" } else { "" };
+    let sections = if plan.rollouts { "" } else { "[rollouts]\nenabled = false\n" };
     let mut lab = Lab::with(&Setup { tcp_routes: plan.route == Route::Table, sections, ..Setup::default() });
     let image = lab.image("v1");
     let mut bare = runtime.block_on(Bare::new(&lab, &plan, &image));
@@ -149,7 +149,7 @@ fn demae_round(
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Plan { route, rounds, start_ms, vhosts, apps, rollouts } = &self.plan;
-        let rollouts = if *rollouts { ", rollouts enabled" } else { "" };
+        let rollouts = if *rollouts { "" } else { ", without rollouts" };
         writeln!(
             f,
             "{route:?}: {rounds} rounds; the app listens after {start_ms} ms; {vhosts} other virtual hosts, {apps} other apps{rollouts}"

@@ -11,7 +11,7 @@ use std::{
 
 use demae::{
     fleet::turn::{Directive, HostFacts, directive, next_write},
-    metrics::{FleetGauges, Metrics},
+    metrics::Metrics,
     model::{
         desired::{DesiredApp, HostMode, Target},
         fleet::{Leader, TransactionKind, Turn},
@@ -332,7 +332,7 @@ impl Agent {
         let token = CancellationToken::new();
         let fence = Arc::new(SharedFence::default());
         let cache = DesiredCache::new(config.prefix.clone(), viewer, Arc::new(Disk::default()), fence.clone(), updates);
-        let (link, ends) = Link::new(run.clone());
+        let (link, ends) = Link::new(run.clone(), true);
         let host = Host {
             name: name.clone(),
             app,
@@ -351,10 +351,10 @@ impl Agent {
             leases: leases_in.clone(),
             updates: updates_in.clone(),
             fence,
-            rollouts: true,
+            takes_turns: link.takes_turns.clone(),
             capacity: None,
         };
-        let outlets = LeaderOutlets { metrics: metrics.clone(), gauges: channel(FleetGauges::default()).0 };
+        let outlets = LeaderOutlets { metrics: metrics.clone(), gauges: channel(None).0 };
         let (c, u) = (config.clone(), updates_in.clone());
         Self(vec![
             runtime.spawn(watch(EtcdCluster::new(c.clone(), claim.clone()), cache, token.clone())),

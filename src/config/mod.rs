@@ -1,4 +1,11 @@
-//! Configuration of an agent: flags override the environment, which overrides the file, which overrides defaults.
+//! Configuration of an agent: flags override the environment, which overrides the file, which overrides defaults. And the
+//! stores that people work with from elsewhere.
+
+mod context;
+mod etcd;
+
+pub use context::{Context, context};
+pub use etcd::EtcdFlags;
 
 use std::{
     collections::BTreeMap,
@@ -16,11 +23,7 @@ use crate::{
         tcp_routes,
     },
     model::{env::Secret, event::What, name::HostName, text},
-    store::{
-        Brake,
-        client::{EtcdConfig, Password},
-        keys::Prefix,
-    },
+    store::{Brake, client::EtcdConfig},
     webhook::WebhookConfig,
 };
 
@@ -42,7 +45,7 @@ pub struct File {
     resync: Option<String>,
     delete_grace: Option<String>,
     parallel: Option<usize>,
-    etcd: EtcdFile,
+    etcd: etcd::EtcdFile,
     docker: DockerFile,
     nginx: NginxFile,
     ports: PortsFile,
@@ -65,20 +68,6 @@ struct WebhookFile {
     url: String,
     secret_file: Option<PathBuf>,
     events: Option<Vec<String>>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct EtcdFile {
-    endpoints: Vec<String>,
-    prefix: Option<String>,
-    user: Option<String>,
-    password_file: Option<PathBuf>,
-    cacert: Option<PathBuf>,
-    cert: Option<PathBuf>,
-    key: Option<PathBuf>,
-    dial_timeout: Option<String>,
-    command_timeout: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -129,6 +118,7 @@ struct RolloutsFile {
 
 /// Flags and environment variables, which override the file.
 #[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Agent")]
 pub struct Flags {
     /// The agent's configuration file
     #[arg(long, env = "DEMAE_CONFIG", value_name = "FILE")]
@@ -154,38 +144,6 @@ pub struct Flags {
     /// The connection to etcd.
     #[command(flatten)]
     pub etcd: EtcdFlags,
-}
-
-/// The connection to etcd, by the names that etcdctl uses.
-#[derive(Debug, Clone, Default, clap::Args)]
-pub struct EtcdFlags {
-    /// Endpoints of etcd
-    #[arg(long, env = "ETCDCTL_ENDPOINTS", value_delimiter = ',', value_name = "ENDPOINT,…")]
-    pub endpoints: Vec<String>,
-    /// User, or user:password
-    #[arg(long, env = "ETCDCTL_USER", hide_env_values = true, value_name = "USER")]
-    pub user: Option<String>,
-    /// Password of the user; better in a file, or in the environment
-    #[arg(long, env = "ETCDCTL_PASSWORD", hide_env_values = true, value_name = "PASSWORD")]
-    pub password: Option<String>,
-    /// CA that signed the members' certificates
-    #[arg(long, env = "ETCDCTL_CACERT", value_name = "FILE")]
-    pub cacert: Option<PathBuf>,
-    /// Client certificate
-    #[arg(long, env = "ETCDCTL_CERT", value_name = "FILE")]
-    pub cert: Option<PathBuf>,
-    /// Key of the client certificate
-    #[arg(long, env = "ETCDCTL_KEY", value_name = "FILE")]
-    pub key: Option<PathBuf>,
-    /// Timeout of a connection
-    #[arg(long, env = "ETCDCTL_DIAL_TIMEOUT", value_name = "DURATION")]
-    pub dial_timeout: Option<String>,
-    /// Timeout of one request
-    #[arg(long, env = "ETCDCTL_COMMAND_TIMEOUT", value_name = "DURATION")]
-    pub command_timeout: Option<String>,
-    /// Prefix of all keys
-    #[arg(long, env = "DEMAE_PREFIX", value_name = "PREFIX")]
-    pub prefix: Option<String>,
 }
 
 /// Why a configuration cannot be used.
@@ -324,7 +282,7 @@ impl Config {
             resync,
             delete_grace: duration("delete_grace", file.delete_grace.as_deref())?.unwrap_or(Duration::from_secs(3)),
             parallel: file.parallel.unwrap_or(crate::agent::PARALLEL_STEPS).max(1),
-            etcd: etcd(&flags.etcd, file.etcd)?,
+            etcd: etcd::config(&flags.etcd, file.etcd)?,
             docker_socket: docker_socket(file.docker.socket)?,
             nginx: NginxSetup {
                 binary: n.binary.unwrap_or_else(|| "nginx".to_owned()),
@@ -362,6 +320,8 @@ fn read(path: &Path) -> Result<File, ConfigError> {
 pub struct Rollouts {
     /// Whether its agent may be elected as the leader.
     pub may_lead: bool,
+    /// Whether it waits if the rights of its etcd role do not suffice; otherwise it then converges by itself.
+    pub required: bool,
 }
 
 /// The connection to etcd, for commands that need nothing else.
@@ -374,53 +334,7 @@ pub fn etcd_only(flags: &Flags) -> Result<EtcdConfig, ConfigError> {
         None if Path::new(FILE).exists() => read(Path::new(FILE))?,
         None => File::default(),
     };
-    etcd(&flags.etcd, file.etcd)
-}
-
-fn etcd(flags: &EtcdFlags, file: EtcdFile) -> Result<EtcdConfig, ConfigError> {
-    let mut endpoints = if flags.endpoints.is_empty() { file.endpoints } else { flags.endpoints.clone() };
-    endpoints.retain(|e| !e.trim().is_empty());
-    if endpoints.is_empty() {
-        endpoints.push("127.0.0.1:2379".to_owned());
-    }
-    let user = match flags.user.clone().or(file.user) {
-        None => None,
-        Some(user) => {
-            let (name, inline) = match user.split_once(':') {
-                Some((name, password)) => (name.to_owned(), Some(password.to_owned())),
-                None => (user, None),
-            };
-            // Fail early if it is unreadable; it is read again for each connection.
-            if let Some(path) = &file.password_file {
-                std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
-            }
-            let given = inline.or_else(|| flags.password.clone()).map(|text| Password::Given(Secret::new(text)));
-            let password = given.or(file.password_file.map(Password::File));
-            let password = password.ok_or_else(|| {
-                bad("user")(format!(
-                    "there is no password for `{name}`; set `ETCDCTL_PASSWORD`, or `etcd.password_file` in the file"
-                ))
-            })?;
-            Some((name, password))
-        }
-    };
-    let cert = match (flags.cert.clone().or(file.cert), flags.key.clone().or(file.key)) {
-        (Some(cert), Some(key)) => Some((cert, key)),
-        (None, None) => None,
-        _ => return Err(bad("cert")("`cert` and `key` belong together; one of them is missing".to_owned())),
-    };
-    let dial = flags.dial_timeout.clone().or(file.dial_timeout);
-    let command = flags.command_timeout.clone().or(file.command_timeout);
-    Ok(EtcdConfig {
-        endpoints,
-        user,
-        cacert: flags.cacert.clone().or(file.cacert),
-        cert,
-        dial_timeout: duration("dial_timeout", dial.as_deref())?.unwrap_or(Duration::from_secs(2)),
-        command_timeout: duration("command_timeout", command.as_deref())?.unwrap_or(Duration::from_secs(5)),
-        prefix: Prefix::new(flags.prefix.as_deref().or(file.prefix.as_deref()).unwrap_or("/demae"))
-            .map_err(bad("prefix"))?,
-    })
+    etcd::config(&flags.etcd, file.etcd)
 }
 
 fn brake(file: &BrakeFile) -> Result<Brake, ConfigError> {
@@ -516,8 +430,8 @@ fn networks(name: &'static str, given: Vec<String>) -> Result<Vec<String>, Confi
 }
 
 fn rollouts(file: &RolloutsFile) -> Option<Rollouts> {
-    let enabled = file.enabled.unwrap_or(false);
-    enabled.then(|| Rollouts { may_lead: file.lead.unwrap_or(true) })
+    let may_lead = file.lead.unwrap_or(true);
+    file.enabled.unwrap_or(true).then_some(Rollouts { may_lead, required: file.enabled.is_some() })
 }
 
 fn tcp_routes(file: TcpRoutesFile) -> Result<tcp_routes::Settings, ConfigError> {
@@ -571,7 +485,7 @@ mod tests {
     #[test]
     #[expect(clippy::disallowed_methods, reason = "a test writes its own file")]
     fn shipped_file_is_valid_and_flags_override_it() {
-        let shipped = include_str!("../deploy/agent.toml");
+        let shipped = include_str!("../../deploy/agent.toml");
         let plain: String = shipped
             .lines()
             .map(|l| l.strip_prefix("# ").filter(|r| r.contains(" = ") || r.starts_with('[')).unwrap_or(l))

@@ -1,0 +1,211 @@
+//! Verbs about one app: its variables, its releases, its evidence, its end.
+#![allow(clippy::disallowed_methods, reason = "a test runs programs")]
+
+use std::{
+    fs,
+    io::Write as _,
+    process::{Command, Output, Stdio},
+};
+
+use demae::model::status::State;
+use serde_json::Value;
+
+use crate::support::{lab::Lab, wait::until};
+
+/// The exit code and the two outputs of a command, which gets this text on standard input.
+fn run_with(lab: &Lab, args: &[&str], input: &str) -> (i32, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
+    command.args(args).env("DEMAE_CONFIG", lab.path("agent.toml")).env_remove("ETCDCTL_ENDPOINTS");
+    command.env("DEMAE_CONTEXTS", lab.path("contexts.toml")).env("DEMAE_BY", "alice");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("demae runs");
+    // A command that reads nothing may have ended.
+    let _ = child.stdin.take().expect("a pipe").write_all(input.as_bytes());
+    let Output { status, stdout, stderr } = child.wait_with_output().expect("it ends");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (status.code().unwrap_or(-1), text(&stdout), text(&stderr))
+}
+
+fn run(lab: &Lab, args: &[&str]) -> (i32, String, String) {
+    run_with(lab, args, "")
+}
+
+/// What a command prints that succeeds.
+fn told(lab: &Lab, args: &[&str]) -> String {
+    let (code, out, err) = run(lab, args);
+    assert_eq!(code, 0, "{args:?}: {out}{err}");
+    out
+}
+
+fn json(lab: &Lab, args: &[&str]) -> Value {
+    let out = told(lab, args);
+    serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}"))
+}
+
+/// The variable of this name in the list of an app.
+fn listed(lab: &Lab, name: &str) -> Value {
+    let all = json(lab, &["env", "list", "web", "--values", "-o", "json"]);
+    let all = all["variables"].as_array().expect("a list").clone();
+    all.into_iter().find(|variable| variable["name"] == name).unwrap_or(Value::Null)
+}
+
+/// An app that serves its first release.
+fn serving() -> (Lab, String) {
+    let lab = Lab::new();
+    let spec = lab.socket_spec(&lab.image("v1"), "web.test", "");
+    lab.deploy("web", "apps/web/spec", &spec);
+    (lab, spec)
+}
+
+#[test]
+fn variables_are_set_together_and_listed_without_their_values() {
+    let (lab, _) = serving();
+    // Several in one release, from three sources.
+    fs::write(lab.path("token"), "from a file\n").expect("a file");
+    let file = format!("TOKEN=@{}", lab.path("token").display());
+    let before = json(&lab, &["history", "web", "-o", "json"])["releases"].as_array().map_or(0, Vec::len);
+    let (code, out, err) = run_with(&lab, &["env", "set", "web", "GREETING=hello", &file, "PIPED=-"], "from a pipe\n");
+    assert_eq!(code, 0, "{out}{err}");
+    assert!(out.starts_with("web ") && out.contains("converged on 1 host"), "{out}");
+    let after = json(&lab, &["history", "web", "-o", "json"])["releases"].as_array().map_or(0, Vec::len);
+    assert_eq!(after, before + 1, "they are one release");
+    for (name, value) in [("GREETING", "hello"), ("TOKEN", "from a file"), ("PIPED", "from a pipe")] {
+        let found = listed(&lab, name);
+        assert_eq!(
+            (&found["value"], &found["from"], &found["deployed"]),
+            (&value.into(), &"env/web/".into(), &1.into())
+        );
+    }
+    let list = told(&lab, &["env", "list", "web"]);
+    assert!(list.contains("GREETING") && list.contains("1/1") && !list.contains("hello"), "{list}");
+
+    // What is written and not deployed is told apart; a pause keeps it so.
+    told(&lab, &["pause", "web", "moving the database"]);
+    lab.wait_app("web", "paused", |s| s.state == State::Paused && s.reason.contains("moving the database"));
+    let (code, out, err) = run(&lab, &["env", "set", "web", "GREETING=later"]);
+    assert_eq!(code, 4, "a person must act: {out}{err}");
+    assert_eq!(listed(&lab, "GREETING")["deployed"], 0);
+    assert!(told(&lab, &["env", "list", "web"]).contains("staged"));
+    told(&lab, &["resume", "web"]);
+    told(&lab, &["wait", "web"]);
+    assert_eq!(listed(&lab, "GREETING")["deployed"], 1);
+
+    // What is exported can be imported, whatever is in it.
+    let odd = "it's \"odd\" $HOME \\n # no comment\nsecond line";
+    let (code, _, err) = run_with(&lab, &["env", "set", "web", "ODD=-"], odd);
+    assert_eq!(code, 0, "{err}");
+    let exported = told(&lab, &["env", "export", "web"]);
+    told(&lab, &["env", "unset", "web", "ODD", "TOKEN", "PIPED"]);
+    assert_eq!(listed(&lab, "ODD"), Value::Null);
+    let (code, _, err) = run_with(&lab, &["env", "import", "web"], &exported);
+    assert_eq!(code, 0, "{err}");
+    assert_eq!(listed(&lab, "ODD")["value"], odd);
+
+    // What is wrong is refused as a whole, and its values are not printed.
+    let revision = lab.get_key("env/web/GREETING");
+    for (args, input, code, why) in [
+        (&["env", "set", "web", "GREETING=x", "hidden"][..], "", 64, "NAME=VALUE"),
+        (&["env", "set", "web", "GREETING=x", "GREETING=y"], "", 64, "twice"),
+        (&["env", "set", "web", "GREETING=x", "--set", "common"], "", 1, "does not use the set `common`"),
+        (&["env", "set", "nowhere", "GREETING=x"], "", 1, "no app `nowhere`"),
+        (&["env", "unset", "web", "ABSENT"], "", 1, "has no variable ABSENT"),
+        (&["env", "import", "web"], "GREETING=x\nhidden words\n", 1, "-:2:"),
+        (&["env", "import", "web"], "# nothing\n", 1, "has no variables"),
+        (&["env", "export", "web", "--format", "docker"], "", 1, "ODD has a line break"),
+    ] {
+        let (ended, out, err) = run_with(&lab, args, input);
+        assert_eq!((ended, out.as_str()), (code, ""), "{args:?}: {err}");
+        assert!(err.contains(why) && !err.contains("hidden"), "{args:?}: {err}");
+    }
+    assert_eq!(lab.get_key("env/web/GREETING"), revision, "nothing was written");
+}
+
+#[test]
+fn releases_are_told_compared_and_explained() {
+    let (lab, spec) = serving();
+    let first =
+        json(&lab, &["history", "web", "-o", "json"])["releases"][0]["release"].as_str().expect("one").to_owned();
+    let v2 = lab.image("v2");
+    let (code, out, err) = run(&lab, &["deploy", "web", &v2, "--env", "MOOD=exit", "-m", "a try"]);
+    assert_eq!(code, 3, "{out}{err}");
+
+    // Who wanted it, and what became of it.
+    let releases = json(&lab, &["history", "web", "-o", "json"])["releases"].clone();
+    let bad = &releases[0];
+    assert_eq!((&bad["by"], &bad["wanted"]), (&"alice: a try".into(), &true.into()), "{releases}");
+    assert_eq!(bad["image"], v2.as_str());
+    assert!(bad["reason"].as_str().is_some_and(|why| why.contains("exit code")), "{releases}");
+    assert_eq!((&releases[1]["release"], &releases[1]["result"]), (&first.as_str().into(), &"proven".into()));
+    assert_eq!(releases[1]["by"], Value::Null, "a plain put names nobody");
+    let table = told(&lab, &["history", "web"]);
+    assert!(table.contains("alice: a try") && table.contains(&first), "{table}");
+
+    // The evidence, on standard output.
+    let (code, out, err) = run(&lab, &["logs", "web", "--failed"]);
+    assert_eq!(code, 0, "{err}");
+    assert!(out.starts_with(&format!("{} │ ", lab.host)) && err.contains("exit code"), "{out}{err}");
+    let (code, _, err) = run(&lab, &["logs", "web"]);
+    assert!(code == 64 && err.contains("docker logs"), "{err}");
+    // The host itself says the same, and what serves.
+    let status = lab.wait_app("web", "halted", |s| s.is("halted") && s.verdict.is_some());
+    assert_eq!((status.state, status.serving.as_deref()), (State::Blocked, Some(first.as_str())));
+
+    // What differs, without the values.
+    let (code, out, err) = run(&lab, &["diff", "web"]);
+    assert_eq!(code, 2, "{err}");
+    assert!(out.contains(&format!("+ image: {v2}")) && out.contains("+ env/web/MOOD (4 bytes, "), "{out}");
+    let (code, out, _) = run(&lab, &["diff", "web", &first, &first]);
+    assert_eq!((code, out.as_str()), (0, ""));
+    let (code, _, err) = run(&lab, &["diff", "web", "000000000000"]);
+    assert!(code == 1 && err.contains("is no release of web that is kept"), "{err}");
+
+    // A spec from a file: first only what would change, then the change.
+    let dir = lab.path("specs");
+    fs::create_dir(&dir).expect("a directory");
+    let spec = spec.replace("app.sock}", "app.sock, MOOD: well}");
+    fs::write(dir.join("web.yaml"), spec).expect("a file");
+    let dir = dir.display().to_string();
+    told(&lab, &["env", "unset", "web", "MOOD"]);
+    let (code, out, err) = run(&lab, &["apply", "-f", &dir, "--dry-run"]);
+    assert_eq!(code, 2, "{err}");
+    assert!(out.contains("MOOD: well") && err.contains("1 of 1 apps would change"), "{out}{err}");
+    let out = told(&lab, &["apply", "-f", &dir, "-m", "as in the repository"]);
+    assert!(out.contains("converged on 1 host"), "{out}");
+    let (code, out, err) = run(&lab, &["apply", "-f", &dir, "--dry-run"]);
+    assert_eq!((code, out.as_str()), (0, ""), "{err}");
+    let (code, _, err) = run_with(&lab, &["apply", "-f", "-", "--app", "web"], "imagee: x\n");
+    assert!(code == 1 && err.contains("`web` would be invalid; nothing was written"), "{err}");
+
+    // Its end is asked for twice, and waited for.
+    let (code, _, err) = run(&lab, &["delete", "web"]);
+    assert!(code == 1 && err.contains("--yes"), "{err}");
+    let (code, out, err) = run(&lab, &["delete", "web", "--yes", "--env"]);
+    assert_eq!(code, 0, "{out}{err}");
+    assert!(out.starts_with("web is removed"), "{out}");
+    assert!(lab.containers().is_empty());
+    assert_eq!(lab.get_key("apps/web/image"), "");
+    let left: Vec<String> = ["state/", "secret/releases/"].iter().flat_map(|place| lab.list(place)).collect();
+    assert!(!left.iter().any(|key| key.split('/').any(|word| word == "web")), "{left:?}");
+}
+
+#[test]
+fn contexts_name_stores() {
+    let (lab, _) = serving();
+    let text = format!(
+        "[lab]\nendpoints = [\"{0}\"]\n[prod]\nendpoints = [\"{0}\"]\nconfirm = true\n[away]\nendpoints = [\"127.0.0.1:1\"]\n",
+        lab.etcd
+    );
+    fs::write(lab.path("contexts.toml"), text).expect("a file");
+    until("the status of the fleet is published", || {
+        told(&lab, &["status", "--context", "lab", "web"]).contains("1/1")
+    });
+    told(&lab, &["env", "list", "web", "--context", "prod"]);
+    let (code, _, err) = run(&lab, &["env", "set", "web", "A=1", "--context", "prod"]);
+    assert!(code == 1 && err.contains("is to be confirmed by its name"), "{err}");
+    let (code, _, err) = run(&lab, &["env", "list", "web", "--context", "away"]);
+    assert_eq!(code, 75, "{err}");
+    let (code, _, err) = run(&lab, &["env", "list", "web", "--context", "test"]);
+    assert!(code == 1 && err.contains("there is no context `test`; these are: away, lab, prod"), "{err}");
+    let (code, _, err) = run(&lab, &["env", "list", "web", "--context", "lab", "--endpoints", "127.0.0.1:1"]);
+    assert!(code == 64 && err.contains("`--endpoints`"), "{err}");
+}
