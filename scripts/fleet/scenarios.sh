@@ -194,9 +194,9 @@ verb() { # CODE ARGUMENTS...
 }
 
 scenario_verbs() {
-    verb 3 deploy web fleet/web:exits1
+    verb 3 deploy web fleet/web:exits5
     release=$(rollout release)
-    expect_one_failure exits1
+    expect_one_failure exits5
     verb 0 rollback web
     at_rest "$version"
     verb 0 deploy web fleet/web:v15
