@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    Decision, Fleet, StoreArgs, author,
+    Decision, Fleet, StoreArgs, Written, author,
     diff::{Made, compare},
     wait::{WaitArgs, follow_until},
     write,
@@ -81,11 +81,11 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
         }
         let by = author::signature(args.message.as_deref());
         let deadline = args.wait.deadline()?;
-        let (mut written, mut exit) = (Vec::new(), Exit::Success);
+        let (mut written, mut exit): (Vec<(&AppName, Written)>, Exit) = (Vec::new(), Exit::Success);
         for (app, spec) in &specs {
             match write(&config, Some((app, &by)), |fleet| decide(fleet, app, spec, args.wait.detach)).await {
                 Ok(one) => written.push((app, one)),
-                Err(failed) if written.is_empty() => return Err(failed),
+                Err(failed) if written.iter().all(|(_, one)| one.revision == 0) => return Err(failed),
                 // What was written goes on, and is waited for.
                 Err(failed) => {
                     printer.error(&format!("error: {app}: {}", failed.message));
@@ -194,14 +194,17 @@ fn differences(fleet: &Fleet, app: &AppName, after: &Everywhere) -> Vec<String> 
 
 /// Puts the spec, if it differs.
 fn decide(fleet: &Fleet, app: &AppName, spec: &[u8], is_detached: bool) -> Result<Decision, Failed> {
-    if let Some(pinned) = fleet.text(&Key::Pin(app.clone())).filter(|_| !is_detached) {
+    let key = Key::Spec(app.clone());
+    let is_same = fleet.contents.entry(&key).is_some_and(|entry| entry.value() == spec);
+    let pin = fleet.contents.pin(app).ok().flatten();
+    if let Some(pinned) = pin.as_ref().filter(|_| !is_same && !is_detached) {
         return Err(Failed::because(format!(
             "{app} is pinned to {pinned}, so a change of its spec would wait (`--detach` writes it all the same; `demae deploy {app} IMAGE` ends the pin)"
         )));
     }
-    let release = with_spec(fleet, app, spec)?.target.release.id.clone();
-    let key = Key::Spec(app.clone());
-    let is_same = fleet.contents.entry(&key).is_some_and(|entry| entry.value() == spec);
+    let made = with_spec(fleet, app, spec)?.target.release.id.clone();
+    // Where nothing changes, what is pinned is what is wanted.
+    let release = pin.filter(|_| is_same).unwrap_or(made);
     let puts = if is_same { Vec::new() } else { vec![(key.clone(), spec.to_vec())] };
     let decided_from = [key, Key::Image(app.clone()), Key::Restart(app.clone()), Key::Pin(app.clone())];
     let unchanged = decided_from.into_iter().map(|key| (key.clone(), fleet.modified(&key))).collect();
