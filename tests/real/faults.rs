@@ -62,7 +62,7 @@ fn bad_input_is_reported_in_one_sentence_and_stops_nothing() {
     lab.put("apps/thief/spec", &lab.port_spec(&image, "good.test", ""));
     says("thief", State::Blocked, &["belongs to app `good`"]);
     says("no-image", State::Converging, &["localhost:1/none:v1", "cannot be pulled"]);
-    says("exits", State::Blocked, &["exit code 3", "restart"]);
+    says("exits", State::Blocked, &["exit code 3", "demae retry exits"]);
     says("deaf", State::Blocked, &["not healthy within"]);
     says("big", State::Invalid, &["env/big/A", "1048578 bytes", "131071"]);
     says("not-utf8", State::Invalid, &["env/not-utf8/A", "not UTF-8 at byte 3"]);
