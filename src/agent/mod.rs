@@ -176,7 +176,8 @@ fn desired_if_unlisted(snapshot: Option<&Snapshot>) -> DesiredApp {
     if snapshot.is_some_and(|s| s.proven) { DesiredApp::Absent(why) } else { DesiredApp::Unknown(why) }
 }
 
-/// News of rollouts: the answer to a write, or `None` if the records have changed, or whether this host takes turns. Never ends without rollouts.
+/// News of rollouts: the answer to a write, or `None` if the records have changed, or whether this host takes turns. Never
+/// ends without rollouts.
 async fn rollout_news(link: &mut Option<Link>) -> Option<Answer> {
     let Some(Link { takes_turns, rollouts, answers, .. }) = link else { return std::future::pending().await };
     tokio::select! {

@@ -184,7 +184,7 @@ impl Question<'_> {
                 there += 1;
                 continue;
             }
-            // The first release of an app is tried again, and nobody waits for that.
+            // The first release of an app is tried again; the answer is that it failed.
             let stored = self.records.rollouts.get(self.app).and_then(|stored| stored.value.as_ref());
             let is_first =
                 stored.is_some_and(|r| r.release == *self.release && r.from.is_none() && r.phase.is_under_way());

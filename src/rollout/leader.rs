@@ -113,7 +113,7 @@ async fn session(
 ) -> Result<(), StoreError> {
     let Some(etcd) = trusted(updates).await else { return Ok(()) };
     let session = FleetSession::open(config, turn).await?;
-    // Whoever leads and cannot read the fleet keeps others from leading.
+    // A leader that cannot read the fleet would keep other agents from leading.
     session.try_rights_to_lead().await?;
     loop {
         let key = config.prefix.fleet(&FleetKey::Leader).into_bytes();
@@ -290,7 +290,7 @@ impl Leading {
     fn gauges(&self) -> LeaderGauges {
         let records = &self.fleet.records;
         let phase = |(app, stored): (&AppName, &Stored<Rollout>)| {
-            // The record of an app that nobody wants any more says nothing to act on.
+            // The record of a deleted app calls for no action.
             let rollout = stored.value.as_ref().filter(|_| records.specs.contains_key(app))?;
             Some((app.clone(), (rollout.phase, rollout.changed)))
         };

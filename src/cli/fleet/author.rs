@@ -11,7 +11,7 @@ pub(super) fn signature(message: Option<&str>) -> String {
     let (name, variable) = NAMES
         .iter()
         .find_map(|variable| Some((env::var(variable).ok().filter(|name| !name.is_empty())?, *variable)))
-        .unwrap_or_else(|| ("somebody".to_owned(), ""));
+        .unwrap_or_else(|| ("unknown".to_owned(), ""));
     let machine = rustix::system::uname();
     let machine = machine.nodename().to_string_lossy();
     let who = match variable {

@@ -254,7 +254,7 @@ impl Fleet {
         revisions.filter(|_| gone).map(|found| found.into_iter().max().unwrap_or(self.revision))
     }
 
-    /// A key of an edit that somebody else has written since.
+    /// A key of an edit that another client has written since.
     fn overwritten<'e>(&self, edit: &'e Edit, before: i64) -> Option<&'e Key> {
         edit.puts.iter().map(|(key, _)| key).chain(&edit.deletes).find(|key| self.modified(key) > before)
     }
@@ -363,7 +363,7 @@ async fn commit<T>(
             }
             if let Some(key) = fleet.overwritten(&edit, before) {
                 return Err(Failed::superseded(format!(
-                    "the answer to the write was lost, and `{key}` was written by somebody else since"
+                    "the answer to the write was lost, and `{key}` was written by another client since"
                 )));
             }
         }

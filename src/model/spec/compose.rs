@@ -27,7 +27,7 @@ impl Reader {
         });
         for name in ["stdin_open", "tty"] {
             if let (Some(true), Some(node)) = (self.boolean(f, name), f.get(name)) {
-                self.problem(name, node, "nobody types into an app; leave it out");
+                self.problem(name, node, "an app has no terminal; leave it out");
             }
         }
         self.items(f, "security_opt", |t| match t {
