@@ -24,7 +24,7 @@
 use std::{
     env,
     io::{BufRead, BufReader, Read, Write},
-    net::TcpListener,
+    net::{TcpListener, TcpStream, UdpSocket},
     os::unix::net::UnixListener,
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -192,6 +192,10 @@ fn serve(input: impl Read, mut output: impl Write, peer: &str) -> std::io::Resul
                 eat(query.parse().unwrap_or(1));
                 answer(&mut output, "200 OK", "it was good\n")?;
             }
+            "/reach" => {
+                let found = reach(query).unwrap_or_else(|e| format!("not reached: {e}\n"));
+                answer(&mut output, "200 OK", &found)?;
+            }
             "/peer" => answer(&mut output, "200 OK", peer)?,
             "/die" => std::process::exit(4),
             "/slow" => {
@@ -219,6 +223,38 @@ fn serve(input: impl Read, mut output: impl Write, peer: &str) -> std::io::Resul
             return Ok(());
         }
     }
+}
+
+/// What another app of this network, `name:port`, answers to a request. The name is looked up by hand (RFC 1035): a
+/// static program has no resolver of its own.
+fn reach(target: &str) -> std::io::Result<String> {
+    let (name, port) = target.split_once(':').unwrap_or((target, "80"));
+    let resolver = std::fs::read_to_string("/etc/resolv.conf")?;
+    let server = resolver.lines().find_map(|line| line.strip_prefix("nameserver ")).unwrap_or("127.0.0.11").trim();
+    let mut question = vec![0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name.split('.') {
+        question.push(u8::try_from(label.len()).unwrap_or(0));
+        question.extend(label.as_bytes());
+    }
+    question.extend([0, 0, 1, 0, 1]);
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    socket.send_to(&question, (server, 53))?;
+    let mut answer = [0; 512];
+    let length = socket.recv(&mut answer)?;
+    if answer[7] == 0 {
+        return Err(std::io::Error::other("no such name"));
+    }
+    // The first answer is an address, and they are alike: its four bytes are the last of 16.
+    let at = question.len() + 12;
+    let Some([a, b, c, d]) = answer[..length].get(at..at + 4) else {
+        return Err(std::io::Error::other("a short answer"));
+    };
+    let mut stream = TcpStream::connect(format!("{a}.{b}.{c}.{d}:{port}"))?;
+    write!(stream, "GET / HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text.split_once("\r\n\r\n").map_or(text.clone(), |(_, body)| body.to_owned()))
 }
 
 /// Reads a chunked body; returns its length.

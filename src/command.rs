@@ -66,7 +66,8 @@ impl World {
                         self.docker.pull(&target.release.image).await?;
                     }
                     let command = target.release_command.clone().unwrap_or_default();
-                    self.docker.create_command(app, &target.release, &command, &token).await?;
+                    let network = self.shared_network(&target.release).await;
+                    self.docker.create_command(app, &target.release, &command, &token, network).await?;
                 }
                 (None, _) => return Ok(CommandEnd::Unknown("its container is gone".to_owned())),
                 (Some(container), _) => match container.phase {

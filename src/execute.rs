@@ -237,8 +237,20 @@ impl World {
         let socket_dir = socket_dir.as_deref();
         let more_ports = more_ports.as_slice();
         let own_address = own_address.as_ref();
-        let request =
-            CreateRequest { app, key, release, image, socket_dir, port, own_address, more_ports, drain, check_host };
+        let shared_network = self.shared_network(release).await;
+        let request = CreateRequest {
+            app,
+            key,
+            release,
+            image,
+            socket_dir,
+            port,
+            own_address,
+            shared_network,
+            more_ports,
+            drain,
+            check_host,
+        };
         let Some(id) = self.docker.create(&request).await? else { return Ok(None) };
         let address = match &release.endpoint {
             Some(Endpoint::Socket(path)) => Some(self.socket_address(app, key, path)),
@@ -264,6 +276,15 @@ impl World {
             (Some(address), _) => Ok(matches!(address, Address::Own(_))),
             (None, why_not) => Ok(why_not.is_none()),
         }
+    }
+
+    /// The network where apps of this host find each other. Those that are reached by a socket stay out of it: Docker
+    /// sets up a resolver in each container there, which takes as long as the rest of its start.
+    pub(crate) async fn shared_network(&self, release: &Release) -> Option<&str> {
+        if matches!(release.endpoint, Some(Endpoint::Socket(_))) || release.container.network.is_some() {
+            return None;
+        }
+        self.tcp_routes.why_unusable().await.is_none().then(|| self.tcp_routes.network())
     }
 
     async fn start(&self, app: &AppName, handle: &Handle, observed: &ObservedApp) -> Result<(), StepError> {

@@ -27,12 +27,13 @@
 //! # Imports
 //!
 //! They run one way, and `tests/pure/layering.rs` holds them to it:
-//! `model <- {plan, fleet, store, host} <- {world, execute, command, rollout} <- machine <- agent <- cli <- main`.
+//! `model <- {plan, fleet, import, store, host} <- {world, execute, command, rollout} <- machine <- agent <- cli <- main`.
 //! In braces, only `execute` imports `world`, and `command` both. ARCHITECTURE.md walks one change through the code.
 
 pub mod model;
 
 pub mod fleet;
+pub mod import;
 pub mod plan;
 
 pub mod host;

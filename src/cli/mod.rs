@@ -8,7 +8,9 @@ mod dev;
 mod doctor;
 mod events;
 mod fleet;
+mod import;
 mod init;
+mod input;
 mod plan;
 mod print;
 mod ready;
@@ -93,6 +95,8 @@ enum Verb {
     Store(accept::StoreArgs),
     /// Adopt the containers of another agent with this host's name
     Adopt(adopt::Args),
+    /// Make specs from Compose files, `docker run` commands and containers
+    Import(import::Args),
     /// Check spec files, and report every problem
     Validate(validate::Args),
     /// Print the JSON Schema of a spec
@@ -234,6 +238,7 @@ pub fn run() -> ExitCode {
         Verb::Confirm(args) => accept::confirm(&args, &mut printer),
         Verb::Store(args) => accept::store(&args, &mut printer),
         Verb::Adopt(args) => adopt::run(&args, &mut printer),
+        Verb::Import(args) => import::run(&args, &mut printer),
         Verb::Validate(args) => validate::run(&args, &mut printer),
         Verb::Schema => schema::run(&mut printer),
         Verb::Completions(args) => completions::completions(&args, &mut printer),

@@ -1,8 +1,8 @@
 //! `demae validate`
 
-use std::{io::Read as _, path::PathBuf};
+use std::path::PathBuf;
 
-use super::{Ended, Exit, print::Printer};
+use super::{Ended, Exit, input::read_file_or_stdin, print::Printer};
 use crate::model::spec::Spec;
 
 #[derive(Debug, clap::Args)]
@@ -16,16 +16,10 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     let mut exit = Exit::Success;
     for file in &args.files {
         let name = file.display();
-        let read = if file.as_os_str() == "-" {
-            let mut text = Vec::new();
-            std::io::stdin().read_to_end(&mut text).map(|_| text)
-        } else {
-            std::fs::read(file)
-        };
-        let text = match read {
+        let text = match read_file_or_stdin(file) {
             Ok(text) => text,
-            Err(e) => {
-                printer.error(&format!("{name}: cannot read it: {e}"));
+            Err(failed) => {
+                printer.error(&format!("{name}: {}", failed.message));
                 exit = Exit::Failure;
                 continue;
             }

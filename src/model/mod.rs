@@ -2,6 +2,7 @@
 
 pub mod change;
 pub mod desired;
+pub mod dotenv;
 pub mod env;
 pub mod event;
 pub mod fleet;

@@ -3,6 +3,7 @@
 mod cli;
 mod decisions;
 mod documented;
+mod import;
 mod isolation;
 mod layering;
 mod properties;

@@ -25,6 +25,7 @@ mod fleet_verbs;
 mod footprint;
 mod health;
 mod identity;
+mod imports;
 mod kinds;
 mod many;
 mod names;

@@ -227,3 +227,21 @@ fn instance_that_lost_its_address_is_replaced() {
         replaced && lab.get("web.test", "/").is_ok_and(|(status, _)| status == 200)
     });
 }
+
+/// A database and a worker have no ingress; requests come to the web app alone.
+#[test]
+fn apps_of_a_host_find_each_other_by_their_names() {
+    let lab = lab();
+    let network = lab.tcp_routes.as_ref().expect("tcp routes").network.clone();
+    deploy(&lab, "web", "web.test");
+    let worker = format!("image: {}\nenvironment: {{PORT: 5432}}\n", lab.image("v2"));
+    lab.deploy("db", "apps/db/spec", &worker);
+    let reached = || lab.get("web.test", "/reach?db:5432").expect("an answer").1;
+    until("the web app reaches the database", || reached().contains("version=v2"));
+    let networks = inspect(&only(&lab, "db"), "{{range $name, $n := .NetworkSettings.Networks}}{{$name}} {{end}}");
+    assert_eq!(networks.trim(), network, "it is in the network of the other apps");
+    // A command of a release reaches the same, and does not answer for its app.
+    lab.del("apps/db/");
+    until("the database is gone", || lab.app("db").is_none() && lab.get("web.test", "/reach?db:5432").is_ok());
+    assert!(reached().contains("no such name"), "{}", reached());
+}

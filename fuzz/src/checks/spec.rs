@@ -155,6 +155,7 @@ fn asks_for_nothing_denied(spec: &Spec) {
             socket_dir: Some(SOCKET_DIR),
             port: Some(20_001),
             own_address: None,
+            shared_network: Some("demae"),
             drain: spec.ingress.as_ref().map_or(Duration::ZERO, |i| i.drain),
             more_ports: &[],
             check_host: Some("a.example"),
@@ -183,9 +184,11 @@ const BODY: &[&str] = &[
     "Healthcheck",
     "StopSignal",
     "StopTimeout",
+    "Hostname",
     "HostConfig",
+    "NetworkingConfig",
 ];
-/// Allowed keys in its `HostConfig`. Not among them: privileges, devices, namespaces, security options, sysctls.
+/// Allowed keys in its `HostConfig`. Not among them: privileges, devices, namespaces, sysctls.
 const HOST_CONFIG: &[&str] = &[
     "Mounts",
     "PortBindings",
@@ -200,6 +203,11 @@ const HOST_CONFIG: &[&str] = &[
     "Memory",
     "NanoCpus",
     "PidsLimit",
+    "Dns",
+    "GroupAdd",
+    "SecurityOpt",
+    "ShmSize",
+    "Ulimits",
 ];
 /// Host directories below which apps may mount.
 const MOUNTABLE: &[&str] = &["srv", "opt", "mnt", "media", "data", "home"];
@@ -229,6 +237,15 @@ pub fn denied(body: &Value) -> Vec<String> {
     let network = &host["NetworkMode"];
     if !network.is_null() && network.as_str().is_none_or(|n| n == "host" || n.contains([':', '/'])) {
         found.push(format!("network {network}"));
+    }
+    if list(&host["SecurityOpt"]).any(|option| option != "no-new-privileges") {
+        found.push(format!("security options {}", host["SecurityOpt"]));
+    }
+    for (name, endpoint) in body["NetworkingConfig"]["EndpointsConfig"].as_object().into_iter().flatten() {
+        only(endpoint, &["Aliases", "IPAMConfig"], &mut found);
+        if host["NetworkMode"] != name.as_str() || endpoint["Aliases"] != serde_json::json!(["web"]) {
+            found.push(format!("in network {name}: {endpoint}"));
+        }
     }
     if host["RestartPolicy"]["Name"] != "no" {
         found.push(format!("restart policy {}", host["RestartPolicy"]));

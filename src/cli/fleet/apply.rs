@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{IsTerminal as _, Read as _, stdin},
+    io::{IsTerminal as _, stdin},
     path::{Path, PathBuf},
 };
 
@@ -14,20 +14,28 @@ use super::{
     write,
 };
 use crate::{
-    cli::{Ended, Exit, Failed, Format, print::Printer, runtime},
+    cli::{
+        Ended, Exit, Failed, Format,
+        input::{read_file_or_stdin, read_variables},
+        print::Printer,
+        runtime,
+    },
     fleet::outcome::Wanted,
-    model::name::AppName,
+    model::{
+        dotenv,
+        name::{AppName, SetName},
+    },
     store::{Edit, Everywhere, keys::Key},
 };
-
-/// Most bytes of a spec, as of a request that etcd takes.
-const MOST: u64 = 1 << 20;
 
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
     /// A spec, or a directory of specs: `web.yaml` is the one of `web`; `-` for standard input
     #[arg(short = 'f', long = "file", value_name = "FILE|DIR", required = true)]
     files: Vec<PathBuf>,
+    /// Variables to set in the same release: a `.env` file, or a directory where `web.env` has those of `web`
+    #[arg(long, value_name = "FILE|DIR")]
+    env_file: Option<PathBuf>,
     /// The app, if the name of the file is another one
     #[arg(long, value_name = "APP")]
     app: Option<String>,
@@ -54,8 +62,8 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
         let fleet = Fleet::read(&config).await?;
         // All are checked before the first one is written.
         let mut changed = Vec::new();
-        for (app, spec) in &specs {
-            let after = with_spec(&fleet, app, spec)?;
+        for (app, changes) in &specs {
+            let after = with_changes(&fleet, app, changes)?;
             let lines = differences(&fleet, app, &after);
             if !lines.is_empty() {
                 changed.push(app);
@@ -82,8 +90,8 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
         let by = author::signature(args.message.as_deref());
         let deadline = args.wait.deadline()?;
         let (mut written, mut exit): (Vec<(&AppName, Written)>, Exit) = (Vec::new(), Exit::Success);
-        for (app, spec) in &specs {
-            match write(&config, Some((app, &by)), |fleet| decide(fleet, app, spec, args.wait.detach)).await {
+        for (app, changes) in &specs {
+            match write(&config, Some((app, &by)), |fleet| decide(fleet, app, changes, args.wait.detach)).await {
                 Ok(one) => written.push((app, one)),
                 Err(failed) if written.iter().all(|(_, one)| one.revision == 0) => return Err(failed),
                 // What was written goes on, and is waited for.
@@ -106,9 +114,11 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
     })
 }
 
+/// What is put for each app: its spec, and variables.
+type Specs = BTreeMap<AppName, Vec<(Key, Vec<u8>)>>;
+
 impl Args {
-    /// The specs by app.
-    fn specs(&self) -> Result<BTreeMap<AppName, Vec<u8>>, Failed> {
+    fn specs(&self) -> Result<Specs, Failed> {
         let mut specs = BTreeMap::new();
         let mut files = Vec::new();
         for given in &self.files {
@@ -126,12 +136,31 @@ impl Args {
                 Some(app) => AppName::try_from(app.as_str())?,
                 None => name_of(&file)?,
             };
-            let text = read(&file)?;
-            if specs.insert(app.clone(), text).is_some() {
+            let mut changes = vec![(Key::Spec(app.clone()), read_file_or_stdin(&file)?)];
+            changes.extend(self.variables(&app)?);
+            if specs.insert(app.clone(), changes).is_some() {
                 return Err(Failed::usage(format!("there are two specs of {app}")));
             }
         }
+        if let Some(path) = self.env_file.as_ref().filter(|path| specs.len() != 1 && !path.is_dir()) {
+            return Err(Failed::usage(format!(
+                "`--env-file {}` is one file, and these are several apps; give a directory with one for each",
+                path.display()
+            )));
+        }
         Ok(specs)
+    }
+
+    /// The variables of an app in the file that is given, or in the one with its name.
+    fn variables(&self, app: &AppName) -> Result<Vec<(Key, Vec<u8>)>, Failed> {
+        let Some(path) = &self.env_file else { return Ok(Vec::new()) };
+        let path = if path.is_dir() { path.join(format!("{app}.env")) } else { path.clone() };
+        if self.env_file.as_ref().is_some_and(|given| given.is_dir()) && !path.exists() {
+            return Ok(Vec::new());
+        }
+        let values = read_variables(&path, dotenv::Format::Dotenv)?;
+        let set = SetName::try_from(app.as_str())?;
+        Ok(values.into_iter().map(|(name, value)| (Key::Env(set.clone(), name), value.into_bytes())).collect())
     }
 }
 
@@ -163,17 +192,9 @@ fn name_of(file: &Path) -> Result<AppName, Failed> {
     })
 }
 
-fn read(file: &Path) -> Result<Vec<u8>, Failed> {
-    let mut text = Vec::new();
-    let read = match file.as_os_str().to_str() {
-        Some("-") => stdin().take(MOST).read_to_end(&mut text).map(|_| text),
-        _ => fs::read(file),
-    };
-    read.map_err(|e| Failed::because(format!("cannot read `{}`: {e}", file.display())))
-}
-
-fn with_spec(fleet: &Fleet, app: &AppName, spec: &[u8]) -> Result<Everywhere, Failed> {
-    match fleet.contents.with(app, &[(Key::Spec(app.clone()), Some(spec.to_vec()))], &fleet.key) {
+fn with_changes(fleet: &Fleet, app: &AppName, changes: &[(Key, Vec<u8>)]) -> Result<Everywhere, Failed> {
+    let all: Vec<_> = changes.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
+    match fleet.contents.with(app, &all, &fleet.key) {
         Some(Ok(everywhere)) => Ok(everywhere),
         Some(Err(problems)) => {
             Err(Failed::because(format!("`{app}` would be invalid; nothing was written:\n{problems}")))
@@ -192,22 +213,22 @@ fn differences(fleet: &Fleet, app: &AppName, after: &Everywhere) -> Vec<String> 
     }
 }
 
-/// Puts the spec, if it differs.
-fn decide(fleet: &Fleet, app: &AppName, spec: &[u8], is_detached: bool) -> Result<Decision, Failed> {
-    let key = Key::Spec(app.clone());
-    let is_same = fleet.contents.entry(&key).is_some_and(|entry| entry.value() == spec);
+/// Puts what differs.
+fn decide(fleet: &Fleet, app: &AppName, changes: &[(Key, Vec<u8>)], is_detached: bool) -> Result<Decision, Failed> {
+    let is_same = |key: &Key, value: &[u8]| fleet.contents.entry(key).is_some_and(|entry| entry.value() == value);
+    let puts: Vec<_> = changes.iter().filter(|(key, value)| !is_same(key, value)).cloned().collect();
     let pin = fleet.contents.pin(app).ok().flatten();
-    if let Some(pinned) = pin.as_ref().filter(|_| !is_same && !is_detached) {
+    if let Some(pinned) = pin.as_ref().filter(|_| !puts.is_empty() && !is_detached) {
         return Err(Failed::because(format!(
             "{app} is pinned to {pinned}, so a change of its spec would wait (`--detach` writes it all the same; `demae deploy {app} IMAGE` ends the pin)"
         )));
     }
-    let made = with_spec(fleet, app, spec)?.target.release.id.clone();
+    let made = with_changes(fleet, app, changes)?.target.release.id.clone();
     // Where nothing changes, what is pinned is what is wanted.
-    let release = pin.filter(|_| is_same).unwrap_or(made);
-    let puts = if is_same { Vec::new() } else { vec![(key.clone(), spec.to_vec())] };
-    let decided_from = [key, Key::Image(app.clone()), Key::Restart(app.clone()), Key::Pin(app.clone())];
-    let unchanged = decided_from.into_iter().map(|key| (key.clone(), fleet.modified(&key))).collect();
+    let release = pin.filter(|_| puts.is_empty()).unwrap_or(made);
+    let decided_from = [Key::Image(app.clone()), Key::Restart(app.clone()), Key::Pin(app.clone())];
+    let decided_from = changes.iter().map(|(key, _)| key.clone()).chain(decided_from);
+    let unchanged = decided_from.map(|key| (key.clone(), fleet.modified(&key))).collect();
     // A change that makes no release opens no rollout.
     let waits_for_edit = fleet.wanted(app) != Wanted::Release(release.clone());
     Ok(Decision::new(Edit { unchanged, puts, ..Edit::default() }, release, waits_for_edit))

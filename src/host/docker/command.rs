@@ -91,6 +91,7 @@ impl Docker {
         release: &Release,
         command: &[String],
         run: &str,
+        network: Option<&str>,
     ) -> Result<ContainerId, DockerError> {
         let key = InstanceKey { release: release.id.clone(), number: 0 };
         let request = CreateRequest {
@@ -101,6 +102,7 @@ impl Docker {
             socket_dir: None,
             port: None,
             own_address: None,
+            shared_network: network,
             more_ports: &[],
             drain: std::time::Duration::ZERO,
             check_host: None,
@@ -112,6 +114,8 @@ impl Docker {
             labels: Some(labels),
             // Without this the image's own check would run.
             healthcheck: Some(HealthConfig { test: Some(vec!["NONE".to_owned()]), ..HealthConfig::default() }),
+            // It does not answer for its app.
+            networking_config: None,
             ..Self::body(&self.host, &request)
         };
         let options = CreateContainerOptionsBuilder::default().name(&self.command_name(app, &release.id)).build();

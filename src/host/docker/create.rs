@@ -10,7 +10,7 @@ use bollard::{
     query_parameters::CreateContainerOptionsBuilder,
 };
 
-use super::{Docker, DockerError, Operation, OwnAddress, label};
+use super::{Docker, DockerError, Operation, OwnAddress, label, network::networking};
 use crate::model::{
     name::{AppName, ContainerId, HostName},
     observed::InstanceKey,
@@ -36,6 +36,8 @@ pub struct CreateRequest<'a> {
     pub port: Option<u16>,
     /// Its own address, in place of a published port.
     pub own_address: Option<&'a OwnAddress>,
+    /// The network that it joins without an address of its own, unless its spec names one.
+    pub shared_network: Option<&'a str>,
     /// Loopback ports that its other ports are published on, in their order.
     pub more_ports: &'a [u16],
     /// Its drain time.
@@ -192,7 +194,7 @@ impl Docker {
             // No restarts of a candidate: its exit is evidence. The policy changes once the release is proven.
             restart_policy: Some(RestartPolicy { name: Some(RestartPolicyNameEnum::NO), maximum_retry_count: None }),
             log_config: Some(log_config),
-            network_mode: r.own_address.map(|own| own.network.clone()).or_else(|| c.network.clone()),
+            network_mode: network_of(r).map(str::to_owned).or_else(|| c.network.clone()),
             extra_hosts: none_if_empty(c.extra_hosts.clone()),
             dns: none_if_empty(c.dns.clone()),
             group_add: none_if_empty(c.group_add.clone()),
@@ -222,10 +224,19 @@ impl Docker {
             stop_signal: c.stop_signal.clone(),
             stop_timeout: i64::try_from(c.stop_grace_period.as_secs()).ok(),
             host_config: Some(host_config),
-            networking_config: r.own_address.map(OwnAddress::networking),
+            networking_config: network_of(r).map(|name| networking(name, r.app, r.own_address)),
             ..Default::default()
         }
     }
+}
+
+/// The network of other containers that it joins: there it is found by the name of its app.
+fn network_of<'a>(r: &'a CreateRequest<'_>) -> Option<&'a str> {
+    let given = r.release.container.network.as_deref().filter(|network| *network != "none");
+    r.own_address.map(|own| own.network.as_str()).or(given).or_else(|| {
+        let is_default = r.release.container.network.is_none();
+        r.shared_network.filter(|_| is_default)
+    })
 }
 
 fn ulimit((name, limit): (&String, &Ulimit)) -> ResourcesUlimits {

@@ -39,6 +39,20 @@ impl Docker {
         Ok(found.map(|image| image.config.and_then(|c| c.user).unwrap_or_default()))
     }
 
+    /// What the engine says of a container, and of its image: as `docker inspect` prints them.
+    ///
+    /// # Errors
+    /// If there is no such container, or the engine does not answer.
+    pub async fn inspect_with_image(&self, container: &str) -> Result<(serde_json::Value, serde_json::Value)> {
+        let found = self.call(Operation::Inspect, |client| client.inspect_container(container, None)).await?;
+        let image = match &found.image {
+            Some(id) => self.inspect_image(id).await?,
+            None => None,
+        };
+        let json = |value: Result<serde_json::Value, serde_json::Error>| value.expect("the engine's answers are JSON");
+        Ok((json(serde_json::to_value(found)), json(serde_json::to_value(image))))
+    }
+
     /// The labels that an image gives to its containers; `None` if it is not present.
     pub(super) async fn image_labels(&self, reference: &str) -> Result<Option<HashMap<String, String>>> {
         let found = self.inspect_image(reference).await?;

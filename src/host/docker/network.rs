@@ -6,6 +6,7 @@ use bollard::models::{EndpointIpamConfig, EndpointSettings, Ipam, IpamConfig, Ne
 use ipnet::Ipv4Net;
 
 use super::{Docker, DockerError, Operation, Result, label};
+use crate::model::name::AppName;
 
 /// Name of the interface of a bridge network, as an option of its driver.
 const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
@@ -32,12 +33,13 @@ pub struct OwnAddress {
     pub ip: Ipv4Addr,
 }
 
-impl OwnAddress {
-    pub(super) fn networking(&self) -> NetworkingConfig {
-        let ipam = EndpointIpamConfig { ipv4_address: Some(self.ip.to_string()), ..Default::default() };
-        let endpoint = EndpointSettings { ipam_config: Some(ipam), ..Default::default() };
-        NetworkingConfig { endpoints_config: Some(HashMap::from([(self.network.clone(), endpoint)])) }
-    }
+/// How a container joins a network: under the name of its app, and with an address if it has one of its own.
+pub(super) fn networking(network: &str, app: &AppName, own: Option<&OwnAddress>) -> NetworkingConfig {
+    let address =
+        |own: &OwnAddress| EndpointIpamConfig { ipv4_address: Some(own.ip.to_string()), ..Default::default() };
+    let endpoint =
+        EndpointSettings { ipam_config: own.map(address), aliases: Some(vec![app.to_string()]), ..Default::default() };
+    NetworkingConfig { endpoints_config: Some(HashMap::from([(network.to_owned(), endpoint)])) }
 }
 
 impl Docker {

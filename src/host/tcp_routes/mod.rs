@@ -134,6 +134,11 @@ impl TcpRoutes {
         }
     }
 
+    /// Docker's network of the instances, by name.
+    pub fn network(&self) -> &str {
+        &self.settings.network
+    }
+
     fn rules(&self) -> Rules<'_> {
         Rules { table: &self.table, range: self.settings.range, bridge: &self.settings.bridge }
     }

@@ -115,7 +115,7 @@ const NOT_HERE: &[(&str, &str)] = &[
     ("gpus", "no app gets the devices of its host"),
     ("sysctls", "no app gets the settings of its host's kernel"),
     ("platform", "leave it out; an image is taken for the platform of the host"),
-    ("services", "this is a whole Compose file; give what is below one of its services"),
+    ("services", "this is a whole Compose file; `demae import compose FILE` makes specs of its services"),
     ("profiles", "leave it out; `deploy.placement.constraints` say where an app runs"),
     ("replicas", "use `replicas_per_host`; a count over all hosts needs a scheduler"),
     ("reservations", "use `limits`"),

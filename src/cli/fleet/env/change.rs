@@ -3,18 +3,21 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::Read as _,
     path::{Path, PathBuf},
 };
 
-use super::{
-    ChangeArgs, Decision, Fleet, no_app,
-    text::{Format, parse},
-};
+use super::{ChangeArgs, Decision, Fleet, no_app};
 use crate::{
-    cli::{Ended, Failed, print::Printer},
+    cli::{
+        Ended, Failed,
+        input::{read_file_or_stdin, read_variables},
+        print::Printer,
+    },
     fleet::outcome::Wanted,
-    model::name::{AppName, EnvName, SetName},
+    model::{
+        dotenv,
+        name::{AppName, EnvName, SetName},
+    },
     store::{Edit, keys::Key},
 };
 
@@ -50,9 +53,27 @@ pub(super) struct ImportArgs {
     file: PathBuf,
     /// How it is written
     #[arg(long, value_enum, default_value = "dotenv")]
-    format: Format,
+    format: FileFormat,
     #[command(flatten)]
     target: TargetArgs,
+}
+
+/// How a file of variables is written.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum FileFormat {
+    /// As `.env` files: quotes, `export`, comments after values
+    Dotenv,
+    /// As `docker run --env-file` reads it: all after `=` is the value
+    Docker,
+}
+
+impl From<FileFormat> for dotenv::Format {
+    fn from(format: FileFormat) -> Self {
+        match format {
+            FileFormat::Dotenv => Self::Dotenv,
+            FileFormat::Docker => Self::Docker,
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -81,7 +102,7 @@ pub(super) fn set(args: &SetArgs, printer: &mut Printer) -> Ended {
 /// A value that is given, or the text of a file without the line break at its end.
 fn value_of(name: &EnvName, value: &str) -> Result<Vec<u8>, Failed> {
     let mut text = match (value, value.strip_prefix('@')) {
-        ("-", _) => read(Path::new("-"))?,
+        ("-", _) => read_file_or_stdin(Path::new("-"))?,
         // What is taken for a file may be the value itself.
         (_, Some(file)) => fs::read(file).map_err(|e| {
             Failed::because(format!(
@@ -96,15 +117,6 @@ fn value_of(name: &EnvName, value: &str) -> Result<Vec<u8>, Failed> {
     Ok(text)
 }
 
-fn read(file: &Path) -> Result<Vec<u8>, Failed> {
-    let mut text = Vec::new();
-    let read = match file.as_os_str().to_str() {
-        Some("-") => std::io::stdin().read_to_end(&mut text).map(|_| text),
-        _ => fs::read(file),
-    };
-    read.map_err(|e| Failed::because(format!("cannot read `{}`: {e}", file.display())))
-}
-
 pub(super) fn unset(args: &UnsetArgs, printer: &mut Printer) -> Ended {
     let names = args.names.iter().map(|name| EnvName::try_from(name.as_str()).map(|name| (name, None)));
     let names: BTreeMap<EnvName, _> = names.collect::<Result<_, _>>().map_err(|_| Failed::usage(NO_NAME))?;
@@ -112,16 +124,7 @@ pub(super) fn unset(args: &UnsetArgs, printer: &mut Printer) -> Ended {
 }
 
 pub(super) fn import(args: &ImportArgs, printer: &mut Printer) -> Ended {
-    let file = args.file.display();
-    let text = String::from_utf8(read(&args.file)?)
-        .map_err(|e| Failed::because(format!("`{file}` is not UTF-8 at byte {}", e.utf8_error().valid_up_to())))?;
-    let values = parse(&text, args.format).map_err(|problems| {
-        let lines: Vec<String> = problems.iter().map(|(line, what)| format!("{file}:{line}: {what}")).collect();
-        Failed::because(format!("nothing was written:\n{}", lines.join("\n")))
-    })?;
-    if values.is_empty() {
-        return Err(Failed::because(format!("`{file}` has no variables")));
-    }
+    let values = read_variables(&args.file, args.format.into())?;
     let values = values.into_iter().map(|(name, value)| (name, Some(value.into_bytes()))).collect();
     args.target.run(printer, &values)
 }

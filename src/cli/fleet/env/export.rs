@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use super::{Fleet, StoreArgs, text};
+use super::{Fleet, StoreArgs};
 use crate::{
     cli::{Ended, Exit, Failed, print::Printer, runtime},
-    model::name::{AppName, EnvName},
+    model::{
+        dotenv,
+        name::{AppName, EnvName},
+    },
 };
 
 #[derive(Debug, clap::Args)]
@@ -39,8 +42,8 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         env.iter().map(|(name, value)| (name.clone(), value.expose().to_owned())).collect();
     let text = match args.format {
         Format::Json => serde_json::to_string_pretty(&values)?,
-        Format::Dotenv => text::write(&values, text::Format::Dotenv).map_err(Failed::because)?,
-        Format::Docker => text::write(&values, text::Format::Docker).map_err(Failed::because)?,
+        Format::Dotenv => dotenv::write(&values, dotenv::Format::Dotenv).map_err(Failed::because)?,
+        Format::Docker => dotenv::write(&values, dotenv::Format::Docker).map_err(Failed::because)?,
     };
     if !text.is_empty() {
         printer.line(text.trim_end_matches('\n'));

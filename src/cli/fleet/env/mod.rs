@@ -3,7 +3,6 @@
 mod change;
 mod export;
 mod list;
-mod text;
 
 pub(super) use change::users;
 

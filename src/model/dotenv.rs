@@ -2,36 +2,53 @@
 
 use std::collections::BTreeMap;
 
-use crate::model::name::EnvName;
+use super::name::EnvName;
 
 /// How a file is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Format {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
     /// As `.env` files: quotes, `export`, comments after values
     Dotenv,
     /// As `docker run --env-file` reads it: all after `=` is the value
     Docker,
+    /// As `.env` files, with values in which `$` begins a variable, as in a Compose file, and `$$` stands for itself. A
+    /// name without `=` is left out.
+    Compose,
 }
+
+/// A line that is wrong, from 1, and why.
+pub type WrongLine = (usize, String);
 
 /// Reads the variables of a file. Of a variable that is there twice the last one counts, as for Compose and Docker.
 ///
 /// # Errors
 /// All lines that are wrong, and why; without their values.
-pub(super) fn parse(text: &str, format: Format) -> Result<BTreeMap<EnvName, String>, Vec<(usize, String)>> {
+pub fn parse(text: &str, format: Format) -> Result<BTreeMap<EnvName, String>, Vec<WrongLine>> {
+    parse_in_order(text, format).map(|values| values.into_iter().collect())
+}
+
+/// Reads the variables of a file, in its order.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_in_order(text: &str, format: Format) -> Result<Vec<(EnvName, String)>, Vec<WrongLine>> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let (mut values, mut problems) = (BTreeMap::new(), Vec::new());
+    let (mut values, mut problems) = (Vec::new(), Vec::new());
     let mut rest = Lines { text, line: 0 };
     while let Some(line) = rest.next() {
         let (number, line) = (rest.line, line.trim_start());
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
+        if format == Format::Compose && !line.contains('=') && name_of(line.trim_end()).is_ok() {
+            continue;
+        }
         let read = match format {
             Format::Docker => docker(line),
-            Format::Dotenv => dotenv(line, &mut rest),
+            Format::Dotenv | Format::Compose => dotenv(line, &mut rest, format == Format::Compose),
         };
         match read {
-            Ok((name, value)) => drop(values.insert(name, value)),
+            Ok(variable) => values.push(variable),
             Err(problem) => problems.push((number, problem)),
         }
     }
@@ -69,13 +86,13 @@ fn docker(line: &str) -> Result<(EnvName, String), String> {
     }
 }
 
-fn dotenv<'t>(line: &'t str, rest: &mut Lines<'t>) -> Result<(EnvName, String), String> {
+fn dotenv<'t>(line: &'t str, rest: &mut Lines<'t>, has_variables: bool) -> Result<(EnvName, String), String> {
     let line = line.strip_prefix("export ").map_or(line, str::trim_start);
     let (name, value) = line.split_once('=').ok_or("there is no `=`")?;
     let name = name_of(name.trim_end())?;
     let quoted = match value.trim_start().chars().next() {
         Some(quote @ ('\'' | '"')) => {
-            let (value, after) = quoted(&value.trim_start()[1..], quote, rest)?;
+            let (value, after) = quoted(&value.trim_start()[1..], quote, rest, has_variables)?;
             if !(after.trim().is_empty() || after.trim_start().starts_with('#')) {
                 return Err(format!("after the closing {quote} there is more"));
             }
@@ -83,7 +100,9 @@ fn dotenv<'t>(line: &'t str, rest: &mut Lines<'t>) -> Result<(EnvName, String), 
         }
         _ => {
             let value = value[..value.find(" #").unwrap_or(value.len())].trim();
-            literal(value)?;
+            if !has_variables {
+                literal(value)?;
+            }
             value.to_owned()
         }
     };
@@ -91,8 +110,14 @@ fn dotenv<'t>(line: &'t str, rest: &mut Lines<'t>) -> Result<(EnvName, String), 
 }
 
 /// The text up to the closing quote, which may be some lines later, and what follows it on its line.
-fn quoted<'t>(first: &'t str, quote: char, rest: &mut Lines<'t>) -> Result<(String, &'t str), String> {
+fn quoted<'t>(
+    first: &'t str,
+    quote: char,
+    rest: &mut Lines<'t>,
+    has_variables: bool,
+) -> Result<(String, &'t str), String> {
     let mut value = String::new();
+    let dollar = if has_variables { "$$" } else { "$" };
     let mut line = first;
     loop {
         let mut chars = line.char_indices();
@@ -107,7 +132,8 @@ fn quoted<'t>(first: &'t str, quote: char, rest: &mut Lines<'t>) -> Result<(Stri
                     Some((_, 'b')) => value.push('\u{8}'),
                     Some((_, 'f')) => value.push('\u{c}'),
                     Some((_, 'v')) => value.push('\u{b}'),
-                    Some((_, c @ ('"' | '\\' | '$'))) => value.push(c),
+                    Some((_, '$')) => value.push_str(dollar),
+                    Some((_, c @ ('"' | '\\'))) => value.push(c),
                     Some((_, other)) => value.extend(['\\', other]),
                     None => value.push('\\'),
                 },
@@ -115,7 +141,9 @@ fn quoted<'t>(first: &'t str, quote: char, rest: &mut Lines<'t>) -> Result<(Stri
                     chars.next();
                     value.push('\'');
                 }
+                '$' if quote == '"' && has_variables => value.push('$'),
                 '$' if quote == '"' => literal("$")?,
+                '$' => value.push_str(dollar),
                 _ => value.push(c),
             }
         }
@@ -138,7 +166,7 @@ fn literal(value: &str) -> Result<(), String> {
 ///
 /// # Errors
 /// A variable that the format cannot carry, and why.
-pub(super) fn write(values: &BTreeMap<EnvName, String>, format: Format) -> Result<String, String> {
+pub fn write(values: &BTreeMap<EnvName, String>, format: Format) -> Result<String, String> {
     let mut text = String::new();
     for (name, value) in values {
         match format {
@@ -149,12 +177,12 @@ pub(super) fn write(values: &BTreeMap<EnvName, String>, format: Format) -> Resul
             }
             Format::Docker => text.push_str(&format!("{name}={value}\n")),
             // In single quotes Compose takes `\'` for a quote.
-            Format::Dotenv if value.contains(['\'', '\\', '\r', '\n']) => {
+            Format::Dotenv | Format::Compose if value.contains(['\'', '\\', '\r', '\n']) => {
                 let escaped = value.replace('\\', "\\\\").replace('"', "\\\"").replace('$', "\\$");
                 let escaped = escaped.replace('\n', "\\n").replace('\r', "\\r");
                 text.push_str(&format!("{name}=\"{escaped}\"\n"));
             }
-            Format::Dotenv => text.push_str(&format!("{name}='{value}'\n")),
+            Format::Dotenv | Format::Compose => text.push_str(&format!("{name}='{value}'\n")),
         }
     }
     Ok(text)

@@ -1,0 +1,258 @@
+//! Variables in the values of a Compose file: `$NAME`, `${NAME:-default}` and their like, by the rules of the Compose
+//! specification ("Interpolation").
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::model::{
+    dotenv,
+    name::EnvName,
+    yaml::{Node, Value},
+};
+
+/// Deepest nesting of defaults in defaults.
+const MAX_DEPTH: usize = 16;
+
+/// The variables that a file may use, and what was found out about them.
+#[derive(Debug, Default)]
+pub(super) struct Variables {
+    known: BTreeMap<String, String>,
+    /// Those that are used and have no value, with the first line of each.
+    pub(super) unset: BTreeMap<String, usize>,
+    /// Those that must have one, with the file's own words.
+    pub(super) required: BTreeSet<(usize, String)>,
+}
+
+/// What a value became.
+struct Resolved {
+    text: String,
+    /// A variable without a value is in it.
+    is_unset: bool,
+}
+
+impl Variables {
+    pub(super) fn new(known: BTreeMap<String, String>) -> Self {
+        Self { known, ..Self::default() }
+    }
+
+    pub(super) fn known(&self) -> &BTreeMap<String, String> {
+        &self.known
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
+        self.known.get(name).map(String::as_str)
+    }
+
+    /// Replaces the variables in all values below a node. A value below `environment` with a variable that has no value
+    /// becomes nothing, so that no app starts with half of a secret; elsewhere an empty text takes its place.
+    ///
+    /// # Errors
+    /// The line, and what is wrong there.
+    pub(super) fn resolve(&mut self, node: &mut Node, in_environment: bool) -> Result<(), String> {
+        let line = node.line;
+        match &mut node.value {
+            Value::Null => {}
+            Value::Scalar { text, .. } => {
+                if !text.contains('$') {
+                    return Ok(());
+                }
+                let found = self.text(text, line, 0).map_err(|what| format!("line {line}: {what}"))?;
+                if !in_environment || !found.is_unset {
+                    *text = found.text;
+                } else {
+                    // `NAME=$UNSET` in a list.
+                    match text.split_once('=').filter(|(name, _)| !name.contains('$')) {
+                        Some((name, _)) => *text = name.to_owned(),
+                        None => node.value = Value::Null,
+                    }
+                }
+            }
+            Value::Seq(items) => {
+                for item in items {
+                    self.resolve(item, in_environment)?;
+                }
+            }
+            Value::Map(entries) => {
+                for (key, value) in entries {
+                    self.resolve(value, in_environment || key.name == "environment")?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn text(&mut self, text: &str, line: usize, depth: usize) -> Result<Resolved, String> {
+        if depth > MAX_DEPTH {
+            return Err("the variables are nested too deeply".to_owned());
+        }
+        let (mut out, mut is_unset, mut rest) = (String::new(), false, text);
+        while let Some(at) = rest.find('$') {
+            out.push_str(&rest[..at]);
+            let after = &rest[at + 1..];
+            if let Some(after) = after.strip_prefix('$') {
+                out.push('$');
+                rest = after;
+                continue;
+            }
+            let (found, after) = match after.strip_prefix('{') {
+                Some(inner) => {
+                    let end = closing(inner).ok_or("a `${` is not closed")?;
+                    (self.braced(&inner[..end], line, depth)?, &inner[end + 1..])
+                }
+                None => {
+                    let end = name_length(after);
+                    if end == 0 {
+                        return Err("a `$` that stands for itself is written `$$`".to_owned());
+                    }
+                    (self.value(&after[..end], line), &after[end..])
+                }
+            };
+            out.push_str(&found.text);
+            is_unset |= found.is_unset;
+            rest = after;
+        }
+        out.push_str(rest);
+        Ok(Resolved { text: out, is_unset })
+    }
+
+    fn value(&mut self, name: &str, line: usize) -> Resolved {
+        match self.known.get(name) {
+            Some(text) => Resolved { text: text.clone(), is_unset: false },
+            None => {
+                self.unset.entry(name.to_owned()).or_insert(line);
+                Resolved { text: String::new(), is_unset: true }
+            }
+        }
+    }
+
+    /// What is between the braces.
+    fn braced(&mut self, inner: &str, line: usize, depth: usize) -> Result<Resolved, String> {
+        let end = name_length(inner);
+        let (name, operation) = inner.split_at(end);
+        if name.is_empty() {
+            return Err(format!("`${{{inner}}}` names no variable"));
+        }
+        let is_strict = operation.starts_with(':');
+        let mut operation = operation.strip_prefix(':').unwrap_or(operation).chars();
+        let (kind, word) = (operation.next(), operation.as_str());
+        let set = self.known.get(name).filter(|value| !(is_strict && value.is_empty())).cloned();
+        match (kind, set) {
+            (None, _) if !is_strict => Ok(self.value(name, line)),
+            (Some('-' | '?'), Some(text)) => Ok(Resolved { text, is_unset: false }),
+            (Some('-'), None) | (Some('+'), Some(_)) => self.text(word, line, depth + 1),
+            (Some('+'), None) => Ok(Resolved { text: String::new(), is_unset: false }),
+            (Some('?'), None) => {
+                let word = if word.is_empty() { "it must have a value" } else { word };
+                self.required.insert((line, format!("{name}: {word}")));
+                Ok(Resolved { text: String::new(), is_unset: true })
+            }
+            _ => Err(format!("`${{{inner}}}` is not a variable of Compose")),
+        }
+    }
+}
+
+/// The variables of a `.env` file. One may be used in those after it; one with an unknown part is left out.
+///
+/// # Errors
+/// All lines that are wrong, and why; without their values.
+pub fn variables(
+    file: &str,
+    known: &BTreeMap<String, String>,
+) -> Result<BTreeMap<EnvName, String>, Vec<(usize, String)>> {
+    let mut so_far = Variables::new(known.clone());
+    let mut values = BTreeMap::new();
+    for (name, value) in dotenv::parse_in_order(file, dotenv::Format::Compose)? {
+        let found = so_far.text(&value, 0, 0).map_err(|why| vec![(0, format!("{name}: {why}"))])?;
+        if !found.is_unset {
+            so_far.known.insert(name.to_string(), found.text.clone());
+            values.insert(name, found.text);
+        }
+    }
+    Ok(values)
+}
+
+fn name_length(text: &str) -> usize {
+    let is_first = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
+    if !is_first {
+        return 0;
+    }
+    text.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(text.len())
+}
+
+/// The place of the brace that closes, with braces of variables inside.
+fn closing(text: &str) -> Option<usize> {
+    let mut depth = 0_usize;
+    let mut before = ' ';
+    for (at, c) in text.char_indices() {
+        match c {
+            '{' if before == '$' => depth += 1,
+            '}' if depth == 0 => return Some(at),
+            '}' => depth -= 1,
+            _ => {}
+        }
+        before = c;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::import::tree::scalar;
+
+    fn resolved(text: &str) -> Result<String, String> {
+        let known = [("A", "a"), ("EMPTY", "")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let mut variables = Variables::new(known.into());
+        let mut node = scalar(text);
+        variables.resolve(&mut node, false)?;
+        match node.value {
+            Value::Scalar { text, .. } => Ok(text),
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    #[test]
+    fn variables_are_replaced_as_compose_replaces_them() {
+        for (text, expected) in [
+            ("$A-${A}", "a-a"),
+            ("$$A $${A}", "$A ${A}"),
+            ("${EMPTY:-b} ${EMPTY-b}", "b "),
+            ("${NONE:-x:y} ${NONE-}", "x:y "),
+            ("${NONE:-${ALSO:-$A}}", "a"),
+            ("${A:+yes} ${EMPTY:+yes} ${EMPTY+yes}", "yes  yes"),
+            ("${A:?why} ${EMPTY?why}", "a "),
+            ("[$NONE]", "[]"),
+        ] {
+            assert_eq!(resolved(text).as_deref(), Ok(expected), "{text}");
+        }
+        for wrong in ["${A", "$", "$1", "${}", "${A:x}", "${A/b/c}"] {
+            assert!(resolved(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn value_with_an_unknown_part_is_left_out_of_the_environment() {
+        let mut variables = Variables::default();
+        let mut node = list_of(&["URL=db://user:$PASSWORD@db", "$WHOLE", "B=${C:-c}"]);
+        variables.resolve(&mut node, true).expect("it is read");
+        let expected = crate::import::list(vec![scalar("URL"), nothing(), scalar("B=c")]);
+        assert_eq!(node, expected);
+        assert_eq!(variables.unset.keys().collect::<Vec<_>>(), ["PASSWORD", "WHOLE"]);
+    }
+
+    #[test]
+    fn files_use_their_own_variables() {
+        let text = "A=1\nexport B=\"x-${A}-\\$A\"\nC='$A' # literal\nD=${NONE}\nE=${NONE:-e}\nTZ\nA=2\nF=$A\nG=$K\n";
+        let known = BTreeMap::from([("K".to_owned(), "k".to_owned())]);
+        let found = variables(text, &known).expect("it is read");
+        let found: Vec<(&str, &str)> = found.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        assert_eq!(found, [("A", "2"), ("B", "x-1-$A"), ("C", "$A"), ("E", "e"), ("F", "2"), ("G", "k")]);
+    }
+
+    fn list_of(texts: &[&str]) -> Node {
+        crate::import::list(texts.iter().map(|text| scalar(*text)).collect())
+    }
+
+    fn nothing() -> Node {
+        Node { line: 0, column: 0, value: Value::Null }
+    }
+}
