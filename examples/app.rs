@@ -245,9 +245,8 @@ fn reach(target: &str) -> std::io::Result<String> {
     if answer[7] == 0 {
         return Err(std::io::Error::other("no such name"));
     }
-    // The first answer is an address, and they are alike: its four bytes are the last of 16.
-    let at = question.len() + 12;
-    let Some([a, b, c, d]) = answer[..length].get(at..at + 4) else {
+    // The last bytes are an address: nothing follows the answers.
+    let Some([.., a, b, c, d]) = answer.get(..length) else {
         return Err(std::io::Error::other("a short answer"));
     };
     let mut stream = TcpStream::connect(format!("{a}.{b}.{c}.{d}:{port}"))?;

@@ -97,6 +97,8 @@ enum Verb {
     Adopt(adopt::Args),
     /// Make specs from Compose files, `docker run` commands and containers
     Import(import::Args),
+    /// Move the requests of a container to an app, behind a hand-written server of nginx
+    Takeover(fleet::takeover::Args),
     /// Check spec files, and report every problem
     Validate(validate::Args),
     /// Print the JSON Schema of a spec
@@ -239,6 +241,7 @@ pub fn run() -> ExitCode {
         Verb::Store(args) => accept::store(&args, &mut printer),
         Verb::Adopt(args) => adopt::run(&args, &mut printer),
         Verb::Import(args) => import::run(&args, &mut printer),
+        Verb::Takeover(args) => fleet::takeover::run(&args, &mut printer),
         Verb::Validate(args) => validate::run(&args, &mut printer),
         Verb::Schema => schema::run(&mut printer),
         Verb::Completions(args) => completions::completions(&args, &mut printer),

@@ -374,6 +374,20 @@ fn sync_parent(path: &Path) -> io::Result<()> {
     }
 }
 
+/// The process that holds a lock file, by `/proc/locks` (proc(5)); `None` if there is none, or it is in another namespace
+/// of processes.
+pub fn lock_holder(path: &Path) -> Option<i32> {
+    let inode = fs::metadata(path).ok()?.ino();
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        // `1: FLOCK ADVISORY WRITE 1234 08:01:5678 0 EOF`
+        let [_, "FLOCK", _, _, pid, file, ..] = fields.as_slice() else { return None };
+        let is_it = file.rsplit(':').next()?.parse() == Ok(inode);
+        pid.parse().ok().filter(|pid| is_it && *pid > 0)
+    })
+}
+
 /// A lock file held by this process.
 #[derive(Debug)]
 pub struct Lock(#[expect(dead_code, reason = "the lock ends when the file is closed")] fs::File);
@@ -423,6 +437,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("lock");
         let held = lock(&path).expect("it is free");
+        assert_eq!(lock_holder(&path), i32::try_from(std::process::id()).ok());
         assert!(lock(&path).is_err());
         drop(held);
         lock(&path).expect("it is free again");

@@ -52,6 +52,11 @@ impl Layout {
         self.state.join("agent.adopted")
     }
 
+    /// Virtual hosts that apps take over from hand-written servers.
+    pub fn takeovers(&self) -> PathBuf {
+        self.state.join("takeovers.json")
+    }
+
     /// The last accepted state of the store, for a start without it.
     pub fn ledger(&self) -> PathBuf {
         self.state.join("ledger")

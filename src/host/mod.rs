@@ -11,5 +11,6 @@ pub mod layout;
 pub mod nginx;
 pub mod ports;
 pub mod probe;
+pub mod takeover;
 pub mod tcp_routes;
 pub mod tls;

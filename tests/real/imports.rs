@@ -49,7 +49,9 @@ fn compose_project_is_imported_and_deployed() {
     let get = |path: &str| lab.get("shop.test", path).expect("an answer").1;
     assert_eq!(get("/env?GREETING"), "hello from a kitchen");
     assert_eq!((get("/env?SECRET"), get("/env?PLACE")), (String::new(), "a kitchen".to_owned()));
-    until("the web app reaches its database by the name of the service", || get("/reach?db:5432").contains("version=v2"));
+    until("the web app reaches its database by the name of the service", || {
+        get("/reach?db:5432").contains("version=v2")
+    });
     let history = demae(&lab, &["history", "web", "-o", "json"]).1;
     assert!(history.contains("\"proven\""), "the migration has ended well: {history}");
     lab.del("apps/");

@@ -42,6 +42,7 @@ mod standstill;
 mod store;
 mod store_trust;
 mod switches;
+mod takeover;
 mod tcp_routes;
 mod templates;
 mod upgrade;

@@ -72,7 +72,7 @@ fn confirm(fleet: &Fleet, app: &AppName, printer: &mut Printer) -> Result<(), Fa
 }
 
 /// Deletes all that people wrote about an app.
-fn edit(fleet: &Fleet, app: &AppName, env: bool) -> Result<Edit, Failed> {
+pub(super) fn edit(fleet: &Fleet, app: &AppName, env: bool) -> Result<Edit, Failed> {
     let spec = Key::Spec(app.clone());
     if fleet.contents.entry(&spec).is_none() {
         return Err(no_app(app));
@@ -98,7 +98,7 @@ fn edit(fleet: &Fleet, app: &AppName, env: bool) -> Result<Edit, Failed> {
 }
 
 /// Waits until no host has the app.
-async fn wait_gone(
+pub(super) async fn wait_gone(
     config: &EtcdConfig,
     app: &AppName,
     revision: i64,

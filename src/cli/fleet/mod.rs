@@ -16,6 +16,7 @@ mod report;
 pub(super) mod retry;
 pub(super) mod rollback;
 pub(super) mod table;
+pub(super) mod takeover;
 pub(super) mod wait;
 
 use std::{

@@ -394,7 +394,20 @@ impl Docker {
     /// # Errors
     /// If the engine cannot.
     pub async fn settle(&self, id: &ContainerId) -> Result<()> {
-        let policy = RestartPolicy { name: Some(RestartPolicyNameEnum::UNLESS_STOPPED), maximum_retry_count: None };
+        self.set_restart_policy(id, RestartPolicyNameEnum::UNLESS_STOPPED).await
+    }
+
+    /// Sets the restart policy of a container by its name in Docker's terms; an unknown one is `no`.
+    ///
+    /// # Errors
+    /// If the engine cannot.
+    pub async fn set_restart(&self, id: &ContainerId, policy: &str) -> Result<()> {
+        let policy = policy.parse().unwrap_or(RestartPolicyNameEnum::NO);
+        self.set_restart_policy(id, policy).await
+    }
+
+    async fn set_restart_policy(&self, id: &ContainerId, name: RestartPolicyNameEnum) -> Result<()> {
+        let policy = RestartPolicy { name: Some(name), maximum_retry_count: None };
         let body = ContainerUpdateBody { restart_policy: Some(policy), ..Default::default() };
         self.call(Operation::Update, |client| client.update_container(id.as_str(), body)).await
     }

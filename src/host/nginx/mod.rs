@@ -28,6 +28,7 @@ use super::{
     files::{self, FileError},
     layout::Layout,
     probe,
+    takeover::Takeovers,
 };
 use crate::{
     failpoint,
@@ -258,14 +259,15 @@ impl Nginx {
     async fn read_basis(&self) -> Result<String, NginxError> {
         let root = self.server.root().await?;
         let tree = set::survey(self, &root)?;
-        self.with_renderer(|renderer| self.basis(renderer, &tree)).await
+        let takeovers = Takeovers::read(&self.layout)?;
+        self.with_renderer(|renderer| self.basis(renderer, &tree, &takeovers)).await
     }
 
-    /// A fingerprint of everything that texts depend on apart from the apps: templates, settings, and directives of the
-    /// host's own files.
-    fn basis(&self, renderer: &Renderer, tree: &Tree) -> String {
+    /// A fingerprint of everything that texts depend on apart from the apps: templates, settings, directives of the
+    /// host's own files, and what apps may take over from them.
+    fn basis(&self, renderer: &Renderer, tree: &Tree, takeovers: &Takeovers) -> String {
         let settings = tree.settings.keys().map(|name| format!("+{name}"));
-        format!("{}{}", renderer.fingerprint(), settings.collect::<String>())
+        format!("{}{}{}", renderer.fingerprint(), settings.collect::<String>(), takeovers.fingerprint())
     }
 
     /// A manifest with its times on the monotonic clock.
@@ -376,6 +378,7 @@ impl Nginx {
         let old_served_since = is_served.then(|| self.clock.wall(self.workers_since(published)));
         let root = self.server.root().await?;
         let tree = set::survey(self, &root)?;
+        let takeovers = Takeovers::read(&self.layout)?;
         let lost: BTreeSet<String> = old.own_templates.difference(renderer.present()).cloned().collect();
         let set = Set {
             nginx: self,
@@ -385,6 +388,7 @@ impl Nginx {
             last_good: &last_good,
             root: &root,
             tree: &tree,
+            takeovers: &takeovers,
             lost_templates: &lost,
         };
         let selected = set.select(wanted).await?;
@@ -397,7 +401,7 @@ impl Nginx {
         let manifest = Manifest {
             generation,
             rejected: selected.rejected.clone(),
-            templates: self.basis(renderer, &tree),
+            templates: self.basis(renderer, &tree, &takeovers),
             own_templates: renderer.own().iter().cloned().chain(lost).collect(),
             vhosts,
             ..Manifest::default()

@@ -11,7 +11,10 @@ use super::{
     stage::{self, Tree},
 };
 use crate::{
-    host::files::{self, FileError},
+    host::{
+        files::{self, FileError},
+        takeover::Takeovers,
+    },
     model::{
         name::{AppName, TemplateName, VirtualHost},
         problem::bounded,
@@ -75,6 +78,8 @@ pub(super) struct Set<'a> {
     pub(super) root: &'a Path,
     /// What nginx's own files contain.
     pub(super) tree: &'a Tree,
+    /// Hosts of hand-written servers that apps may take.
+    pub(super) takeovers: &'a Takeovers,
     /// Templates of this host that the live texts were rendered with, and that are gone.
     pub(super) lost_templates: &'a BTreeSet<String>,
 }
@@ -111,7 +116,7 @@ impl Set<'_> {
         }
         trial.find_accepted().await?;
         // An earlier refusal of another vhost stays recorded, unless the basis of the texts changed.
-        let same_basis = self.old.templates == self.nginx.basis(self.renderer, self.tree);
+        let same_basis = self.old.templates == self.nginx.basis(self.renderer, self.tree, self.takeovers);
         for (app, earlier) in self.old.rejected.iter().filter(|_| same_basis) {
             let is_served = trial.parts.get(app).is_some_and(|part| part.vhost == earlier.vhost);
             if !is_served {
@@ -408,12 +413,21 @@ impl Trial<'_, '_> {
             };
             let Some((app, part)) = holder else { continue };
             let (app, vhost) = (app.clone(), part.vhost.clone());
+            let is_taken_over = self.set.takeovers.hosts(&app).any(|host| matches(host.as_str()));
+            let is_first = self.set.tree.earlier_names.contains(name);
+            if is_taken_over && !is_first {
+                continue;
+            }
             let place = match self.set.tree.server_names.get(name) {
                 Some(file) => format!("a hand-written server in `{}`", file.display()),
                 None => "a hand-written server of this nginx".to_owned(),
             };
-            let error =
-                format!("virtual host `{name}` belongs to {place}; take it out of that file, or out of the spec");
+            let remedy = if is_taken_over {
+                "nginx reads it before demae's files, and gives the host to the first: include demae's files before it"
+            } else {
+                "take it out of that file, or out of the spec (`demae takeover` moves its requests to the app)"
+            };
+            let error = format!("virtual host `{name}` belongs to {place}; {remedy}");
             let is_new = self.set.is_new(&app, part);
             let served_already = self.set.last_good.get(&app).is_some_and(holds);
             if !is_new || served_already {

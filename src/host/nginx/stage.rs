@@ -5,7 +5,7 @@
 //! place.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::{OsStr, OsString},
     fs, io,
     os::unix::ffi::{OsStrExt as _, OsStringExt as _},
@@ -48,6 +48,10 @@ pub struct Tree {
     pub settings: BTreeMap<String, (PathBuf, String)>,
     /// The server names of the host's own files, with a file that has each.
     pub server_names: BTreeMap<String, PathBuf>,
+    /// Those of servers that come before demae's.
+    pub earlier_names: BTreeSet<String>,
+    /// Whether demae's files have been seen.
+    has_own: bool,
     /// The value of `pid`, if it is set.
     pub pid: Option<PathBuf>,
 }
@@ -169,12 +173,17 @@ impl Stager<'_> {
                     self.tree.settings.insert(name.clone(), (path.to_owned(), value.clone()));
                 }
                 [name, names @ ..] if name == "server_name" => {
-                    let lower = names.iter().map(|name| name.to_ascii_lowercase());
-                    self.tree.server_names.extend(lower.map(|name| (name, path.to_owned())));
+                    for name in names.iter().map(|name| name.to_ascii_lowercase()) {
+                        if !self.tree.has_own {
+                            self.tree.earlier_names.insert(name.clone());
+                        }
+                        self.tree.server_names.insert(name, path.to_owned());
+                    }
                 }
                 [name, pattern] if name == "include" => {
                     if self.is_ours(pattern) {
                         found = true;
+                        self.tree.has_own = true;
                     } else {
                         for file in self.expand(pattern) {
                             // A broken file of the host is left for nginx to report.
