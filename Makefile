@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help install demo test lint stack fleet soak simulate fuzz bench upgrade
+.PHONY: help install demo test lint stack fleet package soak simulate fuzz bench upgrade
 
 help: ## Show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,10 @@ stack: install ## The whole stack by docker-compose.yml: deploys under load, das
 fleet: install ## Three hosts with engines of their own, and three members of etcd: rollouts while hosts are cut off and killed; 12 min
 	@scripts/install.sh fleet
 	@scripts/fleet.sh
+
+package: install ## The package, tried on a bare Debian: install, upgrade under load, remove, purge; 5 min
+	@scripts/install.sh fleet
+	@scripts/package-test.sh
 
 soak: install ## The long forms: a thousand switches, twenty deploys of slow apps, every kill point, many histories
 	DEMAE_ETCD_ROUNDS=20 DEMAE_SOCKET_SWITCHES=1000 DEMAE_TABLE_SWITCHES=1000 DEMAE_ADDRESS_ROUNDS=50 DEMAE_PORT_SWITCHES=100 DEMAE_DEFAULT_DEPLOYS=20 DEMAE_ALL_KILL_POINTS=1 DEMAE_PROPERTY_CASES=20000 \
