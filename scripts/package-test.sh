@@ -153,9 +153,10 @@ on test -e /etc/demae/agent.toml || fail "the settings are gone"
 on dpkg --install /test/demae+1.deb >/dev/null
 start_agent
 on demae hosts drain bare --force >/dev/null 2>&1
+await 30 "no route is left" on sh -c '! ls -A /var/lib/demae/tcp-routes /var/lib/demae/routes 2>/dev/null | grep -q web'
 on pkill -TERM -x demae
 await 30 "the agent has ended" on sh -c '! pgrep -x demae'
-on dpkg --purge demae >/dev/null 2>&1 || fail "an empty host cannot be purged"
+said=$(on dpkg --purge demae 2>&1) || fail "an empty host cannot be purged: $said"
 on sh -c '! ls -A /var/lib/demae | grep -q . && test ! -e /etc/demae/agent.toml' || fail "the purge left something"
 on nginx -t -q || fail "nginx does not take its files after the purge"
 echo "ok  installed, upgraded, removed and purged; $requests requests, 0 failed"

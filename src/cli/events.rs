@@ -60,7 +60,7 @@ async fn follow(args: &Args, printer: &mut Printer) -> Ended {
             Duration::from_secs(5),
             || {
                 if let Some(note) = note {
-                    Printer::new().error(&note);
+                    Printer::new(true).error(&note);
                 }
             },
             |line| {

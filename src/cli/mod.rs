@@ -39,6 +39,9 @@ use print::Printer;
     about = "Keeps the containers and the nginx of a Docker host as etcd says, and drops no request on the way"
 )]
 struct Cli {
+    /// No colours, as with `NO_COLOR`
+    #[arg(long, global = true, help_heading = "Output")]
+    no_color: bool,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -213,7 +216,7 @@ pub fn run() -> ExitCode {
             return if e.use_stderr() { ExitCode::from(64) } else { ExitCode::SUCCESS };
         }
     };
-    let mut printer = Printer::new();
+    let mut printer = Printer::new(cli.no_color);
     let ended = match cli.verb {
         Verb::Agent(args) => agent::run(&args),
         Verb::Status(args) => status::run(&args, &mut printer),

@@ -31,6 +31,9 @@ pub(super) struct Args {
     /// The same, from a store of `~/.config/demae/contexts.toml`, by its name
     #[arg(long, env = "DEMAE_CONTEXT", value_name = "NAME")]
     context: Option<String>,
+    /// Also the apps that have converged, if they are many
+    #[arg(long)]
+    all: bool,
     /// Print again at each change
     #[arg(long)]
     watch: bool,
@@ -67,10 +70,10 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         if args.watch {
             return Err(Failed::usage("`--watch` shows the agent of this host, and a context is a store"));
         }
-        return fleet::table::run(&config::context(name)?.etcd, &args.apps, args.output, printer);
+        return fleet::table::run(&config::context(name)?.etcd, &args.apps, args.all, args.output, printer);
     }
     if args.fleet {
-        return fleet::table::run(&config::etcd_only(&args.common)?, &args.apps, args.output, printer);
+        return fleet::table::run(&config::etcd_only(&args.common)?, &args.apps, args.all, args.output, printer);
     }
     runtime(1)?.block_on(async {
         let mut last = None;
@@ -172,7 +175,10 @@ fn print(args: &Args, shown: &Shown, printer: &mut Printer) -> Result<(), Failed
     let now = Timestamp::now();
     let mut rows =
         vec![["APP", "HOST", "RELEASE", "IMAGE", "HEALTHY", "STATE", "SINCE", "REASON"].map(String::from).to_vec()];
-    for app in &shown.apps {
+    let is_well = |app: &&AppStatus| app.state == State::Converged && app.reason.is_empty();
+    let (well, trouble): (Vec<&AppStatus>, Vec<&AppStatus>) = shown.apps.iter().partition(is_well);
+    let is_folded = fleet::table::is_folded(well.len(), trouble.len(), args.all || !args.apps.is_empty());
+    for app in trouble.into_iter().chain(well.iter().copied().filter(|_| !is_folded)) {
         let release = match (&app.release, &app.serving) {
             (Some(wanted), Some(serving)) => format!("{serving}->{wanted}"),
             (wanted, serving) => wanted.clone().or_else(|| serving.clone()).unwrap_or_else(|| "-".to_owned()),
@@ -199,6 +205,9 @@ fn print(args: &Args, shown: &Shown, printer: &mut Printer) -> Result<(), Failed
         rows.push(vec![name, dash(), dash(), dash(), dash(), State::Invalid.as_str().to_owned(), dash(), reason]);
     }
     printer.table(&rows);
+    if is_folded {
+        printer.line(&format!("{} more apps have converged", well.len()));
+    }
     for verdict in
         shown.apps.iter().filter_map(|a| a.verdict.as_ref().map(|v| (a, v))).filter(|(_, v)| !v.log_tail.is_empty())
     {

@@ -146,6 +146,14 @@ fn releases_are_told_compared_and_explained() {
     assert!(out.starts_with(&format!("{} │ ", lab.host)) && err.contains("exit code"), "{out}{err}");
     let (code, _, err) = run(&lab, &["logs", "web"]);
     assert!(code == 64 && err.contains("docker logs"), "{err}");
+    // One app is a card: what is wanted and serves, why, and what to type next.
+    let card = told(&lab, &["status", "--fleet", "web"]);
+    for line in
+        ["App:       web", "By:        alice: a try, ", "Rollout:   reverted, ", "Next:      demae logs web --failed"]
+    {
+        assert!(card.lines().any(|shown| shown.starts_with(line)), "{line}: {card}");
+    }
+    assert!(card.contains(&format!("Serving:   {first} on 1 of 1 hosts")) && card.contains("Evidence:  "), "{card}");
     // The host itself says the same, and what serves.
     let status = lab.wait_app("web", "halted", |s| s.is("halted") && s.verdict.is_some());
     assert_eq!((status.state, status.serving.as_deref()), (State::Blocked, Some(first.as_str())));

@@ -31,11 +31,11 @@ pub(in crate::cli) struct Args {
 }
 
 /// The evidence against a release on a host.
-struct Evidence {
+pub(super) struct Evidence {
     release: ReleaseId,
     cause: String,
-    log_tail: String,
-    at: Timestamp,
+    pub(super) log_tail: String,
+    pub(super) at: Timestamp,
 }
 
 pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
@@ -84,7 +84,7 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
 }
 
 /// All verdicts against releases of an app: those of the fleet, and those that only a host knows.
-fn evidence(fleet: &Fleet, app: &AppName) -> BTreeMap<(HostName, ReleaseId), Evidence> {
+pub(super) fn evidence(fleet: &Fleet, app: &AppName) -> BTreeMap<(HostName, ReleaseId), Evidence> {
     let mut found = BTreeMap::new();
     for (host, (status, _)) in fleet.statuses.get(app).into_iter().flatten() {
         let Some(verdict) = &status.verdict else { continue };

@@ -2,6 +2,7 @@
 
 pub(super) mod apply;
 mod author;
+mod card;
 pub(super) mod delete;
 pub(super) mod deploy;
 pub(super) mod diff;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::Fleet;
+use super::{Fleet, card};
 use crate::{
     cli::{Ended, Exit, Format, print::Printer, runtime},
     fleet::outcome::Wanted,
@@ -18,23 +18,23 @@ use crate::{
 
 /// One app in the JSON output.
 #[derive(Debug, Serialize)]
-struct Shown {
+pub(super) struct Shown {
     app: AppName,
     #[serde(skip_serializing_if = "Option::is_none")]
-    release: Option<String>,
+    pub(super) release: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    image: Option<String>,
+    pub(super) image: Option<String>,
     /// Hosts that are up and are to run it.
-    wanted: usize,
+    pub(super) wanted: usize,
     /// Those of them that have converged on the release.
     converged: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
-    phase: Option<&'static str>,
+    pub(super) phase: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    since: Option<Timestamp>,
+    pub(super) since: Option<Timestamp>,
     #[serde(skip_serializing_if = "String::is_empty")]
-    reason: String,
-    hosts: Vec<AppStatus>,
+    pub(super) reason: String,
+    pub(super) hosts: Vec<AppStatus>,
 }
 
 #[derive(Debug, Serialize)]
@@ -51,12 +51,18 @@ struct ShownAll {
 ///
 /// # Errors
 /// If the store cannot be read, or one of them is not in it.
-pub(in crate::cli) fn run(config: &EtcdConfig, apps: &[String], format: Format, printer: &mut Printer) -> Ended {
+pub(in crate::cli) fn run(
+    config: &EtcdConfig,
+    apps: &[String],
+    all: bool,
+    format: Format,
+    printer: &mut Printer,
+) -> Ended {
     let only = apps.iter().map(|app| AppName::try_from(app.as_str())).collect::<Result<Vec<_>, _>>()?;
-    print(&runtime(1)?.block_on(Fleet::read(config))?, &only, format, printer)
+    print(&runtime(1)?.block_on(Fleet::read(config))?, &only, all, format, printer)
 }
 
-fn print(fleet: &Fleet, only: &[AppName], format: Format, printer: &mut Printer) -> Ended {
+fn print(fleet: &Fleet, only: &[AppName], all: bool, format: Format, printer: &mut Printer) -> Ended {
     let is_known = |app: &AppName| fleet.contents.apps().contains_key(app) || fleet.statuses.contains_key(app);
     let missing = only.iter().find(|app| !is_known(app));
     if let Some(missing) = missing {
@@ -75,12 +81,40 @@ fn print(fleet: &Fleet, only: &[AppName], format: Format, printer: &mut Printer)
         printer.line(&serde_json::to_string_pretty(&ShownAll { version: VERSION, leader, frozen, apps: shown })?);
         return Ok(Exit::Success);
     }
+    if let ([_], [app]) = (only, shown.as_slice()) {
+        card::print(fleet, &app.app, app, printer);
+    } else {
+        print_table(&shown, all || !only.is_empty(), printer);
+    }
+    match leader {
+        Some(leader) => {
+            printer.error(&format!("{} leads since {}", leader.host, human(Timestamp::now().since(leader.since))));
+        }
+        None if fleet.contents.hosts.values().any(crate::rollout::takes_turns) => {
+            printer.error("note: no agent leads the fleet, so no host gets a turn");
+        }
+        None => {}
+    }
+    if let Some(reason) = frozen {
+        printer.error(&format!("note: the fleet is frozen, and no host gets a turn: {reason}"));
+    }
+    Ok(Exit::Success)
+}
+
+/// Whether apps that have converged are only counted, so that those with trouble are seen. Those that are asked for are
+/// shown whatever their state.
+pub(in crate::cli) fn is_folded(well: usize, trouble: usize, is_asked_for: bool) -> bool {
+    !is_asked_for && trouble > 0 && well > 3
+}
+
+/// One line for each app, those with trouble first.
+fn print_table(shown: &[Shown], is_chosen: bool, printer: &mut Printer) {
     let mut rows = vec![["APP", "RELEASE", "IMAGE", "HOSTS", "ROLLOUT", "SINCE", "REASON"].map(String::from).to_vec()];
     let dash = |text: Option<&str>| text.filter(|text| !text.is_empty()).unwrap_or("-").to_owned();
     let now = Timestamp::now();
     let (well, trouble): (Vec<&Shown>, Vec<&Shown>) = shown.iter().partition(|app| is_well(app));
     // An app that is asked for is shown whatever its state.
-    let folded = only.is_empty() && !trouble.is_empty() && well.len() > 3;
+    let folded = is_folded(well.len(), trouble.len(), is_chosen);
     for app in trouble.iter().chain(well.iter().filter(|_| !folded)) {
         rows.push(vec![
             app.app.to_string(),
@@ -96,40 +130,6 @@ fn print(fleet: &Fleet, only: &[AppName], format: Format, printer: &mut Printer)
     if folded {
         printer.line(&format!("{} more apps have converged", well.len()));
     }
-    if !only.is_empty() {
-        for app in &shown {
-            print_hosts(app, printer);
-        }
-    }
-    match leader {
-        Some(leader) => {
-            printer.error(&format!("{} leads since {}", leader.host, human(now.since(leader.since))));
-        }
-        None if fleet.contents.hosts.values().any(crate::rollout::takes_turns) => {
-            printer.error("note: no agent leads the fleet, so no host gets a turn");
-        }
-        None => {}
-    }
-    if let Some(reason) = frozen {
-        printer.error(&format!("note: the fleet is frozen, and no host gets a turn: {reason}"));
-    }
-    Ok(Exit::Success)
-}
-
-fn print_hosts(app: &Shown, printer: &mut Printer) {
-    let mut rows = vec![["  HOST", "RUNS", "HEALTHY", "STATE", "REASON"].map(String::from).to_vec()];
-    for status in &app.hosts {
-        let runs = status.serving.as_ref().or(status.release.as_ref());
-        rows.push(vec![
-            format!("  {}", status.host),
-            runs.cloned().unwrap_or_else(|| "-".to_owned()),
-            format!("{}/{}", status.healthy, status.wanted),
-            status.state.as_str().to_owned(),
-            status.reason.clone(),
-        ]);
-    }
-    printer.line("");
-    printer.table(&rows);
 }
 
 fn is_well(app: &Shown) -> bool {
