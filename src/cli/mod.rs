@@ -100,6 +100,8 @@ enum Verb {
     Adopt(adopt::Args),
     /// Make specs from Compose files, `docker run` commands and containers
     Import(import::Args),
+    /// Print an app as a Compose file, a `docker run` command, or its variables
+    Export(fleet::export::Args),
     /// Move the requests of a container to an app, behind a hand-written server of nginx
     Takeover(fleet::takeover::Args),
     /// Check spec files, and report every problem
@@ -244,6 +246,7 @@ pub fn run() -> ExitCode {
         Verb::Store(args) => accept::store(&args, &mut printer),
         Verb::Adopt(args) => adopt::run(&args, &mut printer),
         Verb::Import(args) => import::run(&args, &mut printer),
+        Verb::Export(args) => fleet::export::run(&args, &mut printer),
         Verb::Takeover(args) => fleet::takeover::run(&args, &mut printer),
         Verb::Validate(args) => validate::run(&args, &mut printer),
         Verb::Schema => schema::run(&mut printer),

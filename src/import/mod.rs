@@ -5,6 +5,7 @@
 
 mod compose;
 pub mod container;
+pub mod export;
 mod interpolate;
 mod merge;
 pub mod run_line;

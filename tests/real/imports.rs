@@ -52,6 +52,12 @@ fn compose_project_is_imported_and_deployed() {
     until("the web app reaches its database by the name of the service", || {
         get("/reach?db:5432").contains("version=v2")
     });
+    // The way out is as short.
+    let (code, printed, err) = demae(&lab, &["export", "web"]);
+    assert_eq!(code, 2, "{err}");
+    assert!(printed.contains("127.0.0.1:8080:8080") && err.contains("shop.test"), "{printed}{err}");
+    let (code, printed, _) = demae(&lab, &["export", "web", "--format", "env"]);
+    assert!(code == 0 && printed.contains("GREETING='hello from a kitchen'"), "{printed}");
     let history = demae(&lab, &["history", "web", "-o", "json"]).1;
     assert!(history.contains("\"proven\""), "the migration has ended well: {history}");
     lab.del("apps/");

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Fleet, logs::evidence, table::Shown};
+use super::{Fleet, logs::evidence, summary::Shown};
 use crate::{
     cli::print::Printer,
     fleet::outcome::{Outcome, Question, Until, Wanted, outcome},

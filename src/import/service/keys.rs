@@ -38,7 +38,7 @@ pub(super) const ORDER: &[&str] = &[
 ];
 
 /// Keys that mean the same in a spec.
-pub(super) const VERBATIM: &[&str] = &[
+pub(in crate::import) const VERBATIM: &[&str] = &[
     "pull_policy",
     "entrypoint",
     "command",

@@ -21,7 +21,8 @@ use crate::model::{
     spec::Spec,
     yaml::{Node, Value},
 };
-use keys::{DROPPED, ORDER, REFUSED, VERBATIM};
+pub(super) use keys::VERBATIM;
+use keys::{DROPPED, ORDER, REFUSED};
 
 /// The project that a service is part of.
 pub(super) struct Project<'a> {
