@@ -31,6 +31,8 @@ enum From {
     /// Make specs of the services of a Compose file, or of a stack file of Swarm
     #[command(visible_alias = "stack")]
     Compose(ComposeArgs),
+    /// Make specs of the roles of Kamal's `config/deploy.yml`
+    Kamal(KamalArgs),
     /// Make a spec of a `docker run` command
     Run(RunArgs),
     /// Make specs of containers of this machine's Docker
@@ -51,6 +53,15 @@ struct ComposeArgs {
     /// The name of the project, which Docker's volumes begin with; unless given, that of the directory
     #[arg(long, value_name = "NAME")]
     project: Option<String>,
+    #[command(flatten)]
+    target: TargetArgs,
+}
+
+#[derive(Debug, clap::Args)]
+struct KamalArgs {
+    /// Kamal's files: that of a destination after the first one
+    #[arg(value_name = "FILE", default_value = "config/deploy.yml")]
+    files: Vec<PathBuf>,
     #[command(flatten)]
     target: TargetArgs,
 }
@@ -99,6 +110,11 @@ struct TargetArgs {
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     match &args.from {
         From::Compose(args) => compose(args, printer),
+        From::Kamal(args) => {
+            let no_files = |_: &str| Err("Kamal has no such files".to_owned());
+            let options = args.target.options("kamal", BTreeMap::new(), &no_files)?;
+            args.target.deliver(&import::kamal::kamal(&texts(&args.files)?, &options)?, printer)
+        }
         From::Run(args) => {
             let read = |path: &str| fs::read(path).map_err(|e| e.to_string());
             let options = args.target.options("docker run", BTreeMap::new(), &read)?;
@@ -118,11 +134,7 @@ fn compose(args: &ComposeArgs, printer: &mut Printer) -> Ended {
         [] => vec![found_here()?],
         given => given.to_vec(),
     };
-    let mut texts = Vec::new();
-    for path in &paths {
-        let text = fs::read(path).map_err(|e| Failed::because(format!("cannot read `{}`: {e}", path.display())))?;
-        texts.push((path.display().to_string(), text));
-    }
+    let texts = texts(&paths)?;
     let dir = paths.first().and_then(|path| path.parent()).map(Path::to_owned).unwrap_or_default();
     let variables = variables(args.env_file.as_deref(), &dir)?;
     let read = |path: &str| fs::read(dir.join(path)).map_err(|e| e.to_string());
@@ -133,6 +145,15 @@ fn compose(args: &ComposeArgs, printer: &mut Printer) -> Ended {
     let mut options = args.target.options(&project, variables, &read)?;
     options.services = args.service.iter().cloned().collect();
     args.target.deliver(&import::compose(&texts, &options)?, printer)
+}
+
+/// Each file by its name and text.
+fn texts(paths: &[PathBuf]) -> Result<Vec<(String, Vec<u8>)>, Failed> {
+    let read = |path: &PathBuf| match fs::read(path) {
+        Ok(text) => Ok((path.display().to_string(), text)),
+        Err(e) => Err(Failed::because(format!("cannot read `{}`: {e}", path.display()))),
+    };
+    paths.iter().map(read).collect()
 }
 
 fn found_here() -> Result<PathBuf, Failed> {

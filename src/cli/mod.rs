@@ -98,7 +98,7 @@ enum Verb {
     Store(accept::StoreArgs),
     /// Adopt the containers of another agent with this host's name
     Adopt(adopt::Args),
-    /// Make specs from Compose files, `docker run` commands and containers
+    /// Make specs from files of Compose and Kamal, `docker run` commands and containers
     Import(import::Args),
     /// Print an app as a Compose file, a `docker run` command, or its variables
     Export(fleet::export::Args),

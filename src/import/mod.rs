@@ -7,6 +7,7 @@ mod compose;
 pub mod container;
 pub mod export;
 mod interpolate;
+pub mod kamal;
 mod merge;
 pub mod run_line;
 mod service;

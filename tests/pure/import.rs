@@ -13,6 +13,7 @@ use demae::{
         Effect, Options, Outcome, compose,
         container::container,
         export::{Source, to_compose, to_run},
+        kamal::kamal,
         run_line,
     },
     model::{
@@ -287,6 +288,46 @@ fn host_names_go_to_the_service_that_takes_requests() {
     assert_eq!((&ingress.hosts, specs[0].ingress.is_none()), (&vec![host.clone()], true));
     with_host.hosts = vec![(Some("nothing".to_owned()), host)];
     assert!(compose(&files, &with_host).expect_err("no such service").to_string().contains("no service `nothing`"));
+}
+
+#[test]
+fn roles_of_kamal_are_imported() {
+    let text = "service: shop\nimage: acme/shop\nservers:\n  web:\n    - 10.0.0.1\n    - 10.0.0.2\n  job:\n    hosts: [10.0.0.3]\n    \
+                cmd: bin/jobs\nproxy:\n  ssl: true\n  host: shop.example.com\n  app_port: 3000\n  healthcheck: {path: /up}\n\
+                registry: {server: registry.example.com}\nenv:\n  clear:\n    DB_HOST: 10.0.0.9\n  secret:\n    - RAILS_MASTER_KEY\n\
+                volumes: ['storage:/rails/storage']\nbuilder: {arch: amd64}\naccessories:\n  db: {image: postgres:16}\n";
+    let files = [("deploy.yml".to_owned(), text.as_bytes().to_vec())];
+    let outcome = kamal(&files, &options(&no_files)).expect("it is imported");
+    assert_eq!(outcome.worst(), Some(Effect::Dropped), "{:?}", outcome.notes);
+    let apps: Vec<&str> = outcome.apps.iter().map(|app| app.app.as_str()).collect();
+    assert_eq!(apps, ["shop", "shop-job"]);
+    let body = |at: usize| {
+        let lines = outcome.apps[at].spec.lines().filter(|line| !line.starts_with('#'));
+        lines.collect::<Vec<&str>>().join("\n")
+    };
+    let web = "image: acme/shop
+ingress:
+  hosts: [shop.example.com]
+  port: 3000
+healthcheck:
+  http: /up
+volumes: [storage:/rails/storage]
+deploy:
+  placement:
+    constraints: [role == web]
+  update_config:
+    order: stop-first";
+    assert_eq!(body(0), web.replace("[role == web]", "[\"role == web\"]"));
+    assert!(body(1).contains("command: bin/jobs") && !body(1).contains("ingress"), "{}", body(1));
+    let said = |key: &str| outcome.notes.iter().any(|note| note.key == key);
+    for key in ["accessories.db", "registry", "builder", "proxy.ssl", "env.secret.RAILS_MASTER_KEY", "servers.web"] {
+        assert!(said(key), "{key}: {:?}", outcome.notes);
+    }
+    for (text, says) in [("image: a\n", "has no `service`"), ("service: <%= x %>\n", "is not run")] {
+        let files = [("deploy.yml".to_owned(), text.as_bytes().to_vec())];
+        let error = kamal(&files, &options(&no_files)).expect_err("it is not Kamal's").to_string();
+        assert!(error.contains(says), "{error}");
+    }
 }
 
 #[test]

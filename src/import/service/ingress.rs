@@ -230,7 +230,7 @@ impl Translation<'_> {
         let line = get(self.service, "labels").map_or(0, |labels| labels.line);
         let (left_out, kept): (Vec<_>, Vec<_>) = all.into_iter().partition(|(name, ..)| is_of_proxy(name));
         if !left_out.is_empty() {
-            let message = format!("{} labels for another proxy", left_out.len());
+            let message = format!("those for another proxy: {}", left_out.len());
             self.note(line, "labels", Effect::Dropped, message);
         }
         if !kept.is_empty() {
