@@ -218,3 +218,57 @@ fn dev_starts_resumes_and_cleans_up() {
     assert_eq!(processes(), 0, "processes are left");
     assert_eq!(fs::read_dir(&dir).expect("a directory").count(), 0, "files are left");
 }
+
+/// A command of a shell; its exit code and both outputs.
+fn shell(lab: &Lab, command: &str) -> (i32, String, String) {
+    let output = Command::new("bash")
+        .args(["-c", command])
+        .env(
+            "PATH",
+            format!(
+                "{}:/usr/bin:/bin",
+                Path::new(env!("CARGO_BIN_EXE_demae")).parent().expect("a directory").display()
+            ),
+        )
+        .env("DEMAE_CONFIG", lab.path("agent.toml"))
+        .env("DEMAE_METRICS", format!("http://{}/metrics", lab.metrics))
+        .env("TERM", "xterm")
+        .env_remove("ETCDCTL_ENDPOINTS")
+        .output()
+        .expect("bash runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn status_fits_its_terminal_and_a_closed_pipe_is_no_error() {
+    let lab = Lab::new();
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    lab.put(
+        "apps/broken/spec",
+        "image: demae-test/none:v1\nvolumes: ['/srv/demae-test/does-not-exist:/data']\npull_policy: never\n",
+    );
+    lab.wait_app("broken", "blocked", |s| s.state == State::Blocked);
+    for width in [40, 80, 200] {
+        // A terminal of its own, by script(1).
+        let (code, out, err) = shell(&lab, &format!("script -qec 'stty cols {width}; demae status' /dev/null"));
+        assert_eq!(code, 0, "{out}{err}");
+        assert!(out.contains("\u{1b}[31mblocked\u{1b}[0m"), "trouble is red: {out:?}");
+        let plain =
+            out.replace("\u{1b}[31m", "").replace("\u{1b}[32m", "").replace("\u{1b}[33m", "").replace("\u{1b}[0m", "");
+        let longest = plain.lines().map(|line| line.trim_end().chars().count()).max();
+        assert!(longest.is_some_and(|longest| longest <= width), "{longest:?} at {width}: {plain}");
+        let place = |app: &str| plain.lines().position(|line| line.starts_with(app)).expect("a line");
+        assert!(place("broken") < place("web"), "trouble comes first: {plain}");
+    }
+    let (_, out, _) = shell(&lab, "script -qec 'NO_COLOR=1 demae status' /dev/null");
+    assert!(!out.contains('\u{1b}'), "{out:?}");
+    // A program gets whole lines without colours.
+    let (code, out, _) = shell(&lab, "demae status");
+    assert!(code == 0 && !out.contains('\u{1b}') && out.lines().count() == 3, "{out}");
+    for command in ["demae status | head -1", "set -o pipefail; demae status >&-", "demae status -o json | head -c 10"]
+    {
+        let (code, _, err) = shell(&lab, command);
+        assert_eq!((code, err.as_str()), (0, ""), "{command}");
+    }
+}

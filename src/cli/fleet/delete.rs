@@ -8,7 +8,13 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{Changes, Fleet, RECONNECT, StoreArgs, commit, env::users, no_app};
+use super::{
+    Changes, Fleet, StoreArgs,
+    attempts::{Waited, attempts},
+    commit,
+    env::users,
+    no_app,
+};
 use crate::{
     cli::{Ended, Exit, Failed, print::Printer, runtime},
     model::{
@@ -105,37 +111,32 @@ pub(super) async fn wait_gone(
     timeout: Duration,
     printer: &mut Printer,
 ) -> Ended {
-    let deadline = Instant::now() + timeout;
     let again = format!("it goes on; `demae status --fleet {app}` shows how far it is");
     let mut left = BTreeSet::new();
-    let mut turn = 0;
-    // One for the whole wait: a signal between two of them would be lost.
-    let mut pressed = std::pin::pin!(tokio::signal::ctrl_c());
-    loop {
-        tokio::select! {
-            biased;
-            pressed = &mut pressed => {
-                pressed?;
-                printer.error(&format!("stopped waiting; {again}"));
-                return Ok(Exit::Interrupted);
-            }
-            () = tokio::time::sleep_until(deadline) => {
-                printer.error(&format!("not removed within {} s; {again}", timeout.as_secs()));
-                return Ok(Exit::Undecided);
-            }
-            gone = leave(config, turn, app, &mut left, printer) => match gone {
-                Ok(exit) => {
-                    if exit == Exit::Success {
-                        forget(config, app, printer).await;
-                        printer.line(&format!("{app} is removed (revision {revision})"));
-                    }
-                    return Ok(exit);
+    let ended =
+        attempts(Instant::now() + timeout, async |turn| match leave(config, turn, app, &mut left, printer).await {
+            Ok(exit) => {
+                if exit == Exit::Success {
+                    forget(config, app, printer).await;
+                    printer.line(&format!("{app} is removed (revision {revision})"));
                 }
-                Err(e) => printer.error(&format!("note: the store cannot be read now: {e}")),
-            },
+                Some(exit)
+            }
+            Err(e) => {
+                printer.error(&format!("note: the store cannot be read now: {e}"));
+                None
+            }
+        });
+    match ended.await? {
+        Waited::Done(exit) => Ok(exit),
+        Waited::TimedOut => {
+            printer.error(&format!("not removed within {} s; {again}", timeout.as_secs()));
+            Ok(Exit::Undecided)
         }
-        turn += 1;
-        tokio::time::sleep_until((Instant::now() + RECONNECT).min(deadline)).await;
+        Waited::Interrupted => {
+            printer.error(&format!("stopped waiting; {again}"));
+            Ok(Exit::Interrupted)
+        }
     }
 }
 

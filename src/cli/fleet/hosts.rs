@@ -8,7 +8,11 @@ use std::{
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::{Fleet, RECONNECT, StoreArgs, commit};
+use super::{
+    Fleet, StoreArgs,
+    attempts::{Waited, attempts},
+    commit,
+};
 use crate::{
     cli::{Ended, Exit, Failed, Format, print::Printer, runtime},
     model::{
@@ -232,35 +236,23 @@ fn drain(args: &DrainArgs, printer: &mut Printer) -> Ended {
         }
         let deadline = Instant::now() + timeout;
         let mut left = BTreeSet::new();
-        let mut turn = 0;
-        // One for the whole wait: a signal between two of them would be lost.
-        let mut pressed = std::pin::pin!(tokio::signal::ctrl_c());
-        let again = || format!("it goes on. To wait again: demae hosts drain {host}");
-        loop {
-            tokio::select! {
-                biased;
-                pressed = &mut pressed => {
-                    pressed?;
-                    printer.error(&format!("stopped waiting; {}", again()));
-                    return Ok(Exit::Interrupted);
-                }
-                () = tokio::time::sleep_until(deadline) => {
-                    printer.error(&format!("not drained within {}; {}", args.timeout, again()));
-                    return Ok(Exit::Undecided);
-                }
-                ended = wait_empty(&config, turn, &host, &mut left, printer) => match ended {
-                    Ok(exit) => return Ok(exit),
-                    Err(e) => printer.error(&format!("note: the store cannot be read now: {e}")),
-                },
+        let ended = attempts(deadline, async |turn| match wait_empty(&config, turn, &host, &mut left, printer).await {
+            Ok(exit) => Some(exit),
+            Err(e) => {
+                printer.error(&format!("note: the store cannot be read now: {e}"));
+                None
             }
-            turn += 1;
-            tokio::select! {
-                pressed = &mut pressed => {
-                    pressed?;
-                    printer.error(&format!("stopped waiting; {}", again()));
-                    return Ok(Exit::Interrupted);
-                }
-                () = tokio::time::sleep_until((Instant::now() + RECONNECT).min(deadline)) => {}
+        });
+        let again = format!("it goes on. To wait again: demae hosts drain {host}");
+        match ended.await? {
+            Waited::Done(exit) => Ok(exit),
+            Waited::TimedOut => {
+                printer.error(&format!("not drained within {}; {again}", args.timeout));
+                Ok(Exit::Undecided)
+            }
+            Waited::Interrupted => {
+                printer.error(&format!("stopped waiting; {again}"));
+                Ok(Exit::Interrupted)
             }
         }
     })

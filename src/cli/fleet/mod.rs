@@ -1,6 +1,7 @@
 //! Verbs that write to the store and wait for the hosts: what they share.
 
 pub(super) mod apply;
+mod attempts;
 mod author;
 mod card;
 pub(super) mod delete;
@@ -26,7 +27,6 @@ use std::{
     collections::BTreeMap,
     io::{IsTerminal as _, stdin},
     path::PathBuf,
-    time::Duration,
 };
 
 use tokio::time::Instant;
@@ -430,6 +430,3 @@ async fn until(at: Option<Instant>) {
         None => std::future::pending().await,
     }
 }
-
-/// Between two attempts to reach the store while something is waited for.
-const RECONNECT: Duration = Duration::from_secs(1);

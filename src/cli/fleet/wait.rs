@@ -5,7 +5,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    Fleet, RECONNECT, StoreArgs, Written, no_app,
+    Fleet, StoreArgs, Written,
+    attempts::{Waited, attempts},
+    no_app,
     report::{Report, conclude},
     until,
 };
@@ -151,36 +153,24 @@ pub(super) async fn follow_until(
         return Ok(Exit::Success);
     }
     let mut watcher = Watcher { goal: args.goal(), blocked_since: None };
-    let mut turn = 0;
-    // One for the whole wait: a signal between two of them would be lost.
-    let mut pressed = std::pin::pin!(tokio::signal::ctrl_c());
-    loop {
-        let watched = watcher.watch(config, turn, app, (&release, since), &mut report, printer);
-        let ended = tokio::select! {
-            biased;
-            pressed = &mut pressed => {
-                pressed?;
-                report.goes_on(printer, "stopped waiting");
-                return Ok(Exit::Interrupted);
+    let ended = attempts(deadline, async |turn| {
+        match watcher.watch(config, turn, app, (&release, since), &mut report, printer).await {
+            Ok(ended) => Some(ended),
+            Err(failed) => {
+                report.note(printer, &format!("the store cannot be read now: {}", failed.message));
+                None
             }
-            () = tokio::time::sleep_until(deadline) => {
-                report.goes_on(printer, &format!("not decided within {}", args.timeout));
-                return Ok(Exit::Undecided);
-            }
-            ended = watched => ended,
-        };
-        match ended {
-            Ok((outcome, fleet)) => return Ok(conclude(&report, &outcome, &fleet, watcher.goal, printer)),
-            Err(failed) => report.note(printer, &format!("the store cannot be read now: {}", failed.message)),
         }
-        turn += 1;
-        tokio::select! {
-            pressed = &mut pressed => {
-                pressed?;
-                report.goes_on(printer, "stopped waiting");
-                return Ok(Exit::Interrupted);
-            }
-            () = tokio::time::sleep_until((Instant::now() + RECONNECT).min(deadline)) => {}
+    });
+    match ended.await? {
+        Waited::Done((outcome, fleet)) => Ok(conclude(&report, &outcome, &fleet, watcher.goal, printer)),
+        Waited::TimedOut => {
+            report.goes_on(printer, &format!("not decided within {}", args.timeout));
+            Ok(Exit::Undecided)
+        }
+        Waited::Interrupted => {
+            report.goes_on(printer, "stopped waiting");
+            Ok(Exit::Interrupted)
         }
     }
 }
