@@ -138,7 +138,7 @@ pub struct Flags {
     /// Listen address for metrics, health and status
     #[arg(long, alias = "web.listen-address", env = "DEMAE_LISTEN", value_name = "ADDRESS")]
     pub listen: Option<SocketAddr>,
-    /// What is logged: `info`, `debug`, `demae::store=debug`
+    /// What is logged: `info`, `debug`, `info,demae::store=debug`
     #[arg(long, env = "DEMAE_LOG", value_name = "FILTER")]
     pub log: Option<String>,
     /// The connection to etcd.

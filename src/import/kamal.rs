@@ -143,7 +143,9 @@ fn roles(whole: &Node) -> Vec<(String, Option<&Node>)> {
 fn translated(whole: &Node, role: &str, settings: Option<&Node>, notes: &mut Vec<Note>) -> Node {
     let mut service: Vec<(String, Node)> = Vec::new();
     if let Some(image) = get(whole, "image").and_then(text) {
-        service.push(("image".to_owned(), scalar(image)));
+        let server = get(whole, "registry").and_then(|registry| get(registry, "server")).and_then(text);
+        let whole = server.map_or_else(|| image.to_owned(), |server| format!("{server}/{image}"));
+        service.push(("image".to_owned(), scalar(whole)));
     }
     for key in ["volumes", "labels", "logging"] {
         let own = settings.and_then(|settings| get(settings, key)).or_else(|| get(whole, key));

@@ -34,7 +34,7 @@ impl Password {
     /// What to look at if etcd refuses it.
     fn place(&self) -> String {
         match self {
-            Self::Given(_) => "check `ETCDCTL_PASSWORD` or the flag, and start the agent anew".to_owned(),
+            Self::Given(_) => "check `ETCDCTL_PASSWORD` or the flag; an agent reads it when it starts".to_owned(),
             Self::File(path) => {
                 format!("put the right one into `{}`; it is read again at the next connection", path.display())
             }

@@ -305,7 +305,7 @@ fn roles_of_kamal_are_imported() {
         let lines = outcome.apps[at].spec.lines().filter(|line| !line.starts_with('#'));
         lines.collect::<Vec<&str>>().join("\n")
     };
-    let web = "image: acme/shop
+    let web = "image: registry.example.com/acme/shop
 ingress:
   hosts: [shop.example.com]
   port: 3000

@@ -71,11 +71,22 @@ impl Translation<'_> {
                 continue;
             }
             for item in items(value) {
-                let written = text(item).unwrap_or_default();
-                match written.trim().strip_prefix("node.labels.") {
-                    Some(label) => kept.push(scalar(label)),
-                    None => {
-                        let message = format!("`{written}`: give the hosts a label, and name that");
+                let written = text(item).unwrap_or_default().trim();
+                let label = written.strip_prefix("node.labels.").or_else(|| written.strip_prefix("engine.labels."));
+                let other =
+                    ["node.hostname", "node.role", "node.id"].into_iter().find(|known| written.starts_with(known));
+                match (label, other) {
+                    (Some(label), _) => kept.push(scalar(label)),
+                    // Without it the app would run on every host; so it runs nowhere until a host has the label.
+                    (None, Some(known)) => {
+                        let label = written.strip_prefix("node.").unwrap_or(written);
+                        let message =
+                            format!("`{label}`: `{known}` is Swarm's; give the hosts that are meant this label");
+                        self.note(item.line, "deploy.placement.constraints", Effect::Changed, message);
+                        kept.push(scalar(label));
+                    }
+                    (None, None) => {
+                        let message = format!("`{written}`: hosts are told apart by labels alone");
                         self.note(item.line, "deploy.placement.constraints", Effect::Dropped, message);
                     }
                 }
