@@ -117,7 +117,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         }
         From::Run(args) => {
             let read = |path: &str| fs::read(path).map_err(|e| e.to_string());
-            let options = args.target.options("docker run", BTreeMap::new(), &read)?;
+            let options = args.target.options("docker", BTreeMap::new(), &read)?;
             // A whole command line in quotes.
             let words = match args.words.as_slice() {
                 [line] => import::run_line::split(line).map_err(Failed::usage)?,
@@ -131,18 +131,20 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
 
 fn compose(args: &ComposeArgs, printer: &mut Printer) -> Ended {
     let paths = match args.files.as_slice() {
-        [] => vec![found_here()?],
+        [] => found_here()?,
         given => given.to_vec(),
     };
     let texts = texts(&paths)?;
     let dir = paths.first().and_then(|path| path.parent()).map(Path::to_owned).unwrap_or_default();
     let variables = variables(args.env_file.as_deref(), &dir)?;
     let read = |path: &str| fs::read(dir.join(path)).map_err(|e| e.to_string());
-    let project = match (&args.project, variables.get("COMPOSE_PROJECT_NAME")) {
-        (Some(given), _) | (None, Some(given)) => given.clone(),
-        (None, None) => project_of(&dir)?,
+    let given = args.project.clone().or_else(|| variables.get("COMPOSE_PROJECT_NAME").cloned());
+    let (project, is_given) = match given {
+        Some(given) => (given, true),
+        None => (project_of(&dir)?, false),
     };
     let mut options = args.target.options(&project, variables, &read)?;
+    options.is_project_given = is_given;
     options.services = args.service.iter().cloned().collect();
     args.target.deliver(&import::compose(&texts, &options)?, printer)
 }
@@ -156,9 +158,12 @@ fn texts(paths: &[PathBuf]) -> Result<Vec<(String, Vec<u8>)>, Failed> {
     paths.iter().map(read).collect()
 }
 
-fn found_here() -> Result<PathBuf, Failed> {
+/// The Compose file of this directory, and the one that Compose puts over it.
+fn found_here() -> Result<Vec<PathBuf>, Failed> {
     let found = COMPOSE_FILES.iter().map(PathBuf::from).find(|path| path.is_file());
-    found.ok_or_else(|| Failed::usage("this directory has no Compose file; name one"))
+    let first = found.ok_or_else(|| Failed::usage("this directory has no Compose file; name one"))?;
+    let overrides = COMPOSE_FILES.iter().map(|name| PathBuf::from(name.replace(".y", ".override.y")));
+    Ok(std::iter::once(first).chain(overrides.filter(|path| path.is_file()).take(1)).collect())
 }
 
 fn variables(given: Option<&Path>, dir: &Path) -> Result<BTreeMap<String, String>, Failed> {
@@ -169,7 +174,7 @@ fn variables(given: Option<&Path>, dir: &Path) -> Result<BTreeMap<String, String
         Err(e) => return Err(Failed::because(format!("cannot read `{}`: {e}", path.display()))),
     };
     match import::variables(&text, &BTreeMap::new()) {
-        Ok(found) => Ok(found.into_iter().map(|(name, value)| (name.to_string(), value)).collect()),
+        Ok((found, _)) => Ok(found.into_iter().map(|(name, value)| (name.to_string(), value)).collect()),
         Err(problems) => {
             let lines: Vec<String> =
                 problems.iter().map(|(line, what)| format!("{}:{line}: {what}", path.display())).collect();
@@ -231,6 +236,7 @@ impl TargetArgs {
         }
         Ok(Options {
             project: project.to_owned(),
+            is_project_given: false,
             variables,
             services: BTreeSet::new(),
             hosts,

@@ -377,14 +377,15 @@ fn sync_parent(path: &Path) -> io::Result<()> {
 /// The process that holds a lock file, by `/proc/locks` (proc(5)); `None` if there is none, or it is in another namespace
 /// of processes.
 pub fn lock_holder(path: &Path) -> Option<i32> {
-    let inode = fs::metadata(path).ok()?.ino();
+    let file = fs::metadata(path).ok()?;
+    let (major, minor) = (rustix::fs::major(file.dev()), rustix::fs::minor(file.dev()));
+    let wanted = format!("{major:02x}:{minor:02x}:{}", file.ino());
     let locks = fs::read_to_string("/proc/locks").ok()?;
     locks.lines().find_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         // `1: FLOCK ADVISORY WRITE 1234 08:01:5678 0 EOF`
         let [_, "FLOCK", _, _, pid, file, ..] = fields.as_slice() else { return None };
-        let is_it = file.rsplit(':').next()?.parse() == Ok(inode);
-        pid.parse().ok().filter(|pid| is_it && *pid > 0)
+        pid.parse().ok().filter(|pid| *file == wanted && *pid > 0)
     })
 }
 

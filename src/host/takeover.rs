@@ -22,8 +22,8 @@ pub struct Takeover {
     pub container: String,
     /// The restart policy that it had.
     pub restart: String,
-    /// The address on which it took requests.
-    pub address: String,
+    /// The port inside on which it took requests.
+    pub port: u16,
 }
 
 /// Takeovers of this host, by app.

@@ -18,6 +18,8 @@ use crate::model::{
 pub struct Options<'a> {
     /// The name of the project, unless the files give one. Docker's volumes are named after it.
     pub project: String,
+    /// Whether that name counts although the files give one.
+    pub is_project_given: bool,
     /// Values of variables, as in `.env`.
     pub variables: BTreeMap<String, String>,
     /// Only these services, also those with a profile.
@@ -95,8 +97,22 @@ pub(super) fn project(whole: &Node, variables: &Variables, options: &Options<'_>
         effect: Effect::Changed,
         message: "it has no value: variables of apps that use it are left out, elsewhere it is an empty text (`--env-file` names a file with values)".to_owned(),
     }));
+    notes.extend(variables.exposed.iter().map(|(name, line)| {
+        Note {
+            line: *line,
+            key: format!("${name}"),
+            effect: Effect::Changed,
+            message:
+                "its value stands in the spec, which is no place for a secret: let the app read it from a variable"
+                    .to_owned(),
+        }
+    }));
     let project = Project {
-        name: get(whole, "name").and_then(text).unwrap_or(&options.project).to_owned(),
+        name: get(whole, "name")
+            .and_then(text)
+            .filter(|_| !options.is_project_given)
+            .unwrap_or(&options.project)
+            .to_owned(),
         definitions: whole,
         variables,
         waits: waits(&services),
@@ -221,8 +237,9 @@ impl Project<'_> {
             return None;
         }
         let note = |effect, message: String| Note { line: service.line, key: name.to_owned(), effect, message };
-        if let Some(profiles) = get(service, "profiles") {
-            let profiles: Vec<&str> = items(profiles).into_iter().filter_map(text).collect();
+        let profiles: Vec<&str> =
+            get(service, "profiles").map(items).unwrap_or_default().into_iter().filter_map(text).collect();
+        if !profiles.is_empty() {
             return Some(note(
                 Effect::Dropped,
                 format!("only started with a profile ({}); `--service {name}` imports it", profiles.join(", ")),

@@ -18,8 +18,16 @@ pub(super) struct Variables {
     known: BTreeMap<String, String>,
     /// Those that are used and have no value, with the first line of each.
     pub(super) unset: BTreeMap<String, usize>,
+    /// Those whose names say that they are secret, and whose values are used beside `environment`, with a line of each.
+    pub(super) exposed: BTreeMap<String, usize>,
     /// Those that must have one, with the file's own words.
     pub(super) required: BTreeSet<(usize, String)>,
+}
+
+/// Whether a variable is secret, by its name.
+fn is_secret(name: &str) -> bool {
+    let name = name.to_ascii_uppercase();
+    ["PASS", "SECRET", "TOKEN", "KEY", "CREDENTIAL"].iter().any(|part| name.contains(part))
 }
 
 /// What a value became.
@@ -56,14 +64,17 @@ impl Variables {
                     return Ok(());
                 }
                 let found = self.text(text, line, 0).map_err(|what| format!("line {line}: {what}"))?;
+                if !in_environment {
+                    let names = self.known.iter().filter(|(name, value)| is_secret(name) && !value.is_empty());
+                    let used = names
+                        .filter(|(_, value)| found.text.contains(value.as_str()) && !text.contains(value.as_str()));
+                    self.exposed.extend(used.map(|(name, _)| (name.clone(), line)));
+                }
                 if !in_environment || !found.is_unset {
                     *text = found.text;
                 } else {
-                    // `NAME=$UNSET` in a list.
-                    match text.split_once('=').filter(|(name, _)| !name.contains('$')) {
-                        Some((name, _)) => *text = name.to_owned(),
-                        None => node.value = Value::Null,
-                    }
+                    // Nothing would mean that the value is to be found by the name.
+                    node.value = Value::Seq(Vec::new());
                 }
             }
             Value::Seq(items) => {
@@ -150,24 +161,29 @@ impl Variables {
     }
 }
 
-/// The variables of a `.env` file. One may be used in those after it; one with an unknown part is left out.
+/// Values by name, and names without a value.
+pub type FileVariables = (BTreeMap<EnvName, String>, Vec<EnvName>);
+
+/// The variables of a `.env` file, and the names of those that are left out, since a part of them is unknown. One may be
+/// used in those after it.
 ///
 /// # Errors
 /// All lines that are wrong, and why; without their values.
-pub fn variables(
-    file: &str,
-    known: &BTreeMap<String, String>,
-) -> Result<BTreeMap<EnvName, String>, Vec<(usize, String)>> {
+pub fn variables(file: &str, known: &BTreeMap<String, String>) -> Result<FileVariables, Vec<dotenv::WrongLine>> {
     let mut so_far = Variables::new(known.clone());
-    let mut values = BTreeMap::new();
+    let (mut values, mut left_out) = (BTreeMap::new(), Vec::new());
     for (name, value) in dotenv::parse_in_order(file, dotenv::Format::Compose)? {
-        let found = so_far.text(&value, 0, 0).map_err(|why| vec![(0, format!("{name}: {why}"))])?;
-        if !found.is_unset {
+        // The message would have a part of the value.
+        let found = so_far.text(&value, 0, 0);
+        let found = found.map_err(|_| vec![(0, format!("{name}: what follows a `$` is not a variable"))])?;
+        if found.is_unset {
+            left_out.push(name);
+        } else {
             so_far.known.insert(name.to_string(), found.text.clone());
             values.insert(name, found.text);
         }
     }
-    Ok(values)
+    Ok((values, left_out))
 }
 
 fn name_length(text: &str) -> usize {
@@ -234,7 +250,8 @@ mod tests {
         let mut variables = Variables::default();
         let mut node = list_of(&["URL=db://user:$PASSWORD@db", "$WHOLE", "B=${C:-c}"]);
         variables.resolve(&mut node, true).expect("it is read");
-        let expected = crate::import::list(vec![scalar("URL"), nothing(), scalar("B=c")]);
+        let left_out = || crate::import::list(Vec::new());
+        let expected = crate::import::list(vec![left_out(), left_out(), scalar("B=c")]);
         assert_eq!(node, expected);
         assert_eq!(variables.unset.keys().collect::<Vec<_>>(), ["PASSWORD", "WHOLE"]);
     }
@@ -243,16 +260,24 @@ mod tests {
     fn files_use_their_own_variables() {
         let text = "A=1\nexport B=\"x-${A}-\\$A\"\nC='$A' # literal\nD=${NONE}\nE=${NONE:-e}\nTZ\nA=2\nF=$A\nG=$K\n";
         let known = BTreeMap::from([("K".to_owned(), "k".to_owned())]);
-        let found = variables(text, &known).expect("it is read");
+        let (found, left_out) = variables(text, &known).expect("it is read");
+        assert_eq!(left_out.iter().map(EnvName::as_str).collect::<Vec<_>>(), ["D"]);
         let found: Vec<(&str, &str)> = found.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
         assert_eq!(found, [("A", "2"), ("B", "x-1-$A"), ("C", "$A"), ("E", "e"), ("F", "2"), ("G", "k")]);
     }
 
-    fn list_of(texts: &[&str]) -> Node {
-        crate::import::list(texts.iter().map(|text| scalar(*text)).collect())
+    #[test]
+    fn secrets_beside_the_environment_are_named() {
+        let known = [("REDIS_PASSWORD", "hunter2"), ("TAG", "v1"), ("API_KEY", "abc")];
+        let known = known.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let mut variables = Variables::new(known.into());
+        let mut command = scalar("redis-server --requirepass ${REDIS_PASSWORD:?} --tag $TAG");
+        variables.resolve(&mut command, false).expect("it is read");
+        variables.resolve(&mut scalar("KEY=$API_KEY"), true).expect("it is read");
+        assert_eq!(variables.exposed.keys().collect::<Vec<_>>(), ["REDIS_PASSWORD"]);
     }
 
-    fn nothing() -> Node {
-        Node { line: 0, column: 0, value: Value::Null }
+    fn list_of(texts: &[&str]) -> Node {
+        crate::import::list(texts.iter().map(|text| scalar(*text)).collect())
     }
 }

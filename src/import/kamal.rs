@@ -91,6 +91,7 @@ fn with_hosts<'a>(whole: &Node, service: &str, options: &Options<'a>) -> Options
     }
     Options {
         project: options.project.clone(),
+        is_project_given: options.is_project_given,
         variables: options.variables.clone(),
         services: options.services.clone(),
         hosts,

@@ -31,6 +31,7 @@ fn projects() -> PathBuf {
 fn options(read: &dyn Fn(&str) -> Result<Vec<u8>, String>) -> Options<'_> {
     Options {
         project: "shop".to_owned(),
+        is_project_given: false,
         variables: BTreeMap::new(),
         services: BTreeSet::new(),
         hosts: Vec::new(),

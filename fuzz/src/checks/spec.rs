@@ -184,11 +184,10 @@ const BODY: &[&str] = &[
     "Healthcheck",
     "StopSignal",
     "StopTimeout",
-    "Hostname",
     "HostConfig",
     "NetworkingConfig",
 ];
-/// Allowed keys in its `HostConfig`. Not among them: privileges, devices, namespaces, sysctls.
+/// Allowed keys in its `HostConfig`. Not among them: privileges, devices, namespaces, security options, sysctls.
 const HOST_CONFIG: &[&str] = &[
     "Mounts",
     "PortBindings",
@@ -203,11 +202,6 @@ const HOST_CONFIG: &[&str] = &[
     "Memory",
     "NanoCpus",
     "PidsLimit",
-    "Dns",
-    "GroupAdd",
-    "SecurityOpt",
-    "ShmSize",
-    "Ulimits",
 ];
 /// Host directories below which apps may mount.
 const MOUNTABLE: &[&str] = &["srv", "opt", "mnt", "media", "data", "home"];
@@ -237,9 +231,6 @@ pub fn denied(body: &Value) -> Vec<String> {
     let network = &host["NetworkMode"];
     if !network.is_null() && network.as_str().is_none_or(|n| n == "host" || n.contains([':', '/'])) {
         found.push(format!("network {network}"));
-    }
-    if list(&host["SecurityOpt"]).any(|option| option != "no-new-privileges") {
-        found.push(format!("security options {}", host["SecurityOpt"]));
     }
     for (name, endpoint) in body["NetworkingConfig"]["EndpointsConfig"].as_object().into_iter().flatten() {
         only(endpoint, &["Aliases", "IPAMConfig"], &mut found);

@@ -112,16 +112,35 @@ impl Here {
                 old.name, old.address
             )));
         }
-        self.record(app, Some(&old), hosts.clone())?;
+        let before = Takeovers::read(&self.layout)?.0.remove(app);
+        let is_again = before.as_ref().is_some_and(|before| before.container == old.name);
+        if !is_again && !self.status(app).await?.is_some_and(|status| status.is("routes_rejected")) {
+            return Err(Failed::because(format!(
+                "{app} is not held back by a hand-written server on this host, so it has nothing to take over; nothing was changed"
+            )));
+        }
+        // The policy from before the first try.
+        let restart = before.as_ref().filter(|_| is_again).map_or(&old.restart, |before| &before.restart).clone();
+        let (container, port) = (old.name.clone(), old.port.0);
+        self.record(app, Some(Takeover { hosts: hosts.clone(), container, restart, port }))?;
         let patience = self.hint();
         let names: Vec<&str> = hosts.iter().map(VirtualHost::as_str).collect();
         printer.error(&format!("waiting until {app} is healthy and has {}", names.join(", ")));
         if let Err(failed) = self.converged(app, patience).await {
             // What was not taken is left alone from now on; what was taken is served.
-            self.record(app, None, BTreeSet::new())?;
+            self.record(app, before)?;
             return Err(Failed { message: format!("{}; `{}` was not touched", failed.message, old.name), ..failed });
         }
-        self.drain(&old, drain, printer).await?;
+        if !self.drain(&old, drain, printer).await? {
+            return Err(Failed::blocked(format!(
+                "{app} serves {}; `{}` still has connections after {} s, and was not stopped: from clients that stay, or by an address on which demae does not listen, such as port 443. Once it has none: docker update --restart=no {} && docker stop {}",
+                names.join(", "),
+                old.name,
+                drain.as_secs(),
+                old.name,
+                old.name
+            )));
+        }
         self.docker.set_restart(&old.id, "no").await?;
         self.docker.stop(&old.id, GRACE).await?;
         printer.line(&format!("{app} serves {}; `{}` is stopped, and kept", names.join(", "), old.name));
@@ -152,18 +171,23 @@ impl Here {
                 )));
             }
         };
+        if found["HostConfig"]["AutoRemove"] == true {
+            return Err(Failed::because(format!(
+                "`{name}` was started with `--rm`: it would be gone once it is stopped, and could not be started again"
+            )));
+        }
         let id = ContainerId::try_from(found["Id"].as_str().unwrap_or_default())?;
-        let address = match port {
-            (_, Some(published)) => SocketAddr::from(([127, 0, 0, 1], published)),
-            (inside, None) => {
-                let own = self.docker.address_of(&id).await?;
-                let own = own.ok_or_else(|| Failed::because(format!("`{name}` has no address of its own")))?;
-                SocketAddr::new(own, inside)
-            }
-        };
+        let address = self.address(&id, &name, port.0).await?;
         let restart = found["HostConfig"]["RestartPolicy"]["Name"].as_str().unwrap_or("no");
         let restart = if restart.is_empty() { "no" } else { restart };
         Ok(Old { id, name, restart: restart.to_owned(), port, address })
+    }
+
+    /// Where the container itself listens. Its published port proves nothing: Docker's proxy accepts any connection.
+    async fn address(&self, id: &ContainerId, name: &str, inside: u16) -> Result<SocketAddr, Failed> {
+        let own = self.docker.address_of(id).await?;
+        let own = own.ok_or_else(|| Failed::because(format!("`{name}` has no address of its own")))?;
+        Ok(SocketAddr::new(own, inside))
     }
 
     /// The virtual hosts of the app.
@@ -178,14 +202,11 @@ impl Here {
     }
 
     /// Writes down what the app may take, or that it may take nothing.
-    fn record(&self, app: &AppName, old: Option<&Old>, hosts: BTreeSet<VirtualHost>) -> Result<(), Failed> {
+    fn record(&self, app: &AppName, takeover: Option<Takeover>) -> Result<(), Failed> {
         let mut takeovers = Takeovers::read(&self.layout)?;
-        match old {
+        match takeover {
             None => drop(takeovers.0.remove(app)),
-            Some(old) => {
-                let (container, restart, address) = (old.name.clone(), old.restart.clone(), old.address.to_string());
-                takeovers.0.insert(app.clone(), Takeover { hosts, container, restart, address });
-            }
+            Some(takeover) => drop(takeovers.0.insert(app.clone(), takeover)),
         }
         Ok(takeovers.write(&self.layout)?)
     }
@@ -237,9 +258,9 @@ impl Here {
         }
     }
 
-    /// Waits until no connection to the container is open.
-    async fn drain(&self, old: &Old, drain: Duration, printer: &mut Printer) -> Result<(), Failed> {
-        let Some(container) = self.docker.pid_of(old.id.as_str()).await? else { return Ok(()) };
+    /// Waits until no connection to the container is open; false if some are at the end.
+    async fn drain(&self, old: &Old, drain: Duration, printer: &mut Printer) -> Result<bool, Failed> {
+        let Some(container) = self.docker.pid_of(old.id.as_str()).await? else { return Ok(true) };
         let (inside, published) = old.port;
         let endpoints = vec![CountedEndpoint::Port { inside, published }];
         let counter = Counter { container, endpoints };
@@ -252,16 +273,16 @@ impl Here {
                 None => {
                     printer.error("note: its connections cannot be counted; it is stopped once the drain time is over");
                     tokio::time::sleep(drain.saturating_sub(began.elapsed())).await;
+                    return Ok(true);
                 }
             }
             // A request may be on its way between two connections.
             if idle > 2 {
-                return Ok(());
+                return Ok(true);
             }
             tokio::time::sleep(LOOK).await;
         }
-        printer.error(&format!("note: `{}` had open connections for {} s", old.name, drain.as_secs()));
-        Ok(())
+        Ok(false)
     }
 
     async fn undo(&self, app: &AppName, printer: &mut Printer) -> Ended {
@@ -269,11 +290,19 @@ impl Here {
         let Some(takeover) = takeovers.0.get(app) else {
             return Err(Failed::because(format!("{app} has taken nothing over on this host")));
         };
+        let fleet = Fleet::read(&self.config.etcd).await?;
+        let mut others = fleet.statuses.get(app).into_iter().flatten().map(|(host, _)| host);
+        if let Some(other) = others.find(|other| **other != self.config.host) {
+            return Err(Failed::because(format!(
+                "{app} also runs on {other}, and would be removed there, too; let it leave this host by a constraint, and start `{}` by hand",
+                takeover.container
+            )));
+        }
         let (found, _) = self.docker.inspect_with_image(&takeover.container).await?;
         let id = ContainerId::try_from(found["Id"].as_str().unwrap_or_default())?;
         self.docker.set_restart(&id, &takeover.restart).await?;
         self.docker.start(&id).await?;
-        let address: SocketAddr = takeover.address.parse()?;
+        let address = self.address(&id, &takeover.container, takeover.port).await?;
         let began = Instant::now();
         while probe::connect_tcp(address, LOOK).await.is_err() {
             if began.elapsed() > self.timeout {
@@ -291,7 +320,7 @@ impl Here {
         .await?;
         let exit = delete::wait_gone(&self.config.etcd, app, revision, self.timeout, printer).await?;
         if exit == Exit::Success {
-            self.record(app, None, BTreeSet::new())?;
+            self.record(app, None)?;
             printer.line(&format!("`{}` serves again", takeover.container));
         }
         Ok(exit)

@@ -168,6 +168,7 @@ impl Translation<'_> {
     pub(super) fn put_deploy(&mut self, part: &str, key: &str, value: Node) {
         let mut deploy: Vec<(String, Node)> = self.spec.get("deploy").map(owned).unwrap_or_default();
         if part.is_empty() {
+            deploy.retain(|(name, _)| name != key);
             deploy.push((key.to_owned(), value));
         } else {
             let at = deploy.iter().position(|(name, _)| name == part);

@@ -13,6 +13,10 @@ impl Translation<'_> {
         }
         let Some(given) = get(self.service, "environment") else { return Ok(()) };
         for (name, value, line) in pairs(given) {
+            // A part of it has no value, which is said of that part.
+            if get(given, &name).is_some_and(|value| matches!(value.value, Value::Seq(_))) {
+                continue;
+            }
             // A name alone has its value from outside.
             let value = value.or_else(|| self.project.variables.get(&name).map(str::to_owned));
             let key = format!("environment.{name}");
@@ -38,14 +42,19 @@ impl Translation<'_> {
         };
         let read = String::from_utf8(read).map_err(|_| self.error(path, "it is not UTF-8"))?;
         let values = match get(file, "format").and_then(text) {
-            Some("raw") => dotenv::parse(&read, dotenv::Format::Docker),
+            Some("raw") => dotenv::parse(&read, dotenv::Format::Docker).map(|values| (values, Vec::new())),
             _ => variables(&read, self.project.variables.known()),
         };
         let values = values.map_err(|problems| {
             let line = |(line, what): &(usize, String)| format!("{path}:{line}: {what}");
             ImportError(problems.iter().map(line).collect())
         })?;
+        let (values, left_out) = values;
         self.env.extend(values);
+        for name in left_out {
+            let message = "a part of it has no value: set it by `demae env set`";
+            self.note(file.line, &format!("env_file.{name}"), Effect::Dropped, message);
+        }
         Ok(())
     }
 

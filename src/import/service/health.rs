@@ -105,11 +105,16 @@ fn asked(command: &[String]) -> Option<(String, String)> {
             | "--tries" | "--retry" | "--retry-delay" | "--connect-timeout" | "-w" | "--write-out" => {
                 let _ = arguments.next();
             }
-            option if option.starts_with('-') => {
-                if ["--header=", "--method=", "--post-data="].iter().any(|start| option.starts_with(start)) {
-                    return None;
-                }
+            "--fail" | "--silent" | "--show-error" | "--location" | "--quiet" | "--spider" | "--no-verbose" | "-nv"
+            | "-qO-" | "-qO/dev/null" | "--tries=1" | "-t1" => {}
+            option
+                if option.starts_with("--tries=")
+                    || option.starts_with("--timeout=")
+                    || option.starts_with("--max-time=") => {}
+            option if option.strip_prefix('-').is_some_and(|letters| letters.chars().all(|c| "fsSLqv".contains(c))) => {
             }
+            // Any other may change what is asked for.
+            option if option.starts_with('-') => return None,
             found if url.is_none() => url = Some(found),
             _ => return None,
         }

@@ -85,6 +85,9 @@ struct Proxied {
 /// What labels of Traefik and of caddy-docker-proxy say.
 fn from_labels(labels: &BTreeMap<String, String>) -> Option<Proxied> {
     let mut found = Proxied::default();
+    if labels.get("traefik.enable").is_some_and(|value| value == "false") {
+        return None;
+    }
     for (name, value) in labels {
         if name.starts_with("traefik.http.routers.") && name.ends_with(".rule") {
             found.hosts.extend(arguments(value, "Host"));
@@ -205,7 +208,7 @@ impl Translation<'_> {
     /// Ports that nginx does not serve.
     fn left_over(&mut self, ports: &[Port], taken: Option<u16>) {
         for port in ports {
-            if taken == Some(port.target.0) {
+            if taken == Some(port.target.0) && port.is_tcp {
                 continue;
             }
             let message = if port.may_be_http() {
@@ -228,6 +231,19 @@ impl Translation<'_> {
         };
         let all = get(self.service, "labels").map(pairs).unwrap_or_default();
         let line = get(self.service, "labels").map_or(0, |labels| labels.line);
+        let is_guard = |name: &str| {
+            let name = name.to_lowercase();
+            ["basicauth", "basic_auth", "digestauth", "forwardauth", "forward_auth", "ipallowlist", "ipwhitelist"]
+                .iter()
+                .any(|guard| name.contains(guard))
+        };
+        for (name, _, line) in all.iter().filter(|(name, ..)| is_of_proxy(name) && is_guard(name)) {
+            self.refuse(
+                *line,
+                "labels",
+                format!("`{name}` keeps people out, and nginx would let them in: add it to a template"),
+            );
+        }
         let (left_out, kept): (Vec<_>, Vec<_>) = all.into_iter().partition(|(name, ..)| is_of_proxy(name));
         if !left_out.is_empty() {
             let message = format!("those for another proxy: {}", left_out.len());

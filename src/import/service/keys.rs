@@ -79,7 +79,7 @@ pub(super) const DROPPED: &[(&str, &str)] = &[
     ("domainname", "write the whole name as `hostname`"),
     ("extends", "the service it names is taken in"),
     ("external_links", "apps of a host find each other by their names"),
-    ("links", "apps of a host find each other by their names"),
+    ("links", "apps of a host find each other by their names, and by no other names"),
     ("mac_address", "addresses are the engine's"),
     ("mem_reservation", "memory is not reserved; there is a limit"),
     ("mem_swappiness", "memory has a limit only"),

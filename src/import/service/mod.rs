@@ -105,6 +105,10 @@ impl<'a> Translation<'a> {
         if !matches!(self.service.value, Value::Map(_)) {
             return Err(ImportError::one(format!("service `{}`: expected a mapping", self.name)));
         }
+        if self.name != self.app.as_str() {
+            let message = format!("it is the app `{}` now, and others reach it by that name", self.app);
+            self.note(self.service.line, "services", Effect::Changed, message);
+        }
         // Who takes requests decides on the health check, and volumes on the order.
         self.environment()?;
         self.ingress();

@@ -70,6 +70,9 @@ impl<'a> Translation<'a> {
                 _ => None,
             };
         };
+        if get(item, "volume").is_some_and(|volume| get(volume, "subpath").is_some()) {
+            return None;
+        }
         let is_kind = |kind: &str| get(item, "type").and_then(text).is_none_or(|found| found == kind);
         if !is_kind("volume") && !is_kind("bind") {
             return None;
@@ -77,7 +80,7 @@ impl<'a> Translation<'a> {
         Some(Mount {
             source: get(item, "source").and_then(text).map(str::to_owned),
             target: get(item, "target").and_then(text)?.to_owned(),
-            is_read_only: get(item, "read_only").and_then(text) == Some("true"),
+            is_read_only: is_true(item, "read_only") || is_true(item, "readonly"),
             line,
         })
     }
@@ -140,8 +143,7 @@ impl<'a> Translation<'a> {
     fn named(&mut self, name: &str, line: usize) -> String {
         let definition = self.project.definition("volumes", name);
         let given = definition.and_then(|node| get(node, "name")).and_then(text);
-        let external = definition.and_then(|node| get(node, "external"));
-        let is_external = external.is_some_and(|external| text(external) != Some("false"));
+        let is_external = definition.is_some_and(|node| is_true(node, "external"));
         if definition.is_some_and(|node| get(node, "driver").and_then(text).is_some_and(|driver| driver != "local")) {
             self.note(
                 line,
@@ -207,4 +209,10 @@ impl<'a> Translation<'a> {
         );
         self.put_deploy("update_config", "order", scalar("stop-first"));
     }
+}
+
+/// Whether a key is true, in any of the ways in which YAML 1.1 says it.
+fn is_true(node: &Node, key: &str) -> bool {
+    let value = get(node, key).and_then(text).map(str::to_lowercase);
+    matches!(value.as_deref(), Some("true" | "yes" | "on" | "y" | "1"))
 }
