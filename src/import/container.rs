@@ -75,6 +75,24 @@ fn service(container: &Json, image: &Json) -> Node {
             out.push((key, scalar("true")));
         }
     }
+    let tmpfs: Vec<Node> =
+        host["Tmpfs"].as_object().into_iter().flatten().map(|(path, _)| scalar(path.as_str())).collect();
+    if !tmpfs.is_empty() {
+        out.push(("tmpfs", list(tmpfs)));
+    }
+    if host["IpcMode"].as_str().is_some_and(|mode| !matches!(mode, "" | "private" | "shareable")) {
+        out.extend(text(&host["IpcMode"]).map(|found| ("ipc", found)));
+    }
+    if host["Runtime"].as_str().is_some_and(|runtime| !matches!(runtime, "" | "runc")) {
+        out.extend(text(&host["Runtime"]).map(|found| ("runtime", found)));
+    }
+    for (key, name) in [("sysctls", "Sysctls"), ("gpus", "DeviceRequests"), ("links", "Links")] {
+        let is_given = host[name].as_object().is_some_and(|all| !all.is_empty())
+            || host[name].as_array().is_some_and(|all| !all.is_empty());
+        if is_given {
+            out.push((key, list(vec![scalar(name)])));
+        }
+    }
     for (key, name) in [("pid", "PidMode"), ("userns_mode", "UsernsMode"), ("uts", "UTSMode")] {
         out.extend(text(&host[name]).map(|found| (key, found)));
     }

@@ -77,7 +77,7 @@ const LONG: &[(&str, Kind)] = &[
     ("name", One("container_name")),
     ("net", One("network_mode")),
     ("network", One("network_mode")),
-    ("network-alias", Ignored),
+    ("network-alias", Many("links")),
     ("no-healthcheck", Health("disable")),
     ("pid", One("pid")),
     ("pids-limit", One("pids_limit")),
@@ -194,9 +194,12 @@ pub fn run_line(words: &[String], options: &Options<'_>) -> Result<Outcome, Impo
 /// Makes an app of one service that belongs to no project: names of volumes are what they are.
 pub(super) fn alone(name: &str, service: Node, options: &Options<'_>) -> Result<Outcome, ImportError> {
     let volumes = super::tree::get(&service, "volumes").map(super::tree::items).unwrap_or_default();
-    let sources = volumes.into_iter().filter_map(super::tree::text).filter_map(|v| v.split_once(':'));
-    let named: Vec<(String, Node)> =
-        sources.map(|(source, _)| (source.to_owned(), map([("name", scalar(source))]))).collect();
+    let source = |volume: &Node| {
+        let short = super::tree::text(volume).and_then(|volume| Some(volume.split_once(':')?.0.to_owned()));
+        short.or_else(|| super::tree::get(volume, "source").and_then(super::tree::text).map(str::to_owned))
+    };
+    let sources = volumes.into_iter().filter_map(source);
+    let named: Vec<(String, Node)> = sources.map(|source| (source.clone(), map([("name", scalar(source))]))).collect();
     let whole = map([("services", map([(name, service)])), ("volumes", map(named))]);
     project(&whole, &Variables::new(options.variables.clone()), options)
 }
@@ -254,6 +257,11 @@ impl Found {
         // One word, whatever is in it.
         if let Some(entrypoint) = self.one.remove("entrypoint") {
             service.push(("entrypoint".to_owned(), list(vec![scalar(entrypoint)])));
+        }
+        // Docker takes these files literally.
+        let literal = |path: String| map([("path", scalar(path)), ("format", scalar("raw"))]);
+        if let Some(files) = self.many.remove("env_file") {
+            service.push(("env_file".to_owned(), list(files.into_iter().map(literal).collect())));
         }
         service.extend(self.one.into_iter().map(|(name, value)| (name.to_owned(), scalar(value))));
         let lists = self.many.into_iter();

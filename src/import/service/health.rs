@@ -81,6 +81,12 @@ fn asked(command: &[String]) -> Option<(String, String)> {
     if !matches!(program.rsplit('/').next()?, "curl" | "wget") {
         return None;
     }
+    // Without it curl is content with any status.
+    let fails =
+        |word: &String| word == "--fail" || word.starts_with('-') && !word.starts_with("--") && word.contains('f');
+    if program.ends_with("curl") && !arguments.iter().any(fails) {
+        return None;
+    }
     let mut url = None;
     let mut arguments = arguments.iter().map(String::as_str);
     while let Some(argument) = arguments.next() {
@@ -151,6 +157,9 @@ mod tests {
             ("curl -f http://localhost:80/ && test -f /ok", None),
             ("curl -f http://other:80/", None),
             ("curl -fk https://localhost/", None),
+            ("curl -s http://localhost:80/", None),
+            ("curl -f -uuser:pass http://localhost:80/", None),
+            ("curl -f -XPOST http://localhost:80/", None),
             ("curl -f http://localhost:$PORT/", None),
             ("pg_isready -U postgres", None),
         ] {

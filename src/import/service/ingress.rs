@@ -84,14 +84,14 @@ struct Proxied {
 
 /// What labels of Traefik and of caddy-docker-proxy say.
 fn from_labels(labels: &BTreeMap<String, String>) -> Option<Proxied> {
-    let mut found = Proxied::default();
+    let (mut found, mut rules) = (Proxied::default(), Vec::new());
     if labels.get("traefik.enable").is_some_and(|value| value == "false") {
         return None;
     }
     for (name, value) in labels {
         if name.starts_with("traefik.http.routers.") && name.ends_with(".rule") {
             found.hosts.extend(arguments(value, "Host"));
-            found.path = found.path.or_else(|| arguments(value, "PathPrefix").into_iter().next());
+            rules.push(arguments(value, "PathPrefix"));
         } else if name.starts_with("traefik.http.services.") && name.ends_with(".loadbalancer.server.port") {
             found.port = value.parse().ok();
         } else if name == "caddy" {
@@ -100,6 +100,13 @@ fn from_labels(labels: &BTreeMap<String, String>) -> Option<Proxied> {
         } else if name == "caddy.reverse_proxy" {
             found.port = value.split_whitespace().last().and_then(|last| last.trim_end_matches(")}").parse().ok());
         }
+    }
+    // A path that only some of the routers have is one of several ways in.
+    if let [first, others @ ..] = rules.as_slice()
+        && let [path] = first.as_slice()
+        && others.iter().all(|other| other == first)
+    {
+        found.path = Some(path.clone());
     }
     found.hosts.sort();
     found.hosts.dedup();

@@ -316,7 +316,9 @@ impl<'a> Translation<'a> {
             if self.project.runner_of(before) == Some(self.name) {
                 if let Some(command) = get(service, "command") {
                     self.put("release_command", command.clone());
-                    let message = format!("once for each release, what `{before}` did: it has the same image");
+                    let message = format!(
+                        "once for each release, what `{before}` did, with the variables and the user of this app: it has the same image"
+                    );
                     self.note(command.line, "release_command", Effect::Changed, message);
                 }
             } else if self.project.runner_of(before).is_none() {

@@ -127,9 +127,12 @@ impl<'a> Translation<'a> {
     /// A path beside the Compose file gets a place that is the same on each host.
     fn beside(&mut self, path: &str, line: usize) -> String {
         let mut parts: Vec<&str> = Vec::new();
-        for part in path.split('/').filter(|part| !matches!(*part, "" | "." | "~")) {
+        for part in path.split('/').filter(|part| !matches!(*part, "" | ".")) {
             match part {
+                // Outside of the project there may be the same names.
+                ".." if parts.is_empty() || parts.last() == Some(&"parent") => parts.push("parent"),
                 ".." => drop(parts.pop()),
+                "~" => parts.push("home"),
                 part => parts.push(part),
             }
         }
@@ -151,6 +154,10 @@ impl<'a> Translation<'a> {
                 Effect::Changed,
                 format!("`{name}`: its driver is that of the volume on each host"),
             );
+        }
+        if definition.is_some_and(|node| get(node, "driver_opts").is_some()) {
+            let message = format!("`{name}` has options of its driver: make the volume on each host before");
+            self.note(line, "volumes", Effect::Changed, message);
         }
         match given {
             Some(given) => given.to_owned(),
