@@ -11,10 +11,11 @@ use super::{
 };
 use crate::model::{
     name::{AppName, VirtualHost},
-    yaml::{Node, Value, parse_expanded},
+    yaml::{Key, Node, Value, parse_expanded},
 };
 
 /// How files are imported.
+#[derive(Clone)]
 pub struct Options<'a> {
     /// The name of the project, unless the files give one. Docker's volumes are named after it.
     pub project: String,
@@ -133,40 +134,41 @@ pub(super) fn project(whole: &Node, variables: &Variables, options: &Options<'_>
 }
 
 /// The services, each over the one that it extends.
-fn extended(services: &[(crate::model::yaml::Key, Node)]) -> Result<BTreeMap<String, Node>, ImportError> {
+fn extended(services: &[(Key, Node)]) -> Result<BTreeMap<String, Node>, ImportError> {
     let by_name: BTreeMap<&str, &Node> = services.iter().map(|(key, node)| (key.name.as_str(), node)).collect();
-    let mut out = BTreeMap::new();
-    for (name, node) in &by_name {
-        let (mut node, mut seen) = ((*node).clone(), BTreeSet::from([*name]));
-        while let Some(extends) = get(&node, "extends").cloned() {
-            if get(&extends, "file").is_some() {
-                return Err(ImportError::one(format!(
-                    "service `{name}`: `extends.file` is not read; write out what it takes from there, or give what `docker compose config` prints"
-                )));
-            }
-            let base = text(&extends).or_else(|| get(&extends, "service").and_then(text)).unwrap_or_default();
-            let Some((base, found)) = by_name.get_key_value(base).filter(|(base, _)| seen.insert(base)) else {
-                return Err(ImportError::one(format!("service `{name}`: `extends` names no other service: `{base}`")));
-            };
-            let _ = base;
-            let without = |node: &Node| {
-                let keep = |key: &str| !matches!(key, "extends" | "depends_on" | "links" | "volumes_from");
-                entries(node).iter().filter(|(key, _)| keep(&key.name)).cloned().collect()
-            };
-            // What the base itself extends is next.
-            let further = get(found, "extends").cloned();
-            let base = Node { value: Value::Map(without(found)), ..(*found).clone() };
-            let mut own = entries(&node).to_vec();
-            own.retain(|(key, _)| key.name != "extends");
-            node = merge(base, Node { value: Value::Map(own), ..node }, "services");
-            if let (Some(further), Value::Map(entries)) = (further, &mut node.value) {
-                let key = crate::model::yaml::Key { name: "extends".to_owned(), line: further.line, column: 1 };
-                entries.push((key, further));
-            }
-        }
-        out.insert((*name).to_owned(), node);
+    let whole = |name: &&str| Ok(((*name).to_owned(), over_base(name, &by_name, &mut BTreeSet::new())?));
+    by_name.keys().map(whole).collect()
+}
+
+/// A service over the one that it extends. `seen` has the names on the way to it.
+fn over_base<'n>(
+    name: &'n str,
+    by_name: &BTreeMap<&'n str, &'n Node>,
+    seen: &mut BTreeSet<&'n str>,
+) -> Result<Node, ImportError> {
+    let wrong = |what: String| ImportError::one(format!("service `{name}`: {what}"));
+    let Some(node) = by_name.get(name).copied() else { return Err(wrong("there is none".to_owned())) };
+    let Some(extends) = get(node, "extends") else { return Ok(node.clone()) };
+    seen.insert(name);
+    if get(extends, "file").is_some() {
+        return Err(wrong(
+            "`extends.file` is not read; write out what it takes from there, or give what `docker compose config` prints"
+                .to_owned(),
+        ));
     }
-    Ok(out)
+    let base = text(extends).or_else(|| get(extends, "service").and_then(text)).unwrap_or_default();
+    if seen.contains(base) || !by_name.contains_key(base) {
+        return Err(wrong(format!("`extends` names no other service: `{base}`")));
+    }
+    // What a service needs beside it is not inherited.
+    let base = without(&over_base(base, by_name, seen)?, &["depends_on", "links", "volumes_from"]);
+    Ok(merge(base, without(node, &["extends"]), "services"))
+}
+
+/// A mapping without these keys.
+fn without(node: &Node, keys: &[&str]) -> Node {
+    let kept = entries(node).iter().filter(|(key, _)| !keys.contains(&key.name.as_str())).cloned();
+    Node { value: Value::Map(kept.collect()), ..*node }
 }
 
 /// What the file says beside its services.

@@ -12,7 +12,7 @@ use crate::model::{
 };
 
 /// Further keys that are the same in both.
-const SAME: &[&str] = &["environment", "labels", "mem_limit", "cpus", "pids_limit", "security_opt", "tmpfs", "volumes"];
+const SAME: &[&str] = &["environment", "labels", "security_opt", "tmpfs", "volumes"];
 
 /// What an app is exported from.
 #[derive(Debug, Clone, Copy)]

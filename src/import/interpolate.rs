@@ -16,6 +16,8 @@ const MAX_DEPTH: usize = 16;
 #[derive(Debug, Default)]
 pub(super) struct Variables {
     known: BTreeMap<String, String>,
+    /// Those whose values are in the text that was resolved last.
+    used: BTreeSet<String>,
     /// Those that are used and have no value, with the first line of each.
     pub(super) unset: BTreeMap<String, usize>,
     /// Those whose names say that they are secret, and whose values are used beside `environment`, with a line of each.
@@ -63,12 +65,11 @@ impl Variables {
                 if !text.contains('$') {
                     return Ok(());
                 }
+                self.used.clear();
                 let found = self.text(text, line, 0).map_err(|what| format!("line {line}: {what}"))?;
                 if !in_environment {
-                    let names = self.known.iter().filter(|(name, value)| is_secret(name) && !value.is_empty());
-                    let used = names
-                        .filter(|(_, value)| found.text.contains(value.as_str()) && !text.contains(value.as_str()));
-                    self.exposed.extend(used.map(|(name, _)| (name.clone(), line)));
+                    let secret = self.used.iter().filter(|name| is_secret(name));
+                    self.exposed.extend(secret.map(|name| (name.clone(), line)));
                 }
                 if !in_environment || !found.is_unset {
                     *text = found.text;
@@ -127,7 +128,10 @@ impl Variables {
 
     fn value(&mut self, name: &str, line: usize) -> Resolved {
         match self.known.get(name) {
-            Some(text) => Resolved { text: text.clone(), is_unset: false },
+            Some(text) => {
+                self.used.insert(name.to_owned());
+                Resolved { text: text.clone(), is_unset: false }
+            }
             None => {
                 self.unset.entry(name.to_owned()).or_insert(line);
                 Resolved { text: String::new(), is_unset: true }
@@ -148,7 +152,10 @@ impl Variables {
         let set = self.known.get(name).filter(|value| !(is_strict && value.is_empty())).cloned();
         match (kind, set) {
             (None, _) if !is_strict => Ok(self.value(name, line)),
-            (Some('-' | '?'), Some(text)) => Ok(Resolved { text, is_unset: false }),
+            (Some('-' | '?'), Some(text)) => {
+                self.used.insert(name.to_owned());
+                Ok(Resolved { text, is_unset: false })
+            }
             (Some('-'), None) | (Some('+'), Some(_)) => self.text(word, line, depth + 1),
             (Some('+'), None) => Ok(Resolved { text: String::new(), is_unset: false }),
             (Some('?'), None) => {

@@ -89,16 +89,7 @@ fn with_hosts<'a>(whole: &Node, service: &str, options: &Options<'a>) -> Options
         let valid = named.filter_map(|host| VirtualHost::try_from(host.trim()).ok());
         hosts = valid.map(|host| (Some(service.to_owned()), host)).collect();
     }
-    Options {
-        project: options.project.clone(),
-        is_project_given: options.is_project_given,
-        variables: options.variables.clone(),
-        services: options.services.clone(),
-        hosts,
-        names: options.names.clone(),
-        dropped: options.dropped.clone(),
-        read: options.read,
-    }
+    Options { hosts, ..options.clone() }
 }
 
 fn of_top_level(key: &Key, node: &Node) -> Vec<Note> {
@@ -204,7 +195,7 @@ fn translated(whole: &Node, role: &str, settings: Option<&Node>, notes: &mut Vec
     map(service)
 }
 
-/// What kamal-proxy is told.
+/// The settings of kamal-proxy.
 fn proxied(proxy: Option<&Node>, service: &mut Vec<(String, Node)>, notes: &mut Vec<Note>) {
     let port = proxy.and_then(|proxy| get(proxy, "app_port")).and_then(text).unwrap_or("80").to_owned();
     let of_proxy = |name: &str| proxy.and_then(|proxy| get(proxy, name));

@@ -7,11 +7,9 @@ use super::{
     compose::{Options, Outcome, project},
     interpolate::Variables,
     list, map, scalar,
+    tree::{self, get, items},
 };
-use crate::model::{
-    text,
-    yaml::{Node, Value},
-};
+use crate::model::{text, yaml::Node};
 
 /// What becomes of an option of `docker run`.
 #[derive(Clone, Copy)]
@@ -193,10 +191,10 @@ pub fn run_line(words: &[String], options: &Options<'_>) -> Result<Outcome, Impo
 
 /// Makes an app of one service that belongs to no project: names of volumes are what they are.
 pub(super) fn alone(name: &str, service: Node, options: &Options<'_>) -> Result<Outcome, ImportError> {
-    let volumes = super::tree::get(&service, "volumes").map(super::tree::items).unwrap_or_default();
+    let volumes = get(&service, "volumes").map(items).unwrap_or_default();
     let source = |volume: &Node| {
-        let short = super::tree::text(volume).and_then(|volume| Some(volume.split_once(':')?.0.to_owned()));
-        short.or_else(|| super::tree::get(volume, "source").and_then(super::tree::text).map(str::to_owned))
+        let short = tree::text(volume).and_then(|volume| Some(volume.split_once(':')?.0.to_owned()));
+        short.or_else(|| get(volume, "source").and_then(tree::text).map(str::to_owned))
     };
     let sources = volumes.into_iter().filter_map(source);
     let named: Vec<(String, Node)> = sources.map(|source| (source.clone(), map([("name", scalar(source))]))).collect();
@@ -288,10 +286,7 @@ fn mount(text: &str) -> Node {
             "readonly" | "ro" => "read_only",
             other => other,
         };
-        out.push((
-            name.to_owned(),
-            Node { line: 0, column: 0, value: Value::Scalar { text: value.to_owned(), quoted: true } },
-        ));
+        out.push((name, scalar(value)));
     }
     map(out)
 }

@@ -43,12 +43,34 @@ pub(super) fn text(node: &Node) -> Option<&str> {
     }
 }
 
-/// The items of a list; one for a single value.
+/// The items of a list; anything else but nothing is one item.
 pub(super) fn items(node: &Node) -> Vec<&Node> {
     match &node.value {
         Value::Seq(items) => items.iter().collect(),
-        Value::Scalar { .. } => vec![node],
-        _ => Vec::new(),
+        Value::Scalar { .. } | Value::Map(_) => vec![node],
+        Value::Null => Vec::new(),
+    }
+}
+
+/// The names in a list, or the keys of a mapping.
+pub(super) fn names(node: &Node) -> Vec<&str> {
+    match &node.value {
+        Value::Map(entries) => entries.iter().map(|(key, _)| key.name.as_str()).collect(),
+        _ => items(node).into_iter().filter_map(text).collect(),
+    }
+}
+
+/// Whether a key is true, in any of the ways in which YAML 1.1 says it.
+pub(super) fn is_true(node: &Node, key: &str) -> bool {
+    get(node, key).and_then(truth) == Some(true)
+}
+
+/// A truth value, as YAML 1.1 writes it.
+pub(super) fn truth(node: &Node) -> Option<bool> {
+    match text(node)?.to_lowercase().as_str() {
+        "true" | "yes" | "on" | "y" | "1" => Some(true),
+        "false" | "no" | "off" | "n" | "0" => Some(false),
+        _ => None,
     }
 }
 

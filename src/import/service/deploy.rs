@@ -4,7 +4,7 @@ use super::{Effect, Node, Translation, Value, list, map, scalar};
 use crate::import::tree::{entries, get, items, text};
 
 impl Translation<'_> {
-    pub(super) fn deploy(&mut self, node: &Node, line: usize) {
+    pub(super) fn deploy(&mut self, node: &Node) {
         for (key, value) in entries(node) {
             let name = format!("deploy.{}", key.name);
             match key.name.as_str() {
@@ -30,7 +30,6 @@ impl Translation<'_> {
                 _ => self.refuse(key.line, &name, "this is not a key of `deploy`"),
             }
         }
-        let _ = line;
     }
 
     /// Takes a part of `deploy` as it is, if a spec can have it so.
@@ -86,7 +85,7 @@ impl Translation<'_> {
                         kept.push(scalar(label));
                     }
                     (None, None) => {
-                        let message = format!("`{written}`: hosts are told apart by labels alone");
+                        let message = format!("`{written}`: hosts are distinguished by labels alone");
                         self.note(item.line, "deploy.placement.constraints", Effect::Dropped, message);
                     }
                 }

@@ -1,14 +1,18 @@
 //! The variables of a service: `environment`, and the files of `env_file`.
 
 use super::{Effect, EnvName, ImportError, Node, Translation, Value};
-use crate::import::interpolate::variables;
-use crate::import::tree::{get, items, pairs, text};
-use crate::model::{dotenv, env};
+use crate::{
+    import::{
+        interpolate::variables,
+        tree::{get, items, pairs, text},
+    },
+    model::{dotenv, env},
+};
 
 impl Translation<'_> {
     /// Takes all variables of the service.
     pub(super) fn environment(&mut self) -> Result<(), ImportError> {
-        for file in get(self.service, "env_file").map(files).unwrap_or_default() {
+        for file in get(self.service, "env_file").map(items).unwrap_or_default() {
             self.env_file(file)?;
         }
         let Some(given) = get(self.service, "environment") else { return Ok(()) };
@@ -60,14 +64,5 @@ impl Translation<'_> {
 
     fn error(&self, path: &str, why: &str) -> ImportError {
         ImportError::one(format!("service `{}`: cannot read `{path}` of `env_file`: {why}", self.name))
-    }
-}
-
-/// One file, a list of them, or a list of mappings.
-fn files(node: &Node) -> Vec<&Node> {
-    match &node.value {
-        Value::Map(_) => vec![node],
-        Value::Seq(items) => items.iter().collect(),
-        _ => items(node),
     }
 }

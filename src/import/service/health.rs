@@ -2,8 +2,10 @@
 //! sooner, and without a process for each.
 
 use super::{Effect, Node, Translation, Value, map, scalar};
-use crate::import::tree::{entries, get, items, text};
-use crate::model::text::words;
+use crate::{
+    import::tree::{entries, get, items, text},
+    model::text::words,
+};
 
 impl Translation<'_> {
     pub(super) fn health(&mut self, node: &Node, line: usize) {
@@ -56,22 +58,29 @@ impl Translation<'_> {
     }
 }
 
+/// What a shell command may end with and still fail as its program does; a longer ending before one that it ends with.
+const ENDINGS: &[&str] = &[
+    "|| exit 1",
+    "|| exit",
+    "|| false",
+    "&>/dev/null",
+    "&> /dev/null",
+    "2>/dev/null",
+    "2> /dev/null",
+    ">/dev/null",
+    "> /dev/null",
+    "2>&1",
+];
+
 /// The words of a shell command, if it does no more than run a program and fail as that does.
 fn shell(command: &str) -> Option<Vec<String>> {
     let mut command = command.trim();
-    for end in ["|| exit 1", "|| exit", "|| false", "2>&1", ">/dev/null", "> /dev/null", "2>/dev/null", "2> /dev/null"]
-    {
-        command = command.strip_suffix(end).unwrap_or(command).trim_end();
-    }
-    for end in ["2>&1", ">/dev/null", "> /dev/null", "1"] {
-        command =
-            command.strip_suffix(end).filter(|rest| rest.ends_with([' ', '&', '>'])).unwrap_or(command).trim_end();
-    }
-    if command.contains(['|', ';', '&', '`', '<', '>', '(', '{', '\n']) && !command.contains("http") {
-        return None;
+    while let Some(rest) = ENDINGS.iter().find_map(|ending| command.strip_suffix(ending)) {
+        command = rest.trim_end();
     }
     let words = words(command).ok()?;
-    let is_plain = |word: &String| !word.contains(['|', ';', '`', '<', '>', '(', '{', '$']) && word != "&&";
+    let is_plain =
+        |word: &String| !word.contains(['|', ';', '`', '<', '>', '(', '{', '$']) && word != "&&" && word != "&";
     words.iter().all(is_plain).then_some(words)
 }
 
@@ -91,22 +100,6 @@ fn asked(command: &[String]) -> Option<(String, String)> {
     let mut arguments = arguments.iter().map(String::as_str);
     while let Some(argument) = arguments.next() {
         match argument {
-            // Those that change what is asked for, or what counts as success.
-            "-H"
-            | "--header"
-            | "-u"
-            | "--user"
-            | "-X"
-            | "--request"
-            | "-d"
-            | "--data"
-            | "-k"
-            | "--unix-socket"
-            | "--insecure"
-            | "--no-check-certificate"
-            | "--post-data"
-            | "--user-agent"
-            | "-A" => return None,
             "-o" | "-O" | "--output" | "--output-document" | "-m" | "--max-time" | "-T" | "--timeout" | "-t"
             | "--tries" | "--retry" | "--retry-delay" | "--connect-timeout" | "-w" | "--write-out" => {
                 let _ = arguments.next();

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::{Effect, Node, Translation, Value, list, map, scalar};
-use crate::import::tree::{get, items, pairs, text};
-use crate::model::name::{UrlPath, VirtualHost};
+use crate::{
+    import::tree::{get, items, pairs, text},
+    model::name::{UrlPath, VirtualHost},
+};
 
 /// Ports of protocols other than HTTP, by their entries in the IANA registry of service names, and by custom.
 const NOT_HTTP: &[u16] = &[
@@ -40,7 +42,7 @@ impl std::fmt::Display for Port {
 
 /// Whether a service has a port that may be for HTTP.
 pub(super) fn takes_requests(service: &Node) -> bool {
-    let all = get(service, "ports").map(items_of).unwrap_or_default();
+    let all = get(service, "ports").map(items).unwrap_or_default();
     all.into_iter().filter_map(port).any(|port| port.may_be_http()) || from_labels(&labels(service)).is_some()
 }
 
@@ -50,13 +52,6 @@ pub(super) fn labels(service: &Node) -> BTreeMap<String, String> {
     let below = get(service, "deploy").map(of).unwrap_or_default();
     let all = of(service).into_iter().chain(below);
     all.filter_map(|(name, value, _)| Some((name, value?))).collect()
-}
-
-fn items_of(node: &Node) -> Vec<&Node> {
-    match &node.value {
-        Value::Seq(items) => items.iter().collect(),
-        _ => items(node),
-    }
 }
 
 /// `8080:80`, `127.0.0.1:8080:80/tcp`, `80`, or a mapping with `target`.
@@ -74,7 +69,7 @@ fn port(node: &Node) -> Option<Port> {
     Some(Port { target, is_tcp: protocol == "tcp", line: node.line })
 }
 
-/// What a reverse proxy was told by labels.
+/// Settings of a reverse proxy, from labels.
 #[derive(Debug, Default, PartialEq)]
 struct Proxied {
     hosts: Vec<String>,
@@ -129,40 +124,46 @@ impl Translation<'_> {
         let mut proxied = from_labels(&labels(self.service)).unwrap_or_default();
         self.proxied_by_variables(&mut proxied);
         self.labels();
-        let (hosts, is_invented) = self.hosts(&proxied);
+        let hosts = self.hosts(&proxied);
         let ports = self.ports();
-        let expose = get(self.service, "expose");
-        let exposed: Vec<Port> = expose.map(items_of).unwrap_or_default().into_iter().filter_map(port).collect();
-        let takes = proxied.port.or_else(|| ports.iter().find(|port| port.may_be_http()).map(|port| port.target.0));
-        let is_asked = !is_invented;
-        let takes = takes.or_else(|| exposed.iter().filter(|_| is_asked).find(|p| p.may_be_http()).map(|p| p.target.0));
-        let takes = match takes {
-            None if is_asked => {
-                let message = "no port is known; `80` is a guess";
-                self.note(self.service.line, "ports", Effect::Changed, message);
-                Some(80)
-            }
-            other => other,
-        };
-        if let Some(expose) = expose {
+        let taken = self.port(&proxied, &ports, !hosts.is_empty());
+        if let Some(expose) = get(self.service, "expose") {
             self.note(expose.line, "expose", Effect::Dropped, "apps of a host reach each other on all ports");
         }
-        self.left_over(&ports, takes);
-        let Some(takes) = takes else { return };
-        let hosts: Vec<String> = hosts.iter().map(ToString::to_string).collect();
+        self.left_over(&ports, taken);
+        let Some(taken) = taken else { return };
         let line = ports.first().map_or(self.service.line, |port| port.line);
-        let message = format!("requests for {} reach port {takes} through nginx", hosts.join(", "));
-        let message = match is_invented {
-            true => format!("{message}; no host name is known (`--host {}=NAME` gives one)", self.name),
-            false => message,
+        let (names, remedy) = match hosts.as_slice() {
+            [] => (
+                vec![format!("{}.localhost", self.app)],
+                format!("; no host name is known (`--host {}=NAME` gives one)", self.name),
+            ),
+            known => (known.iter().map(ToString::to_string).collect(), String::new()),
         };
+        let message = format!("requests for {} reach port {taken} through nginx{remedy}", names.join(", "));
         self.note(line, "ports", Effect::Changed, message);
-        let mut ingress =
-            vec![("hosts", list(hosts.into_iter().map(scalar).collect())), ("port", scalar(takes.to_string()))];
+        let names = names.into_iter().map(scalar).collect();
+        let mut ingress = vec![("hosts", list(names)), ("port", scalar(taken.to_string()))];
         if let Some(path) = proxied.path.filter(|path| UrlPath::try_from(path.as_str()).is_ok()) {
             ingress.push(("path", scalar(path)));
         }
         self.put("ingress", map(ingress));
+    }
+
+    /// The port inside that takes requests: that of a proxy's label, else a published one, and where there are host names
+    /// also one that is only exposed.
+    fn port(&mut self, proxied: &Proxied, ports: &[Port], has_hosts: bool) -> Option<u16> {
+        let first = |ports: &[Port]| ports.iter().find(|port| port.may_be_http()).map(|port| port.target.0);
+        let known = proxied.port.or_else(|| first(ports));
+        if known.is_some() || !has_hosts {
+            return known;
+        }
+        let exposed = get(self.service, "expose").map(items).unwrap_or_default();
+        let exposed: Vec<Port> = exposed.into_iter().filter_map(port).collect();
+        Some(first(&exposed).unwrap_or_else(|| {
+            self.note(self.service.line, "ports", Effect::Changed, "no port is known; `80` is a guess");
+            80
+        }))
     }
 
     /// What nginx-proxy takes from variables.
@@ -174,8 +175,8 @@ impl Translation<'_> {
         }
     }
 
-    /// The virtual hosts, and whether they are invented for want of any.
-    fn hosts(&mut self, proxied: &Proxied) -> (Vec<VirtualHost>, bool) {
+    /// The virtual hosts: those that were given, else those of a proxy; none if none is known.
+    fn hosts(&mut self, proxied: &Proxied) -> Vec<VirtualHost> {
         let is_only = self.project.with_requests().eq([self.name]);
         let given = self.project.options.hosts.iter();
         let given = given.filter(|(service, _)| match service {
@@ -194,16 +195,12 @@ impl Translation<'_> {
                 }
             }
         }
-        if !hosts.is_empty() {
-            return (hosts, false);
-        }
-        let invented = VirtualHost::try_from(format!("{}.localhost", self.app));
-        (invented.into_iter().collect(), true)
+        hosts
     }
 
     fn ports(&mut self) -> Vec<Port> {
         let mut ports = Vec::new();
-        for item in get(self.service, "ports").map(items_of).unwrap_or_default() {
+        for item in get(self.service, "ports").map(items).unwrap_or_default() {
             match port(item) {
                 Some(port) => ports.push(port),
                 None => self.refuse(item.line, "ports", "this is not a port"),

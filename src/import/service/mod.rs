@@ -14,7 +14,7 @@ use super::{
     compose::Options,
     interpolate::Variables,
     list, map, scalar,
-    tree::{entries, get, items, text, write},
+    tree::{entries, get, is_true, items, names, text, truth, write},
 };
 use crate::model::{
     name::{AppName, EnvName},
@@ -125,7 +125,6 @@ impl<'a> Translation<'a> {
     }
 
     fn key(&mut self, key: &str, line: usize, node: &'a Node) {
-        let refusal = REFUSED.iter().find(|(name, _)| *name == key);
         match key {
             "environment" | "env_file" | "ports" | "expose" | "labels" | "volumes" | "tmpfs" | "secrets"
             | "configs" => {}
@@ -133,7 +132,7 @@ impl<'a> Translation<'a> {
             "image" => self.image(node, line),
             "build" => self.build(line),
             "healthcheck" => self.health(node, line),
-            "deploy" => self.deploy(node, line),
+            "deploy" => self.deploy(node),
             "container_name" => {
                 let name = text(node).unwrap_or_default();
                 if name != self.app.as_str() {
@@ -141,23 +140,20 @@ impl<'a> Translation<'a> {
                     self.note(line, key, Effect::Dropped, message);
                 }
             }
-            "restart" if text(node) == Some("no") && self.is_given("restart") => {}
+            // Its end is what others wait for.
+            "restart" if text(node) == Some("no") && self.project.waits.contains_key(self.name) => {}
             "scale" => self.replicas(node, line, "scale"),
             "depends_on" => {
-                let names: Vec<&str> = match &node.value {
-                    Value::Map(entries) => entries.iter().map(|(key, _)| key.name.as_str()).collect(),
-                    _ => items(node).into_iter().filter_map(text).collect(),
-                };
-                let message = format!("an app must wait by itself for what it needs: {}", names.join(", "));
+                let message = format!("an app must wait by itself for what it needs: {}", names(node).join(", "));
                 self.note(line, key, Effect::Dropped, message);
             }
             "networks" => self.networks(node, line),
-            "stdin_open" | "tty" if text(&truth(key, node)) == Some("true") => {
+            "stdin_open" | "tty" if truth(node) == Some(true) => {
                 self.note(line, key, Effect::Dropped, "an app has no terminal");
             }
             "security_opt" => self.security(node, line),
             "cap_add" | "devices" | "sysctls" | "device_cgroup_rules" if is_empty(node) => {}
-            "privileged" | "oom_kill_disable" if text(&truth(key, node)) == Some("false") => {}
+            "privileged" | "oom_kill_disable" if truth(node) == Some(false) => {}
             "pull_policy" if !matches!(text(node), Some("missing" | "if_not_present" | "always" | "never")) => {
                 self.note(line, key, Effect::Dropped, "only `missing`, `always` and `never` are pull policies here");
             }
@@ -165,26 +161,32 @@ impl<'a> Translation<'a> {
                 self.note(line, key, Effect::Dropped, "each app has its own");
             }
             "mem_limit" | "cpus" | "pids_limit" if matches!(text(node), Some("0" | "-1")) => {}
-            "mem_limit" | "cpus" | "pids_limit" => self.verbatim(key, line, node),
-            _ if refusal.is_some() => {
-                if let Some((_, why)) = refusal {
-                    self.refuse(line, key, *why);
-                }
-            }
-            _ if DROPPED.iter().any(|(name, _)| *name == key) => {
-                if let Some((_, why)) = DROPPED.iter().find(|(name, _)| *name == key) {
-                    self.note(line, key, Effect::Dropped, *why);
-                }
-            }
-            _ if VERBATIM.contains(&key) => self.verbatim(key, line, node),
-            _ => self.refuse(line, key, "this is not a key of a service that can be imported"),
+            _ => self.key_by_name(key, line, node),
+        }
+    }
+
+    /// A key whose value makes no difference.
+    fn key_by_name(&mut self, key: &str, line: usize, node: &Node) {
+        let find = |table: &[(&str, &'static str)]| table.iter().find(|(name, _)| *name == key).map(|(_, why)| *why);
+        if let Some(why) = find(REFUSED) {
+            self.refuse(line, key, why);
+        } else if let Some(why) = find(DROPPED) {
+            self.note(line, key, Effect::Dropped, why);
+        } else if VERBATIM.contains(&key) {
+            self.verbatim(key, line, node);
+        } else {
+            self.refuse(line, key, "this is not a key of a service that can be imported");
         }
     }
 
     /// Takes a key as it is, if a spec can have it so.
     fn verbatim(&mut self, key: &str, line: usize, node: &Node) {
         let Some(name) = ORDER.iter().find(|name| **name == key) else { return };
-        let node = truth(key, node);
+        let is_switch = matches!(key, "init" | "read_only" | "stdin_open" | "tty");
+        let node = match truth(node).filter(|_| is_switch) {
+            Some(value) => scalar(value.to_string()),
+            None => node.clone(),
+        };
         match self.objection(name, &node) {
             None => drop(self.spec.insert(name, node)),
             Some(why) => self.refuse(line, key, why),
@@ -221,11 +223,6 @@ impl<'a> Translation<'a> {
         let message: String = message.into();
         let message = if is_wanted { format!("as asked by `--drop`; {message}") } else { message };
         self.note(line, key, effect, message);
-    }
-
-    /// Whether a key that says how a service that ends is started again says so for one that others wait for.
-    fn is_given(&self, key: &str) -> bool {
-        key == "restart" && self.project.waits.contains_key(self.name)
     }
 
     fn image(&mut self, node: &Node, line: usize) {
@@ -280,15 +277,10 @@ impl<'a> Translation<'a> {
 
     /// Apps find each other by their names, so networks that are only for that are not needed.
     fn networks(&mut self, node: &Node, line: usize) {
-        let names: Vec<&str> = match &node.value {
-            Value::Map(entries) => entries.iter().map(|(key, _)| key.name.as_str()).collect(),
-            _ => items(node).into_iter().filter_map(text).collect(),
-        };
+        let names = names(node);
         let external = |name: &&str| {
             let definition = self.project.definition("networks", name)?;
-            let is_external = get(definition, "external")?;
-            (text(is_external) != Some("false"))
-                .then(|| get(definition, "name").and_then(text).unwrap_or(name).to_owned())
+            is_true(definition, "external").then(|| get(definition, "name").and_then(text).unwrap_or(name).to_owned())
         };
         let outside: Vec<String> = names.iter().filter_map(external).collect();
         let is_behind_proxy = ingress::labels(self.service).keys().any(|label| label.starts_with("traefik."));
@@ -351,16 +343,6 @@ impl<'a> Translation<'a> {
         }
         spec.push_str(&body);
         Imported { app: self.app, spec, env: self.env, notes: self.notes }
-    }
-}
-
-/// What YAML 1.1 takes for a truth value, as specs have it, for keys that hold one.
-fn truth(key: &str, node: &Node) -> Node {
-    let is_truth = matches!(key, "init" | "read_only" | "stdin_open" | "tty" | "privileged" | "oom_kill_disable");
-    match text(node).map(str::to_lowercase).as_deref() {
-        Some("true" | "yes" | "on" | "y") if is_truth => scalar("true"),
-        Some("false" | "no" | "off" | "n") if is_truth => scalar("false"),
-        _ => node.clone(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! `volumes`, `tmpfs`, `secrets` and `configs`.
 
 use super::{Effect, Node, Translation, Value, list, scalar};
-use crate::import::tree::{get, items, text};
+use crate::import::tree::{get, is_true, items, text};
 
 /// Files of the host that images expect for their time zone.
 const TIME_ZONE: [&str; 3] = ["/etc/localtime", "/etc/timezone", "/usr/share/zoneinfo"];
@@ -26,11 +26,7 @@ impl<'a> Translation<'a> {
             }
             tmpfs.push(scalar(path));
         }
-        let all = match get(self.service, "volumes").map(|node| &node.value) {
-            Some(Value::Seq(items)) => items.as_slice(),
-            _ => &[],
-        };
-        for item in all {
+        for item in get(self.service, "volumes").map(items).unwrap_or_default() {
             match self.mount(item) {
                 Some(mount) => volumes.extend(self.volume(mount)),
                 None if get(item, "type").and_then(text) == Some("tmpfs") => {
@@ -147,16 +143,12 @@ impl<'a> Translation<'a> {
         let definition = self.project.definition("volumes", name);
         let given = definition.and_then(|node| get(node, "name")).and_then(text);
         let is_external = definition.is_some_and(|node| is_true(node, "external"));
-        if definition.is_some_and(|node| get(node, "driver").and_then(text).is_some_and(|driver| driver != "local")) {
-            self.note(
-                line,
-                "volumes",
-                Effect::Changed,
-                format!("`{name}`: its driver is that of the volume on each host"),
-            );
-        }
-        if definition.is_some_and(|node| get(node, "driver_opts").is_some()) {
-            let message = format!("`{name}` has options of its driver: make the volume on each host before");
+        let is_special = |node: &Node| {
+            let is_local = get(node, "driver").and_then(text).is_none_or(|driver| driver == "local");
+            !is_local || get(node, "driver_opts").is_some()
+        };
+        if definition.is_some_and(is_special) {
+            let message = format!("`{name}` has a driver or options of its own: create the volume on each host first");
             self.note(line, "volumes", Effect::Changed, message);
         }
         match given {
@@ -178,11 +170,7 @@ impl<'a> Translation<'a> {
     /// Secrets and configurations are files that are mounted.
     fn files(&mut self, kind: &'static str, base: &str) -> Vec<Node> {
         let mut out = Vec::new();
-        let all = match get(self.service, kind).map(|node| &node.value) {
-            Some(Value::Seq(items)) => items.as_slice(),
-            _ => &[],
-        };
-        for item in all {
+        for item in get(self.service, kind).map(items).unwrap_or_default() {
             let Some(name) = text(item).or_else(|| get(item, "source").and_then(text)) else {
                 self.refuse(item.line, kind, "it has no name");
                 continue;
@@ -216,10 +204,4 @@ impl<'a> Translation<'a> {
         );
         self.put_deploy("update_config", "order", scalar("stop-first"));
     }
-}
-
-/// Whether a key is true, in any of the ways in which YAML 1.1 says it.
-fn is_true(node: &Node, key: &str) -> bool {
-    let value = get(node, key).and_then(text).map(str::to_lowercase);
-    matches!(value.as_deref(), Some("true" | "yes" | "on" | "y" | "1"))
 }
