@@ -25,7 +25,7 @@ if [ "$profile" = release ]; then
     # The paths of this machine are no part of the program.
     RUSTFLAGS="--remap-path-prefix=$PWD=/demae --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo" \
         cargo build --locked --release --bin demae
-elif [ ! -x target/debug/demae ]; then
+else
     cargo build --locked --all-features --bin demae
 fi
 demae=target/$directory/demae

@@ -8,6 +8,7 @@ use std::{
 
 use super::{Ended, Exit, Failed, print::Printer, runtime};
 use crate::{
+    config::docker_socket,
     host::{docker::Docker, files},
     import::{self, Effect, Options, Outcome},
     model::{
@@ -80,9 +81,9 @@ struct ContainerArgs {
     /// Containers, by name or id
     #[arg(value_name = "CONTAINER", required = true)]
     containers: Vec<String>,
-    /// The engine's socket
-    #[arg(long, value_name = "SOCKET", env = "DEMAE_DOCKER", default_value = "/var/run/docker.sock")]
-    docker: String,
+    /// The engine's socket; unless given, that of `DOCKER_HOST`, or `/var/run/docker.sock`
+    #[arg(long, value_name = "SOCKET")]
+    docker: Option<String>,
     #[command(flatten)]
     target: TargetArgs,
 }
@@ -194,7 +195,7 @@ fn project_of(dir: &Path) -> Result<String, Failed> {
 
 fn containers(args: &ContainerArgs, printer: &mut Printer) -> Ended {
     let nameless = HostName::try_from("none")?;
-    let docker = Docker::behind(&args.docker, nameless);
+    let docker = Docker::behind(&docker_socket(args.docker.clone())?, nameless);
     let inspected = runtime(1)?.block_on(async {
         let mut all = Vec::new();
         for name in &args.containers {
@@ -292,8 +293,9 @@ impl TargetArgs {
                 all.push((dir.join(format!("{}.env", app.app)), text, 0o600));
             }
         }
-        all.retain(|(path, text, _)| fs::read(path).ok().as_deref() != Some(text.as_bytes()));
-        if let Some((path, ..)) = all.iter().find(|(path, ..)| path.exists()).filter(|_| !self.force) {
+        let differs =
+            |path: &Path, text: &str| path.exists() && fs::read(path).ok().as_deref() != Some(text.as_bytes());
+        if let Some((path, ..)) = all.iter().find(|(path, text, _)| differs(path, text)).filter(|_| !self.force) {
             return Err(Failed::because(format!(
                 "`{}` is there and differs; nothing was written (`--force` replaces it)",
                 path.display()

@@ -9,8 +9,8 @@ use std::{
 const NARROWEST: usize = 24;
 /// Words that say how something is, with their colours by ECMA-48 (31 red, 33 yellow, 32 green).
 const COLOURS: &[(&str, &[&str])] = &[
-    ("31", &["blocked", "invalid", "failed", "halted", "reverted", "reverting", "down", "FAIL", "trouble"]),
-    ("33", &["converging", "waiting", "paused", "leaving", "staged", "superseded", "warn", "cordoned", "drained"]),
+    ("31", &["blocked", "invalid", "failed", "halted", "reverted", "reverting", "down"]),
+    ("33", &["converging", "waiting", "paused", "leaving", "staged", "superseded", "cordoned", "drained"]),
     ("32", &["converged", "done", "proven", "active", "restored"]),
 ];
 
@@ -66,7 +66,7 @@ impl Printer {
         let room = self.width.map_or(usize::MAX, |width| width.saturating_sub(11).max(NARROWEST));
         for (n, part) in wrapped(text, room).into_iter().enumerate() {
             let name = if n == 0 { name } else { "" };
-            self.line(format!("{name:<11}{}", self.painted(&part)).trim_end());
+            self.line(format!("{name:<11}{part}").trim_end());
         }
     }
 

@@ -379,8 +379,11 @@ fn webhook(file: WebhookFile) -> Result<WebhookConfig, ConfigError> {
     Ok(WebhookConfig { url, secret, events })
 }
 
-/// Requires a unix socket: the agent mounts directories and reads `/proc` of the same machine.
-fn docker_socket(configured: Option<String>) -> Result<String, ConfigError> {
+/// The path of the engine's socket: the configured one, that of `DOCKER_HOST`, or Docker's own.
+///
+/// # Errors
+/// If it is no unix socket: the agent mounts directories and reads `/proc` of the same machine.
+pub fn docker_socket(configured: Option<String>) -> Result<String, ConfigError> {
     let chosen = configured.or_else(|| std::env::var("DOCKER_HOST").ok().filter(|h| !h.is_empty()));
     match chosen {
         None => Ok("/var/run/docker.sock".to_owned()),

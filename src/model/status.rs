@@ -119,6 +119,16 @@ pub struct AppStatus {
 }
 
 impl AppStatus {
+    /// The release that the instances of this host run: the serving one, if it differs from the wanted one.
+    pub fn runs(&self) -> Option<&str> {
+        self.serving.as_deref().or(self.release.as_deref())
+    }
+
+    /// The same, if any of them is healthy.
+    pub fn serves(&self) -> Option<&str> {
+        self.runs().filter(|_| self.healthy > 0)
+    }
+
     /// Whether something of this kind holds it back.
     pub fn is(&self, kind: &str) -> bool {
         self.kinds.iter().any(|known| known == kind)

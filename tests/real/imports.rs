@@ -1,22 +1,13 @@
 //! What other tools run, taken over: Compose projects and containers.
 #![expect(clippy::disallowed_methods, reason = "a test runs programs and writes files of its own")]
 
-use std::{fs, process::Command};
+use std::fs;
 
 use crate::support::{
     lab::{Lab, Setup},
     process::docker,
     wait::until,
 };
-
-/// The exit code and the two outputs of a command.
-fn demae(lab: &Lab, args: &[&str]) -> (i32, String, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
-    command.args(args).env("DEMAE_CONFIG", lab.path("agent.toml")).env_remove("ETCDCTL_ENDPOINTS");
-    let output = command.output().expect("demae runs");
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
-}
 
 /// A web app with a database, a worker and a migration: imported by one command, deployed by the next one.
 #[test]
@@ -40,10 +31,10 @@ fn compose_project_is_imported_and_deployed() {
     // A volume of Docker's is not removed with its app, so this one has a name of the lab's.
     let project = format!("shop-{}", lab.host);
     let args = ["import", "compose", &file, "--host", "shop.test", "--project", &project, "--out", &out];
-    let (code, _, err) = demae(&lab, &args);
+    let (code, _, err) = lab.ask(&args);
     assert_eq!(code, 2, "it is imported, with notes: {err}");
     assert!(err.contains("$NOT_GIVEN") && err.contains("release_command"), "{err}");
-    let (code, printed, err) = demae(&lab, &["apply", "-f", &out, "--env-file", &out, "--timeout", "60s"]);
+    let (code, printed, err) = lab.ask(&["apply", "-f", &out, "--env-file", &out, "--timeout", "60s"]);
     assert_eq!(code, 0, "{printed}{err}");
     assert_eq!(printed.lines().filter(|line| line.contains("converged")).count(), 2, "{printed}");
     let get = |path: &str| lab.get("shop.test", path).expect("an answer").1;
@@ -53,12 +44,12 @@ fn compose_project_is_imported_and_deployed() {
         get("/reach?db:5432").contains("version=v2")
     });
     // The way out is as short.
-    let (code, printed, err) = demae(&lab, &["export", "web"]);
+    let (code, printed, err) = lab.ask(&["export", "web"]);
     assert_eq!(code, 2, "{err}");
     assert!(printed.contains("127.0.0.1:8080:8080") && err.contains("shop.test"), "{printed}{err}");
-    let (code, printed, _) = demae(&lab, &["export", "web", "--format", "env"]);
+    let (code, printed, _) = lab.ask(&["export", "web", "--format", "env"]);
     assert!(code == 0 && printed.contains("GREETING='hello from a kitchen'"), "{printed}");
-    let history = demae(&lab, &["history", "web", "-o", "json"]).1;
+    let history = lab.ask(&["history", "web", "-o", "json"]).1;
     assert!(history.contains("\"proven\""), "the migration has ended well: {history}");
     lab.del("apps/");
     until("the apps are gone", || lab.containers().is_empty());
@@ -89,14 +80,14 @@ fn container_is_imported_and_deployed() {
     let out = lab.path("specs").display().to_string();
     let service = format!("{name}=web");
     let (code, _, err) =
-        demae(&lab, &["import", "container", &name, "--app", &service, "--host", "web.test", "--out", &out]);
+        lab.ask(&["import", "container", &name, "--app", &service, "--host", "web.test", "--out", &out]);
     assert_eq!(code, 2, "{err}");
     docker(&["rm", "-f", &name]);
     let spec = fs::read_to_string(lab.path("specs/web.yaml")).expect("a spec");
     assert!(!spec.contains("VERSION") && spec.contains("port: 8080"), "{spec}");
-    let (code, _, err) = demae(&lab, &["apply", "-f", &out, "--env-file", &out]);
+    let (code, _, err) = lab.ask(&["apply", "-f", &out, "--env-file", &out]);
     assert_eq!(code, 0, "{err}");
     assert_eq!(lab.get("web.test", "/env?A").expect("an answer").1, "b c");
-    let (code, _, err) = demae(&lab, &["import", "container", "no-such-container"]);
+    let (code, _, err) = lab.ask(&["import", "container", "no-such-container"]);
     assert!(code == 1 && err.contains("no-such-container"), "{err}");
 }

@@ -1,7 +1,7 @@
 //! A container behind a hand-written server of nginx, whose requests go over to an app, and back.
 #![expect(clippy::disallowed_methods, reason = "a test runs programs and writes files of its own")]
 
-use std::{fs, process::Command};
+use std::fs;
 
 use demae::model::status::State;
 
@@ -13,14 +13,6 @@ use crate::support::{
     process::docker,
     wait::until,
 };
-
-fn demae(lab: &Lab, args: &[&str]) -> (i32, String, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
-    command.args(args).env("DEMAE_CONFIG", lab.path("agent.toml")).env_remove("ETCDCTL_ENDPOINTS");
-    let output = command.output().expect("demae runs");
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
-}
 
 /// A container with a published port, and a server for it, after or before demae's files.
 fn hand_written(lab: &Lab, host: &str, is_first: bool) -> String {
@@ -80,7 +72,7 @@ fn requests_go_over_to_an_app_and_back_and_none_fails() {
 
     let clients = || vec![Client::get(true), Client::get(false), Client::post(false)];
     let load = Load::start(lab.ingress, "web.test", clients());
-    let (code, out, err) = demae(&lab, &["takeover", "web", "--from", &old]);
+    let (code, out, err) = lab.ask(&["takeover", "web", "--from", &old]);
     assert_eq!(code, 0, "{out}{err}");
     assert!(body(&lab).contains("version=v2") && err.contains("--undo"), "{out}{err}");
     let tally = load.stop();
@@ -92,7 +84,7 @@ fn requests_go_over_to_an_app_and_back_and_none_fails() {
     lab.deploy("web", "apps/web/image", &lab.image("v1"));
 
     let load = Load::start(lab.ingress, "web.test", clients());
-    let (code, out, err) = demae(&lab, &["takeover", "web", "--undo"]);
+    let (code, out, err) = lab.ask(&["takeover", "web", "--undo"]);
     assert_eq!(code, 0, "{out}{err}");
     let tally = load.stop();
     assert_eq!(tally.wrong, 0, "none failed: {:#?}", tally.reasons);
@@ -110,7 +102,7 @@ fn nothing_is_touched_that_cannot_be_taken_over() {
     let old = hand_written(&lab, "web.test", true);
     lab.start_agent(&[]);
     lab.deploy("other", "apps/other/spec", &lab.socket_spec(&lab.image("v1"), "other.test", ""));
-    let (code, _, err) = demae(&lab, &["takeover", "web", "--from", &old]);
+    let (code, _, err) = lab.ask(&["takeover", "web", "--from", &old]);
     assert!(code == 1 && err.contains("no app `web`"), "{err}");
     lab.put("apps/web/spec", &lab.port_spec(&lab.image("v2"), "web.test", ""));
     lab.wait_app("web", "blocked by the server", |s| s.state == State::Blocked);
@@ -120,7 +112,7 @@ fn nothing_is_touched_that_cannot_be_taken_over() {
         (&["takeover", "web", "--from", &old, "--port", "9"], 1, "does not answer"),
         (&["takeover", "web", "--from", &old], 4, "before demae's files"),
     ] {
-        let (ended, out, err) = demae(&lab, args);
+        let (ended, out, err) = lab.ask(args);
         assert_eq!((ended, out.as_str()), (code, ""), "{args:?}: {err}");
         assert!(err.contains(says), "{args:?}: {err}");
     }

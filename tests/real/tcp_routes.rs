@@ -240,7 +240,7 @@ fn apps_of_a_host_find_each_other_by_their_names() {
     until("the web app reaches the database", || reached().contains("version=v2"));
     let networks = inspect(&only(&lab, "db"), "{{range $name, $n := .NetworkSettings.Networks}}{{$name}} {{end}}");
     assert_eq!(networks.trim(), network, "it is in the network of the other apps");
-    // A command of a release reaches the same, and does not answer for its app.
+    // The name goes with its app.
     lab.del("apps/db/");
     until("the database is gone", || lab.app("db").is_none() && lab.get("web.test", "/reach?db:5432").is_ok());
     assert!(reached().contains("no such name"), "{}", reached());

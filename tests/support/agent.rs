@@ -71,6 +71,13 @@ impl Lab {
         self.demae_with(&[], args)
     }
 
+    /// The same; its exit code, and what it prints to standard output and to standard error.
+    pub fn ask(&self, args: &[&str]) -> (i32, String, String) {
+        let output = self.demae(args);
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
+    }
+
     /// Runs the program as an operator would, with environment variables.
     pub fn demae_with(&self, env: &[(&str, &str)], args: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));

@@ -10,6 +10,7 @@ use std::{
 use super::{
     Decision, Fleet, StoreArgs, Written, author,
     diff::{Made, compare},
+    env::check_count,
     wait::{WaitArgs, follow_until},
     write,
 };
@@ -154,11 +155,14 @@ impl Args {
     /// The variables of an app in the file that is given, or in the one with its name.
     fn variables(&self, app: &AppName) -> Result<Vec<(Key, Vec<u8>)>, Failed> {
         let Some(path) = &self.env_file else { return Ok(Vec::new()) };
-        let path = if path.is_dir() { path.join(format!("{app}.env")) } else { path.clone() };
-        if self.env_file.as_ref().is_some_and(|given| given.is_dir()) && !path.exists() {
-            return Ok(Vec::new());
-        }
-        let values = read_variables(&path, dotenv::Format::Dotenv)?;
+        let of_app = path.join(format!("{app}.env"));
+        let path = match path.is_dir() {
+            false => path,
+            true if of_app.exists() => &of_app,
+            true => return Ok(Vec::new()),
+        };
+        let values = read_variables(path, dotenv::Format::Dotenv)?;
+        check_count(values.len())?;
         let set = SetName::try_from(app.as_str())?;
         Ok(values.into_iter().map(|(name, value)| (Key::Env(set.clone(), name), value.into_bytes())).collect())
     }

@@ -1,16 +1,17 @@
 //! `demae status --fleet APP`: one app, why it is not converged, and what to do next.
 
-use std::collections::BTreeMap;
-
-use super::{Fleet, logs::evidence, summary::Shown};
+use super::{
+    Fleet,
+    logs::evidence,
+    summary::{Shown, serving},
+};
 use crate::{
     cli::print::Printer,
-    fleet::outcome::{Outcome, Question, Until, Wanted, outcome},
+    fleet::outcome::{Outcome, Until, Wanted},
     model::{
-        name::{AppName, ReleaseId},
+        name::AppName,
         time::{Timestamp, human},
     },
-    store::keys::Key,
 };
 
 /// Most lines of a log that are shown.
@@ -28,17 +29,17 @@ pub(super) fn print(fleet: &Fleet, app: &AppName, shown: &Shown, printer: &mut P
     let now = Timestamp::now();
     let kept = release.as_ref().and_then(|release| fleet.contents.records.kept.get(&(app.clone(), release.clone())));
     if let Some(kept) = kept.and_then(|stored| stored.value.as_ref()) {
-        let by = kept.by.as_deref().unwrap_or("a key that names nobody");
+        let by = kept.by.as_deref().unwrap_or("not recorded");
         printer.field("By:", &format!("{by}, {} ago", human(now.since(kept.opened))));
     }
     if let (Some(phase), Some(since)) = (shown.phase, shown.since) {
         printer.field("Rollout:", &format!("{phase}, {} ago", human(now.since(since))));
     }
-    for (runs, count) in serving(shown) {
+    for (runs, count) in serving(shown.hosts.iter()) {
         printer.field("Serving:", &format!("{runs} on {count} of {} hosts", shown.wanted));
     }
     hosts(shown, printer);
-    let outcome = release.as_ref().map(|release| ask(fleet, app, release));
+    let outcome = release.as_ref().map(|release| fleet.outcome(app, release, 0, Until::Converged));
     let why = why(fleet, app, outcome.as_ref(), shown);
     if !why.is_empty() {
         printer.line("");
@@ -52,41 +53,12 @@ pub(super) fn print(fleet: &Fleet, app: &AppName, shown: &Shown, printer: &mut P
     }
 }
 
-/// What becomes of the wanted release, as it is now.
-fn ask(fleet: &Fleet, app: &AppName, release: &ReleaseId) -> Outcome {
-    let none = BTreeMap::new();
-    let frozen = fleet.text(&Key::Freeze);
-    outcome(&Question {
-        app,
-        release,
-        since: 0,
-        until: Until::Converged,
-        wanted: &fleet.wanted(app),
-        hosts: &fleet.hosts(app),
-        records: &fleet.contents.records,
-        statuses: fleet.statuses.get(app).unwrap_or(&none),
-        frozen: frozen.as_deref(),
-    })
-}
-
-/// The releases that answer, with the number of hosts of each.
-fn serving(shown: &Shown) -> BTreeMap<&str, usize> {
-    let mut counts = BTreeMap::new();
-    for status in shown.hosts.iter().filter(|status| status.healthy > 0) {
-        if let Some(runs) = status.serving.as_ref().or(status.release.as_ref()) {
-            *counts.entry(runs.as_str()).or_default() += 1;
-        }
-    }
-    counts
-}
-
 fn hosts(shown: &Shown, printer: &mut Printer) {
     let mut rows = vec![["HOST", "RUNS", "HEALTHY", "STATE", "REASON"].map(String::from).to_vec()];
     for status in &shown.hosts {
-        let runs = status.serving.as_ref().or(status.release.as_ref());
         rows.push(vec![
             status.host.to_string(),
-            runs.cloned().unwrap_or_else(|| "-".to_owned()),
+            status.runs().unwrap_or("-").to_owned(),
             format!("{}/{}", status.healthy, status.wanted),
             status.state.as_str().to_owned(),
             status.reason.clone(),

@@ -1,6 +1,6 @@
 //! `demae export`
 
-use super::{Fleet, StoreArgs};
+use super::{Fleet, StoreArgs, env::values};
 use crate::{
     cli::{Ended, Exit, Failed, print::Printer, runtime},
     import::export::{Source, to_compose, to_run},
@@ -44,8 +44,8 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
     let spec = Spec::parse(&text)?;
     let release = &everywhere.target.release;
     if args.format == Format::Env {
-        let values = release.env.iter().map(|(name, value)| (name.clone(), value.expose().to_owned())).collect();
-        printer.line(dotenv::write(&values, dotenv::Format::Dotenv).map_err(Failed::because)?.trim_end());
+        let text = dotenv::write(&values(&fleet, &app)?, dotenv::Format::Dotenv).map_err(Failed::because)?;
+        printer.line(text.trim_end());
         return Ok(Exit::Success);
     }
     let is_of_spec = |name: &EnvName| spec.environment.contains_key(name);

@@ -34,7 +34,7 @@ use tokio::time::Instant;
 use super::{Ended, Failed, print::Printer, runtime};
 use crate::{
     config::{self, Context, EtcdFlags, Flags},
-    fleet::outcome::Wanted,
+    fleet::outcome::{Outcome, Question, Until, Wanted, outcome},
     model::{
         fleet::FleetKey,
         name::{AppName, HostName, ReleaseId},
@@ -236,6 +236,22 @@ impl Fleet {
                 None => Wanted::Release(pin.unwrap_or_else(|| everywhere.target.release.id.clone())),
             },
         }
+    }
+
+    /// What became of a release; failures from before the revision `since` do not count.
+    fn outcome(&self, app: &AppName, release: &ReleaseId, since: i64, until: Until) -> Outcome {
+        let none = BTreeMap::new();
+        outcome(&Question {
+            app,
+            release,
+            since,
+            until,
+            wanted: &self.wanted(app),
+            hosts: &self.hosts(app),
+            records: &self.contents.records,
+            statuses: self.statuses.get(app).unwrap_or(&none),
+            frozen: self.text(&Key::Freeze).as_deref(),
+        })
     }
 
     /// Hosts that are up and are to run an app, and whether each takes turns.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::Fleet;
+use super::{Fleet, summary::serving};
 use crate::{
     cli::{Exit, Format, print::Printer},
     fleet::outcome::{Failure, Outcome, Until},
@@ -132,7 +132,7 @@ impl Report {
         let one = |(host, (status, _)): (&HostName, &(AppStatus, i64))| ShownHost {
             host: host.clone(),
             state: status.state.as_str(),
-            release: status.serving.clone().or_else(|| status.release.clone()),
+            release: status.runs().map(str::to_owned),
             reason: status.reason.clone(),
             verdict: verdict(host).or_else(|| status.verdict.as_ref().map(|v| v.cause.clone())),
         };
@@ -143,7 +143,7 @@ impl Report {
 /// Where a host is with a release, in a few words.
 fn stage(status: &AppStatus, release: &ReleaseId) -> String {
     if status.release.as_deref() != Some(release.as_str()) {
-        let runs = status.serving.as_ref().or(status.release.as_ref()).map_or("nothing", String::as_str);
+        let runs = status.runs().unwrap_or("nothing");
         return match status.reason.as_str() {
             "" => format!("runs {runs}"),
             reason => format!("runs {runs}: {reason}"),
@@ -225,13 +225,7 @@ fn tell_failure(report: &Report, failure: &Failure, fleet: &Fleet, printer: &mut
         printer.error(&format!("{host}    | {line}"));
     }
     let statuses = fleet.statuses.get(&report.app).into_iter().flatten();
-    let runs = |status: &AppStatus| status.serving.clone().or_else(|| status.release.clone());
-    let serving = statuses.filter(|(_, (status, _))| status.healthy > 0).filter_map(|(_, (status, _))| runs(status));
-    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
-    for release in serving {
-        *counts.entry(release).or_default() += 1;
-    }
-    for (release, count) in counts {
+    for (release, count) in serving(statuses.map(|(_, (status, _))| status)) {
         printer.error(&format!("{release} serves on {count} {}", if count == 1 { "host" } else { "hosts" }));
     }
     // GitHub shows this line at the top of the run.

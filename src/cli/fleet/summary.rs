@@ -35,6 +35,15 @@ pub(super) struct Shown {
     pub(super) hosts: Vec<AppStatus>,
 }
 
+/// The releases that answer, with the number of hosts of each.
+pub(super) fn serving<'s>(statuses: impl Iterator<Item = &'s AppStatus>) -> BTreeMap<&'s str, usize> {
+    let mut counts = BTreeMap::new();
+    for release in statuses.filter_map(AppStatus::serves) {
+        *counts.entry(release).or_default() += 1;
+    }
+    counts
+}
+
 /// Whether it has converged on all hosts.
 pub(super) fn is_well(app: &Shown) -> bool {
     app.wanted == app.converged && app.reason.is_empty()

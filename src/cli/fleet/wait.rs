@@ -13,12 +13,12 @@ use super::{
 };
 use crate::{
     cli::{Ended, Exit, Failed, Format, print::Printer, runtime},
-    fleet::outcome::{Outcome, Question, Until, Wanted, outcome},
+    fleet::outcome::{Outcome, Until, Wanted},
     model::{
         name::{AppName, ReleaseId},
         text,
     },
-    store::{client::EtcdConfig, keys::Key},
+    store::client::EtcdConfig,
 };
 
 /// How long something must keep a release back before a person is said to be needed: conflicts may pass by themselves.
@@ -195,7 +195,7 @@ impl Watcher {
         let mut fleet = Fleet::read_from(config, turn).await.map_err(failed)??;
         let mut changes = fleet.changes().await.map_err(failed)?;
         loop {
-            let decided = self.ask(&fleet, app, release, since);
+            let decided = fleet.outcome(app, release, since, self.goal);
             report.progress(&fleet, &decided, printer);
             let settles = match &decided {
                 Outcome::Pending(_) => {
@@ -219,21 +219,5 @@ impl Watcher {
                 () = until(settles) => {}
             }
         }
-    }
-
-    fn ask(&self, fleet: &Fleet, app: &AppName, release: &ReleaseId, since: i64) -> Outcome {
-        let none = std::collections::BTreeMap::new();
-        let frozen = fleet.text(&Key::Freeze);
-        outcome(&Question {
-            app,
-            release,
-            since,
-            until: self.goal,
-            wanted: &fleet.wanted(app),
-            hosts: &fleet.hosts(app),
-            records: &fleet.contents.records,
-            statuses: fleet.statuses.get(app).unwrap_or(&none),
-            frozen: frozen.as_deref(),
-        })
     }
 }

@@ -131,16 +131,19 @@ pub(super) fn import(args: &ImportArgs, printer: &mut Printer) -> Ended {
 
 impl TargetArgs {
     fn run(&self, printer: &mut Printer, values: &BTreeMap<EnvName, Option<Vec<u8>>>) -> Ended {
-        if values.len() > MOST {
-            return Err(Failed::because(format!(
-                "these are {} variables; etcd takes {MOST} in one change, so give them in parts",
-                values.len()
-            )));
-        }
+        check_count(values.len())?;
         let set = self.set.as_deref().map(SetName::try_from).transpose()?;
         let is_detached = self.change.wait.detach;
         self.change.run(printer, |fleet, app| decide(fleet, app, set.as_ref(), values, is_detached))
     }
+}
+
+/// Refuses more variables than one transaction takes.
+pub(in crate::cli::fleet) fn check_count(count: usize) -> Result<(), Failed> {
+    if count <= MOST {
+        return Ok(());
+    }
+    Err(Failed::because(format!("these are {count} variables; etcd takes {MOST} in one change, so give them in parts")))
 }
 
 /// Puts and deletes what differs, in one transaction.

@@ -33,13 +33,17 @@ enum Format {
     Json,
 }
 
+/// The variables of an app, with their values.
+pub(in crate::cli::fleet) fn values(fleet: &Fleet, app: &AppName) -> Result<BTreeMap<EnvName, String>, Failed> {
+    let env = &fleet.app(app)?.target.release.env;
+    Ok(env.iter().map(|(name, value)| (name.clone(), value.expose().to_owned())).collect())
+}
+
 pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     let config = args.store.etcd()?;
     let app = AppName::try_from(args.app.as_str())?;
     let fleet = runtime(1)?.block_on(Fleet::read(&config))?;
-    let env = &fleet.app(&app)?.target.release.env;
-    let values: BTreeMap<EnvName, String> =
-        env.iter().map(|(name, value)| (name.clone(), value.expose().to_owned())).collect();
+    let values = values(&fleet, &app)?;
     let text = match args.format {
         Format::Json => serde_json::to_string_pretty(&values)?,
         Format::Dotenv => dotenv::write(&values, dotenv::Format::Dotenv).map_err(Failed::because)?,

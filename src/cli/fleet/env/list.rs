@@ -11,7 +11,7 @@ use crate::{
         env::Secret,
         fleet::{FleetKey, KeptEnv},
         name::{AppName, EnvName, HostName, ReleaseId, SetName},
-        status::{AppStatus, VERSION},
+        status::VERSION,
     },
     store::Everywhere,
 };
@@ -107,16 +107,14 @@ async fn served(fleet: &Fleet, app: &AppName) -> (BTreeMap<HostName, Served>, Op
     let wanted = everywhere.target.release.id.as_str();
     let (mut served, mut unread) = (BTreeMap::new(), None);
     let hosts = fleet.hosts(app);
-    let runs =
-        |status: &AppStatus| status.serving.clone().or_else(|| status.release.clone()).filter(|_| status.healthy > 0);
     let statuses = fleet.statuses.get(app).into_iter().flatten().filter(|(host, _)| hosts.contains_key(*host));
     for (host, (status, _)) in statuses {
-        let Some(release) = runs(status) else { continue };
+        let Some(release) = status.serves() else { continue };
         if release == wanted {
             served.insert(host.clone(), Served::Wanted);
             continue;
         }
-        let Ok(release) = ReleaseId::try_from(release.as_str()) else { continue };
+        let Ok(release) = ReleaseId::try_from(release) else { continue };
         match fleet.session.get(&FleetKey::KeptEnv(app.clone(), release)).await {
             Ok(kept) => {
                 let kept = kept.and_then(|text| serde_json::from_slice(&text).ok());

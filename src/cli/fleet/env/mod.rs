@@ -4,7 +4,8 @@ mod change;
 mod export;
 mod list;
 
-pub(super) use change::users;
+pub(super) use change::{check_count, users};
+pub(super) use export::values;
 
 use super::{ChangeArgs, Decision, Fleet, StoreArgs, no_app};
 use crate::cli::{Ended, print::Printer};
