@@ -38,7 +38,7 @@ fn container_name_in_use_is_left_to_its_owner() {
     let spec = quick(&lab, "");
     let remove = || {
         lab.del("apps/web/");
-        until("it is removed", || lab.containers().is_empty() && lab.app("web").is_none());
+        until("it is removed", || lab.containers().is_empty() && lab.lists_no("web"));
     };
     // The same spec is the same release, and so its container would have the same name.
     lab.deploy("web", "apps/web/spec", &spec);
@@ -114,7 +114,7 @@ fn copy_of_a_container_is_not_mistaken_for_it() {
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
     lab.del("apps/web/");
-    until("the app is removed", || ids(&lab, "web") == [copy.clone()] && lab.app("web").is_none());
+    until("the app is removed", || ids(&lab, "web") == [copy.clone()] && lab.lists_no("web"));
     assert!(foreign.are_untouched());
 }
 

@@ -169,7 +169,7 @@ fn host_is_compared_with_the_model_after_each_step() {
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
     lab.deploy("web", "apps/web/image", &lab.image("v2"));
     lab.del("apps/web/");
-    until("it is removed", || lab.containers().is_empty() && lab.app("web").is_none());
+    until("it is removed", || lab.containers().is_empty() && lab.lists_no("web"));
     let log = lab.agent_log();
     let agreed: Vec<&str> = log.lines().filter(|l| l.contains("model and host agree")).collect();
     for step in ["write env-file", "create", "start", "switch", "prove", "settle", "stop", "remove", "clean up"] {

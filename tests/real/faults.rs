@@ -349,6 +349,6 @@ fn virtual_host_of_an_app_removed_while_the_agent_was_down_is_removed() {
     lab.start_agent(&[]);
     until("nginx does not serve it any more", || lab.get("ghost.test", "/").is_ok_and(|(code, _)| code != 502));
     lab.wait_app("web", "converged", |a| a.state == State::Converged);
-    until("it is not in the status", || lab.app("ghost").is_none());
+    until("it is not in the status", || lab.lists_no("ghost"));
     assert_eq!(lab.get("web.test", "/").map(|(code, _)| code), Ok(200));
 }

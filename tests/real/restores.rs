@@ -178,7 +178,7 @@ fn fleet_acceptance_is_used_once_by_every_host() {
     for lab in [&first, &second] {
         until("the acceptance is applied", || block(lab).is_none());
         lab.wait_app("other", "converged", |s| s.state == State::Converged);
-        until("apps that the new store lacks are removed", || lab.app("web").is_none() && lab.containers().len() == 1);
+        until("apps that the new store lacks are removed", || lab.lists_no("web") && lab.containers().len() == 1);
     }
     // It is used up: the same store, wiped, needs another acceptance.
     let accepted = first.get_key("state/accept");

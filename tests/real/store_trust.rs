@@ -59,7 +59,7 @@ fn agent_started_without_its_store_uses_the_ledger() {
     lab.start_etcd();
     until("the store is read", || lab.status().is_some_and(|s| s.store.stale_since.is_none()));
     lab.del("apps/gone/");
-    until("the deleted app is removed", || lab.app("gone").is_none() && lab.containers().len() == 1);
+    until("the deleted app is removed", || lab.lists_no("gone") && lab.containers().len() == 1);
     assert_eq!(lab.app("web").and_then(|a| a.release), before);
 }
 

@@ -89,7 +89,7 @@ fn requests_go_over_to_an_app_and_back_and_none_fails() {
     let tally = load.stop();
     assert_eq!(tally.wrong, 0, "none failed: {:#?}", tally.reasons);
     assert_eq!(state(), "true always");
-    assert!(lab.app("web").is_none() && body(&lab).contains("version=v1"));
+    assert!(lab.lists_no("web") && body(&lab).contains("version=v1"));
     // What it may take is forgotten.
     lab.put("apps/web/spec", &lab.port_spec(&lab.image("v2"), "web.test", ""));
     lab.wait_app("web", "blocked by the server", |s| s.state == State::Blocked);

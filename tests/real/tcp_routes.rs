@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::support::{
-    containers::{inspect, only},
+    containers::{ids, inspect, only},
     lab::{Lab, Setup},
     load::{Client, Load, mixed},
     process::{docker, run},
@@ -51,7 +51,7 @@ fn instance_has_no_published_port_and_sees_a_private_peer() {
     assert_eq!(lab.metric("demae_tcp_routes", ""), 1.0);
     // Nothing is left of an app that is removed.
     lab.del("apps/web/");
-    until("the app is gone", || lab.app("web").is_none() && lab.containers().is_empty() && lab.traces().is_empty());
+    until("the app is gone", || lab.lists_no("web") && lab.containers().is_empty() && lab.traces().is_empty());
     let listing = lab.tcp_routes.as_ref().expect("tcp routes").listing();
     assert!(listing.contains("map routes") && !listing.contains("elements"), "{listing}");
 }
@@ -223,7 +223,7 @@ fn instance_that_lost_its_address_is_replaced() {
     let id = only(&lab, "web");
     docker(&["network", "disconnect", &lab.tcp_routes.as_ref().expect("tcp routes").network, &id]);
     until("another instance serves", || {
-        let replaced = !crate::support::containers::ids(&lab, "web").contains(&id);
+        let replaced = !ids(&lab, "web").contains(&id);
         replaced && lab.get("web.test", "/").is_ok_and(|(status, _)| status == 200)
     });
 }
@@ -242,6 +242,6 @@ fn apps_of_a_host_find_each_other_by_their_names() {
     assert_eq!(networks.trim(), network, "it is in the network of the other apps");
     // The name goes with its app.
     lab.del("apps/db/");
-    until("the database is gone", || lab.app("db").is_none() && lab.get("web.test", "/reach?db:5432").is_ok());
+    until("the database is gone", || ids(&lab, "db").is_empty() && lab.get("web.test", "/reach?db:5432").is_ok());
     assert!(reached().contains("no such name"), "{}", reached());
 }

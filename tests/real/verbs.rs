@@ -83,7 +83,7 @@ fn two_hosts_share_an_engine_and_a_store() {
     assert_eq!(a.release, b.release, "one release, made with one key");
     second.wait_app("one", "converged", |s| s.state == State::Converged);
     assert_eq!((first.containers().len(), second.containers().len()), (1, 2));
-    assert!(first.app("one").is_none());
+    assert!(first.lists_no("one"));
     first.put(&format!("hosts/{}/mode", first.host), "drained");
     until("one host is drained", || first.containers().is_empty());
     assert_eq!((second.containers().len(), second.get("web.test", "/").expect("an answer").0), (2, 200));

@@ -318,6 +318,11 @@ impl Lab {
         self.status()?.apps.into_iter().find(|a| a.app == app)
     }
 
+    /// Whether the agent answers, and its answer has no such app.
+    pub fn lists_no(&self, app: &str) -> bool {
+        self.status().is_some_and(|status| status.apps.iter().all(|a| a.app != app))
+    }
+
     /// Waits until an app's status matches.
     pub fn wait_app(&self, app: &str, what: &str, fits: impl Fn(&AppStatus) -> bool) -> AppStatus {
         let began = Instant::now();
