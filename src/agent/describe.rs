@@ -34,9 +34,9 @@ impl AppState {
             plan.blocks.clear();
         }
         let absent = matches!(self.desired, DesiredApp::Absent(_) | DesiredApp::Unknown(_));
-        if absent
-            && (plan.is_converged() || self.observed.as_ref().is_none_or(|o| o.instances.is_empty() && !o.has_routes()))
-        {
+        let is_gone = self.fresh.is_plan_current() && plan.is_converged();
+        let has_nothing = self.observed.as_ref().is_none_or(|o| o.instances.is_empty() && !o.has_routes());
+        if absent && (is_gone || has_nothing) {
             return None;
         }
         let state = match plan.blocks.first() {
@@ -71,6 +71,7 @@ impl AppState {
             state,
             serving: plan.serving.as_ref().map(ToString::to_string).filter(|s| Some(s) != release.as_ref()),
             release,
+            spec_revision: target.as_ref().map_or(0, |t| t.modified),
             image: target.as_ref().map(|t| t.release.image.to_string()),
             wanted: target.as_ref().map_or(0, |t| t.replicas),
             healthy: plan.healthy,

@@ -94,7 +94,8 @@ fn in_place(intended: &DesiredApp, of: impl Fn(&Target) -> Target) -> DesiredApp
 
 /// A kept release, with all that it was made from.
 fn pinned(wanted: &Target, kept: &Target) -> Target {
-    Target { created: wanted.created, cordoned: wanted.cordoned, retried: wanted.retried, ..kept.clone() }
+    let Target { created, modified, cordoned, retried, .. } = *wanted;
+    Target { created, modified, cordoned, retried, ..kept.clone() }
 }
 
 /// A kept release in the place of the wanted one. What makes no release, such as replicas and virtual hosts, is as it is

@@ -1,8 +1,8 @@
-//! `demae store accept` and `demae confirm`: accept a store that the agent does not trust.
+//! `demae store` and `demae confirm`: accept a store that the agent does not trust.
 
 use std::io::{BufRead as _, IsTerminal as _};
 
-use super::{Common, Ended, Exit, Failed, print::Printer, runtime, setup};
+use super::{Common, Ended, Exit, Failed, fleet, print::Printer, runtime, setup};
 use crate::{
     config::Config,
     host::{files, layout::Layout},
@@ -28,6 +28,8 @@ pub(super) struct StoreArgs {
 
 #[derive(Debug, clap::Subcommand)]
 enum StoreVerb {
+    /// Show its members, its revision, and the agents that use it
+    Status(fleet::store_status::Args),
     /// Show what the store would change, and accept it as trusted on every host
     Accept(AcceptArgs),
 }
@@ -50,7 +52,10 @@ enum Reach {
 
 /// `demae store …`
 pub(super) fn store(args: &StoreArgs, printer: &mut Printer) -> Ended {
-    let StoreVerb::Accept(AcceptArgs { args, this_host }) = &args.verb;
+    let AcceptArgs { args, this_host } = match &args.verb {
+        StoreVerb::Status(args) => return fleet::store_status::run(args, printer),
+        StoreVerb::Accept(args) => args,
+    };
     let reach = if *this_host { Reach::Host } else { Reach::Fleet };
     let kinds = ["sentinel_missing", "other_store", "older_revision", "mass_removal"];
     run(args, printer, &kinds, "demae store accept", reach)

@@ -62,6 +62,8 @@ enum Verb {
     Promote(fleet::promote::Args),
     /// Try a release that failed once more
     Retry(fleet::retry::Args),
+    /// Change how many instances of an app each of its hosts runs
+    Scale(fleet::scale::Args),
     /// Wait until it is decided what became of a release
     Wait(fleet::wait::Args),
     /// Deploy specs from files, and wait for the outcome
@@ -94,7 +96,7 @@ enum Verb {
     Init(init::Args),
     /// Confirm a held-back mass removal
     Confirm(accept::Args),
-    /// Manage trust in the store
+    /// Show the store, and manage trust in it
     Store(accept::StoreArgs),
     /// Adopt the containers of another agent with this host's name
     Adopt(adopt::Args),
@@ -227,6 +229,7 @@ pub fn run() -> ExitCode {
         Verb::Rollback(args) => fleet::rollback::run(&args, &mut printer),
         Verb::Promote(args) => fleet::promote::run(&args, &mut printer),
         Verb::Retry(args) => fleet::retry::run(&args, &mut printer),
+        Verb::Scale(args) => fleet::scale::run(&args, &mut printer),
         Verb::Wait(args) => fleet::wait::run(&args, &mut printer),
         Verb::Apply(args) => fleet::apply::run(&args, &mut printer),
         Verb::Env(args) => fleet::env::run(&args, &mut printer),

@@ -21,6 +21,8 @@ pub struct Question<'a> {
     pub release: &'a ReleaseId,
     /// The revision of the change that is waited for: failures from before it do not count. 0 if all do.
     pub since: i64,
+    /// The mod revision of the spec now: a host that reports on an earlier one has not seen it yet. 0 if it does not matter.
+    pub spec: i64,
     /// When the answer is yes.
     pub until: Until,
     /// What people want now.
@@ -237,9 +239,12 @@ impl Question<'_> {
     }
 
     fn is_there(&self, status: &AppStatus) -> bool {
-        match self.until {
-            Until::Converged | Until::Canary => status.state == State::Converged && status.serving.is_none(),
-            Until::Serving => status.healthy > 0 && status.serving.is_none(),
-        }
+        // Agents of an earlier version do not say which one they have seen.
+        let is_current = status.spec_revision == 0 || status.spec_revision >= self.spec;
+        is_current
+            && match self.until {
+                Until::Converged | Until::Canary => status.state == State::Converged && status.serving.is_none(),
+                Until::Serving => status.healthy > 0 && status.serving.is_none(),
+            }
     }
 }

@@ -117,6 +117,7 @@ mod tests {
             update: crate::model::spec::Update::default(),
             pull_policy: spec.pull_policy,
             created: 1,
+            modified: 1,
             cordoned: false,
             retried: 0,
             release_command: None,

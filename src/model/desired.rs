@@ -35,11 +35,11 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// True if both mean the same for this host: a change from one to the other starts, stops and replaces nothing here.
-    /// The revisions at which keys were created do not count.
+    /// The revisions at which keys were written do not count.
     pub fn has_same_effect(&self, other: &Self) -> bool {
         let placed = |snapshot: &Self| {
             let apps = snapshot.apps.iter().filter(|(_, desired)| !matches!(desired, DesiredApp::Absent(_)));
-            apps.map(|(app, desired)| (app.clone(), desired.clone().without_revision())).collect::<Vec<_>>()
+            apps.map(|(app, desired)| (app.clone(), desired.clone().without_revisions())).collect::<Vec<_>>()
         };
         (self.mode, &self.labels) == (other.mode, &other.labels) && placed(self) == placed(other)
     }
@@ -90,9 +90,9 @@ pub enum DesiredApp {
 }
 
 impl DesiredApp {
-    fn without_revision(mut self) -> Self {
+    fn without_revisions(mut self) -> Self {
         if let Self::Run(target) | Self::Invalid { last_good: Some(target), .. } = &mut self {
-            target.created = 0;
+            (target.created, target.modified) = (0, 0);
         }
         self
     }
@@ -123,6 +123,8 @@ pub struct Target {
     pub pull_policy: PullPolicy,
     /// The create revision of its spec: the older of two claims to a virtual host wins.
     pub created: i64,
+    /// The mod revision of its spec, which the status names: a wait for a change sees by it whether it is about this one.
+    pub modified: i64,
     /// Whether the host is cordoned: it may stay, not come.
     pub cordoned: bool,
     /// The revision at which a person last asked for another try of a release that failed; 0 if never.
@@ -154,8 +156,8 @@ impl Target {
 /// The keys of one app, as read.
 #[derive(Debug, Clone, Default)]
 pub struct AppKeys {
-    /// The parsed spec, with the create revision of its key.
-    pub spec: Option<(i64, Arc<Result<Spec, Problems>>)>,
+    /// `apps/<app>/spec`.
+    pub spec: Option<StoredSpec>,
     /// `apps/<app>/image`.
     pub image: Option<Vec<u8>>,
     /// `apps/<app>/restart`.
@@ -164,6 +166,17 @@ pub struct AppKeys {
     pub paused: Option<Vec<u8>>,
     /// The mod revision of `apps/<app>/retry`; 0 without it.
     pub retried: i64,
+}
+
+/// A spec as it is in the store.
+#[derive(Debug, Clone)]
+pub struct StoredSpec {
+    /// The create revision of its key.
+    pub created: i64,
+    /// The mod revision of its key.
+    pub modified: i64,
+    /// The spec, or its problems.
+    pub spec: Arc<Result<Spec, Problems>>,
 }
 
 /// All keys relevant to a host, as read.
@@ -216,7 +229,7 @@ fn resolve_app(
         let reason = bounded(String::from_utf8_lossy(reason).trim(), MOST_REASON);
         return Ok(DesiredApp::Paused(if reason.is_empty() { "no reason given".to_owned() } else { reason }));
     }
-    let Some((_, spec)) = &app.spec else {
+    let Some(StoredSpec { spec, .. }) = &app.spec else {
         // Only a leftover image or restart key: an app exists if its spec does.
         return Ok(DesiredApp::Absent(format!("there is no `apps/{name}/spec`")));
     };
@@ -243,8 +256,8 @@ pub fn target(
     cordoned: bool,
 ) -> Result<Target, Problems> {
     let missing = || Problem::new(format!("apps/{name}/spec"), "there is no spec");
-    let (created, spec) = app.spec.as_ref().ok_or_else(missing)?;
-    let spec = spec.as_ref().as_ref().map_err(Clone::clone)?;
+    let stored = app.spec.as_ref().ok_or_else(missing)?;
+    let spec = stored.spec.as_ref().as_ref().map_err(Clone::clone)?;
     let mut problems = Vec::new();
     let image = image(name, app, spec).map_err(|p| problems.push(p)).ok();
     let restart = text(&app.restart, || format!("apps/{name}/restart")).map_err(|p| problems.push(p)).ok().flatten();
@@ -263,7 +276,8 @@ pub fn target(
         order: spec.deploy.order,
         update: spec.deploy.update.clone(),
         pull_policy: spec.pull_policy,
-        created: *created,
+        created: stored.created,
+        modified: stored.modified,
         cordoned,
         retried: app.retried,
         release_command: spec.release_command.clone(),

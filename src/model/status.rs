@@ -91,6 +91,9 @@ pub struct AppStatus {
     /// The wanted release.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub release: Option<String>,
+    /// The mod revision of the spec that this is about; 0 if there is none, and from agents that do not say it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub spec_revision: i64,
     /// The serving release, if it differs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serving: Option<String>,
@@ -116,6 +119,11 @@ pub struct AppStatus {
     /// The steps of the last change, with milliseconds since it was seen.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub timeline: Vec<Moment>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_zero(revision: &i64) -> bool {
+    *revision == 0
 }
 
 impl AppStatus {

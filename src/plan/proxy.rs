@@ -304,6 +304,7 @@ mod tests {
             update: crate::model::spec::Update::default(),
             pull_policy: spec.pull_policy,
             created,
+            modified: created,
             cordoned: false,
             retried: 0,
             release_command: None,

@@ -10,7 +10,7 @@ use super::{
     keys::{BadKey, Key},
 };
 use crate::model::{
-    desired::{self, DesiredApp, HostMode, Snapshot, Target},
+    desired::{self, DesiredApp, HostMode, Snapshot, StoredSpec, Target},
     name::{AppName, EnvName, HostName, SetName},
     problem::{Problem, Problems, catch_panic},
     release::ReleaseKey,
@@ -103,7 +103,7 @@ impl Interpreter {
             let by = changed_by(contents, name, made_from.env.keys());
             Ok(Everywhere { target, constraints: spec.deploy.constraints.clone(), made_from, paused, by })
         };
-        let apps = keys.apps.iter().filter_map(|(name, app)| Some((name, app, &app.spec.as_ref()?.1)));
+        let apps = keys.apps.iter().filter_map(|(name, app)| Some((name, app, &app.spec.as_ref()?.spec)));
         apps.map(|(name, app, spec)| (name.clone(), one(name, app, spec))).collect()
     }
 
@@ -120,7 +120,8 @@ impl Interpreter {
             match Key::parse(rest) {
                 Ok(Key::Spec(app)) => {
                     let spec = self.spec(&app, entry);
-                    keys.apps.entry(app).or_default().spec = Some((entry.created(), spec));
+                    let stored = StoredSpec { created: entry.created(), modified: entry.modified(), spec };
+                    keys.apps.entry(app).or_default().spec = Some(stored);
                 }
                 Ok(Key::Image(app)) => keys.apps.entry(app).or_default().image = value(),
                 Ok(Key::Restart(app)) => keys.apps.entry(app).or_default().restart = value(),
@@ -261,7 +262,7 @@ impl MadeFrom {
         let spec = catch_panic(|| Spec::parse(self.spec.as_bytes()));
         let bytes = |text: &Option<String>| text.as_ref().map(|text| text.clone().into_bytes());
         let own = desired::AppKeys {
-            spec: Some((0, Arc::new(spec))),
+            spec: Some(StoredSpec { created: 0, modified: 0, spec: Arc::new(spec) }),
             image: bytes(&self.image),
             restart: bytes(&self.restart),
             ..desired::AppKeys::default()

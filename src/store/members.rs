@@ -52,3 +52,40 @@ async fn may_write(connection: &mut Connection, config: &EtcdConfig, host: &Host
     let failed = connection.failed("asking whether it may be written");
     connection.client.txn(txn).await.map_err(failed).map(|_| ())
 }
+
+/// What a member says of itself.
+#[derive(Debug)]
+pub struct MemberState {
+    /// Its version.
+    pub version: String,
+    /// Whether it leads the cluster.
+    pub is_leader: bool,
+    /// The size of its database, in bytes.
+    pub database_bytes: i64,
+    /// Its revision.
+    pub revision: i64,
+    /// What is wrong with it, in etcd's words: `memberID:… alarm:NOSPACE`.
+    pub errors: Vec<String>,
+}
+
+/// Asks every configured member how it is.
+pub async fn member_states(config: &EtcdConfig) -> Vec<(String, Result<MemberState, StoreError>)> {
+    let mut found = Vec::new();
+    for (turn, endpoint) in config.endpoints.iter().enumerate() {
+        let asking = async {
+            let mut connection = Connection::open(config, turn).await?;
+            let failed = connection.failed("asking how it is");
+            let status = connection.client.status().await.map_err(failed)?;
+            let (member, revision) = status.header().map_or((0, 0), |header| (header.member_id(), header.revision()));
+            Ok(MemberState {
+                version: status.version().to_owned(),
+                is_leader: member != 0 && status.leader() == member,
+                database_bytes: status.db_size(),
+                revision,
+                errors: status.errors().to_vec(),
+            })
+        };
+        found.push((endpoint.clone(), asking.await));
+    }
+    found
+}

@@ -18,7 +18,7 @@ use demae::{
         nginx::{Neighbours, Profile, Renderer, Settings},
     },
     model::{
-        desired::{AppKeys, DesiredApp, HostMode, Keys, Snapshot, resolve},
+        desired::{AppKeys, DesiredApp, HostMode, Keys, Snapshot, StoredSpec, resolve},
         name::{AppName, EnvName, SetName},
         problem::catch_panic,
         proxy::{ObservedProxy, Upstreams, Vhost},
@@ -56,7 +56,10 @@ fn app(name: &str) -> AppName {
 /// The keys as an agent parses them, including the good app's.
 fn keys(written: &[(Vec<u8>, Vec<u8>)]) -> Keys {
     let mut keys = Keys::default();
-    let spec = |created: i64, text: &[u8]| Some((created, Arc::new(catch_panic(|| Spec::parse(text)))));
+    let spec = |created: i64, text: &[u8]| {
+        let spec = Arc::new(catch_panic(|| Spec::parse(text)));
+        Some(StoredSpec { created, modified: created, spec })
+    };
     keys.apps.insert(app("good"), AppKeys { spec: spec(1, GOOD.as_bytes()), ..AppKeys::default() });
     for (set, name) in [("good", "A"), ("common", "B")] {
         let (set, name) = (SetName::try_from(set).expect("a name"), EnvName::try_from(name).expect("a name"));

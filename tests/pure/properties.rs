@@ -104,6 +104,7 @@ fn target(version: u8, replicas: u16, endpoint: Option<Endpoint>, order: Order) 
         update: demae::model::spec::Update::default(),
         pull_policy: PullPolicy::Missing,
         created: 1,
+        modified: 1,
         cordoned: false,
         retried: 0,
         release_command: None,

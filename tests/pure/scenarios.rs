@@ -80,6 +80,7 @@ impl Scenario {
             update: demae::model::spec::Update::default(),
             pull_policy: spec.pull_policy,
             created: 1,
+            modified: 1,
             cordoned: false,
             retried: 0,
             release_command: None,

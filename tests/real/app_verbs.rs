@@ -217,3 +217,36 @@ fn contexts_name_stores() {
     let (code, _, err) = run(&lab, &["env", "list", "web", "--context", "lab", "--endpoints", "127.0.0.1:1"]);
     assert!(code == 64 && err.contains("`--endpoints`"), "{err}");
 }
+
+/// These changes make no release, so the release alone does not say that they are done.
+#[test]
+fn changes_that_make_no_release_are_waited_for() {
+    let (lab, spec) = serving();
+    let release = lab.app("web").and_then(|app| app.release);
+    told(&lab, &["scale", "web", "3"]);
+    let status = lab.app("web").expect("a status");
+    assert_eq!((status.healthy, status.wanted, lab.containers().len()), (3, 3, 3));
+    assert_eq!(status.release, release);
+    assert_eq!(lab.get_key("apps/web/spec"), format!("{spec}deploy:\n  replicas_per_host: 3").trim_end());
+    told(&lab, &["scale", "web", "1"]);
+    assert_eq!(lab.containers().len(), 1);
+    let (code, _, err) = run(&lab, &["scale", "web", "101"]);
+    assert_eq!(code, 64, "{err}");
+
+    let file = lab.path("web.yaml");
+    for host in ["other.test", "third.test", "fourth.test"] {
+        fs::write(&file, spec.replace("web.test", host)).expect("a file");
+        told(&lab, &["apply", "-f", &file.display().to_string(), "--yes"]);
+        assert_eq!(lab.get(host, "/").map(|(code, _)| code), Ok(200), "nginx serves it when the command ends");
+    }
+
+    let store = json(&lab, &["store", "status", "-o", "json"]);
+    assert_eq!((&store["apps"], &store["leader"]), (&Value::from(1), &Value::from(lab.host.as_str())));
+    let member = &store["members"][0];
+    assert_eq!((&member["leader"], &member["problems"]), (&Value::from(true), &Value::Array(Vec::new())));
+    let text = told(&lab, &["store", "status"]);
+    assert!(text.contains(&format!("1 of {}", env!("CARGO_PKG_VERSION"))), "{text}");
+
+    told(&lab, &["delete", "web", "--yes"]);
+    assert_eq!(lab.containers().len(), 0, "its containers are gone when the command ends");
+}

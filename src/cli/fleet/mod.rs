@@ -18,6 +18,8 @@ pub(super) mod redeploy;
 mod report;
 pub(super) mod retry;
 pub(super) mod rollback;
+pub(super) mod scale;
+pub(super) mod store_status;
 mod summary;
 pub(super) mod table;
 pub(super) mod takeover;
@@ -245,6 +247,7 @@ impl Fleet {
             app,
             release,
             since,
+            spec: self.modified(&Key::Spec(app.clone())),
             until,
             wanted: &self.wanted(app),
             hosts: &self.hosts(app),

@@ -3,10 +3,12 @@
 //! A [`Spec`] is only created by [`Spec::parse`], which reports every problem of a text, not the first.
 
 mod compose;
+mod edit;
 mod fields;
 mod read;
 mod update;
 mod values;
+pub use edit::with_replicas;
 pub use update::{Amount, FailureAction, MONITOR, Update};
 pub use values::MOUNTABLE;
 

@@ -264,6 +264,7 @@ impl Host {
             (false, None, false) => "waiting for the turn of this host",
         };
         let app = AppStatus {
+            spec_revision: 0,
             app: self.app.to_string(),
             host: self.name.clone(),
             state: if is_there { State::Converged } else { State::Converging },
