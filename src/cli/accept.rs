@@ -36,11 +36,11 @@ enum StoreVerb {
 
 #[derive(Debug, clap::Args)]
 struct AcceptArgs {
-    #[command(flatten)]
-    args: Args,
     /// Accept it on this host only
     #[arg(long)]
     this_host: bool,
+    #[command(flatten)]
+    args: Args,
 }
 
 /// How far an acceptance goes.

@@ -14,6 +14,8 @@ mod input;
 mod plan;
 mod print;
 mod ready;
+#[cfg(test)]
+mod reference;
 mod restore_routes;
 mod schema;
 mod setup;
@@ -108,8 +110,8 @@ enum Verb {
     Takeover(fleet::takeover::Args),
     /// Check spec files, and report every problem
     Validate(validate::Args),
-    /// Print the JSON Schema of a spec
-    Schema,
+    /// Print the JSON Schema of a spec, or of a status
+    Schema(schema::Args),
     /// Print the completions of a shell
     Completions(completions::CompletionsArgs),
     /// Print the manual pages
@@ -252,7 +254,7 @@ pub fn run() -> ExitCode {
         Verb::Export(args) => fleet::export::run(&args, &mut printer),
         Verb::Takeover(args) => fleet::takeover::run(&args, &mut printer),
         Verb::Validate(args) => validate::run(&args, &mut printer),
-        Verb::Schema => schema::run(&mut printer),
+        Verb::Schema(args) => schema::run(&args, &mut printer),
         Verb::Completions(args) => completions::completions(&args, &mut printer),
         Verb::Man(args) => completions::man(&args, &mut printer),
         Verb::Version(args) => version::run(&args, &mut printer),
@@ -347,5 +349,10 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_option_is_in_the_reference() {
+        expect_test::expect_file!["../../docs/options.md"].assert_eq(&super::reference::text(super::Cli::command()));
     }
 }

@@ -247,6 +247,21 @@ fn changes_that_make_no_release_are_waited_for() {
     let text = told(&lab, &["store", "status"]);
     assert!(text.contains(&format!("1 of {}", env!("CARGO_PKG_VERSION"))), "{text}");
 
-    told(&lab, &["delete", "web", "--yes"]);
+    // Apps without a file are deleted only if that is asked for, and confirmed.
+    let dir = lab.path("specs");
+    fs::create_dir(&dir).expect("a directory");
+    fs::write(dir.join("shop.yaml"), spec.replace("web.test", "shop.test")).expect("a file");
+    let dir = dir.display().to_string();
+    let apply = |more: &[&str]| run(&lab, &[&["apply", "-f", &dir], more].concat());
+    assert_eq!(apply(&["--prune", "--dry-run"]).0, 2);
+    assert_eq!(apply(&["--prune"]).0, 1, "without a terminal it is not confirmed");
+    assert_eq!(apply(&["--yes"]).0, 0);
+    assert_eq!(lab.containers().len(), 2);
+    let (code, out, err) = apply(&["--prune", "--yes"]);
+    assert!(code == 0 && out.contains("web is removed"), "{out}{err}");
+    assert_eq!((lab.containers().len(), lab.get("shop.test", "/").map(|(code, _)| code)), (1, Ok(200)));
+    assert_eq!(run(&lab, &["apply", "-f", &file.display().to_string(), "--prune"]).0, 64);
+
+    told(&lab, &["delete", "shop", "--yes"]);
     assert_eq!(lab.containers().len(), 0, "its containers are gone when the command ends");
 }

@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::support::{
     fleet::{Fleet, expect_none_lost},
+    json_schema::problems,
     lab::{Lab, Setup},
     wait::until,
 };
@@ -98,6 +99,20 @@ fn good_and_bad_deploys_are_told_apart() {
     let (code, shown) = json(store, &["wait", "web", "-o", "json"]);
     assert_eq!((code, shown["outcome"].as_str()), (3, Some("failed")), "{shown}");
     assert!(shown["hosts"].as_array().is_some_and(|hosts| hosts.iter().any(|h| h["verdict"].is_string())), "{shown}");
+
+    // What `status` prints is as its schema says, with the evidence of a failure too.
+    let (code, schema, _) = run(store, &["schema", "status"]);
+    assert_eq!(code, 0);
+    let schema: Value = serde_json::from_str(&schema).expect("it is JSON");
+    for args in [&["status", "-o", "json"][..], &["status", "--fleet", "-o", "json"]] {
+        let (_, shown) = json(store, args);
+        assert_eq!(problems(&schema, &shown), Vec::<String>::new(), "{args:?}: {shown}");
+        assert!(!shown["apps"].as_array().expect("apps").is_empty());
+    }
+    // The progress as objects, a line each, beside the answer.
+    let (_, _, err) = run(store, &["wait", "web", "--progress", "json"]);
+    let line: Value = serde_json::from_str(err.lines().next().expect("a line")).expect("an object");
+    assert!(line["host"].is_string() && line["state"].is_string() && line["done"].is_boolean(), "{err}");
 
     // A release that fails again after another try, and one that does not.
     let bad = fleet.wait_phase(Some(second.as_str()), RolloutPhase::Reverted);

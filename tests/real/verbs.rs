@@ -9,6 +9,7 @@ use std::{
 };
 
 use crate::support::{
+    json_schema::problems,
     lab::{Lab, Setup},
     load::{self, Client, Load},
     process::docker,
@@ -271,4 +272,11 @@ fn status_fits_its_terminal_and_a_closed_pipe_is_no_error() {
         let (code, _, err) = shell(&lab, command);
         assert_eq!((code, err.as_str()), (0, ""), "{command}");
     }
+    let json = |text: &str| serde_json::from_str(text).expect("it is JSON");
+    let (schema, shown) = (shell(&lab, "demae schema status").1, shell(&lab, "demae status -o json").1);
+    assert_eq!(problems(&json(&schema), &json(&shown)), Vec::<String>::new(), "{shown}");
+    // On a terminal the progress is a picture, drawn again in its place.
+    let (code, out, _) = shell(&lab, "script -qec 'stty cols 60; demae redeploy web' /dev/null");
+    assert!(code == 0 && out.contains("\u{1b}[1A\u{1b}[J"), "{out:?}");
+    assert!(out.contains("converged on 1 host"), "{out}");
 }

@@ -14,6 +14,7 @@ pub mod fleet;
 pub mod frames;
 pub mod http;
 pub mod images;
+pub mod json_schema;
 pub mod lab;
 pub mod load;
 pub mod mishaps;

@@ -7,8 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use tokio::time::Instant;
+
 use super::{
-    Decision, Fleet, StoreArgs, Written, author,
+    Decision, Fleet, StoreArgs, Written, author, commit, delete,
     diff::{Made, compare},
     env::check_count,
     wait::{WaitArgs, follow_until},
@@ -40,6 +42,9 @@ pub(in crate::cli) struct Args {
     /// The app, if the name of the file is another one
     #[arg(long, value_name = "APP")]
     app: Option<String>,
+    /// Also delete the apps that have no file in the directory that is given; their variables stay
+    #[arg(long)]
+    prune: bool,
     /// Only print what would change: exit code 2 if something would
     #[arg(long)]
     dry_run: bool,
@@ -69,24 +74,25 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
             if !lines.is_empty() {
                 changed.push(app);
             }
-            for line in lines {
-                match args.wait.format() {
-                    Format::Text => printer.line(&line),
-                    Format::Json => printer.error(&line),
-                }
-            }
+            lines.iter().for_each(|line| args.print(line, printer));
         }
+        let pruned = args.pruned(&fleet, &specs);
+        pruned.iter().for_each(|app| args.print(&format!("- {app} is removed from every host"), printer));
+        let count = changed.len() + pruned.len();
+        let summary = format!("{count} of {} apps", specs.len() + pruned.len());
         if args.dry_run {
-            printer.error(&format!("{} of {} apps would change", changed.len(), specs.len()));
-            return Ok(if changed.is_empty() { Exit::Success } else { Exit::Changes });
+            printer.error(&format!("{summary} would change"));
+            return Ok(if count == 0 { Exit::Success } else { Exit::Changes });
         }
-        if !changed.is_empty() && !args.yes && stdin().is_terminal() {
-            printer.error(&format!("{} of {} apps change. Go on? [y/N]", changed.len(), specs.len()));
+        if count > 0 && !args.yes && stdin().is_terminal() {
+            printer.error(&format!("{summary} change. Go on? [y/N]"));
             let mut line = String::new();
             stdin().read_line(&mut line)?;
             if !matches!(line.trim(), "y" | "Y" | "yes") {
                 return Err(Failed::because("nothing was written"));
             }
+        } else if !pruned.is_empty() && !args.yes {
+            return Err(Failed::because("`--prune` would delete apps: without a terminal it needs `--yes`"));
         }
         let by = author::signature(args.message.as_deref());
         let deadline = args.wait.deadline()?;
@@ -111,6 +117,23 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
             }
             exit = if exit == Exit::Success { ended } else { exit };
         }
+        // What comes is there before something goes.
+        if exit != Exit::Success && !pruned.is_empty() {
+            printer.error(&format!("nothing is deleted, since not all has been applied: {}", names(&pruned)));
+            return Ok(exit);
+        }
+        for app in pruned {
+            let (revision, ()) = commit(&config, None, |fleet| Ok((delete::edit(fleet, &app, false)?, ()))).await?;
+            if args.wait.detach {
+                args.print(&format!("{app} is to be removed (revision {revision})"), printer);
+                continue;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let ended = delete::wait_gone(&config, &app, revision, left, printer).await?;
+            if ended != Exit::Success {
+                return Ok(ended);
+            }
+        }
         Ok(exit)
     })
 }
@@ -118,7 +141,25 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
 /// What is put for each app: its spec, and variables.
 type Specs = BTreeMap<AppName, Vec<(Key, Vec<u8>)>>;
 
+fn names(apps: &[AppName]) -> String {
+    apps.iter().map(AppName::as_str).collect::<Vec<_>>().join(", ")
+}
+
 impl Args {
+    /// A line for people; with JSON, standard output is for objects.
+    fn print(&self, line: &str, printer: &mut Printer) {
+        match self.wait.format() {
+            Format::Text => printer.line(line),
+            Format::Json => printer.error(line),
+        }
+    }
+
+    /// The apps that have no file, if they are to be deleted.
+    fn pruned(&self, fleet: &Fleet, specs: &Specs) -> Vec<AppName> {
+        let apps = fleet.contents.apps().keys().filter(|app| self.prune && !specs.contains_key(*app));
+        apps.cloned().collect()
+    }
+
     fn specs(&self) -> Result<Specs, Failed> {
         let mut specs = BTreeMap::new();
         let mut files = Vec::new();
@@ -128,6 +169,9 @@ impl Args {
             } else {
                 files.push(given.clone());
             }
+        }
+        if self.prune && !self.files.iter().any(|given| given.is_dir()) {
+            return Err(Failed::usage("`--prune` needs a directory: the apps that have no file in it are deleted"));
         }
         if self.app.is_some() && files.len() != 1 {
             return Err(Failed::usage("`--app` names the app of one file, and these are several"));

@@ -13,6 +13,7 @@ pub(super) mod history;
 pub(super) mod hosts;
 pub(super) mod logs;
 pub(super) mod pause;
+mod progress;
 pub(super) mod promote;
 pub(super) mod redeploy;
 mod report;

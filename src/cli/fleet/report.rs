@@ -1,17 +1,19 @@
 //! What a waiting verb prints: progress by host on standard error, and one line or object at the end on standard output.
 
-use std::collections::BTreeMap;
-
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::{Fleet, summary::serving};
+use super::{
+    Fleet,
+    progress::{Form, Progress, Stage},
+    summary::serving,
+};
 use crate::{
     cli::{Exit, Format, print::Printer},
     fleet::outcome::{Failure, Outcome, Until},
     model::{
         name::{AppName, HostName, ReleaseId},
-        status::{AppStatus, VERSION},
+        status::{AppStatus, State, VERSION},
         time::human,
     },
 };
@@ -23,8 +25,7 @@ pub(super) struct Report {
     revision: i64,
     format: Format,
     began: Instant,
-    last_note: String,
-    last: BTreeMap<HostName, String>,
+    pub(super) progress: Progress,
 }
 
 /// The JSON output.
@@ -56,32 +57,19 @@ struct ShownHost {
 }
 
 impl Report {
-    pub(super) fn new(app: AppName, release: ReleaseId, revision: i64, format: Format) -> Self {
-        let (last_note, last) = (String::new(), BTreeMap::new());
-        Self { app, release, revision, format, began: Instant::now(), last_note, last }
-    }
-
-    /// Prints a note, once.
-    pub(super) fn note(&mut self, printer: &mut Printer, note: &str) {
-        if self.last_note != note {
-            printer.error(&format!("note: {note}"));
-            note.clone_into(&mut self.last_note);
-        }
+    pub(super) fn new(app: AppName, release: ReleaseId, revision: i64, format: Format, form: Form) -> Self {
+        Self { app, release, revision, format, began: Instant::now(), progress: Progress::new(form) }
     }
 
     /// Prints what changed on each host.
-    pub(super) fn progress(&mut self, fleet: &Fleet, outcome: &Outcome, printer: &mut Printer) {
-        for (host, status) in fleet.statuses.get(&self.app).into_iter().flatten().map(|(h, (s, _))| (h, s)) {
-            let line = stage(status, &self.release);
-            if self.last.get(host) != Some(&line) {
-                printer.error(&format!("{host}  {line}"));
-                self.last.insert(host.clone(), line);
-            }
-        }
+    pub(super) fn show(&mut self, fleet: &Fleet, outcome: &Outcome, printer: &mut Printer) {
+        let statuses = fleet.statuses.get(&self.app).into_iter().flatten();
+        let stages = statuses.map(|(host, (status, _))| (host.clone(), stage(status, &self.release)));
+        self.progress.hosts(printer, stages.collect());
         match outcome {
-            Outcome::Pending(Some(why)) => self.note(printer, &format!("waiting: {why}")),
-            Outcome::Blocked(None, why) => self.note(printer, why),
-            Outcome::Blocked(Some(host), why) => self.note(printer, &format!("{host}: {why}")),
+            Outcome::Pending(Some(why)) => self.progress.note(printer, &format!("waiting: {why}")),
+            Outcome::Blocked(None, why) => self.progress.note(printer, why),
+            Outcome::Blocked(Some(host), why) => self.progress.note(printer, &format!("{host}: {why}")),
             _ => {}
         }
     }
@@ -140,20 +128,22 @@ impl Report {
     }
 }
 
-/// Where a host is with a release, in a few words.
-fn stage(status: &AppStatus, release: &ReleaseId) -> String {
+fn stage(status: &AppStatus, release: &ReleaseId) -> Stage {
+    let state = status.state.as_str();
     if status.release.as_deref() != Some(release.as_str()) {
         let runs = status.runs().unwrap_or("nothing");
-        return match status.reason.as_str() {
+        let text = match status.reason.as_str() {
             "" => format!("runs {runs}"),
             reason => format!("runs {runs}: {reason}"),
         };
+        return Stage { state, text, done: false };
     }
-    match (status.reason.as_str(), status.timeline.last()) {
-        ("", Some(moment)) => format!("{}  {} after {} ms", status.state.as_str(), moment.what, moment.ms),
-        ("", None) => status.state.as_str().to_owned(),
-        (reason, _) => format!("{}  {reason}", status.state.as_str()),
-    }
+    let text = match (status.reason.as_str(), status.timeline.last()) {
+        ("", Some(moment)) => format!("{state}  {} after {} ms", moment.what, moment.ms),
+        ("", None) => state.to_owned(),
+        (reason, _) => format!("{state}  {reason}"),
+    };
+    Stage { state, text, done: status.state == State::Converged }
 }
 
 /// Says what became of a release, and what to do next.

@@ -41,5 +41,5 @@ fn decide(fleet: &Fleet, app: &AppName, count: u16) -> Result<Decision, Failed> 
         puts.push((spec, text.into_bytes()));
     }
     let decision = Decision::new(Edit { unchanged, puts, ..Edit::default() }, release, false);
-    Ok(decision.with_note(format!("`demae apply` of a file that has another `replicas_per_host` takes this back")))
+    Ok(decision.with_note("`demae apply` of a file that has another `replicas_per_host` takes this back".to_owned()))
 }

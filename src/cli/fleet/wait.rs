@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::{
     Fleet, StoreArgs, Written,
     attempts::{Waited, attempts},
-    no_app,
+    no_app, progress,
     report::{Report, conclude},
     until,
 };
@@ -54,6 +54,9 @@ pub(super) struct WaitArgs {
     /// What is printed
     #[arg(short, long, value_enum, default_value = "text")]
     output: Format,
+    /// How the progress is printed, on standard error
+    #[arg(long, value_enum, default_value = "auto", value_name = "FORM")]
+    progress: progress::Form,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -147,7 +150,7 @@ pub(super) async fn follow_until(
     printer: &mut Printer,
 ) -> Ended {
     let Written { revision, since, release, .. } = written;
-    let mut report = Report::new(app.clone(), release.clone(), revision, args.format());
+    let mut report = Report::new(app.clone(), release.clone(), revision, args.format(), args.progress);
     if args.detach {
         report.detached(printer);
         return Ok(Exit::Success);
@@ -157,7 +160,7 @@ pub(super) async fn follow_until(
         match watcher.watch(config, turn, app, (&release, since), &mut report, printer).await {
             Ok(ended) => Some(ended),
             Err(failed) => {
-                report.note(printer, &format!("the store cannot be read now: {}", failed.message));
+                report.progress.note(printer, &format!("the store cannot be read now: {}", failed.message));
                 None
             }
         }
@@ -196,7 +199,7 @@ impl Watcher {
         let mut changes = fleet.changes().await.map_err(failed)?;
         loop {
             let decided = fleet.outcome(app, release, since, self.goal);
-            report.progress(&fleet, &decided, printer);
+            report.show(&fleet, &decided, printer);
             let settles = match &decided {
                 Outcome::Pending(_) => {
                     self.blocked_since = None;

@@ -8,6 +8,9 @@ use super::{desired::HostMode, name::HostName, observed::Verdict, problem::Probl
 /// The version of this format. A reader must not guess at an unknown one.
 pub const VERSION: u32 = 1;
 
+/// The JSON Schema (draft 2020-12) of `demae status -o json`. A test holds the output of the program to it.
+pub const SCHEMA: &str = include_str!("status.schema.json");
+
 /// One host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HostStatus {
