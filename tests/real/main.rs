@@ -13,6 +13,7 @@ mod container_faults;
 #[cfg(feature = "failpoints")]
 mod crash;
 mod dashboards;
+mod dev;
 mod disk;
 mod docker_faults;
 mod doctor;

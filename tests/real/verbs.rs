@@ -1,18 +1,12 @@
 //! Commands that need a host: `agent --once`, `plan`, `status`, SIGTERM, and `dev` from start to Ctrl-C.
 #![expect(clippy::disallowed_methods, reason = "a test runs programs and writes files of its own")]
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Stdio},
-    time::Duration,
-};
+use std::{fs, path::Path, process::Command, time::Duration};
 
 use crate::support::{
     json_schema::problems,
     lab::{Lab, Setup},
-    load::{self, Client, Load},
-    process::docker,
+    load::{Client, Load},
     wait::until,
 };
 use demae::model::status::State;
@@ -88,136 +82,6 @@ fn two_hosts_share_an_engine_and_a_store() {
     first.put(&format!("hosts/{}/mode", first.host), "drained");
     until("one host is drained", || first.containers().is_empty());
     assert_eq!((second.containers().len(), second.get("web.test", "/").expect("an answer").0), (2, 200));
-}
-
-/// Kills what `dev` leaves running if a test ends early.
-struct Leftovers<'d>(&'d Path);
-
-impl Drop for Leftovers<'_> {
-    fn drop(&mut self) {
-        let pids = Command::new("pgrep").args(["-f", &self.0.display().to_string()]).output().expect("pgrep runs");
-        for pid in String::from_utf8_lossy(&pids.stdout).lines() {
-            // It may have exited with another.
-            let _ = Command::new("kill").arg(pid).stderr(Stdio::null()).status();
-        }
-        let file = fs::read_to_string(self.0.join("agent.toml")).unwrap_or_default();
-        let Some(host) = file.split('"').nth(1) else { return };
-        let ids = docker(&["ps", "-aq", "--filter", &format!("label=demae.host={host}")]);
-        for id in ids.lines() {
-            docker(&["rm", "-fv", id]);
-        }
-    }
-}
-
-/// What `dev` says that commands need.
-fn environment(dir: &Path) -> Vec<(String, String)> {
-    let text = fs::read_to_string(dir.join("dev.env")).expect("a file");
-    let pairs = text.lines().filter_map(|line| line.trim_start_matches("export ").split_once('='));
-    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
-}
-
-#[test]
-fn dev_with_two_hosts_shows_a_bad_release_and_a_rollback() {
-    let lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
-    let dir = lab.path("dev");
-    fs::create_dir(&dir).expect("a directory");
-    let (_first, _second) = (Leftovers(&dir), Leftovers(&dir.join("host2")));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
-    command.args(["dev", "--hosts", "2", "--dir"]).arg(&dir).stdin(Stdio::null()).stdout(Stdio::null());
-    command.stderr(fs::File::create(lab.path("dev.log")).expect("a log"));
-    let mut dev = command.spawn().expect("it starts");
-    until("dev is up", || dir.join("dev.env").exists());
-    let env = environment(&dir);
-    let demae = |args: &[&str]| {
-        let output = Command::new(env!("CARGO_BIN_EXE_demae")).args(args).envs(env.iter().cloned()).output();
-        let output = output.expect("it runs");
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        (output.status.code(), text(&output.stdout), text(&output.stderr))
-    };
-    let versions = || {
-        let ingress = env.iter().filter(|(name, _)| name.starts_with("DEMAE_INGRESS"));
-        let version = |(_, url): &(String, String)| {
-            let address = url.trim_start_matches("http://").parse().expect("an address");
-            let (_, body) = load::get(address, "web.test", "/").unwrap_or_default();
-            body.split_whitespace().find_map(|word| word.strip_prefix("version=")).unwrap_or("none").to_owned()
-        };
-        ingress.map(version).collect::<Vec<_>>()
-    };
-    let spec = lab.path("web.yaml");
-    let more = "deploy: {update_config: {monitor: 200ms}}\n";
-    fs::write(&spec, lab.socket_spec(&lab.image("v1"), "web.test", more)).expect("a file");
-    let spec = spec.to_str().expect("a path");
-    until("both hosts are up", || demae(&["hosts"]).1.lines().count() == 3);
-    let (code, out, err) = demae(&["deploy", "web", &lab.image("v1"), "--spec", spec]);
-    assert_eq!((code, out.contains("converged on 2 hosts")), (Some(0), true), "{out}{err}");
-    let (code, out, err) = demae(&["deploy", "web", &lab.image("v2")]);
-    assert_eq!((code, versions()), (Some(0), vec!["v2".to_owned(), "v2".to_owned()]), "{out}{err}");
-    let (code, _, err) = demae(&["deploy", "web", &lab.image("v2"), "--env", "MOOD=exit"]);
-    assert_eq!((code, versions()), (Some(3), vec!["v2".to_owned(), "v2".to_owned()]), "{err}");
-    let (code, out, err) = demae(&["rollback", "web"]);
-    assert_eq!((code, versions()), (Some(0), vec!["v2".to_owned(), "v2".to_owned()]), "{out}{err}");
-    assert!(Command::new("kill").args(["-INT", &dev.id().to_string()]).status().expect("kill runs").success());
-    assert!(dev.wait().expect("it ends").success());
-    assert_eq!(fs::read_dir(&dir).expect("a directory").count(), 0, "files are left");
-}
-
-#[test]
-fn dev_starts_resumes_and_cleans_up() {
-    let lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
-    let dir = lab.path("dev");
-    let start = || {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_demae"));
-        command.arg("dev").arg("--dir").arg(&dir).stdin(Stdio::null()).stdout(Stdio::null());
-        command.stderr(fs::File::options().create(true).append(true).open(lab.path("dev.log")).expect("a log"));
-        command.spawn().expect("it starts")
-    };
-    fs::create_dir(&dir).expect("a directory");
-    let _leftovers = Leftovers(&dir);
-    fs::write(dir.join("precious"), "").expect("a file");
-    assert!(!start().wait().expect("it ends").success(), "a directory with files of others is refused");
-    fs::remove_file(dir.join("precious")).expect("it still exists");
-    let mut dev = start();
-    until("dev is up", || dir.join("dev.env").exists());
-    assert!(!start().wait().expect("it ends").success(), "two cannot share a directory");
-    assert!(dir.join("dev.env").exists(), "the second one removes nothing of the first");
-    let env = environment(&dir);
-    let get = |name: &str| env.iter().find(|(k, _)| k == name).map(|(_, v)| v.clone()).expect("a variable");
-    let ingress = get("DEMAE_INGRESS").trim_start_matches("http://").parse().expect("an address");
-    let put = |key: &str, value: &str| {
-        let mut etcdctl = Command::new("etcdctl");
-        etcdctl.envs(env.iter().cloned()).args(["put", &format!("/demae/{key}"), value]).stdout(Stdio::null());
-        assert!(etcdctl.status().expect("etcdctl runs").success());
-    };
-    let serves = |word: &str| load::get(ingress, "web.test", "/").is_ok_and(|(_, body)| body.contains(word));
-    put("apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
-    until("it serves", || serves("version=v1"));
-    // While nginx reloads, workers without the app may still answer.
-    until("the status says that it has converged", || {
-        let mut status = Command::new(env!("CARGO_BIN_EXE_demae"));
-        let status = status.arg("status").envs(env.iter().cloned()).output().expect("it runs");
-        String::from_utf8_lossy(&status.stdout).lines().any(|l| l.contains("web") && l.contains("converged"))
-    });
-
-    // A killed `dev` leaves everything serving; started again, it continues.
-    dev.kill().expect("killed");
-    dev.wait().expect("it ends");
-    assert!(serves("version=v1"), "the app is still served");
-    let mut dev = start();
-    put("apps/web/image", &lab.image("v2"));
-    until("the change is served", || serves("version=v2"));
-
-    let host = fs::read_to_string(dir.join("agent.toml")).expect("a file");
-    let host = host.split('"').nth(1).expect("a host").to_owned();
-    let processes = || {
-        let output = Command::new("pgrep").args(["-f", &dir.display().to_string()]).output().expect("pgrep runs");
-        String::from_utf8_lossy(&output.stdout).lines().filter(|p| Path::new(&format!("/proc/{p}")).exists()).count()
-    };
-    assert!(processes() >= 3);
-    assert!(Command::new("kill").args(["-INT", &dev.id().to_string()]).status().expect("kill runs").success());
-    assert!(dev.wait().expect("it ends").success());
-    assert_eq!(docker(&["ps", "-aq", "--filter", &format!("label=demae.host={host}")]), "", "containers are left");
-    assert_eq!(processes(), 0, "processes are left");
-    assert_eq!(fs::read_dir(&dir).expect("a directory").count(), 0, "files are left");
 }
 
 /// A command of a shell; its exit code and both outputs.

@@ -12,10 +12,15 @@ use super::process::run;
 
 /// The example app, built static, once for all tests.
 pub fn example_app() -> PathBuf {
+    compiled("examples/app.rs", "example-app")
+}
+
+/// A program of one source file, built static, once for all tests.
+fn compiled(source: &str, name: &str) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/app.rs");
-    let binary = dir.join("example-app");
-    let lock = fs::File::create(dir.join("example-app.lock")).expect("a lock");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(source);
+    let binary = dir.join(name);
+    let lock = fs::File::create(dir.join(format!("{name}.lock"))).expect("a lock");
     lock.lock().expect("the lock");
     let newer = |a: &Path, b: &Path| match (
         fs::metadata(a).and_then(|m| m.modified()),
@@ -25,7 +30,7 @@ pub fn example_app() -> PathBuf {
         _ => false,
     };
     if !newer(&binary, &source) {
-        let beside = dir.join("example-app.new");
+        let beside = dir.join(format!("{name}.new"));
         run(Command::new("rustc")
             .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-C", "strip=symbols", "-o"])
             .arg(&beside)
@@ -38,8 +43,12 @@ pub fn example_app() -> PathBuf {
 /// An image of the example app alone. It is imported from an archive, which takes a tenth of the time of a build. The
 /// archive contains the image's name, so no layer is shared with other images and removed with them.
 pub fn build(name: &str, version: &str, dir: &Path) {
+    import(name, &example_app(), version, dir);
+}
+
+fn import(name: &str, program: &Path, version: &str, dir: &Path) {
     fs::create_dir_all(dir).expect("a directory");
-    fs::copy(example_app(), dir.join("app")).expect("copied");
+    fs::copy(program, dir.join("app")).expect("copied");
     fs::write(dir.join("name"), name).expect("a file");
     let archive = dir.join("image.tar");
     run(Command::new("tar").arg("-C").arg(dir).arg("-cf").arg(&archive).args(["app", "name"]));
@@ -47,6 +56,26 @@ pub fn build(name: &str, version: &str, dir: &Path) {
     let mut import = Command::new("docker");
     import.args(["import", "-c", &version, "-c", entrypoint]).arg(&archive).arg(name).stdout(Stdio::null());
     run(&mut import);
+}
+
+/// An image that does what the README asks of `traefik/whoami`; removed when it is dropped.
+pub struct Whoami {
+    pub name: String,
+}
+
+impl Whoami {
+    pub fn new(tag: &str, dir: &Path) -> Self {
+        let name = format!("demae-{tag}/whoami");
+        import(&name, &compiled("tests/support/whoami/main.rs", "whoami"), "1", dir);
+        Self { name }
+    }
+}
+
+impl Drop for Whoami {
+    fn drop(&mut self) {
+        // Its container may be about to go.
+        let _ = Command::new("docker").args(["rmi", "-f", &self.name]).stdout(Stdio::null()).status();
+    }
 }
 
 /// An image of the example app that all labs share: made by the first, removed by the last. Labs give it names of their
