@@ -68,6 +68,7 @@ fn normalised(text: &str) -> String {
                 words[at] = "HOST".to_owned();
             } else if is_number && matches!(next, Some("s" | "ms" | "min")) {
                 words[at] = "N".to_owned();
+                words[at + 1] = "s".to_owned();
             } else if words[at].ends_with(')') && at > 0 && words[at - 1] == "(revision" {
                 words[at] = "N)".to_owned();
             }

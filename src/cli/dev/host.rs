@@ -19,13 +19,15 @@ use super::{
 use crate::{
     cli::Failed,
     config::{Config, Flags},
-    host::docker::Docker,
+    host::{docker::Docker, probe},
     model::name::HostName,
 };
 
 /// The loopback ports of the first host, and how many each has: hosts share an engine.
 const FIRST_PORT: u16 = 21_000;
 const PORTS: u16 = 500;
+/// Longest wait for an agent.
+const READY_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What stays the same if `dev` is started again in its directory.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -127,6 +129,18 @@ impl Place<'_> {
 
     pub(super) async fn nginx_is_up(&self) -> Result<(), Failed> {
         wait_for(self.host.ingress, "nginx", &self.dir.join("nginx-error.log")).await
+    }
+
+    /// Waits until the agent has read everything, and the store knows it; not for ever, as its log says what is wrong.
+    pub(super) async fn agent_is_ready(&self) {
+        let address = self.host.metrics.to_string();
+        let is_ready = async {
+            while !probe::get_tcp(&address, "localhost", "/readyz", READY_TIMEOUT).await.is_ok_and(|a| a.status == 200)
+            {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        let _ = tokio::time::timeout(READY_TIMEOUT, is_ready).await;
     }
 
     /// Removes its containers, and ends its nginx.

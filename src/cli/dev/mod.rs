@@ -123,11 +123,27 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         let ended = match up.await {
             Err(e) => Err(e),
             Ok(()) => {
-                state.write_env(&dir)?;
-                state.print_usage(&dir, printer);
+                let ready = async {
+                    for (place, _) in &hosts {
+                        place.agent_is_ready().await;
+                    }
+                    // From here on, commands find what they need.
+                    state.write_env(&dir)?;
+                    state.print_usage(&dir, printer);
+                    Ok::<_, Failed>(())
+                };
+                let mut serving = std::pin::pin!(serve(&configs, graceful));
+                let by_force = || Err(Failed::because("ended at once by a second signal; containers may be left"));
                 tokio::select! {
-                    ended = serve(&configs, graceful) => ended,
-                    () = forced.cancelled() => Err(Failed::because("ended at once by a second signal; containers may be left")),
+                    ended = &mut serving => ended,
+                    () = forced.cancelled() => by_force(),
+                    ready = ready => match ready {
+                        Err(e) => Err(e),
+                        Ok(()) => tokio::select! {
+                            ended = serving => ended,
+                            () = forced.cancelled() => by_force(),
+                        },
+                    },
                 }
             }
         };
