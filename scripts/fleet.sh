@@ -22,6 +22,7 @@ hosts=(host1 host2 host3)
 . scripts/fleet/checks.sh
 . scripts/fleet/scenarios.sh
 . scripts/fleet/faults.sh
+. scripts/fleet/codes.sh
 
 chosen=("$@")
 [ $# -gt 0 ] || chosen=("${scenarios[@]}")

@@ -3,7 +3,7 @@
 # begins and ends with one version on all hosts, which is `version`. Load is on all hosts that are up.
 
 scenarios=(good bad_release sickens_later cut_off suspended_agent suspended_monitoring killed_trying killed_host
-    leader_killed leader_suspended etcd_member_killed away_for_two three_bad pinned drained commanded verbs)
+    leader_killed leader_suspended etcd_member_killed away_for_two three_bad pinned drained commanded verbs codes)
 version=v1 # what all hosts serve
 release=   # the release of the rollout that was opened last
 before=    # the release of the rollout before that
