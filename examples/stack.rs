@@ -17,6 +17,7 @@ mod load;
 #[path = "../tests/support/mishaps.rs"]
 mod mishaps;
 #[path = "../tests/support/registry.rs"]
+#[expect(dead_code, reason = "the tests use all of it")]
 mod registry;
 
 use std::{

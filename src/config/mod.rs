@@ -3,6 +3,7 @@
 
 mod context;
 mod etcd;
+mod registries;
 
 pub use context::{Context, context};
 pub use etcd::EtcdFlags;
@@ -20,6 +21,7 @@ use serde::Deserialize;
 use crate::{
     host::{
         nginx::{Profile, Settings},
+        registry::Registry,
         tcp_routes,
     },
     model::{env::Secret, event::What, name::HostName, text},
@@ -47,6 +49,7 @@ pub struct File {
     parallel: Option<usize>,
     etcd: etcd::EtcdFile,
     docker: DockerFile,
+    registry: Vec<registries::RegistryFile>,
     nginx: NginxFile,
     ports: PortsFile,
     tcp_routes: TcpRoutesFile,
@@ -74,6 +77,7 @@ struct WebhookFile {
 #[serde(deny_unknown_fields, default)]
 struct DockerFile {
     socket: Option<String>,
+    config: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -204,6 +208,10 @@ pub struct Config {
     pub etcd: EtcdConfig,
     /// Docker's socket.
     pub docker_socket: String,
+    /// How it logs in at registries.
+    pub registries: Vec<Registry>,
+    /// Docker's `config.json`, for registries that are not in that list; `None` if this user has no home.
+    pub docker_config: Option<PathBuf>,
     /// The nginx of this host.
     pub nginx: NginxSetup,
     /// Loopback ports for apps.
@@ -284,6 +292,8 @@ impl Config {
             parallel: file.parallel.unwrap_or(crate::agent::PARALLEL_STEPS).max(1),
             etcd: etcd::config(&flags.etcd, file.etcd)?,
             docker_socket: docker_socket(file.docker.socket)?,
+            registries: registries::registries(file.registry)?,
+            docker_config: registries::docker_config(file.docker.config)?,
             nginx: NginxSetup {
                 binary: n.binary.unwrap_or_else(|| "nginx".to_owned()),
                 container: n.container,

@@ -11,6 +11,7 @@ pub mod layout;
 pub mod nginx;
 pub mod ports;
 pub mod probe;
+pub mod registry;
 pub mod takeover;
 pub mod tcp_routes;
 pub mod tls;

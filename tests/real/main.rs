@@ -28,6 +28,7 @@ mod health;
 mod identity;
 mod imports;
 mod kinds;
+mod logins;
 mod many;
 mod names;
 mod nginx_faults;

@@ -45,6 +45,20 @@ pub(super) async fn docker(context: &Context<'_>, found: &mut Findings) -> bool 
     }
 }
 
+/// Checks whether the logins at registries can be read, without using them.
+pub(super) fn registries(context: &Context<'_>, found: &mut Findings) {
+    let problems = context.world.docker.login_problems();
+    for problem in &problems {
+        let remedy =
+            "no image is pulled from there until then; `[[registry]]` in the agent's file, and Docker's `config.json`";
+        found.fail("registries", problem.clone(), remedy);
+    }
+    if problems.is_empty() {
+        found
+            .ok("registries", format!("{} in the agent's file; else Docker's logins", context.config.registries.len()));
+    }
+}
+
 pub(super) async fn nginx(context: &Context<'_>, found: &mut Findings) {
     let (world, setup) = (context.world, &context.config.nginx);
     let master = match world.nginx.master().await {

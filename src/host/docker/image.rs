@@ -1,20 +1,20 @@
 //! Images: inspects and pulls them.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    path::PathBuf,
+    collections::HashMap,
     time::{Duration, Instant},
 };
 
-use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bollard::{
     auth::DockerCredentials, errors::Error, models::ImageInspect, query_parameters::CreateImageOptionsBuilder,
 };
 use futures_util::StreamExt as _;
-use serde::Deserialize;
 
 use super::{Docker, DockerError, Failure, Operation, Result, one_line};
-use crate::model::name::ImageRef;
+use crate::{
+    host::registry::{Login, registry_of},
+    model::{name::ImageRef, problem::chain},
+};
 
 /// Idle timeout of a pull: a registry that hangs in the middle of a layer stays silent for ever.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
@@ -67,13 +67,28 @@ impl Docker {
         }
     }
 
-    /// Pulls an image, with the credentials that `docker login` left for this user.
+    /// Pulls an image, with the login of this host at its registry. A token of a helper that the registry refuses is asked
+    /// for once more.
     ///
     /// # Errors
     /// If the pull fails; the error says whether a retry can help.
     pub async fn pull(&self, image: &ImageRef) -> Result<()> {
+        match self.pull_once(image).await {
+            Err(e) if e.is_denied() && self.logins.forget(registry_of(image.as_str())) => self.pull_once(image).await,
+            ended => ended,
+        }
+    }
+
+    async fn pull_once(&self, image: &ImageRef) -> Result<()> {
+        let registry = registry_of(image.as_str());
+        let login = self.logins.at(registry).await.map_err(|e| {
+            // A person mends it, or the network comes back: it is asked again.
+            let message = format!("there is no login at {registry}: {}", chain(&e));
+            DockerError::Image { image: image.to_string(), temporary: true, message }
+        })?;
         let options = CreateImageOptionsBuilder::default().from_image(&image.tagged()).build();
-        let mut progress = self.client(Operation::Pull)?.create_image(Some(options), None, credentials(image));
+        let login = login.map(|login| credentials(login, registry));
+        let mut progress = self.client(Operation::Pull)?.create_image(Some(options), None, login);
         let failed = |message: String| {
             let message = one_line(&message);
             DockerError::Image { image: image.to_string(), temporary: is_temporary(&message), message }
@@ -128,60 +143,45 @@ fn is_temporary(message: &str) -> bool {
     let permanent = [
         "manifest unknown",
         "not found",
-        "unauthorized",
-        "authentication required",
-        "access denied",
-        "access to the resource is denied",
         "does not exist",
         "no matching manifest",
         "invalid reference",
         "name unknown",
         "repository name not known",
-        "forbidden",
-        "no basic auth credentials",
     ];
-    !permanent.iter().any(|w| message.contains(w))
+    !permanent.iter().chain(&REFUSALS).any(|w| message.contains(w))
 }
 
-#[derive(Deserialize)]
-struct ConfigFile {
-    #[serde(default)]
-    auths: BTreeMap<String, AuthEntry>,
+/// Whether a registry refused the login, by the engine's message.
+pub(super) fn is_refused_login(message: &str) -> bool {
+    let message = message.to_lowercase();
+    REFUSALS.iter().any(|words| message.contains(words))
 }
 
-#[derive(Deserialize)]
-struct AuthEntry {
-    auth: Option<String>,
-}
+/// What registries say to a login that does not suffice, or to none.
+const REFUSALS: [&str; 7] = [
+    "unauthorized",
+    "authentication required",
+    "access denied",
+    "access to the resource is denied",
+    "forbidden",
+    "no basic auth credentials",
+    "authorization token has expired",
+];
 
-/// The credentials of `docker login` for an image's registry, read at each pull so that a renewed login is seen.
-fn credentials(image: &ImageRef) -> Option<DockerCredentials> {
-    let directory = std::env::var_os("DOCKER_CONFIG")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".docker")))?;
-    let text = std::fs::read(directory.join("config.json")).ok()?;
-    let config: ConfigFile = serde_json::from_slice(&text).ok()?;
-    let registry = registry(image.as_str());
-    let entry = config.auths.iter().find(|(name, _)| {
-        let name = name.trim_start_matches("https://").trim_start_matches("http://").split('/').next().unwrap_or(name);
-        name == registry || (registry == "docker.io" && name == "index.docker.io")
-    });
-    let decoded = STANDARD.decode(entry?.1.auth.as_deref()?).ok()?;
-    let decoded = String::from_utf8(decoded).ok()?;
-    let (username, password) = decoded.split_once(':')?;
-    Some(DockerCredentials {
-        username: Some(username.to_owned()),
-        password: Some(password.trim_end_matches('\0').to_owned()),
-        serveraddress: Some(registry.to_owned()),
-        ..Default::default()
-    })
-}
-
-/// The registry of a reference: its first part, if that looks like a host.
-fn registry(image: &str) -> &str {
-    match image.split_once('/') {
-        Some((host, _)) if host.contains('.') || host.contains(':') || host == "localhost" => host,
-        _ => "docker.io",
+/// What the engine passes on to the registry.
+fn credentials(login: Login, registry: &str) -> DockerCredentials {
+    let serveraddress = Some(registry.to_owned());
+    match login {
+        Login::Password { username, password } => DockerCredentials {
+            username: Some(username),
+            password: Some(password),
+            serveraddress,
+            ..DockerCredentials::default()
+        },
+        Login::Token(token) => {
+            DockerCredentials { identitytoken: Some(token), serveraddress, ..DockerCredentials::default() }
+        }
     }
 }
 
@@ -197,13 +197,5 @@ mod tests {
             "Get \"http://localhost:5000/v2/\": dial tcp 127.0.0.1:5000: connect: connection refused"
         ));
         assert!(is_temporary("toomanyrequests: You have reached your pull rate limit"));
-    }
-
-    #[test]
-    fn the_registry_of_a_reference_is_its_host() {
-        assert_eq!(registry("web:v1"), "docker.io");
-        assert_eq!(registry("team/web"), "docker.io");
-        assert_eq!(registry("registry.example.com/team/web:v1"), "registry.example.com");
-        assert_eq!(registry("localhost:5000/web"), "localhost:5000");
     }
 }

@@ -42,7 +42,7 @@ pub use list::{Instances, Listed, Lists};
 pub use meter::{Failure, Meter, NoMeter, Operation};
 pub use network::{BridgeNetwork, OwnAddress};
 
-use crate::host::files;
+use crate::host::{files, registry::Logins};
 use crate::model::{
     fleet::Capacity,
     name::{AppName, ContainerId, HostName},
@@ -151,6 +151,11 @@ impl DockerError {
             if message.to_lowercase().contains("no space left on device"))
     }
 
+    /// Whether a registry refused the login of this host.
+    fn is_denied(&self) -> bool {
+        matches!(self, DockerError::Image { message, .. } if image::is_refused_login(message))
+    }
+
     /// Whether trying again can help without a person.
     pub fn is_temporary(&self) -> bool {
         !matches!(self, DockerError::Image { temporary: false, .. })
@@ -169,6 +174,8 @@ pub struct Docker {
     /// Timeout of an ordinary call.
     timeout: Duration,
     owner: Option<Arc<dyn Owner>>,
+    /// How it logs in at registries.
+    logins: Arc<Logins>,
 }
 
 /// Decides which containers of this host's name belong to this agent. Two agents may have one name by mistake, with a
@@ -193,7 +200,15 @@ impl Docker {
     /// The engine behind a unix socket. Neither engine nor socket need exist yet.
     pub fn behind(socket: &str, host: HostName) -> Self {
         let (client, meter) = (OnceLock::new(), Arc::new(NoMeter));
-        Self { socket: socket.to_owned(), client, host, meter, timeout: CALL_TIMEOUT, owner: None }
+        Self {
+            socket: socket.to_owned(),
+            client,
+            host,
+            meter,
+            timeout: CALL_TIMEOUT,
+            owner: None,
+            logins: Arc::default(),
+        }
     }
 
     /// bollard makes no client without a socket, so the client is created on first use.
@@ -210,6 +225,16 @@ impl Docker {
                 Err(DockerError::of(operation)(e))
             }
         }
+    }
+
+    /// Pulls images with these logins; otherwise with none.
+    pub fn with_logins(self, logins: Arc<Logins>) -> Self {
+        Self { logins, ..self }
+    }
+
+    /// What is wrong with its logins, without asking a helper.
+    pub fn login_problems(&self) -> Vec<String> {
+        self.logins.problems()
     }
 
     /// Reports the duration of every call to `meter`.
