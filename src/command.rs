@@ -63,7 +63,7 @@ impl World {
                 (None, Some(target)) if is_own && !was_there => {
                     check_mounts(&target.release.container)?;
                     if self.docker.image(target.release.image.as_str()).await?.is_none() {
-                        self.docker.pull(&target.release.image).await?;
+                        self.images.pull(app, &target.release.image).await?;
                     }
                     let command = target.release_command.clone().unwrap_or_default();
                     let network = self.shared_network(&target.release).await;

@@ -14,6 +14,7 @@ use crate::{
         drain::{CountedEndpoint, Counter},
         files::{self, FileError},
         health::{ProbeTarget, Prober, Reach, extra_endpoints, host_header},
+        images::Images,
         layout::Layout,
         nginx::Nginx,
         ports::{self, Ports},
@@ -33,6 +34,8 @@ pub struct World {
     pub host: HostName,
     /// The Docker engine.
     pub docker: Docker,
+    /// Images that were pulled here, and what is pulled.
+    pub images: Images,
     /// nginx.
     pub nginx: Nginx,
     /// Paths of files.
@@ -399,6 +402,11 @@ mod tests {
                 &host,
                 layout.clone(),
                 Docker::behind("/nowhere/docker.sock", host.clone()),
+            ),
+            images: Images::new(
+                Docker::behind("/nowhere/docker.sock", host.clone()),
+                layout.clone(),
+                crate::host::images::Limits::default(),
             ),
             docker: Docker::behind("/nowhere/docker.sock", host.clone()),
             nginx: Nginx::new(Box::new(Local { binary: "nginx".into() }), config, layout.clone(), clock.clone()),

@@ -119,9 +119,9 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
         leader_gauges: leader_gauges_in,
         takes_turns: takes_turns.clone(),
         events: events.clone(),
-        status: status_in,
+        status: status_in.clone(),
         pulse: pulse_in,
-        ready: ready_in,
+        ready: ready_in.clone(),
         end: side.clone(),
     };
     if let Some(webhook) = &config.webhook {
@@ -143,6 +143,9 @@ pub(super) async fn serve(config: &Config, once: bool, token: CancellationToken)
         let changed = |app| drop(changes_out.send(app));
         kept.tcp_routes.keep(nginx, changed, every, end).await;
     });
+    let (kept, end) = (world.clone(), side.clone());
+    let (statuses, is_ready) = (status_in.clone(), ready_in.clone());
+    tasks.spawn(async move { kept.images.keep_room(statuses, is_ready, end).await });
     let disk = Arc::new(setup::Disk(world.layout.clone()));
     let fence = Arc::new(SharedFence::default());
     let cache = DesiredCache::new(config.etcd.prefix.clone(), viewer, disk, fence.clone(), updates);

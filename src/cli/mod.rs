@@ -8,6 +8,7 @@ mod dev;
 mod doctor;
 mod events;
 mod fleet;
+mod images;
 mod import;
 mod init;
 mod input;
@@ -108,6 +109,8 @@ enum Verb {
     Export(fleet::export::Args),
     /// Move the requests of a container to an app, behind a hand-written server of nginx
     Takeover(fleet::takeover::Args),
+    /// List the images that the agent of this host has pulled, and why they stay
+    Images(images::Args),
     /// Check spec files, and report every problem
     Validate(validate::Args),
     /// Print the JSON Schema of a spec, or of a status
@@ -253,6 +256,7 @@ pub fn run() -> ExitCode {
         Verb::Import(args) => import::run(&args, &mut printer),
         Verb::Export(args) => fleet::export::run(&args, &mut printer),
         Verb::Takeover(args) => fleet::takeover::run(&args, &mut printer),
+        Verb::Images(args) => images::run(&args, &mut printer),
         Verb::Validate(args) => validate::run(&args, &mut printer),
         Verb::Schema(args) => schema::run(&args, &mut printer),
         Verb::Completions(args) => completions::completions(&args, &mut printer),

@@ -20,6 +20,7 @@ use serde::Deserialize;
 
 use crate::{
     host::{
+        images::Limits,
         nginx::{Profile, Settings},
         registry::Registry,
         tcp_routes,
@@ -50,6 +51,7 @@ pub struct File {
     etcd: etcd::EtcdFile,
     docker: DockerFile,
     registry: Vec<registries::RegistryFile>,
+    images: registries::ImagesFile,
     nginx: NginxFile,
     ports: PortsFile,
     tcp_routes: TcpRoutesFile,
@@ -208,6 +210,8 @@ pub struct Config {
     pub etcd: EtcdConfig,
     /// Docker's socket.
     pub docker_socket: String,
+    /// When images are removed.
+    pub images: Limits,
     /// How it logs in at registries.
     pub registries: Vec<Registry>,
     /// Docker's `config.json`, for registries that are not in that list; `None` if this user has no home.
@@ -292,6 +296,7 @@ impl Config {
             parallel: file.parallel.unwrap_or(crate::agent::PARALLEL_STEPS).max(1),
             etcd: etcd::config(&flags.etcd, file.etcd)?,
             docker_socket: docker_socket(file.docker.socket)?,
+            images: registries::images(&file.images)?,
             registries: registries::registries(file.registry)?,
             docker_config: registries::docker_config(file.docker.config)?,
             nginx: NginxSetup {

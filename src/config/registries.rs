@@ -1,11 +1,14 @@
-//! `[[registry]]`, and where Docker's own logins are.
+//! Images: `[images]`, `[[registry]]`, and where Docker's own logins are.
 
 use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::{ConfigError, bad};
-use crate::host::registry::{Registry, Source};
+use super::{ConfigError, bad, duration};
+use crate::host::{
+    images::Limits,
+    registry::{Registry, Source},
+};
 
 /// One `[[registry]]`.
 #[derive(Debug, Deserialize)]
@@ -15,6 +18,29 @@ pub(super) struct RegistryFile {
     helper: Option<String>,
     username: Option<String>,
     password_file: Option<PathBuf>,
+}
+
+/// `[images]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct ImagesFile {
+    clean_above: Option<u8>,
+    clean_to: Option<u8>,
+    keep_for: Option<String>,
+}
+
+/// Checks the limits.
+pub(super) fn images(file: &ImagesFile) -> Result<Limits, ConfigError> {
+    let default = Limits::default();
+    let clean_above = file.clean_above.unwrap_or(default.clean_above);
+    let clean_to = file.clean_to.unwrap_or(default.clean_to.min(clean_above));
+    if clean_above > 100 || clean_to > clean_above {
+        return Err(bad("images")(format!(
+            "`clean_above = {clean_above}` and `clean_to = {clean_to}` are no percentages of a disk, the second one not above the first"
+        )));
+    }
+    let keep_for = duration("images.keep_for", file.keep_for.as_deref())?.unwrap_or(default.keep_for);
+    Ok(Limits { clean_above, clean_to, keep_for })
 }
 
 /// Checks the list.

@@ -67,6 +67,11 @@ impl Layout {
         self.state.join("ledger.head")
     }
 
+    /// Images that the agent has pulled.
+    pub fn images(&self) -> PathBuf {
+        self.state.join("images.json")
+    }
+
     /// The acceptance of a distrusted store by a person.
     pub fn accepted(&self) -> PathBuf {
         self.state.join("accepted.json")

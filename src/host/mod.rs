@@ -7,6 +7,7 @@ pub mod docker;
 pub mod drain;
 pub mod files;
 pub mod health;
+pub mod images;
 pub mod layout;
 pub mod nginx;
 pub mod ports;

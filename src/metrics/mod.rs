@@ -108,6 +108,7 @@ pub struct Metrics {
     step_failures: IntCounterVec,
     step_seconds: HistogramVec,
     pull_bytes: IntCounter,
+    images_removed: IntCounter,
     pull_seconds: Histogram,
     drift: IntCounterVec,
     reloads: IntCounterVec,
@@ -180,6 +181,7 @@ impl Metrics {
                 STEP_BUCKETS,
             )?,
             pull_bytes: make.counter("demae_pull_bytes_total", "Bytes of images downloaded")?,
+            images_removed: make.counter("demae_images_removed_total", "Images removed to make room")?,
             pull_seconds: make.histogram("demae_pull_seconds", "How long pulls that succeeded took", PULL_BUCKETS)?,
             drift: make.counters(
                 "demae_drift_repaired_total",
@@ -399,5 +401,9 @@ impl Meter for Metrics {
     fn pulled(&self, bytes: u64, took: Duration) {
         self.pull_bytes.inc_by(bytes);
         self.pull_seconds.observe(took.as_secs_f64());
+    }
+
+    fn removed_image(&self) {
+        self.images_removed.inc();
     }
 }

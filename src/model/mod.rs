@@ -6,6 +6,7 @@ pub mod dotenv;
 pub mod env;
 pub mod event;
 pub mod fleet;
+pub mod images;
 pub mod mounts;
 pub mod name;
 pub mod observed;

@@ -26,6 +26,7 @@ mod fleet_verbs;
 mod footprint;
 mod health;
 mod identity;
+mod images;
 mod imports;
 mod kinds;
 mod logins;

@@ -41,18 +41,31 @@ impl Engine {
     /// Starts one with published ports and live-restore.
     pub fn with_ports() -> Self {
         let mut engine = Self::prepare(true);
+        engine.make_bridge();
+        engine.start();
+        engine
+    }
+
+    /// Starts one in this machine's network, whose images and containers are on a disk of this size.
+    pub fn with_network_on_a_small_disk(size: &str) -> (Self, Disk) {
+        let mut engine = Self::prepare(false);
+        engine.make_bridge();
+        let disk = Disk::of(engine.path("data"), size);
+        engine.start();
+        (engine, disk)
+    }
+
+    fn make_bridge(&mut self) {
         let number = random();
         let (a, b) = (&number[..2], &number[2..4]);
         let byte = |hex: &str| u8::from_str_radix(hex, 16).expect("a byte");
         let bridge = format!("demae{number}");
-        engine.bridge = Some(bridge.clone());
+        self.bridge = Some(bridge.clone());
         run(Command::new("ip").args(["link", "add", &bridge, "type", "bridge"]));
         // 198.18.0.0/15 is for tests (RFC 2544).
         let address = format!("198.{}.{}.1/24", 18 + byte(a) % 2, byte(b));
         run(Command::new("ip").args(["addr", "add", &address, "dev", &bridge]));
         run(Command::new("ip").args(["link", "set", &bridge, "up"]));
-        engine.start();
-        engine
     }
 
     /// Starts one that publishes ports by netfilter rules alone. Only for a test in its own network namespace, whose

@@ -4,6 +4,7 @@
 use std::{
     fs,
     hash::{DefaultHasher, Hash as _, Hasher as _},
+    io::Read as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -46,12 +47,21 @@ pub fn build(name: &str, version: &str, dir: &Path) {
     import(name, &example_app(), version, dir);
 }
 
+/// The same with so many more bytes, which cannot be compressed.
+pub fn build_large(name: &str, version: &str, dir: &Path, bytes: u64) {
+    fs::create_dir_all(dir).expect("a directory");
+    let mut filler = fs::File::create(dir.join("filler")).expect("a file");
+    let random = fs::File::open("/dev/urandom").expect("it is there");
+    std::io::copy(&mut random.take(bytes), &mut filler).expect("written");
+    import(name, &example_app(), version, dir);
+}
+
 fn import(name: &str, program: &Path, version: &str, dir: &Path) {
     fs::create_dir_all(dir).expect("a directory");
     fs::copy(program, dir.join("app")).expect("copied");
     fs::write(dir.join("name"), name).expect("a file");
     let archive = dir.join("image.tar");
-    run(Command::new("tar").arg("-C").arg(dir).arg("-cf").arg(&archive).args(["app", "name"]));
+    run(Command::new("tar").arg("-C").arg(dir).arg("-cf").arg(&archive).arg("--exclude=./image.tar").arg("."));
     let (version, entrypoint) = (format!("ENV VERSION={version}"), "ENTRYPOINT [\"/app\"]");
     let mut import = Command::new("docker");
     import.args(["import", "-c", &version, "-c", entrypoint]).arg(&archive).arg(name).stdout(Stdio::null());

@@ -1,12 +1,15 @@
 //! Images: inspects and pulls them.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     time::{Duration, Instant},
 };
 
 use bollard::{
-    auth::DockerCredentials, errors::Error, models::ImageInspect, query_parameters::CreateImageOptionsBuilder,
+    auth::DockerCredentials,
+    errors::Error,
+    models::ImageInspect,
+    query_parameters::{CreateImageOptionsBuilder, ListContainersOptionsBuilder, RemoveImageOptions},
 };
 use futures_util::StreamExt as _;
 
@@ -64,6 +67,41 @@ impl Docker {
             // 400: not a valid reference to Docker; the pull reports why.
             Err(e) if e.is_status(404) || e.is_status(400) => Ok(None),
             found => found.map(Some),
+        }
+    }
+
+    /// Ids of the images of all containers of the engine, whosever they are.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn images_in_use(&self) -> Result<BTreeSet<String>> {
+        let options = ListContainersOptionsBuilder::default().all(true).build();
+        let all = self.call(Operation::List, |client| client.list_containers(Some(options.clone()))).await?;
+        Ok(all.into_iter().filter_map(|container| container.image_id).collect())
+    }
+
+    /// The size of an image with all its layers, in bytes; `None` if it is not present.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn image_size(&self, reference: &str) -> Result<Option<i64>> {
+        Ok(self.inspect_image(reference).await?.and_then(|image| image.size))
+    }
+
+    /// Removes one name of an image, and its layers if no other name is left. The engine refuses it while a container has
+    /// the image. No effect if it is gone.
+    ///
+    /// # Errors
+    /// If the engine refuses, or does not answer.
+    pub async fn remove_image(&self, reference: &str) -> Result<()> {
+        let none = None::<RemoveImageOptions>;
+        match self.call(Operation::RemoveImage, |client| client.remove_image(reference, none.clone(), None)).await {
+            Err(e) if e.is_status(404) => Ok(()),
+            Ok(_) => {
+                self.meter.removed_image();
+                Ok(())
+            }
+            Err(e) => Err(e),
         }
     }
 

@@ -15,6 +15,8 @@ pub enum Operation {
     Inspect,
     /// Inspect an image.
     InspectImage,
+    /// Remove an image.
+    RemoveImage,
     /// Create a container.
     Create,
     /// Start or unpause a container.
@@ -39,12 +41,13 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation that is measured; an event stream lasts for days.
-    pub const MEASURED: [Self; 14] = [
+    pub const MEASURED: [Self; 15] = [
         Self::Version,
         Self::Info,
         Self::List,
         Self::Inspect,
         Self::InspectImage,
+        Self::RemoveImage,
         Self::Create,
         Self::Start,
         Self::Stop,
@@ -58,7 +61,10 @@ impl Operation {
 
     /// Whether 404 is an ordinary answer, not a failure.
     pub fn allows_not_found(self) -> bool {
-        matches!(self, Self::Inspect | Self::InspectImage | Self::Network | Self::Stop | Self::Remove)
+        matches!(
+            self,
+            Self::Inspect | Self::InspectImage | Self::RemoveImage | Self::Network | Self::Stop | Self::Remove
+        )
     }
 
     /// The word for it, in metrics.
@@ -69,6 +75,7 @@ impl Operation {
             Self::List => "list",
             Self::Inspect => "inspect",
             Self::InspectImage => "inspect_image",
+            Self::RemoveImage => "remove_image",
             Self::Create => "create",
             Self::Start => "start",
             Self::Stop => "stop",
@@ -92,6 +99,7 @@ impl fmt::Display for Operation {
             Self::List => "list containers",
             Self::Inspect => "inspect",
             Self::InspectImage => "inspect the image",
+            Self::RemoveImage => "remove the image",
             Self::Create => "create the container",
             Self::Start => "start the container",
             Self::Stop => "stop the container",
@@ -138,6 +146,9 @@ pub trait Meter: Send + Sync {
 
     /// An image was pulled; `bytes` were downloaded.
     fn pulled(&self, bytes: u64, took: Duration);
+
+    /// An image was removed to make room.
+    fn removed_image(&self);
 }
 
 /// Measures nothing: for one-off commands.
@@ -148,4 +159,6 @@ impl Meter for NoMeter {
     fn called(&self, _: Operation, _: Duration, _: Option<Failure>) {}
 
     fn pulled(&self, _: u64, _: Duration) {}
+
+    fn removed_image(&self) {}
 }

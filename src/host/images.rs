@@ -1,0 +1,334 @@
+//! The images that this agent has pulled, in a file of its own, and room for more: once the disk is full, those are removed
+//! that nothing needs. Images that others have pulled, built or loaded are never touched.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::{Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    docker::{Docker, DockerError},
+    files,
+    layout::Layout,
+};
+use crate::model::{
+    images::{Needs, Pulled, PulledImages, Reason},
+    name::{AppName, ImageRef},
+    problem::chain,
+    status::HostStatus,
+    time::Timestamp,
+};
+
+/// Between two looks at the disk.
+const INTERVAL: Duration = Duration::from_secs(60);
+/// From this share of the disk on, in percent, nothing is pulled: a disk that is full to the end stops everything on it.
+const REFUSE_ABOVE: u8 = 95;
+/// What an app wants is written down this often, so that a file is not written at each look.
+const NOTED: Duration = Duration::from_secs(30 * 60);
+
+/// When images are removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Above this share of the disk, in percent, images are removed.
+    pub clean_above: u8,
+    /// Until it is down to this.
+    pub clean_to: u8,
+    /// How long an image stays at least after it was used.
+    pub keep_for: Duration,
+}
+
+impl Default for Limits {
+    /// As the kubelet has them: <https://kubernetes.io/docs/concepts/architecture/garbage-collection/#container-image-lifecycle>.
+    fn default() -> Self {
+        Self { clean_above: 85, clean_to: 80, keep_for: Duration::from_secs(3600) }
+    }
+}
+
+/// The images of this host.
+pub struct Images {
+    docker: Docker,
+    layout: Layout,
+    limits: Limits,
+    state: Mutex<State>,
+    /// Held by the one that removes.
+    removing: tokio::sync::Mutex<()>,
+    /// Where Docker keeps its data, once it has said so.
+    root: OnceLock<PathBuf>,
+}
+
+#[derive(Default)]
+struct State {
+    /// What the file says; `None` before it was read. An unreadable file is not an empty one.
+    known: Option<PulledImages>,
+    /// What the apps of this host want, by reference; `None` before the agent has read everything.
+    wanted: Option<BTreeMap<AppName, Option<String>>>,
+    pulling: BTreeSet<String>,
+}
+
+/// One image, for people.
+#[derive(Debug)]
+pub struct Listed {
+    /// Its reference.
+    pub reference: String,
+    /// What is known of it.
+    pub image: Pulled,
+    /// Its size with all layers, in bytes; `None` if it is not there any more.
+    pub size: Option<i64>,
+    /// Why it stays; `None` if it may be removed.
+    pub reason: Option<Reason>,
+}
+
+/// Takes a reference out of what is being pulled, also if the pull is cancelled.
+struct Pulling<'i>(&'i Images, String);
+
+impl Drop for Pulling<'_> {
+    fn drop(&mut self) {
+        self.0.state().pulling.remove(&self.1);
+    }
+}
+
+impl Images {
+    /// Of this engine, with its file in the state directory.
+    pub fn new(docker: Docker, layout: Layout, limits: Limits) -> Self {
+        Self {
+            docker,
+            layout,
+            limits,
+            state: Mutex::default(),
+            removing: tokio::sync::Mutex::default(),
+            root: OnceLock::new(),
+        }
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Pulls an image for an app, and notes that it was this agent. Makes room before, if the disk is nearly full.
+    ///
+    /// # Errors
+    /// If the pull fails, or the disk is too full for any.
+    pub async fn pull(&self, app: &AppName, image: &ImageRef) -> Result<(), DockerError> {
+        let reference = image.tagged();
+        self.state().pulling.insert(reference.clone());
+        let _pulling = Pulling(self, reference.clone());
+        if let Err(e) = self.make_room().await {
+            tracing::debug!("images cannot be removed: {}", chain(&e));
+        }
+        if let Some(used) = self.used().await.filter(|used| *used >= REFUSE_ABOVE) {
+            // The words by which a full disk is known.
+            let message = format!(
+                "no space left on device for it: the disk of Docker's images is {used} % full, and no image that demae has pulled can be removed (`demae images`)"
+            );
+            return Err(DockerError::Image { image: image.to_string(), message, temporary: true });
+        }
+        self.docker.pull(image).await?;
+        if let Some(id) = self.docker.image(&reference).await? {
+            let now = Timestamp::now();
+            self.change(|images| {
+                let known = images.entry(reference).or_insert_with(|| Pulled {
+                    id: String::new(),
+                    pulled: now,
+                    apps: BTreeMap::new(),
+                });
+                (known.id, known.pulled) = (id, now);
+                known.apps.insert(app.clone(), now);
+                true
+            });
+        }
+        Ok(())
+    }
+
+    /// Watches what apps want, and the disk, until the end.
+    pub async fn keep_room(
+        &self,
+        mut statuses: watch::Receiver<HostStatus>,
+        mut ready: watch::Receiver<bool>,
+        end: CancellationToken,
+    ) {
+        let work = async {
+            // Before that, an app that is not in the status may be wanted all the same.
+            if ready.wait_for(|ready| *ready).await.is_err() {
+                return;
+            }
+            loop {
+                self.note(wanted(&statuses.borrow_and_update()));
+                if let Err(e) = self.make_room().await {
+                    tracing::warn!("images cannot be removed: {}", chain(&e));
+                }
+                let next = tokio::time::sleep(INTERVAL);
+                tokio::pin!(next);
+                loop {
+                    tokio::select! {
+                        () = &mut next => break,
+                        changed = statuses.changed() => {
+                            if changed.is_err() {
+                                return;
+                            }
+                            self.note(wanted(&statuses.borrow_and_update()));
+                        }
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = end.cancelled() => {}
+            () = work => {}
+        }
+    }
+
+    /// Notes what apps want.
+    fn note(&self, wanted: BTreeMap<AppName, Option<String>>) {
+        let before = self.state().wanted.replace(wanted.clone());
+        if before.as_ref() == Some(&wanted) && !self.is_noting_due(&wanted) {
+            return;
+        }
+        let now = Timestamp::now();
+        self.change(|images| {
+            let mut is_changed = false;
+            for (app, reference) in wanted {
+                let Some(image) = reference.and_then(|reference| images.get_mut(&reference)) else { continue };
+                let last = image.apps.insert(app, now);
+                is_changed |= last.is_none_or(|last| now.since(last) >= NOTED);
+            }
+            is_changed
+        });
+    }
+
+    fn is_noting_due(&self, wanted: &BTreeMap<AppName, Option<String>>) -> bool {
+        let (now, state) = (Timestamp::now(), self.state());
+        let Some(known) = &state.known else { return true };
+        let last =
+            |(app, reference): (&AppName, &Option<String>)| known.get(reference.as_ref()?)?.apps.get(app).copied();
+        wanted.iter().filter_map(last).any(|last| now.since(last) >= NOTED)
+    }
+
+    /// Changes what is known, and writes it if that is wanted. What cannot be read is left as it is.
+    fn change(&self, change: impl FnOnce(&mut PulledImages) -> bool) {
+        let mut state = self.state();
+        let known = match state.known.take() {
+            Some(known) => Ok(known),
+            None => read(&self.layout.images()),
+        };
+        let mut known = match known {
+            Ok(known) => known,
+            Err(e) => {
+                tracing::warn!("{e}; images that are pulled now are never removed");
+                return;
+            }
+        };
+        if change(&mut known) {
+            let text = serde_json::to_vec_pretty(&known).map_err(std::io::Error::other);
+            let path = self.layout.images();
+            let written = text.map_err(|e| e.to_string());
+            let written = written.and_then(|text| files::write(&path, &text, 0o644).map_err(|e| chain(&e)));
+            if let Err(e) = written {
+                // What is only in the memory is lost with this agent, and then never removed.
+                tracing::warn!("the images of this host cannot be noted: {e}");
+            }
+        }
+        state.known = Some(known);
+    }
+
+    /// How full the disk of Docker's images is, in percent; `None` if that cannot be seen from here.
+    async fn used(&self) -> Option<u8> {
+        if self.root.get().is_none() {
+            let root = self.docker.root_dir().await.ok()??;
+            let _ = self.root.set(root);
+        }
+        used_of(self.root.get()?)
+    }
+
+    /// Removes what nothing needs if the disk is too full, until it is not.
+    ///
+    /// # Errors
+    /// If Docker does not answer.
+    async fn make_room(&self) -> Result<(), DockerError> {
+        let _one = self.removing.lock().await;
+        if self.used().await.is_none_or(|used| used <= self.limits.clean_above) {
+            return Ok(());
+        }
+        self.change(|_| false);
+        for reference in self.removable(&self.docker.images_in_use().await?) {
+            if self.used().await.is_none_or(|used| used <= self.limits.clean_to) {
+                break;
+            }
+            // A name that leads to another image now was given by others.
+            let known =
+                self.state().known.as_ref().and_then(|known| known.get(&reference)).map(|image| image.id.clone());
+            let is_ours = self.docker.image(&reference).await? == known;
+            match if is_ours { self.docker.remove_image(&reference).await } else { Ok(()) } {
+                Ok(()) => {
+                    if is_ours {
+                        tracing::info!(image = reference, "remove an image that nothing needs, to make room");
+                    }
+                    self.change(|images| images.remove(&reference).is_some());
+                }
+                Err(e) => tracing::debug!("{}", chain(&e)),
+            }
+        }
+        Ok(())
+    }
+
+    fn removable(&self, containers: &BTreeSet<String>) -> Vec<String> {
+        let state = self.state();
+        let (Some(known), Some(wanted)) = (&state.known, &state.wanted) else { return Vec::new() };
+        let needs = self.needs(containers, wanted, &state.pulling);
+        needs.removable(known).into_iter().map(str::to_owned).collect()
+    }
+
+    fn needs<'n>(
+        &self,
+        containers: &'n BTreeSet<String>,
+        wanted: &'n BTreeMap<AppName, Option<String>>,
+        pulling: &'n BTreeSet<String>,
+    ) -> Needs<'n> {
+        Needs { containers, wanted, pulling, now: Timestamp::now(), keep_for: self.limits.keep_for }
+    }
+
+    /// What this agent has pulled, and why it stays, given the status of this host.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or Docker does not answer.
+    pub async fn list(&self, status: &HostStatus) -> Result<Vec<Listed>, String> {
+        let known = read(&self.layout.images())?;
+        let containers = self.docker.images_in_use().await.map_err(|e| chain(&e))?;
+        let (wanted, pulling) = (wanted(status), BTreeSet::new());
+        let mut listed = Vec::new();
+        for (reference, image) in &known {
+            let size = self.docker.image_size(reference).await.map_err(|e| chain(&e))?;
+            let reason = self.needs(&containers, &wanted, &pulling).reason(&known, reference);
+            listed.push(Listed { reference: reference.clone(), image: image.clone(), size, reason });
+        }
+        listed.sort_by_key(|listed| std::cmp::Reverse(listed.image.used()));
+        Ok(listed)
+    }
+}
+
+fn used_of(root: &std::path::Path) -> Option<u8> {
+    let (free, size) = files::space(root).ok()?;
+    let free = free.saturating_mul(100).checked_div(size)?;
+    u8::try_from(100 - free.min(100)).ok()
+}
+
+/// What the apps of a host want, by reference.
+fn wanted(status: &HostStatus) -> BTreeMap<AppName, Option<String>> {
+    let reference = |image: &String| ImageRef::try_from(image.as_str()).ok().map(|image| image.tagged());
+    let apps = status
+        .apps
+        .iter()
+        .filter_map(|app| Some((AppName::try_from(app.app.as_str()).ok()?, app.image.as_ref().and_then(reference))));
+    apps.collect()
+}
+
+fn read(path: &std::path::Path) -> Result<PulledImages, String> {
+    match files::read(path).map_err(|e| chain(&e))? {
+        None => Ok(PulledImages::new()),
+        Some(text) => serde_json::from_slice(&text).map_err(|e| format!("cannot read `{}`: {e}", path.display())),
+    }
+}
