@@ -1,7 +1,7 @@
 //! A tiny web app to deploy: static, without dependencies, with the failure modes that tests need.
 //!
-//! With the argument `check` it only checks whether another one listens on `SOCKET`; with `exit CODE MS` it only exits,
-//! after so many milliseconds.
+//! With the argument `check` it only checks whether another one listens on `SOCKET`; with `cat` it copies its input to its
+//! output; with `exit CODE MS` it only exits, after so many milliseconds.
 //!
 //! Environment: `ALSO_SOCKET` or `ALSO_PORT` (a second endpoint, reported as `way=second`), `ROOT_STATUS` (status of
 //! `/`), `ONLY_HOST` (any other host gets 400), `SICK_AFTER_MS` (from then on `/healthz` answers 503), `SOCKET` (a
@@ -38,6 +38,10 @@ fn main() {
         // For a health check that Docker runs inside the container.
         let path = env::var("SOCKET").unwrap_or_default();
         std::process::exit(if std::os::unix::net::UnixStream::connect(path).is_ok() { 0 } else { 1 });
+    }
+    if env::args().nth(1).as_deref() == Some("cat") {
+        let copied = std::io::copy(&mut std::io::stdin(), &mut std::io::stdout());
+        std::process::exit(if copied.is_ok() { 0 } else { 1 });
     }
     if env::args().nth(1).as_deref() == Some("exit") {
         let number = |n| env::args().nth(n).and_then(|text| text.parse().ok()).unwrap_or(0);

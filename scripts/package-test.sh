@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The package on a bare Debian: a container with a Docker engine, nginx and etcd of its own, and no systemd, so the agent
-# is started by hand. Install, `demae dev`, a deploy, an upgrade under load, a removal, and a purge that is refused.
+# is started by hand. Install, `demae dev`, the role for Ansible, a deploy, an upgrade under load, a removal, and a purge that is refused.
 #
 #   scripts/package-test.sh    3 min; makes packages of the debug build first
 #
@@ -75,7 +75,7 @@ chmod +x "$work/boot"
 cat >"$work/Dockerfile" <<DOCKERFILE
 FROM $services
 RUN apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-    docker.io iptables nftables iproute2 curl procps >/dev/null && rm -rf /var/lib/apt/lists/* /etc/nginx/sites-enabled/default
+    docker.io iptables nftables iproute2 curl procps ansible-core cloud-init >/dev/null && rm -rf /var/lib/apt/lists/* /etc/nginx/sites-enabled/default
 COPY app load boot demae.deb demae+1.deb /test/
 VOLUME /var/lib/docker /var/lib/demae
 ENTRYPOINT ["/test/boot"]
@@ -109,9 +109,19 @@ on sh -c '. /tmp/dev/dev.env; export ETCDCTL_API ETCDCTL_ENDPOINTS DEMAE_CONFIG 
 on pkill -INT -x demae
 await 30 "dev has ended" on sh -c '! pgrep -x demae'
 
+echo "the role for Ansible, twice"
+docker cp deploy/ansible "$name:/test/ansible" >/dev/null
+docker cp deploy/cloud-init.yaml "$name:/test/cloud-init.yaml" >/dev/null
+on sh -c 'printf "[demae]\nlocalhost ansible_connection=local\n" >/test/ansible/hosts'
+play() { on ansible-playbook -i /test/ansible/hosts -e demae_package=/test/demae.deb -e '{"demae_labels": {"role": "web"}}' /test/ansible/site.yml; }
+play >"$work/play" 2>&1 || fail "$(cat "$work/play")"
+play >"$work/play" 2>&1 || fail "$(cat "$work/play")"
+grep -q 'changed=0 .*failed=0' "$work/play" || fail "the second run changes something: $(cat "$work/play")"
+on sh -c 'nginx -T 2>/dev/null | grep -q demae' || fail "nginx does not include demae's files"
+on grep -q 'role = "web"' /etc/demae/agent.toml
+on cloud-init schema --config-file /test/cloud-init.yaml >"$work/play" 2>&1 || fail "$(cat "$work/play")"
+
 echo "a deploy"
-on ln -s /etc/demae/nginx.conf /etc/nginx/conf.d/demae.conf
-on nginx -s reload
 start_agent() {
     docker exec --detach "$name" sh -c 'mkdir -p /run/demae; exec demae agent --endpoints 127.0.0.1:2379 >>/var/log/demae.log 2>&1'
     await 60 "the agent is ready" on demae ready

@@ -74,6 +74,11 @@ all_codes() { # GOOD BAD NEXT LATER LAST
     answer 0 wait web
     version=$5
     answer 64 deploy web
+    answer 0 run web -- exit 0 0
+    answer 7 exec web -- /app exit 7 0
+    answer 125 exec nothing -- /app
+    answer 126 exec web -- /etc/hostname
+    answer 127 exec web -- /nowhere
     answer 75 status --fleet --endpoints 127.0.0.1:1 --dial-timeout 500ms
     at_rest "$version"
 }

@@ -21,6 +21,7 @@ mod restore_routes;
 mod schema;
 mod setup;
 mod status;
+mod task;
 mod validate;
 mod version;
 
@@ -79,6 +80,10 @@ enum Verb {
     Diff(fleet::diff::Args),
     /// Print the end of the log of a release that failed
     Logs(fleet::logs::Args),
+    /// Run a command once, in a container of its own like those of an app, on this host
+    Run(task::run::Args),
+    /// Run a command in a container of an app on this host
+    Exec(task::exec::Args),
     /// Keep an app as it is, whatever is written, until it is resumed
     Pause(fleet::pause::PauseArgs),
     /// Let a paused app be changed again
@@ -148,6 +153,8 @@ enum Exit {
     Usage,
     /// 75: try again later (`EX_TEMPFAIL`, sysexits.h).
     TryAgain,
+    /// The code of a command that a person runs, or 125 to 127 if it was not run.
+    Child(u8),
     /// 124: written, and not decided in time (as `timeout`).
     Undecided,
     /// 130: interrupted while waiting (as shells say it: 128 + SIGINT).
@@ -166,6 +173,7 @@ impl Exit {
             Exit::Promote => 6,
             Exit::Usage => 64,
             Exit::TryAgain => 75,
+            Exit::Child(code) => code,
             Exit::Undecided => 124,
             Exit::Interrupted => 130,
         })
@@ -198,6 +206,10 @@ impl Failed {
 
     fn superseded(message: impl Into<String>) -> Self {
         Self { exit: Exit::Superseded, message: message.into() }
+    }
+
+    fn child(code: u8, message: impl Into<String>) -> Self {
+        Self { exit: Exit::Child(code), message: message.into() }
     }
 
     fn undecided(message: impl Into<String>) -> Self {
@@ -241,6 +253,8 @@ pub fn run() -> ExitCode {
         Verb::History(args) => fleet::history::run(&args, &mut printer),
         Verb::Diff(args) => fleet::diff::run(&args, &mut printer),
         Verb::Logs(args) => fleet::logs::run(&args, &mut printer),
+        Verb::Run(args) => task::run::run(&args, &mut printer),
+        Verb::Exec(args) => task::exec::run(&args, &mut printer),
         Verb::Pause(args) => fleet::pause::pause(&args, &mut printer),
         Verb::Resume(args) => fleet::pause::resume(&args, &mut printer),
         Verb::Delete(args) => fleet::delete::run(&args, &mut printer),

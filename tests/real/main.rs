@@ -46,6 +46,7 @@ mod store;
 mod store_trust;
 mod switches;
 mod takeover;
+mod tasks;
 mod tcp_routes;
 mod templates;
 mod upgrade;

@@ -10,6 +10,7 @@ mod image;
 mod list;
 mod meter;
 mod network;
+mod task;
 
 use std::{
     collections::HashMap,
@@ -41,6 +42,7 @@ use found::LEAVING_SUFFIX;
 pub use list::{Instances, Listed, Lists};
 pub use meter::{Failure, Meter, NoMeter, Operation};
 pub use network::{BridgeNetwork, OwnAddress};
+pub use task::{Printed, Task, Terminal};
 
 use crate::host::{files, registry::Logins};
 use crate::model::{

@@ -1,0 +1,104 @@
+//! `demae run`
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{TerminalArgs, ended, not_run, not_started, pass_on};
+use crate::{
+    cli::{Common, Ended, Failed, print::Printer, runtime, setup, setup::Disk},
+    config::Config,
+    execute::check_mounts,
+    host::docker::{Docker, NoMeter, Terminal},
+    model::{
+        desired::{DesiredApp, Target},
+        name::{AppName, ContainerId},
+    },
+    store,
+    world::World,
+};
+
+/// What a command has to end after Ctrl-C.
+const GRACE: Duration = Duration::from_secs(10);
+
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Args {
+    #[command(flatten)]
+    terminal: TerminalArgs,
+    /// The app
+    #[arg(value_name = "APP")]
+    app: String,
+    /// The command, after `--`
+    #[arg(value_name = "COMMAND", required = true, last = true)]
+    command: Vec<String>,
+    #[command(flatten)]
+    common: Common,
+}
+
+pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    let app = AppName::try_from(args.app.as_str()).map_err(Failed::from).map_err(not_run)?;
+    let mut start = || -> Ended {
+        let terminal = args.terminal.check()?;
+        let config = Config::load(&args.common)?;
+        let world = setup::world(&config, None, Arc::new(NoMeter))?;
+        let runtime = runtime(1)?;
+        let ended = runtime.block_on(async {
+            let target = target(&config, &world, &app).await?;
+            printer.error(&format!("in a container like those of {app} {}", target.release.id));
+            task(&world, &app, &target, &args.command, terminal).await
+        });
+        // A read from standard input may be in flight for ever.
+        runtime.shutdown_background();
+        ended
+    };
+    start().map_err(not_run)
+}
+
+/// What the app is to run here, as an agent would take it from the store.
+async fn target(config: &Config, world: &World, app: &AppName) -> Result<Target, Failed> {
+    let viewer = setup::viewer(config, world).await?;
+    let compared = store::compare(&config.etcd, &viewer, &Disk(world.layout.clone())).await;
+    let compared = compared.map_err(|e| Failed::try_later(e.to_string()))?;
+    match compared.acting.apps.get(app) {
+        Some(desired @ (DesiredApp::Run(_) | DesiredApp::Invalid { last_good: Some(_), .. })) => {
+            desired.target().cloned().ok_or_else(|| Failed::because("it has no release"))
+        }
+        Some(DesiredApp::Absent(why) | DesiredApp::Unknown(why) | DesiredApp::Paused(why)) => {
+            Err(Failed::because(format!("`{app}` is not to run on this host: {why}")))
+        }
+        Some(DesiredApp::Invalid { problems, .. }) => Err(Failed::because(format!("`{app}` is invalid:\n{problems}"))),
+        None => Err(Failed::because(format!("no app `{app}` is in the store"))),
+    }
+}
+
+async fn task(world: &World, app: &AppName, target: &Target, command: &[String], terminal: Terminal) -> Ended {
+    let release = &target.release;
+    check_mounts(&release.container)?;
+    if world.docker.image(release.image.as_str()).await?.is_none() {
+        world.images.pull(app, &release.image).await?;
+    }
+    let network = world.shared_network(release).await;
+    let docker = &world.docker;
+    let container = docker.create_task(app, release, command, terminal, network).await?;
+    let ended = attached(docker, &container, terminal).await;
+    // It has ended, or was never started.
+    if let Err(e) = docker.remove(&container).await {
+        tracing::warn!("{e}");
+    }
+    ended
+}
+
+async fn attached(docker: &Docker, container: &ContainerId, terminal: Terminal) -> Ended {
+    let mut task = docker.attach(container, terminal).await?;
+    docker.start(container).await.map_err(|e| not_started(&e))?;
+    let (mut pressed, mut terminated) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let mut work = std::pin::pin!(pass_on(docker, &mut task, terminal));
+    loop {
+        tokio::select! {
+            passed = &mut work => break drop(passed?),
+            Some(()) = pressed.recv() => docker.stop(container, GRACE).await?,
+            Some(()) = terminated.recv() => docker.stop(container, GRACE).await?,
+        }
+    }
+    Ok(ended(docker.exit_code(container).await?))
+}
