@@ -45,7 +45,24 @@ async fn may_write(connection: &mut Connection, config: &EtcdConfig, host: &Host
         format!("state/fence/{host}"),
         "secret/release-key".to_owned(),
     ];
-    let keys = keys.map(|rest| config.prefix.key(&rest));
+    try_to_write(connection, &keys.map(|rest| config.prefix.key(&rest))).await
+}
+
+/// Whether the user may write the spec of any app, which no agent does.
+///
+/// # Errors
+/// If no member answers, or one fails otherwise.
+pub async fn may_write_specs(config: &EtcdConfig) -> Result<bool, StoreError> {
+    let mut connection = Connection::open(config, 0).await?;
+    match try_to_write(&mut connection, &[config.prefix.key("apps/a/spec")]).await {
+        Ok(()) => Ok(true),
+        Err(e) if e.is_of_rights() => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Tries the rights, and writes nothing.
+async fn try_to_write(connection: &mut Connection, keys: &[String]) -> Result<(), StoreError> {
     let never = Compare::version(keys[0].as_str(), CompareOp::Less, 0);
     let puts = keys.iter().map(|key| TxnOp::put(key.as_str(), "", None));
     let txn = Txn::new().when([never]).and_then(puts.collect::<Vec<_>>());

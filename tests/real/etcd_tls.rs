@@ -20,7 +20,7 @@ use crate::support::{
 use demae::model::status::State;
 
 /// An etcd that requires client certificates.
-fn secured(dir: &Path, at: SocketAddr, peer: SocketAddr) -> Etcd {
+pub fn secured(dir: &Path, at: SocketAddr, peer: SocketAddr) -> Etcd {
     let more =
         ["--client-cert-auth", "--trusted-ca-file", "ca.crt", "--cert-file", "server.crt", "--key-file", "server.key"];
     Etcd::start_secured(dir, "secured", at, &[("secured", peer)], &more)
@@ -32,12 +32,12 @@ fn openssl(dir: &Path, arguments: &str) {
 }
 
 /// Creates a CA, in place of the one before.
-fn authority(dir: &Path) {
+pub fn authority(dir: &Path) {
     openssl(dir, "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.crt");
 }
 
 /// A certificate signed by that CA.
-fn certificate(dir: &Path, name: &str) {
+pub fn certificate(dir: &Path, name: &str) {
     certificate_for(dir, name, 2);
 }
 

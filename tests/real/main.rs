@@ -38,6 +38,7 @@ mod ordinary;
 mod otel;
 mod restores;
 mod retries;
+mod roles;
 mod rollouts;
 mod secrets;
 mod slow_disk;

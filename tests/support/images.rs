@@ -44,7 +44,12 @@ fn compiled(source: &str, name: &str) -> PathBuf {
 /// An image of the example app alone. It is imported from an archive, which takes a tenth of the time of a build. The
 /// archive contains the image's name, so no layer is shared with other images and removed with them.
 pub fn build(name: &str, version: &str, dir: &Path) {
-    import(name, &example_app(), version, dir);
+    import(name, &example_app(), &[&format!("VERSION={version}")], dir);
+}
+
+/// One whose app ends at once.
+pub fn build_failing(name: &str, dir: &Path) {
+    import(name, &example_app(), &["VERSION=bad", "MOOD=exit"], dir);
 }
 
 /// The same with so many more bytes, which cannot be compressed.
@@ -53,18 +58,21 @@ pub fn build_large(name: &str, version: &str, dir: &Path, bytes: u64) {
     let mut filler = fs::File::create(dir.join("filler")).expect("a file");
     let random = fs::File::open("/dev/urandom").expect("it is there");
     std::io::copy(&mut random.take(bytes), &mut filler).expect("written");
-    import(name, &example_app(), version, dir);
+    import(name, &example_app(), &[&format!("VERSION={version}")], dir);
 }
 
-fn import(name: &str, program: &Path, version: &str, dir: &Path) {
+fn import(name: &str, program: &Path, env: &[&str], dir: &Path) {
     fs::create_dir_all(dir).expect("a directory");
     fs::copy(program, dir.join("app")).expect("copied");
     fs::write(dir.join("name"), name).expect("a file");
     let archive = dir.join("image.tar");
     run(Command::new("tar").arg("-C").arg(dir).arg("-cf").arg(&archive).arg("--exclude=./image.tar").arg("."));
-    let (version, entrypoint) = (format!("ENV VERSION={version}"), "ENTRYPOINT [\"/app\"]");
     let mut import = Command::new("docker");
-    import.args(["import", "-c", &version, "-c", entrypoint]).arg(&archive).arg(name).stdout(Stdio::null());
+    import.args(["import", "-c", "ENTRYPOINT [\"/app\"]"]).stdout(Stdio::null());
+    for variable in env {
+        import.args(["-c", &format!("ENV {variable}")]);
+    }
+    import.arg(&archive).arg(name);
     run(&mut import);
 }
 
@@ -76,7 +84,7 @@ pub struct Whoami {
 impl Whoami {
     pub fn new(tag: &str, dir: &Path) -> Self {
         let name = format!("demae-{tag}/whoami");
-        import(&name, &compiled("tests/support/whoami/main.rs", "whoami"), "1", dir);
+        import(&name, &compiled("tests/support/whoami/main.rs", "whoami"), &[], dir);
         Self { name }
     }
 }

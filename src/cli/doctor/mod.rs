@@ -95,6 +95,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         host::ports(&context, &mut found);
         host::tcp_routes(&context, &mut found).await;
         store::members(&context, &mut found).await;
+        store::excess_rights(&context, &mut found).await;
         let snapshot = store::trust(&context, &mut found).await;
         store::rollouts(&context, &mut found).await;
         if context.docker_answers {

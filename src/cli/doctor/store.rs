@@ -54,6 +54,27 @@ pub(super) async fn members(context: &Context<'_>, found: &mut Findings) {
     }
 }
 
+/// Checks whether the user of this agent has more rights than an agent needs. Without a user all that
+/// reach etcd have all rights.
+pub(super) async fn excess_rights(context: &Context<'_>, found: &mut Findings) {
+    let etcd = &context.config.etcd;
+    if etcd.user.is_none() && etcd.cert.is_none() {
+        return;
+    }
+    // If no member answers, that is reported already.
+    let Ok(may_write_specs) = store::may_write_specs(etcd).await else { return };
+    if may_write_specs {
+        let remedy = "give each host a user and a role of its own: deploy/etcd-roles.sh makes them, and docs/security.md has their rights";
+        found.warn(
+            "rights",
+            "with this host's login one can write the spec of any app, and so change every host",
+            remedy,
+        );
+    } else {
+        found.ok("rights", "with this host's login one cannot write what other hosts run");
+    }
+}
+
 /// The remedy for missing rights.
 const RIGHTS: &str = "give this user the rights that docs/keys.md names, and check name and password";
 
