@@ -1,7 +1,7 @@
 //! A tiny web app to deploy: static, without dependencies, with the failure modes that tests need.
 //!
 //! With the argument `check` it only checks whether another one listens on `SOCKET`; with `cat` it copies its input to its
-//! output; with `exit CODE MS` it only exits, after so many milliseconds.
+//! output, with `print-then-cat BYTES` after so many bytes of its own; with `flood` it prints for ever; with `exit CODE MS` it only exits, after so many milliseconds.
 //!
 //! Environment: `ALSO_SOCKET` or `ALSO_PORT` (a second endpoint, reported as `way=second`), `ROOT_STATUS` (status of
 //! `/`), `ONLY_HOST` (any other host gets 400), `SICK_AFTER_MS` (from then on `/healthz` answers 503), `SOCKET` (a
@@ -39,7 +39,13 @@ fn main() {
         let path = env::var("SOCKET").unwrap_or_default();
         std::process::exit(if std::os::unix::net::UnixStream::connect(path).is_ok() { 0 } else { 1 });
     }
-    if env::args().nth(1).as_deref() == Some("cat") {
+    let bytes = env::args().nth(2).and_then(|count| count.parse().ok());
+    if let Some("print-then-cat" | "flood") = env::args().nth(1).as_deref()
+        && std::io::copy(&mut std::io::repeat(b'y').take(bytes.unwrap_or(u64::MAX)), &mut std::io::stdout()).is_err()
+    {
+        std::process::exit(1);
+    }
+    if let Some("cat" | "print-then-cat") = env::args().nth(1).as_deref() {
         let copied = std::io::copy(&mut std::io::stdin(), &mut std::io::stdout());
         std::process::exit(if copied.is_ok() { 0 } else { 1 });
     }

@@ -137,7 +137,9 @@ impl AppState {
     ///
     /// A deleted app stays as it is for `grace`: a put undoes an accidental deletion, or half of a replacement.
     pub(super) fn set_desired(&mut self, desired: DesiredApp, seen: Option<Instant>, now: Timestamp, grace: Duration) {
-        if self.desired == desired {
+        if self.desired.means_the_same(&desired) {
+            // The status names the revision.
+            self.desired = desired;
             return;
         }
         match (&self.desired, &desired) {

@@ -342,7 +342,7 @@ impl<M: Machine> Agent<M> {
                 self.apps.entry(app.clone()).or_insert_with(|| AppState::new(app.clone(), unlisted.clone(), now));
             let refused = if takes_turns { None } else { without_turns(desired, &state.turn.intended) };
             let desired = refused.as_ref().unwrap_or(desired);
-            let is_same = state.turn.intended == *desired;
+            let is_same = state.turn.intended.means_the_same(desired);
             state.turn.intended.clone_from(desired);
             // What runs in the place of the wanted release is decided by the rollout.
             if state.turn.kept.is_none() || !is_same {

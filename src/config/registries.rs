@@ -26,6 +26,7 @@ pub(super) struct RegistryFile {
 pub(super) struct ImagesFile {
     clean_above: Option<u8>,
     clean_to: Option<u8>,
+    refuse_above: Option<u8>,
     keep_for: Option<String>,
 }
 
@@ -39,8 +40,9 @@ pub(super) fn images(file: &ImagesFile) -> Result<Limits, ConfigError> {
             "`clean_above = {clean_above}` and `clean_to = {clean_to}` are no percentages of a disk, the second one not above the first"
         )));
     }
+    let refuse_above = file.refuse_above.unwrap_or(default.refuse_above);
     let keep_for = duration("images.keep_for", file.keep_for.as_deref())?.unwrap_or(default.keep_for);
-    Ok(Limits { clean_above, clean_to, keep_for })
+    Ok(Limits { clean_above, clean_to, refuse_above, keep_for })
 }
 
 /// Checks the list.

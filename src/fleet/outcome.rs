@@ -182,6 +182,10 @@ impl Question<'_> {
                 }
                 continue;
             }
+            // What it says of an earlier spec is no answer. Agents of an earlier version do not say which one they have seen.
+            if status.spec_revision != 0 && status.spec_revision < self.spec {
+                continue;
+            }
             if self.is_there(status) {
                 there += 1;
                 continue;
@@ -239,12 +243,9 @@ impl Question<'_> {
     }
 
     fn is_there(&self, status: &AppStatus) -> bool {
-        // Agents of an earlier version do not say which one they have seen.
-        let is_current = status.spec_revision == 0 || status.spec_revision >= self.spec;
-        is_current
-            && match self.until {
-                Until::Converged | Until::Canary => status.state == State::Converged && status.serving.is_none(),
-                Until::Serving => status.healthy > 0 && status.serving.is_none(),
-            }
+        match self.until {
+            Until::Converged | Until::Canary => status.state == State::Converged && status.serving.is_none(),
+            Until::Serving => status.healthy > 0 && status.serving.is_none(),
+        }
     }
 }

@@ -20,15 +20,13 @@ use crate::model::{
     images::{Needs, Pulled, PulledImages, Reason},
     name::{AppName, ImageRef},
     problem::chain,
-    status::HostStatus,
+    status::{HostStatus, State},
     time::Timestamp,
 };
 
 /// Between two looks at the disk.
 const INTERVAL: Duration = Duration::from_secs(60);
-/// From this share of the disk on, in percent, nothing is pulled: a disk that is full to the end stops everything on it.
-const REFUSE_ABOVE: u8 = 95;
-/// What an app wants is written down this often, so that a file is not written at each look.
+/// That an app has converged on an image is written down this often, so that a file is not written at each look.
 const NOTED: Duration = Duration::from_secs(30 * 60);
 
 /// When images are removed.
@@ -38,6 +36,8 @@ pub struct Limits {
     pub clean_above: u8,
     /// Until it is down to this.
     pub clean_to: u8,
+    /// Above this share nothing is pulled: a disk that is full to the end stops everything on it.
+    pub refuse_above: u8,
     /// How long an image stays at least after it was used.
     pub keep_for: Duration,
 }
@@ -45,7 +45,7 @@ pub struct Limits {
 impl Default for Limits {
     /// As the kubelet has them: <https://kubernetes.io/docs/concepts/architecture/garbage-collection/#container-image-lifecycle>.
     fn default() -> Self {
-        Self { clean_above: 85, clean_to: 80, keep_for: Duration::from_secs(3600) }
+        Self { clean_above: 85, clean_to: 80, refuse_above: 95, keep_for: Duration::from_secs(3600) }
     }
 }
 
@@ -54,7 +54,7 @@ pub struct Images {
     docker: Docker,
     layout: Layout,
     limits: Limits,
-    state: Mutex<State>,
+    state: Mutex<Noted>,
     /// Held by the one that removes.
     removing: tokio::sync::Mutex<()>,
     /// Where Docker keeps its data, once it has said so.
@@ -62,7 +62,7 @@ pub struct Images {
 }
 
 #[derive(Default)]
-struct State {
+struct Noted {
     /// What the file says; `None` before it was read. An unreadable file is not an empty one.
     known: Option<PulledImages>,
     /// What the apps of this host want, by reference; `None` before the agent has read everything.
@@ -105,7 +105,7 @@ impl Images {
         }
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> std::sync::MutexGuard<'_, Noted> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -120,24 +120,34 @@ impl Images {
         if let Err(e) = self.make_room().await {
             tracing::debug!("images cannot be removed: {}", chain(&e));
         }
-        if let Some(used) = self.used().await.filter(|used| *used >= REFUSE_ABOVE) {
+        if let Some(used) = self.used().await.filter(|used| *used > self.limits.refuse_above) {
             // The words by which a full disk is known.
             let message = format!(
-                "no space left on device for it: the disk of Docker's images is {used} % full, and no image that demae has pulled can be removed (`demae images`)"
+                "no space left on device for it: the disk of Docker's images is {used} % full, more than `images.refuse_above`, and no image that demae has pulled can be removed (`demae images`)"
             );
             return Err(DockerError::Image { image: image.to_string(), message, temporary: true });
         }
+        let before = self.docker.image(&reference).await?;
         self.docker.pull(image).await?;
         if let Some(id) = self.docker.image(&reference).await? {
             let now = Timestamp::now();
             self.change(|images| {
+                match images.get(&reference).cloned() {
+                    // The name was there, and from others.
+                    None if before.is_some() => return false,
+                    // The tag has moved: the image before is still here, without a name.
+                    Some(old) if old.id != id && before.as_ref() == Some(&old.id) => {
+                        drop(images.insert(old.id.clone(), old));
+                    }
+                    _ => {}
+                }
                 let known = images.entry(reference).or_insert_with(|| Pulled {
                     id: String::new(),
                     pulled: now,
                     apps: BTreeMap::new(),
                 });
                 (known.id, known.pulled) = (id, now);
-                known.apps.insert(app.clone(), now);
+                known.apps.entry(app.clone()).or_default();
                 true
             });
         }
@@ -157,7 +167,7 @@ impl Images {
                 return;
             }
             loop {
-                self.note(wanted(&statuses.borrow_and_update()));
+                self.note(&statuses.borrow_and_update());
                 if let Err(e) = self.make_room().await {
                     tracing::warn!("images cannot be removed: {}", chain(&e));
                 }
@@ -170,7 +180,7 @@ impl Images {
                             if changed.is_err() {
                                 return;
                             }
-                            self.note(wanted(&statuses.borrow_and_update()));
+                            self.note(&statuses.borrow_and_update());
                         }
                     }
                 }
@@ -182,30 +192,34 @@ impl Images {
         }
     }
 
-    /// Notes what apps want.
-    fn note(&self, wanted: BTreeMap<AppName, Option<String>>) {
-        let before = self.state().wanted.replace(wanted.clone());
-        if before.as_ref() == Some(&wanted) && !self.is_noting_due(&wanted) {
+    /// Notes what apps want, and what they have converged on.
+    fn note(&self, status: &HostStatus) {
+        self.state().wanted = Some(wanted(status));
+        let converged: Vec<(AppName, String)> = status
+            .apps
+            .iter()
+            .filter(|app| app.state == State::Converged)
+            .filter_map(|app| Some((AppName::try_from(app.app.as_str()).ok()?, reference(app.image.as_ref()?)?)))
+            .collect();
+        let now = Timestamp::now();
+        let is_due = |images: &PulledImages| {
+            let last = |(app, reference): &(AppName, String)| images.get(reference)?.apps.get(app).copied();
+            converged.iter().filter_map(last).any(|last| last.is_none_or(|last| now.since(last) >= NOTED))
+        };
+        if self.state().known.as_ref().is_some_and(|known| !is_due(known)) {
             return;
         }
-        let now = Timestamp::now();
         self.change(|images| {
-            let mut is_changed = false;
-            for (app, reference) in wanted {
-                let Some(image) = reference.and_then(|reference| images.get_mut(&reference)) else { continue };
-                let last = image.apps.insert(app, now);
-                is_changed |= last.is_none_or(|last| now.since(last) >= NOTED);
+            if !is_due(images) {
+                return false;
             }
-            is_changed
+            for (app, reference) in converged.iter().cloned() {
+                if let Some(image) = images.get_mut(&reference) {
+                    image.apps.insert(app, Some(now));
+                }
+            }
+            true
         });
-    }
-
-    fn is_noting_due(&self, wanted: &BTreeMap<AppName, Option<String>>) -> bool {
-        let (now, state) = (Timestamp::now(), self.state());
-        let Some(known) = &state.known else { return true };
-        let last =
-            |(app, reference): (&AppName, &Option<String>)| known.get(reference.as_ref()?)?.apps.get(app).copied();
-        wanted.iter().filter_map(last).any(|last| now.since(last) >= NOTED)
     }
 
     /// Changes what is known, and writes it if that is wanted. What cannot be read is left as it is.
@@ -254,14 +268,21 @@ impl Images {
             return Ok(());
         }
         self.change(|_| false);
-        for reference in self.removable(&self.docker.images_in_use().await?) {
+        let containers = self.docker.images_in_use().await?;
+        for reference in self.removable(&containers) {
             if self.used().await.is_none_or(|used| used <= self.limits.clean_to) {
                 break;
             }
-            // A name that leads to another image now was given by others.
+            // A name that leads to another image now was given by others, and so was any name of one that had lost its own.
+            let found = self.docker.image_and_names(&reference).await?;
             let known =
                 self.state().known.as_ref().and_then(|known| known.get(&reference)).map(|image| image.id.clone());
-            let is_ours = self.docker.image(&reference).await? == known;
+            let is_ours =
+                found.is_some_and(|(id, names)| Some(&id) == known.as_ref() && (reference != id || names.is_empty()));
+            // An app may have come to want it meanwhile.
+            if !self.removable(&containers).contains(&reference) {
+                continue;
+            }
             match if is_ours { self.docker.remove_image(&reference).await } else { Ok(()) } {
                 Ok(()) => {
                     if is_ours {
@@ -312,17 +333,21 @@ impl Images {
 
 fn used_of(root: &std::path::Path) -> Option<u8> {
     let (free, size) = files::space(root).ok()?;
-    let free = free.saturating_mul(100).checked_div(size)?;
-    u8::try_from(100 - free.min(100)).ok()
+    let used = size.saturating_sub(free).saturating_mul(100).checked_div(size)?;
+    u8::try_from(used.min(100)).ok()
+}
+
+/// The reference of an image in a status, with its tag.
+fn reference(image: &str) -> Option<String> {
+    ImageRef::try_from(image).ok().map(|image| image.tagged())
 }
 
 /// What the apps of a host want, by reference.
 fn wanted(status: &HostStatus) -> BTreeMap<AppName, Option<String>> {
-    let reference = |image: &String| ImageRef::try_from(image.as_str()).ok().map(|image| image.tagged());
     let apps = status
         .apps
         .iter()
-        .filter_map(|app| Some((AppName::try_from(app.app.as_str()).ok()?, app.image.as_ref().and_then(reference))));
+        .filter_map(|app| Some((AppName::try_from(app.app.as_str()).ok()?, app.image.as_deref().and_then(reference))));
     apps.collect()
 }
 

@@ -97,6 +97,18 @@ impl DesiredApp {
         self
     }
 
+    /// Whether both are the same but for the revision of the spec: another comment in it, or the same text put again.
+    pub fn means_the_same(&self, other: &Self) -> bool {
+        let plain = |desired: &Self| {
+            let mut desired = desired.clone();
+            if let Self::Run(target) | Self::Invalid { last_good: Some(target), .. } = &mut desired {
+                target.modified = 0;
+            }
+            desired
+        };
+        plain(self) == plain(other)
+    }
+
     /// The target, if there is one: also the last good target of an invalid app.
     pub fn target(&self) -> Option<&Target> {
         match self {

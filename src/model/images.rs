@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{name::AppName, time::Timestamp};
 
-/// How many images of an app stay, those that it wanted last: one serves, and two are there to go back to.
+/// How many images of an app stay, those that it had converged on last: one serves, and two are there to go back to.
 pub const KEPT: usize = 3;
 
 /// An image that the agent has pulled. Others are never touched.
@@ -20,14 +20,15 @@ pub struct Pulled {
     pub id: String,
     /// When it was pulled last.
     pub pulled: Timestamp,
-    /// Apps that wanted it, and when last.
-    pub apps: BTreeMap<AppName, Timestamp>,
+    /// Apps that it was pulled for, and when each had last converged on it; `None` if never. A release that failed is no way
+    /// back.
+    pub apps: BTreeMap<AppName, Option<Timestamp>>,
 }
 
 impl Pulled {
-    /// When it was pulled or wanted last.
+    /// When it was pulled, or an app had converged on it last.
     pub fn used(&self) -> Timestamp {
-        self.apps.values().copied().chain([self.pulled]).max().unwrap_or(self.pulled)
+        self.apps.values().flatten().copied().chain([self.pulled]).max().unwrap_or(self.pulled)
     }
 }
 
@@ -58,7 +59,7 @@ pub enum Reason {
     Container,
     /// An app wants it.
     Wanted(AppName),
-    /// It is one of the last that an app wanted.
+    /// It is one of the last that an app had converged on.
     Recent(AppName),
     /// It was used a short while ago.
     Young,
@@ -106,10 +107,10 @@ impl Needs<'_> {
     }
 }
 
-/// The last images that an app wanted.
+/// The last images that an app had converged on.
 fn recent<'i>(images: &'i PulledImages, app: &AppName) -> Vec<&'i str> {
-    let mut own: Vec<(&Timestamp, &str)> =
-        images.iter().filter_map(|(reference, image)| Some((image.apps.get(app)?, reference.as_str()))).collect();
+    let converged = |(reference, image): (&'i String, &Pulled)| Some(((*image.apps.get(app)?)?, reference.as_str()));
+    let mut own: Vec<(Timestamp, &str)> = images.iter().filter_map(converged).collect();
     own.sort_by(|a, b| b.cmp(a));
     own.into_iter().take(KEPT).map(|(_, reference)| reference).collect()
 }
@@ -127,8 +128,10 @@ mod tests {
     /// A day in the life of a host.
     #[derive(Debug, Clone)]
     enum Event {
-        /// An app wants the image of this number.
+        /// An app wants the image of this number, which may fail.
         Deploy(u8, u8),
+        /// It has converged on what it wants.
+        Converge(u8),
         Delete(u8),
         /// A container of the image is there, or goes.
         Container(u8, bool),
@@ -140,6 +143,7 @@ mod tests {
     fn event() -> impl Strategy<Value = Event> {
         prop_oneof![
             4 => (0..3u8, 0..12u8).prop_map(|(app, image)| Event::Deploy(app, image)),
+            3 => (0..3u8).prop_map(Event::Converge),
             1 => (0..3u8).prop_map(Event::Delete),
             1 => (0..12u8, any::<bool>()).prop_map(|(image, there)| Event::Container(image, there)),
             2 => (0..200u16).prop_map(Event::Minutes),
@@ -148,7 +152,7 @@ mod tests {
     }
 
     proptest! {
-        /// Held to a second account of the same history: the order in which each app wanted its images.
+        /// Held to a second account of the same history: the order in which each app converged on its images.
         #[test]
         fn ways_back_and_what_is_in_use_are_never_removed(events in prop::collection::vec(event(), 1..60)) {
             let keep_for = Duration::from_secs(3600);
@@ -165,12 +169,19 @@ mod tests {
                         let pulled = images.entry(reference.clone()).or_insert_with(|| Pulled {
                             id: format!("id{image}"), pulled: now, apps: BTreeMap::new(),
                         });
-                        pulled.apps.insert(app(n), now);
+                        pulled.apps.entry(app(n)).or_default();
+                        pulled.pulled = now;
+                        touched.insert(reference.clone(), millis);
+                        wanted.insert(app(n), Some(reference));
+                    }
+                    Event::Converge(n) => {
+                        let Some(Some(reference)) = wanted.get(&app(n)).cloned() else { continue };
+                        let Some(image) = images.get_mut(&reference) else { continue };
+                        image.apps.insert(app(n), Some(now));
                         touched.insert(reference.clone(), millis);
                         let order = orders.entry(app(n)).or_default();
                         order.retain(|known| *known != reference);
-                        order.push(reference.clone());
-                        wanted.insert(app(n), Some(reference));
+                        order.push(reference);
                     }
                     Event::Delete(n) => { wanted.remove(&app(n)); }
                     Event::Container(image, true) => { containers.insert(format!("id{image}")); }
@@ -182,6 +193,8 @@ mod tests {
                         let going: Vec<String> = needs.removable(&images).into_iter().map(str::to_owned).collect();
                         for reference in &going {
                             prop_assert!(!containers.contains(&images[reference].id), "{reference} is in use");
+                            let is_wanted = wanted.values().any(|wanted| wanted.as_ref() == Some(reference));
+                            prop_assert!(!is_wanted, "{reference} is wanted");
                             prop_assert!(millis - touched[reference] >= 3_600_000, "{reference} is young");
                             for (app, order) in &orders {
                                 let last: Vec<_> = order.iter().rev().take(KEPT).collect();

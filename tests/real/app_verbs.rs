@@ -257,6 +257,18 @@ fn changes_that_make_no_release_are_waited_for() {
     assert_eq!(apply(&["--prune"]).0, 1, "without a terminal it is not confirmed");
     assert_eq!(apply(&["--yes"]).0, 0);
     assert_eq!(lab.containers().len(), 2);
+    // A file that cannot be read is not an app without a file.
+    let broken = lab.path("specs/web.yaml");
+    std::os::unix::fs::symlink("nowhere", &broken).expect("a link");
+    let (code, out, err) = apply(&["--prune", "--yes"]);
+    assert!(code == 1 && err.contains("web.yaml"), "{out}{err}");
+    fs::remove_file(broken).expect("removed");
+    assert_eq!(lab.containers().len(), 2);
+    // A spec that is repaired leads to the release that runs, and no rollout is opened for it.
+    told(&lab, &["apply", "-f", &dir, "--yes"]);
+    lab.put("apps/shop/spec", "image: [");
+    let (code, out, err) = apply(&["--yes", "--timeout", "30s"]);
+    assert_eq!(code, 0, "{out}{err}");
     let (code, out, err) = apply(&["--prune", "--yes"]);
     assert!(code == 0 && out.contains("web is removed"), "{out}{err}");
     assert_eq!((lab.containers().len(), lab.get("shop.test", "/").map(|(code, _)| code)), (1, Ok(200)));

@@ -20,15 +20,22 @@ fn demae(lab: &Lab, args: &[&str]) -> Command {
 /// The exit code and the two outputs of a command that gets this text.
 fn with_input(lab: &Lab, args: &[&str], input: &str) -> (i32, String, String) {
     let mut child = demae(lab, args).spawn().expect("demae runs");
+    let (mut typed, input) = (child.stdin.take().expect("a pipe"), input.to_owned());
     // One that does not read it may have ended.
-    let _ = child.stdin.take().expect("a pipe").write_all(input.as_bytes());
+    let writing = std::thread::spawn(move || drop(typed.write_all(input.as_bytes())));
     let output = child.wait_with_output().expect("it ends");
+    writing.join().expect("it has written");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
 }
 
-fn tasks() -> String {
-    docker(&["ps", "-aq", "--filter", "label=demae.task=web"])
+/// Containers of tasks of the lab.
+fn tasks(lab: &Lab) -> String {
+    docker(&["ps", "-aq", "--filter", &format!("label=demae.task-host={}", lab.host)])
+}
+
+fn is_running(id: &str) -> bool {
+    docker(&["inspect", "--format", "{{.State.Running}}", id]) == "true"
 }
 
 #[test]
@@ -68,13 +75,25 @@ fn commands_of_a_person_have_their_own_input_output_and_exit_code() {
 
     // Ctrl-C ends it, and nothing is left.
     let mut child = demae(&lab, &["run", "web", "--", "exit", "0", "600000"]).spawn().expect("demae runs");
-    until("its container runs", || docker(&["ps", "-q", "--filter", "label=demae.task=web"]).lines().count() == 1);
+    until("its container runs", || tasks(&lab).lines().count() == 1 && is_running(&tasks(&lab)));
     let began = Instant::now();
     let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
     assert!(killed.is_ok_and(|status| status.success()));
     assert!(child.wait().is_ok_and(|status| !status.success()));
     assert!(began.elapsed() < Duration::from_secs(30));
-    assert_eq!(tasks(), "", "containers are left");
+    assert_eq!(tasks(&lab), "", "containers are left");
+
+    // So does a reader that goes away, and a command that prints much before it reads holds up nothing.
+    let mut child = demae(&lab, &["run", "web", "--", "flood"]).spawn().expect("demae runs");
+    let mut some = [0; 1000];
+    child.stdout.take().expect("a pipe").read_exact(&mut some).expect("it prints");
+    let mut err = String::new();
+    child.stderr.take().expect("a pipe").read_to_string(&mut err).expect("it ends");
+    assert!(child.wait().is_ok_and(|status| !status.success()));
+    assert_eq!(tasks(&lab), "", "containers are left: {err}");
+    let large = "x".repeat(4 << 20);
+    let (code, out, _) = with_input(&lab, &["exec", "-i", "web", "--", "/app", "print-then-cat", "4000000"], &large);
+    assert_eq!((code, out.len()), (0, 4_000_000 + large.len()));
 
     // On a terminal: each key goes to the command, which has the terminal's size.
     let programs = Path::new(env!("CARGO_BIN_EXE_demae")).parent().expect("a directory").display();
@@ -83,7 +102,7 @@ fn commands_of_a_person_have_their_own_input_output_and_exit_code() {
     script.env("DEMAE_CONFIG", lab.path("agent.toml")).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = script.spawn().expect("script runs");
     let (mut typed, mut shown) = (child.stdin.take().expect("a pipe"), child.stdout.take().expect("a pipe"));
-    until("its container runs", || docker(&["ps", "-q", "--filter", "label=demae.task=web"]).lines().count() == 1);
+    until("its container runs", || tasks(&lab).lines().count() == 1 && is_running(&tasks(&lab)));
     // A line, and the end of the input.
     typed.write_all(b"typed\r\x04").expect("written");
     let mut text = String::new();
@@ -91,5 +110,5 @@ fn commands_of_a_person_have_their_own_input_output_and_exit_code() {
     assert!(child.wait().is_ok_and(|status| status.success()), "{text}");
     // Once by the terminal of the container, and once by the command.
     assert_eq!(text.matches("typed").count(), 2, "{text:?}");
-    assert_eq!((tasks(), lab.containers()), (String::new(), serving), "the app was not touched");
+    assert_eq!((tasks(&lab), lab.containers()), (String::new(), serving), "the app was not touched");
 }

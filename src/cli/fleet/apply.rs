@@ -23,7 +23,6 @@ use crate::{
         print::Printer,
         runtime,
     },
-    fleet::outcome::Wanted,
     model::{
         dotenv,
         name::{AppName, SetName},
@@ -77,7 +76,7 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
             lines.iter().for_each(|line| args.print(line, printer));
         }
         let pruned = args.pruned(&fleet, &specs);
-        pruned.iter().for_each(|app| args.print(&format!("- {app} is removed from every host"), printer));
+        pruned.iter().for_each(|(app, _)| args.print(&format!("- {app} is removed from every host"), printer));
         let count = changed.len() + pruned.len();
         let summary = format!("{count} of {} apps", specs.len() + pruned.len());
         if args.dry_run {
@@ -122,14 +121,20 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
             printer.error(&format!("nothing is deleted, since not all has been applied: {}", names(&pruned)));
             return Ok(exit);
         }
-        for app in pruned {
-            let (revision, ()) = commit(&config, None, |fleet| Ok((delete::edit(fleet, &app, false)?, ()))).await?;
+        for (app, seen) in pruned {
+            let delete = |fleet: &Fleet| {
+                if fleet.modified(&Key::Spec(app.clone())) != seen {
+                    return Err(Failed::superseded(format!("{app} was written meanwhile, and is not deleted")));
+                }
+                Ok((delete::edit(fleet, &app, false)?, ()))
+            };
+            let (revision, ()) = commit(&config, None, delete).await?;
             if args.wait.detach {
                 args.print(&format!("{app} is to be removed (revision {revision})"), printer);
                 continue;
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let ended = delete::wait_gone(&config, &app, revision, left, printer).await?;
+            let ended = delete::wait_gone(&config, &app, (revision, args.wait.format()), left, printer).await?;
             if ended != Exit::Success {
                 return Ok(ended);
             }
@@ -141,8 +146,8 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
 /// What is put for each app: its spec, and variables.
 type Specs = BTreeMap<AppName, Vec<(Key, Vec<u8>)>>;
 
-fn names(apps: &[AppName]) -> String {
-    apps.iter().map(AppName::as_str).collect::<Vec<_>>().join(", ")
+fn names(apps: &[(AppName, i64)]) -> String {
+    apps.iter().map(|(app, _)| app.as_str()).collect::<Vec<_>>().join(", ")
 }
 
 impl Args {
@@ -154,10 +159,10 @@ impl Args {
         }
     }
 
-    /// The apps that have no file, if they are to be deleted.
-    fn pruned(&self, fleet: &Fleet, specs: &Specs) -> Vec<AppName> {
+    /// The apps that have no file, if they are to be deleted, each with the revision of its spec.
+    fn pruned(&self, fleet: &Fleet, specs: &Specs) -> Vec<(AppName, i64)> {
         let apps = fleet.contents.apps().keys().filter(|app| self.prune && !specs.contains_key(*app));
-        apps.cloned().collect()
+        apps.map(|app| (app.clone(), fleet.modified(&Key::Spec(app.clone())))).collect()
     }
 
     fn specs(&self) -> Result<Specs, Failed> {
@@ -221,7 +226,8 @@ fn specs_in(dir: &Path) -> Result<Vec<PathBuf>, Failed> {
         let is_spec = path.extension().is_some_and(|end| end == "yaml" || end == "yml" || end == "json");
         // What `demae schema` prints is often beside them.
         let is_spec = is_spec && !path.to_string_lossy().ends_with(".schema.json");
-        if is_spec && path.is_file() {
+        // One that cannot be read is an error, not an app without a file.
+        if is_spec && !path.is_dir() {
             files.push(path);
         }
     }
@@ -278,6 +284,6 @@ fn decide(fleet: &Fleet, app: &AppName, changes: &[(Key, Vec<u8>)], is_detached:
     let decided_from = changes.iter().map(|(key, _)| key.clone()).chain(decided_from);
     let unchanged = decided_from.map(|key| (key.clone(), fleet.modified(&key))).collect();
     // A change that makes no release opens no rollout.
-    let waits_for_edit = fleet.wanted(app) != Wanted::Release(release.clone());
+    let waits_for_edit = fleet.opens_rollout(app, &release);
     Ok(Decision::new(Edit { unchanged, puts, ..Edit::default() }, release, waits_for_edit))
 }

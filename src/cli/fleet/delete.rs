@@ -16,7 +16,7 @@ use super::{
     no_app,
 };
 use crate::{
-    cli::{Ended, Exit, Failed, print::Printer, runtime},
+    cli::{Ended, Exit, Failed, Format, print::Printer, runtime},
     model::{
         name::{AppName, HostName, SetName},
         text,
@@ -64,7 +64,7 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
             printer.line(&format!("{app} is to be removed (revision {revision})"));
             return Ok(Exit::Success);
         }
-        wait_gone(&config, &app, revision, timeout, printer).await
+        wait_gone(&config, &app, (revision, Format::Text), timeout, printer).await
     })
 }
 
@@ -107,7 +107,7 @@ pub(super) fn edit(fleet: &Fleet, app: &AppName, env: bool) -> Result<Edit, Fail
 pub(super) async fn wait_gone(
     config: &EtcdConfig,
     app: &AppName,
-    revision: i64,
+    (revision, format): (i64, Format),
     timeout: Duration,
     printer: &mut Printer,
 ) -> Ended {
@@ -118,7 +118,12 @@ pub(super) async fn wait_gone(
             Ok(exit) => {
                 if exit == Exit::Success {
                     forget(config, app, printer).await;
-                    printer.line(&format!("{app} is removed (revision {revision})"));
+                    let removed = format!("{app} is removed (revision {revision})");
+                    match format {
+                        Format::Text => printer.line(&removed),
+                        // Standard output is for objects.
+                        Format::Json => printer.error(&removed),
+                    }
                 }
                 Some(exit)
             }

@@ -5,7 +5,6 @@ use std::{fs, path::PathBuf};
 use super::{ChangeArgs, Decision, Fleet, no_app};
 use crate::{
     cli::{Ended, Failed, print::Printer},
-    fleet::outcome::Wanted,
     model::name::{AppName, EnvName, SetName},
     rollout::takes_turns,
     store::{Edit, Everywhere, keys::Key},
@@ -86,6 +85,6 @@ fn decide(fleet: &Fleet, app: &AppName, changes: &[(Key, Vec<u8>)]) -> Result<De
     let edit = Edit { unchanged, puts, deletes, ..Edit::default() };
     let release = target.release.id.clone();
     // A change that makes no release opens no rollout.
-    let waits_for_edit = fleet.wanted(app) != Wanted::Release(release.clone());
+    let waits_for_edit = fleet.opens_rollout(app, &release);
     Ok(Decision::new(edit, release, waits_for_edit))
 }

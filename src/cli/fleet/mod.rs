@@ -241,6 +241,19 @@ impl Fleet {
         }
     }
 
+    /// Whether a rollout is to be opened for a release that is about to be wanted. A change that makes no release opens none,
+    /// nor does one that repairs an invalid spec and leads to the release that runs.
+    fn opens_rollout(&self, app: &AppName, release: &ReleaseId) -> bool {
+        match self.wanted(app) {
+            Wanted::Release(now) => now != *release,
+            Wanted::Nothing => true,
+            Wanted::Stopped(_) => {
+                let rollout = self.contents.records.rollouts.get(app).and_then(|stored| stored.value.as_ref());
+                rollout.is_none_or(|rollout| rollout.release != *release)
+            }
+        }
+    }
+
     /// What became of a release; failures from before the revision `since` do not count.
     fn outcome(&self, app: &AppName, release: &ReleaseId, since: i64, until: Until) -> Outcome {
         let none = BTreeMap::new();
@@ -282,6 +295,15 @@ impl Fleet {
     fn overwritten<'e>(&self, edit: &'e Edit, before: i64) -> Option<&'e Key> {
         edit.puts.iter().map(|(key, _)| key).chain(&edit.deletes).find(|key| self.modified(key) > before)
     }
+}
+
+/// The release that an app is pinned to, if it is.
+///
+/// # Errors
+/// If the store cannot be read, or the pin names no release.
+pub(super) async fn pin(config: &EtcdConfig, app: &AppName) -> Result<Option<ReleaseId>, Failed> {
+    let fleet = Fleet::read(config).await?;
+    fleet.contents.pin(app).map_err(|e| Failed::because(format!("`{}` names no release: {e}", Key::Pin(app.clone()))))
 }
 
 fn no_app(app: &AppName) -> Failed {

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{Edit, Fleet, commit, delete};
 use crate::{
-    cli::{Common, Ended, Exit, Failed, print::Printer, runtime},
+    cli::{Common, Ended, Exit, Failed, Format, print::Printer, runtime},
     config::Config,
     host::{
         docker::Docker,
@@ -318,7 +318,7 @@ impl Here {
             Err(_) => Ok((Edit::default(), ())),
         })
         .await?;
-        let exit = delete::wait_gone(&self.config.etcd, app, revision, self.timeout, printer).await?;
+        let exit = delete::wait_gone(&self.config.etcd, app, (revision, Format::Text), self.timeout, printer).await?;
         if exit == Exit::Success {
             self.record(app, None)?;
             printer.line(&format!("`{}` serves again", takeover.container));

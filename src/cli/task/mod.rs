@@ -42,16 +42,19 @@ impl TerminalArgs {
 
 /// Passes input and output on until the command ends. Returns the last piece of its output.
 async fn pass_on(docker: &Docker, task: &mut Task, terminal: Terminal) -> Result<Vec<u8>, Failed> {
-    let _raw = if terminal.tty { Some(Raw::new()?) } else { None };
+    // Without input, Ctrl-C is for this program.
+    let _raw = if terminal.tty && terminal.input { Some(Raw::new()?) } else { None };
     let mut resized = signal(SignalKind::window_change())?;
     if terminal.tty {
         resize(docker, task).await;
     }
     let mut typed = tokio::io::stdin();
     let (mut buffer, mut is_open, mut last) = (vec![0; 8192], terminal.input, Vec::new());
+    // What was read and not passed on yet: the command may print before it reads more.
+    let mut pending: Vec<u8> = Vec::new();
     loop {
         tokio::select! {
-            printed = task.next() => match printed {
+            printed = task.output.next() => match printed {
                 Some(Ok(printed)) => {
                     match printed.is_error {
                         true => stderr().write_all(&printed.bytes)?,
@@ -62,16 +65,18 @@ async fn pass_on(docker: &Docker, task: &mut Task, terminal: Terminal) -> Result
                 Some(Err(e)) => return Err(Failed::child(NOT_RUN, e.to_string())),
                 None => return Ok(last),
             },
-            read = typed.read(&mut buffer), if is_open => match read? {
+            read = typed.read(&mut buffer), if is_open && pending.is_empty() => match read? {
                 0 => {
                     is_open = false;
                     // It may have ended already.
                     let _ = task.input.shutdown().await;
                 }
-                count => {
-                    let written = task.input.write_all(&buffer[..count]).await;
-                    is_open = written.is_ok() && task.input.flush().await.is_ok();
-                }
+                count => pending.extend_from_slice(&buffer[..count]),
+            },
+            written = task.input.write(&pending), if !pending.is_empty() => match written {
+                Ok(count) if count > 0 => drop(pending.drain(..count)),
+                // It takes no more.
+                _ => (is_open, pending) = (false, Vec::new()),
             },
             Some(()) = resized.recv(), if terminal.tty => resize(docker, task).await,
         }

@@ -4,9 +4,9 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{TerminalArgs, ended, not_run, not_started, pass_on};
+use super::{NOT_RUN, TerminalArgs, ended, not_run, not_started, pass_on};
 use crate::{
-    cli::{Common, Ended, Failed, print::Printer, runtime, setup, setup::Disk},
+    cli::{Common, Ended, Failed, fleet, print::Printer, runtime, setup, setup::Disk},
     config::Config,
     execute::check_mounts,
     host::docker::{Docker, NoMeter, Terminal},
@@ -56,12 +56,20 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
 
 /// What the app is to run here, as an agent would take it from the store.
 async fn target(config: &Config, world: &World, app: &AppName) -> Result<Target, Failed> {
+    let pin = fleet::pin(&config.etcd, app).await?;
     let viewer = setup::viewer(config, world).await?;
     let compared = store::compare(&config.etcd, &viewer, &Disk(world.layout.clone())).await;
     let compared = compared.map_err(|e| Failed::try_later(e.to_string()))?;
     match compared.acting.apps.get(app) {
         Some(desired @ (DesiredApp::Run(_) | DesiredApp::Invalid { last_good: Some(_), .. })) => {
-            desired.target().cloned().ok_or_else(|| Failed::because("it has no release"))
+            let target = desired.target().cloned().ok_or_else(|| Failed::because("it has no release"))?;
+            match pin.filter(|pin| *pin != target.release.id) {
+                Some(pin) => Err(Failed::because(format!(
+                    "`{app}` is pinned to {pin}, and the keys make {} now: `demae exec` runs a command in a container of what serves",
+                    target.release.id
+                ))),
+                None => Ok(target),
+            }
         }
         Some(DesiredApp::Absent(why) | DesiredApp::Unknown(why) | DesiredApp::Paused(why)) => {
             Err(Failed::because(format!("`{app}` is not to run on this host: {why}")))
@@ -75,28 +83,35 @@ async fn task(world: &World, app: &AppName, target: &Target, command: &[String],
     let release = &target.release;
     check_mounts(&release.container)?;
     if world.docker.image(release.image.as_str()).await?.is_none() {
-        world.images.pull(app, &release.image).await?;
+        // Not noted as the agent's: it alone writes down what it may remove.
+        world.docker.pull(&release.image).await?;
     }
     let network = world.shared_network(release).await;
     let docker = &world.docker;
     let container = docker.create_task(app, release, command, terminal, network).await?;
     let ended = attached(docker, &container, terminal).await;
-    // It has ended, or was never started.
-    if let Err(e) = docker.remove(&container).await {
-        tracing::warn!("{e}");
+    if ended.is_err() {
+        // It may run still, for example after the reader of its output has gone. One that does not is no error here.
+        let _ = docker.stop(&container, GRACE).await;
     }
-    ended
+    match docker.remove(&container).await {
+        Ok(()) => ended,
+        Err(e) => Err(Failed::child(NOT_RUN, format!("its container {} is left: {e}", container.short()))),
+    }
 }
 
 async fn attached(docker: &Docker, container: &ContainerId, terminal: Terminal) -> Ended {
+    // Whatever ends this program but a kill ends the container too: Ctrl-C, a lost connection, a reader that has gone.
+    let (mut pressed, mut hung_up) = (signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?);
+    let mut terminated = signal(SignalKind::terminate())?;
     let mut task = docker.attach(container, terminal).await?;
     docker.start(container).await.map_err(|e| not_started(&e))?;
-    let (mut pressed, mut terminated) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let mut work = std::pin::pin!(pass_on(docker, &mut task, terminal));
     loop {
         tokio::select! {
             passed = &mut work => break drop(passed?),
             Some(()) = pressed.recv() => docker.stop(container, GRACE).await?,
+            Some(()) = hung_up.recv() => docker.stop(container, GRACE).await?,
             Some(()) = terminated.recv() => docker.stop(container, GRACE).await?,
         }
     }

@@ -80,6 +80,15 @@ impl Docker {
         Ok(all.into_iter().filter_map(|container| container.image_id).collect())
     }
 
+    /// The id of an image, and its names; `None` if it is not present.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn image_and_names(&self, reference: &str) -> Result<Option<(String, Vec<String>)>> {
+        let found = self.inspect_image(reference).await?;
+        Ok(found.and_then(|image| Some((image.id?, image.repo_tags.unwrap_or_default()))))
+    }
+
     /// The size of an image with all its layers, in bytes; `None` if it is not present.
     ///
     /// # Errors

@@ -24,6 +24,8 @@ use crate::model::{
 
 /// The label of a container of a task: the app. It has none of the labels of an instance.
 const TASK: &str = "demae.task";
+/// The label that names the host.
+const TASK_HOST: &str = "demae.task-host";
 
 /// How a command is connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,11 +47,15 @@ pub struct Printed {
 
 /// A command that runs.
 pub struct Task {
-    output: Pin<Box<dyn Stream<Item = std::result::Result<LogOutput, Error>> + Send>>,
+    /// What it prints.
+    pub output: Output,
     /// What it reads.
     pub input: Pin<Box<dyn AsyncWrite + Send>>,
     what: What,
 }
+
+/// What a command prints.
+pub struct Output(Pin<Box<dyn Stream<Item = std::result::Result<LogOutput, Error>> + Send>>);
 
 /// What is waited for.
 enum What {
@@ -57,14 +63,14 @@ enum What {
     Exec(String),
 }
 
-impl Task {
-    /// The next piece of its output; `None` at its end. Cancel-safe.
+impl Output {
+    /// The next piece; `None` at its end. Cancel-safe.
     ///
     /// # Errors
     /// If the connection is lost.
     pub async fn next(&mut self) -> Option<Result<Printed>> {
         let printed = |is_error, message: &[u8]| Printed { is_error, bytes: message.to_vec() };
-        Some(match self.output.next().await? {
+        Some(match self.0.next().await? {
             Ok(LogOutput::StdErr { message }) => Ok(printed(true, &message)),
             Ok(LogOutput::StdOut { message } | LogOutput::StdIn { message } | LogOutput::Console { message }) => {
                 Ok(printed(false, &message))
@@ -107,7 +113,10 @@ impl Docker {
         host_config.restart_policy = None;
         let body = ContainerCreateBody {
             cmd: Some(command.to_vec()),
-            labels: Some(HashMap::from([(TASK.to_owned(), app.to_string())])),
+            labels: Some(HashMap::from([
+                (TASK.to_owned(), app.to_string()),
+                (TASK_HOST.to_owned(), self.host.to_string()),
+            ])),
             healthcheck: Some(HealthConfig { test: Some(vec!["NONE".to_owned()]), ..HealthConfig::default() }),
             // It does not answer for its app.
             networking_config: None,
@@ -138,7 +147,7 @@ impl Docker {
         let name = container.as_str();
         let attached =
             self.call(Operation::Exec, |client| client.attach_container(name, Some(options.clone()))).await?;
-        Ok(Task { output: attached.output, input: attached.input, what: What::Container(container.clone()) })
+        Ok(Task { output: Output(attached.output), input: attached.input, what: What::Container(container.clone()) })
     }
 
     /// The exit code of a container that was started, once it has ended.
@@ -172,7 +181,9 @@ impl Docker {
         let name = container.as_str();
         let exec = self.call(Operation::Exec, |client| client.create_exec(name, config)).await?.id;
         match self.call(Operation::Exec, |client| client.start_exec(&exec, None)).await? {
-            StartExecResults::Attached { output, input } => Ok(Task { output, input, what: What::Exec(exec) }),
+            StartExecResults::Attached { output, input } => {
+                Ok(Task { output: Output(output), input, what: What::Exec(exec) })
+            }
             StartExecResults::Detached => Err(DockerError::Refused {
                 operation: Operation::Exec,
                 status: 500,

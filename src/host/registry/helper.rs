@@ -92,8 +92,14 @@ pub(super) async fn ask(helper: &str, registry: &str) -> Result<Option<Login>, L
         if text.contains(NOT_FOUND) {
             return Ok(None);
         }
+        // It may have printed its answer before it failed.
+        let is_answer = text.contains('{') || text.to_lowercase().contains("secret");
         let message: String = text.trim().chars().filter(|c| !c.is_control()).take(MOST_MESSAGE).collect();
-        let message = if message.is_empty() { "it printed nothing".to_owned() } else { message };
+        let message = match message.as_str() {
+            "" => "it printed nothing".to_owned(),
+            _ if is_answer => "what it printed is not shown, since it may be a login".to_owned(),
+            _ => message,
+        };
         return Err(failed(format!("failed with {status}: {message}")));
     }
     // What it printed may be a password, and is not repeated.

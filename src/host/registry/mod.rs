@@ -128,7 +128,7 @@ impl Logins {
                 let password = password.trim_end_matches(['\r', '\n']).to_owned();
                 Ok(Found::Login(Login::Password { username: username.clone(), password }))
             }
-            (None, Some(file)) if file.exists() => Ok(DockerConfig::read(file)?.find(registry)),
+            (None, Some(file)) if !is_missing(file) => Ok(DockerConfig::read(file)?.find(registry)),
             (None, _) => Ok(Found::Nothing),
         }
     }
@@ -162,7 +162,7 @@ impl Logins {
                 Source::Password { file, .. } => problems.extend(read(file).err().map(|e| chain(&e))),
             }
         }
-        match self.file.as_deref().filter(|file| file.exists()).map(DockerConfig::read) {
+        match self.file.as_deref().filter(|file| !is_missing(file)).map(DockerConfig::read) {
             Some(Ok(config)) => helpers.extend(config.helpers()),
             Some(Err(e)) => problems.push(chain(&e)),
             None => {}
@@ -172,6 +172,11 @@ impl Logins {
         problems.extend(helpers.iter().filter_map(|name| helper::find(name).err()).map(|e| chain(&e)));
         problems
     }
+}
+
+/// Whether there is no such file. One that cannot be reached is not missing, nor is a link that leads nowhere.
+fn is_missing(path: &Path) -> bool {
+    path.symlink_metadata().is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
 }
 
 fn read(path: &Path) -> Result<String, LoginError> {

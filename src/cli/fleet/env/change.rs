@@ -13,7 +13,6 @@ use crate::{
         input::{read_file_or_stdin, read_variables},
         print::Printer,
     },
-    fleet::outcome::Wanted,
     model::{
         dotenv,
         name::{AppName, EnvName, SetName},
@@ -196,7 +195,7 @@ fn decide(
     let written = puts.iter().map(|(key, _)| key).chain(&deletes).cloned();
     let unchanged = decided_from.into_iter().chain(written).map(|key| (key.clone(), fleet.modified(&key))).collect();
     let others: Vec<&str> = users.iter().filter(|user| **user != app).map(|user| user.as_str()).collect();
-    let waits_for_edit = fleet.wanted(app) != Wanted::Release(release.clone());
+    let waits_for_edit = fleet.opens_rollout(app, &release);
     let decision = Decision::new(Edit { unchanged, puts, deletes, ..Edit::default() }, release, waits_for_edit);
     Ok(match others.is_empty() {
         true => decision,
