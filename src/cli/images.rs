@@ -69,8 +69,11 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         let status: HostStatus = serde_json::from_str(&answer.body).map_err(|e| away(e.to_string()))?;
         world.images.list(&status).await.map_err(Failed::try_later)
     })?;
-    let is_chosen = |listed: &Listed| app.as_ref().is_none_or(|app| listed.image.apps.contains_key(app));
+    let is_chosen = |listed: &Listed| app.as_ref().is_none_or(|app: &AppName| listed.image.apps.contains_key(app));
     let images: Vec<Shown> = listed.into_iter().filter(is_chosen).map(shown).collect();
+    if let Some(app) = app.filter(|_| images.is_empty()) {
+        return Err(Failed::because(format!("the agent of this host has pulled no image for `{app}`")));
+    }
     if args.output == Format::Json {
         printer.line(&serde_json::to_string_pretty(&ShownAll { version: VERSION, images })?);
         return Ok(Exit::Success);

@@ -282,7 +282,9 @@ pub fn run() -> ExitCode {
     match ended {
         Ok(exit) => exit.code(),
         Err(failed) => {
-            printer.error(&format!("error: {}", failed.message));
+            if !failed.message.is_empty() {
+                printer.error(&format!("error: {}", failed.message));
+            }
             failed.exit.code()
         }
     }

@@ -276,4 +276,14 @@ fn changes_that_make_no_release_are_waited_for() {
 
     told(&lab, &["delete", "shop", "--yes"]);
     assert_eq!(lab.containers().len(), 0, "its containers are gone when the command ends");
+    // Also one of which no host has said anything yet.
+    let image = lab.image("v1");
+    let file = lab.path("specs/shop.yaml").display().to_string();
+    told(&lab, &["deploy", "late", &image, "--spec", &file, "--detach"]);
+    told(&lab, &["delete", "late", "--yes"]);
+    assert!(lab.containers().is_empty() && lab.lists_no("late"));
+    assert_eq!(run(&lab, &["delete", "late", "--yes"]).0, 1, "it is gone");
+    // Members are shown where nothing else is.
+    let (code, out, err) = run(&lab, &["store", "status", "--prefix", "/none"]);
+    assert!(code == 1 && out.contains("yes"), "{out}{err}");
 }

@@ -121,6 +121,7 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
             printer.error(&format!("nothing is deleted, since not all has been applied: {}", names(&pruned)));
             return Ok(exit);
         }
+        let mut leaving = Vec::new();
         for (app, seen) in pruned {
             let delete = |fleet: &Fleet| {
                 if fleet.modified(&Key::Spec(app.clone())) != seen {
@@ -128,16 +129,25 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
                 }
                 Ok((delete::edit(fleet, &app, false)?, ()))
             };
-            let (revision, ()) = commit(&config, None, delete).await?;
+            match commit(&config, None, delete).await {
+                Ok((revision, ())) => leaving.push((app, revision)),
+                Err(failed) => {
+                    printer.error(&format!("error: {app} is not deleted: {}", failed.message));
+                    exit = Exit::Undecided;
+                }
+            }
+        }
+        for (app, revision) in leaving {
             if args.wait.detach {
                 args.print(&format!("{app} is to be removed (revision {revision})"), printer);
                 continue;
             }
             let left = deadline.saturating_duration_since(Instant::now());
             let ended = delete::wait_gone(&config, &app, (revision, args.wait.format()), left, printer).await?;
-            if ended != Exit::Success {
+            if ended == Exit::Interrupted {
                 return Ok(ended);
             }
+            exit = if exit == Exit::Success { ended } else { exit };
         }
         Ok(exit)
     })
@@ -170,13 +180,18 @@ impl Args {
         let mut files = Vec::new();
         for given in &self.files {
             if given.is_dir() {
-                files.extend(specs_in(given)?);
+                files.extend(specs_in(given, self.prune)?);
             } else {
                 files.push(given.clone());
             }
         }
         if self.prune && !self.files.iter().any(|given| given.is_dir()) {
             return Err(Failed::usage("`--prune` needs a directory: the apps that have no file in it are deleted"));
+        }
+        if self.prune && self.app.is_some() {
+            return Err(Failed::usage(
+                "`--app` gives one file another name, and `--prune` deletes by the names of files",
+            ));
         }
         if self.app.is_some() && files.len() != 1 {
             return Err(Failed::usage("`--app` names the app of one file, and these are several"));
@@ -218,7 +233,7 @@ impl Args {
 }
 
 /// The files of a directory that have specs.
-fn specs_in(dir: &Path) -> Result<Vec<PathBuf>, Failed> {
+fn specs_in(dir: &Path, is_pruning: bool) -> Result<Vec<PathBuf>, Failed> {
     let failed = |e: std::io::Error| Failed::because(format!("cannot read `{}`: {e}", dir.display()));
     let mut files = Vec::new();
     for entry in fs::read_dir(dir).map_err(failed)? {
@@ -227,6 +242,14 @@ fn specs_in(dir: &Path) -> Result<Vec<PathBuf>, Failed> {
         // What `demae schema` prints is often beside them.
         let is_spec = is_spec && !path.to_string_lossy().ends_with(".schema.json");
         // One that cannot be read is an error, not an app without a file.
+        let end = path.extension().map(std::ffi::OsStr::to_ascii_lowercase);
+        let looks_like_one = path.is_dir() || !is_spec && end.is_some_and(|end| end == "yaml" || end == "yml");
+        if is_pruning && looks_like_one {
+            return Err(Failed::because(format!(
+                "`{}` is not read as a spec, and with `--prune` an app whose spec it has would be deleted: move it, or give it a name that ends in .yaml",
+                path.display()
+            )));
+        }
         if is_spec && !path.is_dir() {
             files.push(path);
         }

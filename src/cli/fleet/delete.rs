@@ -13,13 +13,14 @@ use super::{
     attempts::{Waited, attempts},
     commit,
     env::users,
-    no_app,
+    no_app, until,
 };
 use crate::{
     cli::{Ended, Exit, Failed, Format, print::Printer, runtime},
     model::{
         name::{AppName, HostName, SetName},
-        text,
+        status::VERSION,
+        text::{self, json},
     },
     store::{Edit, StoreError, client::EtcdConfig, keys::Key},
 };
@@ -81,7 +82,8 @@ fn confirm(fleet: &Fleet, app: &AppName, printer: &mut Printer) -> Result<(), Fa
 pub(super) fn edit(fleet: &Fleet, app: &AppName, env: bool) -> Result<Edit, Failed> {
     let spec = Key::Spec(app.clone());
     if fleet.contents.entry(&spec).is_none() {
-        return Err(no_app(app));
+        // One that was interrupted goes on.
+        return if hosts_with(fleet, app).is_empty() { Err(no_app(app)) } else { Ok(Edit::default()) };
     }
     let keys = [Key::Image, Key::Restart, Key::Paused, Key::Pin, Key::Promote, Key::Retry, Key::By];
     let mut set = None;
@@ -103,6 +105,15 @@ pub(super) fn edit(fleet: &Fleet, app: &AppName, env: bool) -> Result<Edit, Fail
     Ok(Edit { unchanged: vec![(spec.clone(), fleet.modified(&spec))], deletes, set, ..Edit::default() })
 }
 
+/// How long no host must have it before it is said to be gone: one that was about to start it says so within seconds.
+const SETTLED: Duration = Duration::from_secs(5);
+
+/// Hosts that report the app, also in words that this version cannot read.
+fn hosts_with(fleet: &Fleet, app: &AppName) -> BTreeSet<HostName> {
+    let reports = fleet.contents.records.served.keys();
+    reports.filter(|(of, _)| of == app).map(|(_, host)| host.clone()).collect()
+}
+
 /// Waits until no host has the app.
 pub(super) async fn wait_gone(
     config: &EtcdConfig,
@@ -112,18 +123,19 @@ pub(super) async fn wait_gone(
     printer: &mut Printer,
 ) -> Ended {
     let again = format!("it goes on; `demae status --fleet {app}` shows how far it is");
-    let mut left = BTreeSet::new();
-    let ended =
-        attempts(Instant::now() + timeout, async |turn| match leave(config, turn, app, &mut left, printer).await {
+    let (mut left, settled) = (BTreeSet::new(), Instant::now() + SETTLED);
+    let ended = attempts(Instant::now() + timeout, async |turn| {
+        match leave(config, turn, app, (&mut left, settled), printer).await {
             Ok(exit) => {
                 if exit == Exit::Success {
                     forget(config, app, printer).await;
-                    let removed = format!("{app} is removed (revision {revision})");
-                    match format {
-                        Format::Text => printer.line(&removed),
-                        // Standard output is for objects.
-                        Format::Json => printer.error(&removed),
-                    }
+                    let at = if revision > 0 { format!(" (revision {revision})") } else { String::new() };
+                    printer.line(&match format {
+                        Format::Text => format!("{app} is removed{at}"),
+                        Format::Json => {
+                            json(&serde_json::json!({ "version": VERSION, "app": app, "outcome": "removed" }))
+                        }
+                    });
                 }
                 Some(exit)
             }
@@ -131,11 +143,14 @@ pub(super) async fn wait_gone(
                 printer.error(&format!("note: the store cannot be read now: {e}"));
                 None
             }
-        });
+        }
+    });
     match ended.await? {
         Waited::Done(exit) => Ok(exit),
         Waited::TimedOut => {
-            printer.error(&format!("not removed within {} s; {again}", timeout.as_secs()));
+            printer.error(&format!(
+                "{app} is not removed in time; {again}, and `demae status` on a host what holds it up"
+            ));
             Ok(Exit::Undecided)
         }
         Waited::Interrupted => {
@@ -178,7 +193,7 @@ async fn leave(
     config: &EtcdConfig,
     turn: usize,
     app: &AppName,
-    left: &mut BTreeSet<HostName>,
+    (left, settled): (&mut BTreeSet<HostName>, Instant),
     printer: &mut Printer,
 ) -> Result<Exit, StoreError> {
     let mut fleet = match Fleet::read_from(config, turn).await? {
@@ -194,14 +209,24 @@ async fn leave(
             printer.error(&format!("demae: {app} was deployed again meanwhile"));
             return Ok(Exit::Superseded);
         }
-        let here: BTreeSet<HostName> = fleet.statuses.get(app).into_iter().flatten().map(|(h, _)| h.clone()).collect();
+        let here = hosts_with(&fleet, app);
         for host in left.difference(&here) {
             printer.error(&format!("{host}  {app} is removed"));
         }
-        if here.is_empty() {
+        // A host that had just begun to bring it up has not said so yet.
+        let now = Instant::now();
+        if here.is_empty() && now >= settled {
             return Ok(Exit::Success);
         }
+        if here != *left && !here.is_empty() {
+            let hosts: Vec<&str> = here.iter().map(HostName::as_str).collect();
+            printer.error(&format!("waiting until {app} has left {}", hosts.join(", ")));
+        }
+        let pause = here.is_empty().then_some(settled);
         *left = here;
-        fleet.next(&mut changes).await?;
+        tokio::select! {
+            news = fleet.next(&mut changes) => news?,
+            () = until(pause) => {}
+        }
     }
 }

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{Fleet, StoreArgs};
 use crate::{
-    cli::{Ended, Exit, Failed, Format, print::Printer, runtime},
+    cli::{Ended, Exit, Format, print::Printer, runtime},
     model::{name::HostName, status::VERSION},
     store::{self, MemberState, StoreError, keys::Key},
 };
@@ -41,6 +41,13 @@ struct Shown {
     frozen: Option<String>,
 }
 
+/// The JSON output if nothing else can be read.
+#[derive(Debug, Serialize)]
+struct ShownMembers {
+    version: u32,
+    members: Vec<ShownMember>,
+}
+
 #[derive(Debug, Serialize)]
 struct ShownMember {
     endpoint: String,
@@ -57,8 +64,22 @@ struct ShownMember {
 
 pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
     let config = args.store.etcd()?;
-    let (fleet, members) = runtime(1)?
-        .block_on(async { Ok::<_, Failed>((Fleet::read(&config).await?, store::member_states(&config).await)) })?;
+    let (fleet, members) =
+        runtime(1)?.block_on(async { (Fleet::read(&config).await, store::member_states(&config).await) });
+    let fleet = match fleet {
+        Ok(fleet) => fleet,
+        // The members are of interest all the same.
+        Err(failed) => {
+            let members: Vec<ShownMember> = members.into_iter().map(shown_member).collect();
+            match args.output {
+                Format::Json => {
+                    printer.line(&serde_json::to_string_pretty(&ShownMembers { version: VERSION, members })?);
+                }
+                Format::Text => print_members(&members, printer),
+            }
+            return Err(failed);
+        }
+    };
     let shown = shown(&fleet, config.prefix.as_str(), members);
     match args.output {
         Format::Json => printer.line(&serde_json::to_string_pretty(&shown)?),
@@ -121,8 +142,12 @@ fn print(shown: &Shown, printer: &mut Printer) {
         printer.field("Frozen:", if why.is_empty() { "no reason given" } else { why });
     }
     printer.line("");
+    print_members(&shown.members, printer);
+}
+
+fn print_members(members: &[ShownMember], printer: &mut Printer) {
     let mut rows = vec![["MEMBER", "VERSION", "LEADS", "DATABASE", "REVISION", "PROBLEMS"].map(String::from).to_vec()];
-    for member in &shown.members {
+    for member in members {
         let dash = || "-".to_owned();
         rows.push(vec![
             member.endpoint.clone(),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{NOT_FOUND, NOT_STARTED, TerminalArgs, ended, is_not_found, not_run, not_started, pass_on};
+use super::{Ends, NOT_FOUND, NOT_STARTED, TerminalArgs, ended, is_not_found, not_run, not_started, pass_on};
 use crate::{
     cli::{Common, Ended, Exit, Failed, print::Printer, runtime, setup},
     config::Config,
@@ -52,7 +52,14 @@ fn exec(args: &Args, printer: &mut Printer) -> Ended {
             printer.error(&format!("in {}, one of {}", found.key, running.len()));
         }
         let mut task = world.docker.exec_task(&found.id, &args.command, terminal).await.map_err(|e| not_started(&e))?;
-        let last = pass_on(&world.docker, &mut task, terminal).await?;
+        let mut ends = Ends::new()?;
+        let last = tokio::select! {
+            last = pass_on(&world.docker, &mut task, terminal) => last?,
+            () = ends.next() => {
+                printer.error(&format!("the command goes on in {} (`docker top {}`)", found.key, found.id.short()));
+                return Ok(Exit::Interrupted);
+            }
+        };
         let code = world.docker.exec_code(&task).await?.unwrap_or(-1);
         // Older engines print why a program cannot be started, as if it were its output, and have one code for all.
         let is_missing = code == i64::from(NOT_STARTED) && is_not_found(&String::from_utf8_lossy(&last));

@@ -3,11 +3,11 @@
 pub(super) mod exec;
 pub(super) mod run;
 
-use std::io::{IsTerminal as _, Write as _, stderr, stdin, stdout};
+use std::io::{ErrorKind, IsTerminal as _, Write as _, stderr, stdin, stdout};
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
 };
 
 use super::{Exit, Failed};
@@ -19,6 +19,28 @@ const NOT_RUN: u8 = 125;
 const NOT_STARTED: u8 = 126;
 /// It is not there.
 const NOT_FOUND: u8 = 127;
+
+/// The reader of its output has gone: 128 and SIGPIPE, as shells have it.
+const PIPE_CLOSED: u8 = 141;
+
+/// Signals that end this program: Ctrl-C, a lost connection, SIGTERM.
+struct Ends([Signal; 3]);
+
+impl Ends {
+    fn new() -> Result<Self, Failed> {
+        let [pressed, hung_up, terminated] = [SignalKind::interrupt(), SignalKind::hangup(), SignalKind::terminate()];
+        Ok(Self([signal(pressed)?, signal(hung_up)?, signal(terminated)?]))
+    }
+
+    async fn next(&mut self) {
+        let [pressed, hung_up, terminated] = &mut self.0;
+        tokio::select! {
+            _ = pressed.recv() => {}
+            _ = hung_up.recv() => {}
+            _ = terminated.recv() => {}
+        }
+    }
+}
 
 /// How the command is connected.
 #[derive(Debug, clap::Args)]
@@ -56,13 +78,22 @@ async fn pass_on(docker: &Docker, task: &mut Task, terminal: Terminal) -> Result
         tokio::select! {
             printed = task.output.next() => match printed {
                 Some(Ok(printed)) => {
-                    match printed.is_error {
-                        true => stderr().write_all(&printed.bytes)?,
-                        false => stdout().write_all(&printed.bytes).and_then(|()| stdout().flush())?,
+                    let written = match printed.is_error {
+                        true => stderr().write_all(&printed.bytes),
+                        false => stdout().write_all(&printed.bytes).and_then(|()| stdout().flush()),
+                    };
+                    match written {
+                        // As a program of a pipe ends whose reader has gone.
+                        Err(e) if e.kind() == ErrorKind::BrokenPipe => return Err(Failed::child(PIPE_CLOSED, "")),
+                        written => written?,
                     }
                     last = printed.bytes;
                 }
-                Some(Err(e)) => return Err(Failed::child(NOT_RUN, e.to_string())),
+                // It may have ended with input left over; its exit code says how.
+                Some(Err(e)) => {
+                    tracing::debug!("{e}");
+                    return Ok(last);
+                }
                 None => return Ok(last),
             },
             read = typed.read(&mut buffer), if is_open && pending.is_empty() => match read? {

@@ -2,9 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::signal::unix::{SignalKind, signal};
-
-use super::{NOT_RUN, TerminalArgs, ended, not_run, not_started, pass_on};
+use super::{Ends, NOT_RUN, TerminalArgs, ended, not_run, not_started, pass_on};
 use crate::{
     cli::{Common, Ended, Failed, fleet, print::Printer, runtime, setup, setup::Disk},
     config::Config,
@@ -28,7 +26,7 @@ pub(in crate::cli) struct Args {
     /// The app
     #[arg(value_name = "APP")]
     app: String,
-    /// The command, after `--`
+    /// The command, after `--`: given to the image's entry point, if it has one, as with `docker run`
     #[arg(value_name = "COMMAND", required = true, last = true)]
     command: Vec<String>,
     #[command(flatten)]
@@ -88,8 +86,10 @@ async fn task(world: &World, app: &AppName, target: &Target, command: &[String],
     }
     let network = world.shared_network(release).await;
     let docker = &world.docker;
+    // Whatever ends this program but a kill ends the container too.
+    let mut ends = Ends::new()?;
     let container = docker.create_task(app, release, command, terminal, network).await?;
-    let ended = attached(docker, &container, terminal).await;
+    let ended = attached(docker, &container, terminal, &mut ends).await;
     if ended.is_err() {
         // It may run still, for example after the reader of its output has gone. One that does not is no error here.
         let _ = docker.stop(&container, GRACE).await;
@@ -100,19 +100,14 @@ async fn task(world: &World, app: &AppName, target: &Target, command: &[String],
     }
 }
 
-async fn attached(docker: &Docker, container: &ContainerId, terminal: Terminal) -> Ended {
-    // Whatever ends this program but a kill ends the container too: Ctrl-C, a lost connection, a reader that has gone.
-    let (mut pressed, mut hung_up) = (signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?);
-    let mut terminated = signal(SignalKind::terminate())?;
+async fn attached(docker: &Docker, container: &ContainerId, terminal: Terminal, ends: &mut Ends) -> Ended {
     let mut task = docker.attach(container, terminal).await?;
     docker.start(container).await.map_err(|e| not_started(&e))?;
     let mut work = std::pin::pin!(pass_on(docker, &mut task, terminal));
     loop {
         tokio::select! {
             passed = &mut work => break drop(passed?),
-            Some(()) = pressed.recv() => docker.stop(container, GRACE).await?,
-            Some(()) = hung_up.recv() => docker.stop(container, GRACE).await?,
-            Some(()) = terminated.recv() => docker.stop(container, GRACE).await?,
+            () = ends.next() => docker.stop(container, GRACE).await?,
         }
     }
     Ok(ended(docker.exit_code(container).await?))

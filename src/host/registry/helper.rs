@@ -93,7 +93,7 @@ pub(super) async fn ask(helper: &str, registry: &str) -> Result<Option<Login>, L
             return Ok(None);
         }
         // It may have printed its answer before it failed.
-        let is_answer = text.contains('{') || text.to_lowercase().contains("secret");
+        let is_answer = ["{", "secret", "password", "token"].iter().any(|word| text.to_lowercase().contains(word));
         let message: String = text.trim().chars().filter(|c| !c.is_control()).take(MOST_MESSAGE).collect();
         let message = match message.as_str() {
             "" => "it printed nothing".to_owned(),
