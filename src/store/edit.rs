@@ -25,12 +25,15 @@ pub struct Edit {
     pub rerun: Option<(AppName, ReleaseId)>,
     /// An app of which nothing is to be left in the store, and the hosts that had it.
     pub forgotten: Option<(AppName, Vec<HostName>)>,
+    /// A host of which nothing is to be left in the store, and the apps in whose turns it went away.
+    pub gone_host: Option<(HostName, Vec<AppName>)>,
 }
 
 impl Edit {
     /// Whether it writes nothing.
     pub fn is_empty(&self) -> bool {
         let nothing = self.forgiven.is_none() && self.rerun.is_none() && self.forgotten.is_none();
+        let nothing = nothing && self.gone_host.is_none();
         self.puts.is_empty() && self.deletes.is_empty() && nothing
     }
 }
@@ -68,7 +71,16 @@ impl FleetSession {
             let rollout = TxnOp::delete(self.prefix.fleet(&FleetKey::Rollout(app.clone())), None);
             below.into_iter().chain(hosts.iter().flat_map(of_host)).chain([rollout])
         });
-        let writes: Vec<TxnOp> = puts.chain(deletes).chain(forgiven).chain(commands).chain(forgotten).collect();
+        let gone = edit.gone_host.iter().flat_map(|(host, lost)| {
+            let below = ["hosts", "state/proven", "state/permits", "state/apps"];
+            let below = below.map(|place| self.prefix.key(&format!("{place}/{host}/")));
+            let below = below.map(|place| TxnOp::delete(place, Some(DeleteOptions::new().with_prefix())));
+            let lost = lost.iter().map(|app| self.prefix.fleet(&FleetKey::Lost(app.clone(), host.clone())));
+            let single = lost.chain([self.prefix.fence(host)]).map(|key| TxnOp::delete(key, None));
+            below.into_iter().chain(single)
+        });
+        let writes = puts.chain(deletes).chain(forgiven).chain(commands).chain(forgotten).chain(gone);
+        let writes: Vec<TxnOp> = writes.collect();
         let answer = self.connection.client.clone().txn(Txn::new().when(conditions).and_then(writes)).await;
         let answer = answer.map_err(self.connection.failed("writing the change"))?;
         Ok(answer.succeeded().then(|| answer.header().map_or(0, etcd_client::ResponseHeader::revision)))

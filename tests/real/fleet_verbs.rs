@@ -279,6 +279,22 @@ fn hosts_are_listed_and_drained_and_the_last_one_is_kept() {
     assert_eq!(code, 1, "{err}");
     assert!(err.contains("web would serve nowhere"), "{err}");
     assert_eq!(store.get_key(&format!("hosts/{}/mode", store.host)), "");
+    // Labels, and what is left of a host that is gone.
+    let name = other.host.clone();
+    let (code, out, err) = run(store, &["hosts", "label", &name, "role=web", "zone=a"]);
+    assert_eq!(code, 0, "{out}{err}");
+    assert_eq!(store.get_key(&format!("hosts/{name}/labels")), r#"{"role":"web","zone":"a"}"#);
+    assert_eq!(run(store, &["hosts", "label", &name, "zone-"]).0, 0);
+    assert_eq!(store.get_key(&format!("hosts/{name}/labels")), r#"{"role":"web"}"#);
+    assert_eq!(run(store, &["hosts", "label", &name, "nonsense"]).0, 64);
+    assert_eq!(run(store, &["hosts", "label", "nowhere", "a=b"]).0, 1);
+    until("its agent has them", || {
+        let (_, shown) = json(store, &["hosts", "-o", "json"]);
+        let hosts = shown["hosts"].as_array().expect("hosts").clone();
+        hosts.iter().any(|host| host["host"] == name.as_str() && host["labels"]["role"] == "web")
+    });
+    let (code, _, err) = run(store, &["hosts", "forget", &name]);
+    assert!(code == 1 && err.contains("is up"), "{err}");
     let (code, out, err) = run(store, &["hosts", "cordon", &other.host]);
     assert_eq!((code, out), (0, format!("{} is cordoned\n", other.host)), "{err}");
     let (code, _, err) = run(store, &["hosts", "activate", &other.host]);
@@ -286,6 +302,12 @@ fn hosts_are_listed_and_drained_and_the_last_one_is_kept() {
     other.wait_app("web", "converged again", |app| app.state == State::Converged);
     let (code, out, _) = run(store, &["hosts"]);
     assert_eq!((code, out.lines().count()), (0, 3), "{out}");
+    let mut fleet = fleet;
+    fleet.0[1].kill_agent();
+    let store = fleet.store();
+    until("its lease has ended", || run(store, &["hosts", "forget", &name]).0 == 0);
+    let (code, out, _) = run(store, &["hosts"]);
+    assert_eq!((code, out.lines().count(), store.list(&format!("hosts/{name}/")).len()), (0, 2, 0), "{out}");
 }
 
 #[test]

@@ -1,5 +1,8 @@
 //! `demae hosts`
 
+mod forget;
+mod label;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -46,6 +49,10 @@ enum HostsVerb {
     Activate(ModeArgs),
     /// Remove all apps from a host, and wait until they have left
     Drain(DrainArgs),
+    /// Set labels of a host, or take some away
+    Label(label::Args),
+    /// Delete what a host that is gone for good has left in the store
+    Forget(ModeArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -107,6 +114,8 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
         Some(HostsVerb::Cordon(args)) => set(args, HostMode::Cordoned, printer),
         Some(HostsVerb::Activate(args)) => set(args, HostMode::Active, printer),
         Some(HostsVerb::Drain(args)) => drain(args, printer),
+        Some(HostsVerb::Label(args)) => label::run(args, printer),
+        Some(HostsVerb::Forget(args)) => forget::run(args, printer),
     }
 }
 
