@@ -78,7 +78,7 @@ enum Verb {
     History(fleet::history::Args),
     /// Compare what two releases of an app are made from
     Diff(fleet::diff::Args),
-    /// Print the end of the log of a release that failed
+    /// Print what the containers of an app on this host print, or the end of the log of a release that failed
     Logs(fleet::logs::Args),
     /// Run a command once, in a container of its own like those of an app, on this host
     Run(task::run::Args),

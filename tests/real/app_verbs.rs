@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    io::Write as _,
+    io::{BufRead as _, BufReader, Write as _},
     process::{Command, Output, Stdio},
 };
 
@@ -144,8 +144,11 @@ fn releases_are_told_compared_and_explained() {
     let (code, out, err) = run(&lab, &["logs", "web", "--failed"]);
     assert_eq!(code, 0, "{err}");
     assert!(out.starts_with(&format!("{} │ ", lab.host)) && err.contains("exit code"), "{out}{err}");
-    let (code, _, err) = run(&lab, &["logs", "web"]);
-    assert!(code == 64 && err.contains("docker logs"), "{err}");
+    // What runs prints on its own host, over a deploy.
+    let out = told(&lab, &["logs", "web", "-n", "1"]);
+    assert!(out.starts_with(&first) && out.contains("│ version v1 starts"), "{out}");
+    let (code, _, err) = run(&lab, &["logs", "none"]);
+    assert!(code == 1 && err.contains("no container of `none`"), "{err}");
     // One app is a card: what is wanted and serves, why, and what to type next.
     let card = told(&lab, &["status", "--fleet", "web"]);
     for line in
@@ -222,6 +225,19 @@ fn contexts_name_stores() {
 #[test]
 fn changes_that_make_no_release_are_waited_for() {
     let (lab, spec) = serving();
+    let release = lab.app("web").and_then(|app| app.release);
+    // Output is followed over a deploy.
+    let first = release.clone().expect("a release");
+    let mut follow = Command::new(env!("CARGO_BIN_EXE_demae"));
+    follow.args(["logs", "-f", "web"]).env("DEMAE_CONFIG", lab.path("agent.toml")).stdout(Stdio::piped());
+    let mut follow = follow.spawn().expect("demae runs");
+    let mut lines = BufReader::new(follow.stdout.take().expect("a pipe")).lines();
+    let mut next = move || lines.next().expect("a line").expect("it is text");
+    assert!(next().starts_with(&first));
+    told(&lab, &["redeploy", "web"]);
+    assert!(!next().starts_with(&first), "the new container is followed");
+    follow.kill().expect("it runs");
+    follow.wait().expect("it ends");
     let release = lab.app("web").and_then(|app| app.release);
     told(&lab, &["scale", "web", "3"]);
     let status = lab.app("web").expect("a status");

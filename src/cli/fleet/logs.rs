@@ -1,10 +1,11 @@
-//! `demae logs --failed`
+//! `demae logs`
 
 use std::collections::BTreeMap;
 
-use super::{Fleet, StoreArgs, no_app};
+use super::{Fleet, StoreArgs, no_app, running_logs};
 use crate::{
     cli::{Ended, Exit, Failed, print::Printer, runtime},
+    config::Flags,
     fleet::outcome::Wanted,
     model::{
         name::{AppName, HostName, ReleaseId},
@@ -17,14 +18,23 @@ pub(in crate::cli) struct Args {
     /// The app
     #[arg(value_name = "APP")]
     app: String,
-    /// The end of the log of the release that failed, on each host on which it did
+    /// Also what is printed from now on, until Ctrl-C
+    #[arg(short, long, conflicts_with = "failed")]
+    follow: bool,
+    /// How many lines from before, of each container
+    #[arg(short = 'n', long, value_name = "COUNT", default_value = "100", conflicts_with = "failed")]
+    lines: u32,
+    /// The time of each line
+    #[arg(long, conflicts_with = "failed")]
+    timestamps: bool,
+    /// Instead, the end of the log of the release that failed, on each host on which it did
     #[arg(long)]
     failed: bool,
-    /// Only from this host
-    #[arg(long, value_name = "HOST")]
+    /// With `--failed`: only from this host
+    #[arg(long, value_name = "HOST", requires = "failed")]
     host: Option<String>,
-    /// Of this release; unless given, of the wanted one, or of the last one that failed
-    #[arg(long, value_name = "RELEASE")]
+    /// With `--failed`: of this release; unless given, of the wanted one, or of the last one that failed
+    #[arg(long, value_name = "RELEASE", requires = "failed")]
     release: Option<String>,
     #[command(flatten)]
     store: StoreArgs,
@@ -39,14 +49,13 @@ pub(super) struct Evidence {
 }
 
 pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
+    let app = AppName::try_from(args.app.as_str())?;
     if !args.failed {
-        return Err(Failed::usage(format!(
-            "only `--failed` is there: the log of a container that runs is read on its host, by `docker logs` (`docker ps --filter label=demae.app={}` names it)",
-            args.app.escape_debug()
-        )));
+        let wanted = running_logs::Wanted { lines: args.lines, follow: args.follow, timestamps: args.timestamps };
+        let flags = Flags { config: args.store.config.clone(), ..Flags::default() };
+        return running_logs::print(&flags, &app, &wanted, printer);
     }
     let config = args.store.etcd()?;
-    let app = AppName::try_from(args.app.as_str())?;
     let only = args.host.as_deref().map(HostName::try_from).transpose()?;
     let release = args.release.as_deref().map(ReleaseId::try_from).transpose()?;
     let fleet = runtime(1)?.block_on(Fleet::read(&config))?;

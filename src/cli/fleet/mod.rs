@@ -19,6 +19,7 @@ pub(super) mod redeploy;
 mod report;
 pub(super) mod retry;
 pub(super) mod rollback;
+mod running_logs;
 pub(super) mod scale;
 pub(super) mod store_status;
 mod summary;

@@ -8,8 +8,8 @@ use bollard::{
     exec::StartExecResults,
     models::{ContainerCreateBody, ExecConfig, HealthConfig},
     query_parameters::{
-        AttachContainerOptionsBuilder, CreateContainerOptionsBuilder, ResizeContainerTTYOptionsBuilder,
-        ResizeExecOptionsBuilder, WaitContainerOptionsBuilder,
+        AttachContainerOptionsBuilder, CreateContainerOptionsBuilder, LogsOptionsBuilder,
+        ResizeContainerTTYOptionsBuilder, ResizeExecOptionsBuilder, WaitContainerOptionsBuilder,
     },
 };
 use futures_util::{Stream, StreamExt as _};
@@ -199,6 +199,28 @@ impl Docker {
     pub async fn exec_code(&self, task: &Task) -> Result<Option<i64>> {
         let What::Exec(exec) = &task.what else { return Ok(None) };
         Ok(self.call(Operation::Exec, |client| client.inspect_exec(exec)).await?.exit_code)
+    }
+
+    /// What a container prints, a line each: so many from before, and with `follow` what comes. Ends with the container, and
+    /// without a word if the engine cannot read its log.
+    ///
+    /// # Errors
+    /// If the engine cannot be reached.
+    pub fn log_lines(
+        &self,
+        container: &ContainerId,
+        lines: u32,
+        follow: bool,
+        timestamps: bool,
+    ) -> Result<impl Stream<Item = String> + Send + use<>> {
+        let options = LogsOptionsBuilder::default().stdout(true).stderr(true).tail(&lines.to_string());
+        let options = options.follow(follow).timestamps(timestamps).build();
+        let log = self.client(Operation::Inspect)?.logs(container.as_str(), Some(options));
+        let texts = log.take_while(|piece| std::future::ready(piece.is_ok())).filter_map(|piece| async move {
+            piece.ok().map(|piece| String::from_utf8_lossy(&piece.into_bytes()).into_owned())
+        });
+        let split = |text: String| text.lines().map(str::to_owned).collect::<Vec<_>>();
+        Ok(texts.map(split).flat_map(futures_util::stream::iter))
     }
 
     /// Says how large the terminal of a task is.
