@@ -81,18 +81,15 @@ impl Docker {
         found.into_iter().filter_map(|container| container.id).map(|text| id(&text)).collect()
     }
 
-    /// Creates the container of a command: that of an instance of its release, without a way in and without a health check.
-    ///
-    /// # Errors
-    /// If the engine cannot.
-    pub async fn create_command(
+    /// The container of an instance of a release that runs another command, without a way in and without a health check; it
+    /// has no labels yet.
+    pub(super) fn body_beside(
         &self,
         app: &AppName,
         release: &Release,
         command: &[String],
-        run: &str,
         network: Option<&str>,
-    ) -> Result<ContainerId, DockerError> {
+    ) -> ContainerCreateBody {
         let key = InstanceKey { release: release.id.clone(), number: 0 };
         let request = CreateRequest {
             app,
@@ -107,17 +104,32 @@ impl Docker {
             drain: std::time::Duration::ZERO,
             check_host: None,
         };
-        let labels =
-            HashMap::from([(COMMAND.to_owned(), run.to_owned()), (COMMAND_HOST.to_owned(), self.host.to_string())]);
-        let body = ContainerCreateBody {
+        ContainerCreateBody {
             cmd: Some(command.to_vec()),
-            labels: Some(labels),
+            labels: None,
             // Without this the image's own check would run.
             healthcheck: Some(HealthConfig { test: Some(vec!["NONE".to_owned()]), ..HealthConfig::default() }),
             // It does not answer for its app.
             networking_config: None,
             ..Self::body(&self.host, &request)
-        };
+        }
+    }
+
+    /// Creates the container of a command: that of an instance of its release, without a way in and without a health check.
+    ///
+    /// # Errors
+    /// If the engine cannot.
+    pub async fn create_command(
+        &self,
+        app: &AppName,
+        release: &Release,
+        command: &[String],
+        run: &str,
+        network: Option<&str>,
+    ) -> Result<ContainerId, DockerError> {
+        let labels =
+            HashMap::from([(COMMAND.to_owned(), run.to_owned()), (COMMAND_HOST.to_owned(), self.host.to_string())]);
+        let body = ContainerCreateBody { labels: Some(labels), ..self.body_beside(app, release, command, network) };
         let options = CreateContainerOptionsBuilder::default().name(&self.command_name(app, &release.id)).build();
         let created =
             self.call(Operation::Create, |client| client.create_container(Some(options), body.clone())).await?;

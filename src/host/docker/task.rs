@@ -6,7 +6,7 @@ use bollard::{
     container::LogOutput,
     errors::Error,
     exec::StartExecResults,
-    models::{ContainerCreateBody, ExecConfig, HealthConfig},
+    models::{ContainerCreateBody, ExecConfig},
     query_parameters::{
         AttachContainerOptionsBuilder, CreateContainerOptionsBuilder, LogsOptionsBuilder,
         ResizeContainerTTYOptionsBuilder, ResizeExecOptionsBuilder, WaitContainerOptionsBuilder,
@@ -15,10 +15,9 @@ use bollard::{
 use futures_util::{Stream, StreamExt as _};
 use tokio::io::AsyncWrite;
 
-use super::{Docker, DockerError, Operation, Result, create::CreateRequest, create::id};
+use super::{Docker, DockerError, Operation, Result, create::id};
 use crate::model::{
     name::{AppName, ContainerId},
-    observed::InstanceKey,
     release::Release,
 };
 
@@ -94,32 +93,14 @@ impl Docker {
         terminal: Terminal,
         network: Option<&str>,
     ) -> Result<ContainerId> {
-        let key = InstanceKey { release: release.id.clone(), number: 0 };
-        let request = CreateRequest {
-            app,
-            key: &key,
-            release,
-            image: release.image.as_str(),
-            socket_dir: None,
-            port: None,
-            own_address: None,
-            shared_network: network,
-            more_ports: &[],
-            drain: std::time::Duration::ZERO,
-            check_host: None,
-        };
-        let body = Self::body(&self.host, &request);
+        let body = self.body_beside(app, release, command, network);
         let mut host_config = body.host_config.unwrap_or_default();
         host_config.restart_policy = None;
         let body = ContainerCreateBody {
-            cmd: Some(command.to_vec()),
             labels: Some(HashMap::from([
                 (TASK.to_owned(), app.to_string()),
                 (TASK_HOST.to_owned(), self.host.to_string()),
             ])),
-            healthcheck: Some(HealthConfig { test: Some(vec!["NONE".to_owned()]), ..HealthConfig::default() }),
-            // It does not answer for its app.
-            networking_config: None,
             host_config: Some(host_config),
             tty: Some(terminal.tty),
             open_stdin: Some(terminal.input),
