@@ -38,7 +38,7 @@ pub type PulledImages = BTreeMap<String, Pulled>;
 /// What needs images now.
 #[derive(Debug, Clone)]
 pub struct Needs<'a> {
-    /// Ids of the images of all containers, running or not, of whomever.
+    /// Ids of the images of all containers, running or not, also of others.
     pub containers: &'a BTreeSet<String>,
     /// What the apps of this host want, by reference.
     pub wanted: &'a BTreeMap<AppName, Option<String>>,

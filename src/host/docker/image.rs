@@ -70,7 +70,7 @@ impl Docker {
         }
     }
 
-    /// Ids of the images of all containers of the engine, whosever they are.
+    /// Ids of the images of all containers of the engine, also of others.
     ///
     /// # Errors
     /// If the engine does not answer.
