@@ -12,7 +12,7 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
-    /// Only in this instance, by the number of its container: `2` of `web.2`
+    /// Only in this instance, by its number: `2` of `9c41e7aa03d5.2`
     #[arg(long, value_name = "NUMBER")]
     replica: Option<u16>,
     #[command(flatten)]
