@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::{
-    execute::{StepError, check_mounts, evidence},
+    execute::{StepError, evidence},
     host::docker::CommandPhase,
     model::{
         desired::Target,
@@ -61,7 +61,7 @@ impl World {
                     self.docker.remove(&container.id).await?;
                 }
                 (None, Some(target)) if is_own && !was_there => {
-                    check_mounts(&target.release.container)?;
+                    self.check_mounts(app, &target.release.container)?;
                     if self.docker.image(target.release.image.as_str()).await?.is_none() {
                         self.images.pull(app, &target.release.image).await?;
                     }

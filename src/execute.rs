@@ -23,7 +23,7 @@ use crate::{
         observed::{Address, Instance, InstanceKey, ObservedApp, Verdict, Via},
         problem::bounded,
         release::Release,
-        spec::{ContainerSpec, Endpoint, MOUNTABLE, VolumeSource},
+        spec::{ContainerSpec, Endpoint, VolumeSource},
         time::Timestamp,
     },
     plan::{
@@ -62,7 +62,7 @@ pub enum StepError {
     TcpRoute(#[from] TcpRouteError),
     /// A volume's path leads to a place that apps may not mount.
     #[error(
-        "volume `{path}` is really `{real}` of the host, which no app may mount: remove the symlink, or use a directory that apps may mount"
+        "volume `{path}` is really `{real}` of the host, which the app may not mount: remove the symlink, or use a directory that it may mount"
     )]
     Mount {
         /// The path in the spec.
@@ -91,8 +91,18 @@ impl StepError {
     }
 
     /// Every kind.
-    pub const KINDS: [&'static str; 9] =
-        ["docker_unreachable", "docker", "image", "disk_full", "file", "nginx", "port", "tcp_route", "gone"];
+    pub const KINDS: [&'static str; 10] = [
+        "docker_unreachable",
+        "docker",
+        "image",
+        "disk_full",
+        "not_allowed",
+        "file",
+        "nginx",
+        "port",
+        "tcp_route",
+        "gone",
+    ];
 
     /// The kind: a bounded set, for metrics.
     pub fn kind(&self) -> &'static str {
@@ -100,9 +110,10 @@ impl StepError {
             Self::Docker(DockerError::Unreachable { .. }) => "docker_unreachable",
             Self::Docker(e) if e.is_full() => "disk_full",
             Self::Docker(DockerError::Image { .. }) => "image",
+            Self::Docker(DockerError::NotAllowed(_)) | Self::Mount { .. } => "not_allowed",
             Self::Docker(_) => "docker",
             Self::File(e) if e.is_full() => "disk_full",
-            Self::File(_) | Self::Mount { .. } => "file",
+            Self::File(_) => "file",
             Self::Nginx(_) => "nginx",
             Self::Port(_) => "port",
             Self::TcpRoute(_) => "tcp_route",
@@ -232,7 +243,7 @@ impl World {
             }
             None => {}
         }
-        check_mounts(&release.container)?;
+        self.check_mounts(app, &release.container)?;
         failpoint::boundary("prepared");
         let socket_dir = socket_dir.as_deref();
         let more_ports = more_ports.as_slice();
@@ -276,6 +287,24 @@ impl World {
             (Some(address), _) => Ok(matches!(address, Address::Own(_))),
             (None, why_not) => Ok(why_not.is_none()),
         }
+    }
+
+    /// Docker follows symlinks, and an app may create one below a mounted directory: what a path leads to must be allowed as
+    /// well.
+    pub(crate) fn check_mounts(&self, app: &AppName, container: &ContainerSpec) -> Result<(), StepError> {
+        let policy = self.docker.policy();
+        for volume in &container.volumes {
+            let VolumeSource::Host(path) = &volume.source else { continue };
+            // Docker refuses a missing path.
+            let Ok(real) = std::fs::canonicalize(path) else { continue };
+            let real = real.to_string_lossy();
+            let resolve = |dir: &str| Some(std::fs::canonicalize(dir).ok()?.to_str()?.to_owned());
+            if policy.admits_real_path(app, &real, volume.read_only, &resolve) {
+                continue;
+            }
+            return Err(StepError::Mount { path: path.clone(), real: real.into_owned() });
+        }
+        Ok(())
     }
 
     /// The network where apps of this host find each other. Those that are reached by a socket stay out of it: Docker
@@ -504,24 +533,6 @@ fn is_dead(socket: &Path) -> bool {
         connect(&client, &SocketAddrUnix::new(socket)?)
     };
     connected() == Err(rustix::io::Errno::CONNREFUSED)
-}
-
-/// Docker follows symlinks, and an app may create one below a mounted directory.
-pub(crate) fn check_mounts(container: &ContainerSpec) -> Result<(), StepError> {
-    for volume in &container.volumes {
-        let VolumeSource::Host(path) = &volume.source else { continue };
-        // Docker refuses a missing path.
-        let Ok(real) = std::fs::canonicalize(path) else { continue };
-        // Some systems have symlinks of their own in these paths.
-        let mut places = MOUNTABLE.iter().filter_map(|place| std::fs::canonicalize(place).ok());
-        let is_socket = real.extension().is_some_and(|e| e == "sock");
-        let below = |place: &Path| place.parent().is_some() && real != place && real.starts_with(place);
-        if is_socket || !places.any(|place| below(&place)) {
-            let real = real.to_string_lossy().into_owned();
-            return Err(StepError::Mount { path: path.clone(), real });
-        }
-    }
-    Ok(())
 }
 
 /// The sockets of an instance, in the order of its endpoints.

@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
@@ -19,6 +20,7 @@ use crate::{
         fleet::{CommandEnd, CommandRun},
         name::{AppName, ContainerId, HostName, ReleaseId},
         observed::{Health, ObservedApp, Wanted},
+        policy::{BUILT_IN, Policy},
         proxy::{ObservedProxy, Vhost},
         time::Timestamp,
     },
@@ -142,6 +144,11 @@ pub trait Machine: Send + Sync + 'static {
     /// If nginx does not serve it in the end.
     fn reload(&self) -> impl Future<Output = Result<(), NginxError>> + Send;
 
+    /// What may run on it, by its rules of now: the same value as long as they are the same.
+    fn policy(&self) -> Arc<Policy> {
+        BUILT_IN.clone()
+    }
+
     /// How many loopback ports are in use, and how many there are.
     fn ports(&self, used: &BTreeSet<u16>) -> (usize, usize);
 
@@ -242,6 +249,10 @@ impl Machine for World {
 
     async fn reload(&self) -> Result<(), NginxError> {
         self.nginx.reload().await.map(|_| ())
+    }
+
+    fn policy(&self) -> Arc<Policy> {
+        self.docker.policy()
     }
 
     fn has_tcp_routes(&self) -> bool {

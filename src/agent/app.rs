@@ -25,6 +25,7 @@ use crate::{
         mounts::NestedMount,
         name::{AppName, ReleaseId},
         observed::{Address, Health, Instance, ObservedApp, Wanted},
+        policy::Policy,
         proxy::ObservedProxy,
         status::{AppStatus, State},
         time::Timestamp,
@@ -48,6 +49,7 @@ pub(super) struct PlanContext<'a> {
     pub(super) trouble: Option<&'a str>,
     pub(super) conflict: Option<Conflict>,
     pub(super) nested: Option<&'a NestedMount>,
+    pub(super) policy: &'a Policy,
 }
 
 /// Backoff resets after this long without a failure: the time after which kubelet resets a crash loop.
@@ -227,7 +229,7 @@ impl AppState {
     pub(super) fn plan(
         &mut self,
         planner: Planner,
-        PlanContext { proxy, trouble, conflict, nested }: PlanContext<'_>,
+        PlanContext { proxy, trouble, conflict, nested, policy }: PlanContext<'_>,
         now: Timestamp,
         (metrics, events): (&Metrics, &Events),
     ) -> Option<Step> {
@@ -256,6 +258,7 @@ impl AppState {
             conflict,
             backoffs: &self.backoffs,
             nested,
+            policy,
             stays_until: self.stays_until,
             busy: self.busy,
             stopping: &self.stopping,
@@ -523,7 +526,13 @@ mod tests {
         state.fresh.begin();
         state.on_observed(ObservedApp::default(), now);
         let proxy = ObservedProxy::default();
-        let context = PlanContext { proxy: &proxy, trouble: None, conflict: None, nested: None };
+        let context = PlanContext {
+            proxy: &proxy,
+            trouble: None,
+            conflict: None,
+            nested: None,
+            policy: &crate::model::policy::BUILT_IN,
+        };
         assert_eq!(state.plan(wrong, context, now, (&metrics, &events)), None);
         assert_eq!(state.wish(), VhostWish::Keep);
         assert!(state.is_blocked() && state.busy.is_none() && state.stopping.is_empty());

@@ -42,6 +42,7 @@ use crate::{
         desired::{DesiredApp, Snapshot},
         mounts::{self, NestedMount},
         name::AppName,
+        policy::Policy,
         status::{HostStatus, StoreBlock},
         time::Timestamp,
     },
@@ -142,6 +143,8 @@ pub struct Agent<M> {
     conflicts: BTreeMap<AppName, Conflict>,
     /// Apps with a volume that another mount can replace.
     nested: BTreeMap<AppName, NestedMount>,
+    /// What this host allows.
+    policy: Arc<Policy>,
     apps: BTreeMap<AppName, AppState>,
     proxy: ProxyState,
     docker_error: Option<String>,
@@ -195,6 +198,7 @@ impl<M: Machine> Agent<M> {
     pub fn new(machine: Arc<M>, options: Options, outlets: Outlets, updates: watch::Receiver<Update>) -> Self {
         let now = Instant::now();
         let round = machine.now();
+        let policy = machine.policy();
         Self {
             machine,
             options,
@@ -203,6 +207,7 @@ impl<M: Machine> Agent<M> {
             snapshot: None,
             conflicts: BTreeMap::new(),
             nested: BTreeMap::new(),
+            policy,
             apps: BTreeMap::new(),
             proxy: ProxyState::default(),
             docker_error: None,
@@ -504,6 +509,7 @@ impl<M: Machine> Agent<M> {
             trouble: self.proxy.trouble.as_deref(),
             conflict: self.conflicts.get(app).cloned(),
             nested: self.nested.get(app),
+            policy: &self.policy,
         };
         let outputs = (self.outlets.metrics.as_ref(), &self.outlets.events);
         state.plan(self.options.planner, context, now, outputs)

@@ -106,10 +106,11 @@ impl<M: Machine> Agent<M> {
         let used: BTreeSet<u16> = self.apps.values().flat_map(AppState::ports).collect();
         let ports = self.machine.ports(&used);
         let tcp_routes = self.machine.has_tcp_routes();
+        let policy_unusable = self.policy.why_unusable().is_some();
         self.outlets.host_gauges.send_if_modified(|v| {
-            let before = (v.ports, v.tcp_routes);
-            (v.ports, v.tcp_routes) = (ports, tcp_routes);
-            before != (ports, tcp_routes)
+            let before = (v.ports, v.tcp_routes, v.policy_unusable);
+            (v.ports, v.tcp_routes, v.policy_unusable) = (ports, tcp_routes, policy_unusable);
+            before != (ports, tcp_routes, policy_unusable)
         });
     }
 

@@ -262,7 +262,9 @@ impl<M: Machine> Agent<M> {
         let (Some(records), Some(link)) = (rollouts.records.get(app), &self.rollouts) else { return };
         let Some(state) = self.apps.get_mut(app) else { return };
         // Nothing is started while something of the app may not be created.
-        if state.turn.running_command || now < state.turn.write_after || self.nested.contains_key(app) {
+        let refused = |t: &Target| !self.policy.refusals(app, &t.release, t.ingress.as_ref()).is_empty();
+        let is_refused = self.nested.contains_key(app) || state.turn.intended.target().is_some_and(refused);
+        if state.turn.running_command || now < state.turn.write_after || is_refused {
             return;
         }
         let own = |run: &&CommandRun| run.state == CommandState::Started && run.host == *self.machine.host();

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Ended, Exit, Failed, print::Printer, runtime};
+use super::{Ended, Exit, Failed, print::Printer, runtime, validate::Rules};
 use crate::{
     config::docker_socket,
     host::{docker::Docker, files},
@@ -14,6 +14,7 @@ use crate::{
     model::{
         dotenv,
         name::{AppName, HostName, VirtualHost},
+        policy::BUILT_IN,
     },
 };
 
@@ -100,6 +101,9 @@ struct TargetArgs {
     /// Import services without these keys, although they need them
     #[arg(long = "drop", value_name = "KEY,…", value_delimiter = ',')]
     dropped: Vec<String>,
+    /// The policy of the hosts, in place of the rules that hold without one
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
     /// Write `APP.yaml` and `APP.env` here, instead of specs to standard output
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -229,6 +233,10 @@ impl TargetArgs {
             };
             hosts.push((service, VirtualHost::try_from(host)?));
         }
+        let policy = match &self.policy {
+            Some(path) => Rules::of_file(path)?.policy(),
+            None => BUILT_IN.clone(),
+        };
         let mut names = BTreeMap::new();
         for given in &self.names {
             let (service, app) =
@@ -243,6 +251,7 @@ impl TargetArgs {
             hosts,
             names,
             dropped: self.dropped.iter().cloned().collect(),
+            policy,
             read,
         })
     }

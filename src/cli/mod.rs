@@ -13,6 +13,7 @@ mod import;
 mod init;
 mod input;
 mod plan;
+mod policy;
 mod print;
 mod ready;
 #[cfg(test)]
@@ -118,6 +119,8 @@ enum Verb {
     Images(images::Args),
     /// Check spec files, and report every problem
     Validate(validate::Args),
+    /// Check what this host allows
+    Policy(policy::Args),
     /// Print the JSON Schema of a spec, or of a status
     Schema(schema::Args),
     /// Print the completions of a shell
@@ -271,6 +274,7 @@ pub fn run() -> ExitCode {
         Verb::Export(args) => fleet::export::run(&args, &mut printer),
         Verb::Takeover(args) => fleet::takeover::run(&args, &mut printer),
         Verb::Images(args) => images::run(&args, &mut printer),
+        Verb::Policy(args) => policy::run(&args, &mut printer),
         Verb::Validate(args) => validate::run(&args, &mut printer),
         Verb::Schema(args) => schema::run(&args, &mut printer),
         Verb::Completions(args) => completions::completions(&args, &mut printer),

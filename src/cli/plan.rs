@@ -59,6 +59,7 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
     apps.retain(|a| only.is_empty() || only.contains(a));
     let conflicts = conflicts(&snapshot, &proxy);
     let nested = mounts::nested(&snapshot);
+    let policy = world.docker.policy();
     let mut changes = false;
     for problem in &snapshot.unreadable {
         printer.line(&format!("{problem}"));
@@ -102,6 +103,7 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
             conflict: conflicts.get(app).cloned(),
             backoffs: &backoffs,
             nested: nested.get(app),
+            policy: &policy,
             stays_until: None,
             busy: None,
             stopping: &NONE_STOPPING,

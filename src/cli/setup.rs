@@ -15,6 +15,7 @@ use crate::{
         images::Images,
         layout::{Layout, MAX_SOCKET_PATH},
         nginx::{Contained, Local, Nginx, NginxConfig, Server},
+        policy::PolicyFile,
         ports::Ports,
         registry::Logins,
         tcp_routes::TcpRoutes,
@@ -48,6 +49,7 @@ pub(super) fn world(
     }
     let docker = Docker::behind(&config.docker_socket, config.host.clone()).with_meter(meter);
     let docker = docker.with_logins(Arc::new(Logins::new(config.registries.clone(), config.docker_config.clone())));
+    let docker = docker.with_policy(Arc::new(PolicyFile::at(&config.policy, &config.host)));
     let docker = match agent_id(&layout)? {
         Some(id) => docker.with_owner(Arc::new(DirectoryOwner { id, layout: layout.clone() })),
         // No agent ever ran here, so no container is this agent's.

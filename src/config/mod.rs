@@ -45,6 +45,7 @@ pub struct File {
     run_dir: Option<PathBuf>,
     listen: Option<SocketAddr>,
     log: Option<String>,
+    policy: Option<PathBuf>,
     resync: Option<String>,
     delete_grace: Option<String>,
     parallel: Option<usize>,
@@ -210,6 +211,8 @@ pub struct Config {
     pub etcd: EtcdConfig,
     /// Docker's socket.
     pub docker_socket: String,
+    /// The file with the rules for what may run here.
+    pub policy: PathBuf,
     /// When images are removed.
     pub images: Limits,
     /// How it logs in at registries.
@@ -296,6 +299,7 @@ impl Config {
             parallel: file.parallel.unwrap_or(crate::agent::PARALLEL_STEPS).max(1),
             etcd: etcd::config(&flags.etcd, file.etcd)?,
             docker_socket: docker_socket(file.docker.socket)?,
+            policy: absolute("policy", file.policy, "/etc/demae/policy.toml")?,
             images: registries::images(&file.images)?,
             registries: registries::registries(file.registry)?,
             docker_config: registries::docker_config(file.docker.config)?,

@@ -10,6 +10,7 @@ pub mod health;
 pub mod images;
 pub mod layout;
 pub mod nginx;
+pub mod policy;
 pub mod ports;
 pub mod probe;
 pub mod registry;

@@ -1,6 +1,9 @@
 //! Whole Compose files, and the stack files of Swarm, which are the same.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::{
     Effect, ImportError, Imported, Note,
@@ -11,6 +14,7 @@ use super::{
 };
 use crate::model::{
     name::{AppName, VirtualHost},
+    policy::Policy,
     yaml::{Key, Node, Value, parse_expanded},
 };
 
@@ -31,6 +35,8 @@ pub struct Options<'a> {
     pub names: BTreeMap<String, AppName>,
     /// Keys that may be left out although they have no meaning here.
     pub dropped: BTreeSet<String>,
+    /// What hosts allow.
+    pub policy: Arc<Policy>,
     /// Reads a file that the service names.
     pub read: &'a dyn Fn(&str) -> Result<Vec<u8>, String>,
 }

@@ -86,7 +86,13 @@ fn service(container: &Json, image: &Json) -> Node {
     if host["Runtime"].as_str().is_some_and(|runtime| !matches!(runtime, "" | "runc")) {
         out.extend(text(&host["Runtime"]).map(|found| ("runtime", found)));
     }
-    for (key, name) in [("sysctls", "Sysctls"), ("gpus", "DeviceRequests"), ("links", "Links")] {
+    let sysctls = host["Sysctls"].as_object().into_iter().flatten();
+    let sysctls: Vec<(String, Node)> =
+        sysctls.map(|(name, value)| (name.clone(), scalar(value.as_str().unwrap_or_default()))).collect();
+    if !sysctls.is_empty() {
+        out.push(("sysctls", map(sysctls)));
+    }
+    for (key, name) in [("gpus", "DeviceRequests"), ("links", "Links")] {
         let is_given = host[name].as_object().is_some_and(|all| !all.is_empty())
             || host[name].as_array().is_some_and(|all| !all.is_empty());
         if is_given {
@@ -96,8 +102,14 @@ fn service(container: &Json, image: &Json) -> Node {
     for (key, name) in [("pid", "PidMode"), ("userns_mode", "UsernsMode"), ("uts", "UTSMode")] {
         out.extend(text(&host[name]).map(|found| (key, found)));
     }
-    if host["Devices"].as_array().is_some_and(|all| !all.is_empty()) {
-        out.push(("devices", list(vec![scalar("devices")])));
+    let part = |device: &Json, name: &str| device[name].as_str().unwrap_or_default().to_owned();
+    let devices = host["Devices"].as_array().into_iter().flatten().map(|device| {
+        let parts = ["PathOnHost", "PathInContainer", "CgroupPermissions"].map(|name| part(device, name));
+        scalar(parts.join(":"))
+    });
+    let devices: Vec<Node> = devices.collect();
+    if !devices.is_empty() {
+        out.push(("devices", list(devices)));
     }
     // 64 MiB is the engine's own.
     for (key, name, usual) in

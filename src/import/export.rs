@@ -106,7 +106,10 @@ pub fn to_run(source: Source<'_>) -> (String, Vec<Note>) {
         ("add-host", &c.extra_hosts),
         ("dns", &c.dns),
         ("group-add", &c.group_add),
+        ("cap-add", &c.cap_add),
         ("cap-drop", &c.cap_drop),
+        ("device", &c.devices.iter().map(ToString::to_string).collect()),
+        ("sysctl", &c.sysctls.iter().map(|(name, value)| format!("{name}={value}")).collect()),
     ] {
         for value in values {
             option(name, value);

@@ -25,6 +25,8 @@ pub struct HostGauges {
     pub ports: (usize, usize),
     /// Whether new TCP apps are routed by the kernel's table.
     pub tcp_routes: bool,
+    /// Whether its policy allows nothing, since the file cannot be used.
+    pub policy_unusable: bool,
     /// Connections that the kernel tracks, and its limit; `None` if it tracks none.
     pub conntrack: Option<(u64, u64)>,
 }
@@ -61,6 +63,9 @@ impl HostGauges {
             "1 if new TCP apps are routed by the kernel's table, 0 if by published ports",
         );
         text.series("demae_tcp_routes", &[], f64::from(u8::from(self.tcp_routes)));
+        let name = "demae_policy_usable";
+        text.family(name, "gauge", "0 if the policy of this host cannot be used, so nothing is created; else 1");
+        text.series(name, &[], f64::from(u8::from(!self.policy_unusable)));
         if let Some((entries, limit)) = self.conntrack {
             text.family("demae_conntrack_entries", "gauge", "Connections that the kernel tracks");
             text.series("demae_conntrack_entries", &[], entries as f64);

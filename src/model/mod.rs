@@ -1,5 +1,6 @@
 //! Plain values: no I/O, no clock, no async. Illegal states cannot be represented.
 
+pub mod archive;
 pub mod change;
 pub mod desired;
 pub mod dotenv;
@@ -10,6 +11,7 @@ pub mod images;
 pub mod mounts;
 pub mod name;
 pub mod observed;
+pub mod policy;
 pub mod problem;
 pub mod proxy;
 pub mod release;

@@ -6,6 +6,8 @@ use std::{borrow::Borrow, fmt};
 
 use serde::{Deserialize, Serialize};
 
+use super::archive::Archive;
+
 /// Why a text is not a name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{kind} `{}` is not valid: {rule}", text.escape_debug())]
@@ -130,10 +132,13 @@ name!(
     }
 );
 name!(
-    /// A full image reference, as `docker pull` takes it.
+    /// A full image reference, as `docker pull` takes it, or an archive.
     ImageRef, "image reference",
-    "write it as `docker pull` takes it, such as `registry.example.com/web:v42`, at most 255 characters",
+    "write it as `docker pull` takes it, such as `registry.example.com/web:v42`, at most 255 characters; or as `docker-archive:/path/of/a.tar`, or `docker-archive:https://…/a.tar@sha256:…` with the 64 digits of its sum (`oci-archive:` for an OCI layout)",
     |t| {
+        if Archive::is_meant(t) {
+            return Archive::parse(t).is_some();
+        }
         let b = t.as_bytes();
         !b.is_empty() && b.len() <= 255 && b[0].is_ascii_alphanumeric()
             && b[b.len() - 1].is_ascii_alphanumeric()
@@ -161,14 +166,49 @@ name!(
 );
 
 impl ImageRef {
+    /// The archive that it names, if it does.
+    pub fn archive(&self) -> Option<Archive<'_>> {
+        Archive::parse(&self.0)
+    }
+
+    /// Whether it can only ever be the same image.
+    pub fn is_fixed(&self) -> bool {
+        self.archive().map_or(self.0.contains("@sha256:"), |archive| archive.sha256().is_some())
+    }
+
+    /// Its name with the registry, without tag and digest, as Docker completes it: `docker.io/library/nginx`.
+    pub fn repository(&self) -> String {
+        let name = self.0.split_once('@').map_or(self.as_str(), |(name, _)| name);
+        let tag = name.rfind(':').filter(|colon| !name[*colon..].contains('/'));
+        let name = tag.map_or(name, |colon| &name[..colon]);
+        // By the rules of the engine, an upper-case letter makes a registry of the first part, too.
+        let is_registry = |part: &str| {
+            part.contains(['.', ':']) || part == "localhost" || part.bytes().any(|b| b.is_ascii_uppercase())
+        };
+        let (registry, path) = match name.split_once('/') {
+            Some((first, rest)) if is_registry(first) => (first, rest),
+            _ => ("docker.io", name),
+        };
+        let registry = if registry == "index.docker.io" { "docker.io" } else { registry };
+        let library = if registry == "docker.io" && !path.contains('/') { "library/" } else { "" };
+        format!("{registry}/{library}{path}")
+    }
+
     /// The reference with an explicit tag: Docker assumes `latest` if there is neither tag nor digest.
     pub fn tagged(&self) -> String {
+        if self.archive().is_some() {
+            return self.0.clone();
+        }
         let last = self.0.rsplit('/').next().unwrap_or(&self.0);
         if last.contains(':') || last.contains('@') { self.0.clone() } else { format!("{}:latest", self.0) }
     }
 
     /// The version of the image: its tag, or the beginning of its digest.
     pub fn version(&self) -> &str {
+        if let Some(archive) = self.archive() {
+            let file = archive.place().rsplit('/').next().unwrap_or_default();
+            return archive.name().unwrap_or(file);
+        }
         let last = self.0.rsplit('/').next().unwrap_or(&self.0);
         match (last.split_once('@'), last.split_once(':')) {
             (Some((_, digest)), _) => digest.get(..19).unwrap_or(digest),

@@ -106,6 +106,11 @@ impl Vhost {
         std::iter::once(self).chain(&self.more)
     }
 
+    /// The virtual hosts of all of them.
+    pub fn hosts(&self) -> impl Iterator<Item = &VirtualHost> {
+        self.all().flat_map(|vhost| &vhost.hosts)
+    }
+
     /// The loopback ports of its upstreams; empty if it is routed by slots.
     pub fn ports(&self) -> &[u16] {
         match &self.upstreams {

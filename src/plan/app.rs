@@ -18,7 +18,8 @@
 //!    - `Unknown`, since the store was not read: only a `Switch` from an unhealthy instance to a healthy sibling.
 //!    - `Invalid`: block; go on with the last valid target, or supervise only if there is none.
 //!    - `Run`: go on.
-//! 4. Another app holds one of its virtual hosts: block `host_taken`, supervise only. The host is cordoned, and the app
+//! 4. Another app holds one of its virtual hosts: block `host_taken`, supervise only. The policy of the host refuses one
+//!    of them that is not served yet: block `not_allowed`, supervise only. The host is cordoned, and the app
 //!    has no instance on it: block `cordoned`, no step.
 //! 5. Supervise the serving release: `Start` an established instance that does not run, or `ClearSocket` if Docker
 //!    cannot restart it. Not while a stop-first change stops that release.
@@ -27,7 +28,8 @@
 //! 8. Roll out the wanted release. It is not this host's turn, and the release is not proven: wait `turn` instead.
 //!    1. it is not proven, and a candidate failed: `RecordVerdict`;
 //!    2. a candidate failed without a verdict: `Remove` (its port is taken, or it was leaving), else `Discard`;
-//!    3. an instance is missing, and another mount can replace a volume: block `mount_unsafe`;
+//!    3. an instance is missing, and another mount can replace a volume: block `mount_unsafe`; or the policy of the host
+//!       refuses the release: block `not_allowed`;
 //!    4. an instance is missing, and the image too: `Pull`, or block `image_missing`;
 //!    5. the release has no env-file: `WriteEnvFile`;
 //!    6. an instance is missing: `Create`, unless discarded candidates are in backoff;
@@ -62,6 +64,7 @@ use crate::model::{
     fleet::Turn,
     name::{ReleaseId, VirtualHost},
     observed::{Health, Instance, InstanceKey, Phase, Verdict},
+    policy::Refusal,
     spec::{Ingress, Order, Probe, PullPolicy, SETTLE},
     time::Timestamp,
 };
@@ -135,11 +138,22 @@ impl<'a> Draft<'a> {
             let (host, path, owner) = (conflict.host.clone(), conflict.path.clone(), conflict.owner.clone());
             self.plan.blocks.push(Block::HostTaken { host, path, owner });
             self.supervise_only();
+        } else if let Some(refused) = self.new_hosts_refused(target) {
+            self.plan.blocks.push(Block::NotAllowed(refused));
+            self.supervise_only();
         } else if target.cordoned && self.observed().instances.is_empty() {
             self.plan.blocks.push(Block::Cordoned);
         } else {
             self.converge(target);
         }
+    }
+
+    /// The virtual hosts that the policy does not let the app have, if it has not all of them already.
+    fn new_hosts_refused(&self, target: &Target) -> Option<Vec<Refusal>> {
+        let refused = self.input.policy.refused_hosts(self.input.app, target.ingress.as_ref());
+        let served = |host: &VirtualHost| self.input.proxy.live.is_some_and(|live| live.hosts().any(|h| h == host));
+        let is_new = refused.iter().any(|(host, _)| !served(host));
+        is_new.then(|| refused.into_iter().map(|(_, refusal)| refusal).collect())
     }
 
     /// Keeps routes on running instances, and starts nothing: the app may have been leaving.
@@ -306,6 +320,13 @@ impl<'a> Draft<'a> {
         {
             self.plan.blocks.push(Block::MountUnsafe(nested.clone()));
             return proven && self.is_served(group);
+        }
+        if missing > 0 {
+            let refused = self.input.policy.refusals(self.input.app, release, target.ingress.as_ref());
+            if !refused.is_empty() {
+                self.plan.blocks.push(Block::NotAllowed(refused));
+                return proven && self.is_served(group);
+            }
         }
         if missing > 0 {
             let fresh = target.pull_policy == PullPolicy::Always && group.all.is_empty() && !self.observed().pulled;

@@ -22,6 +22,7 @@ use crate::model::{
     mounts::NestedMount,
     name::{AppName, ContainerId, ReleaseId},
     observed::{Instance, ObservedApp},
+    policy::Policy,
     proxy::{Rejected, Vhost},
     time::Timestamp,
 };
@@ -47,6 +48,8 @@ pub struct AppInput<'a> {
     pub backoffs: &'a Backoffs,
     /// A volume of the app that another mount can replace.
     pub nested: Option<&'a NestedMount>,
+    /// What this host allows.
+    pub policy: &'a Policy,
     /// Until when a deleted app stays as it is.
     pub stays_until: Option<Timestamp>,
     /// The step in flight, if any.

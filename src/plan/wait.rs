@@ -7,6 +7,7 @@ use crate::model::{
     mounts::NestedMount,
     name::{AppName, UrlPath, VirtualHost},
     observed::{InstanceKey, Verdict},
+    policy::Refusal,
     problem::Problems,
     time::{Timestamp, human},
 };
@@ -258,13 +259,15 @@ pub enum Block {
     },
     /// A volume lies below a writable mount, so its source can be replaced.
     MountUnsafe(NestedMount),
+    /// This host does not allow what the spec asks for.
+    NotAllowed(Vec<Refusal>),
     /// The check refused the plan: a bug in demae.
     Refused(String),
 }
 
 impl Block {
     /// Every kind.
-    pub const KINDS: [&'static str; 10] = [
+    pub const KINDS: [&'static str; 11] = [
         "invalid",
         "paused",
         "cordoned",
@@ -273,6 +276,7 @@ impl Block {
         "routes_rejected",
         "image_missing",
         "mount_unsafe",
+        "not_allowed",
         "foreign",
         "refused",
     ];
@@ -288,6 +292,7 @@ impl Block {
             Self::RoutesRejected(_) => "routes_rejected",
             Self::ImageMissing(_) => "image_missing",
             Self::MountUnsafe(_) => "mount_unsafe",
+            Self::NotAllowed(_) => "not_allowed",
             Self::Foreign { .. } => "foreign",
             Self::Refused(_) => "refused",
         }
@@ -311,6 +316,9 @@ impl Block {
             Self::Foreign { .. } => {
                 "stop one of the two agents, or give it another name; to take its containers over, `demae adopt ID`"
                     .to_owned()
+            }
+            Self::NotAllowed(_) => {
+                "change the spec, or let root of the host change its policy; what runs goes on as it is".to_owned()
             }
             Self::Refused(_) => "please report this; the app is left as it is".to_owned(),
         }
@@ -338,6 +346,14 @@ impl fmt::Display for Block {
                 f,
                 "volume `{path}` lies below `{above}`, which app `{owner}` may write to: it could resolve to any path on this host"
             ),
+            Self::NotAllowed(refusals) => {
+                let mut separator = "";
+                for refusal in refusals {
+                    write!(f, "{separator}{refusal}")?;
+                    separator = "; ";
+                }
+                Ok(())
+            }
             Self::Refused(violation) => write!(f, "the plan was refused: {violation}"),
         }
     }

@@ -8,6 +8,7 @@ use demae::{
         mounts::NestedMount,
         name::{AppName, ReleaseId},
         observed::{Address, Foreign, Health, ObservedApp, Phase},
+        policy::Policy,
         problem::Problem,
         proxy::{Upstreams, Vhost},
         release::{Release, ReleaseKey},
@@ -20,7 +21,7 @@ use demae::{
         check::violations,
         simulate::SimHost,
         step::{Handle, Planned, Step, StepKind},
-        wait::Wait,
+        wait::{Block, Wait},
     },
 };
 
@@ -55,6 +56,7 @@ struct Scene {
     backoffs: Backoffs,
     stopping: Stopping,
     nested: Option<NestedMount>,
+    policy: Policy,
     stays_until: Option<Timestamp>,
     old_workers: bool,
 }
@@ -65,7 +67,9 @@ impl Scene {
         let app = AppName::try_from("web").expect("a name");
         let host = SimHost::new(app, ObservedApp::default(), None, Timestamp::from_millis(1_000_000_000));
         let (desired, backoffs, stopping) = (DesiredApp::Absent(String::new()), Backoffs::new(), Stopping::new());
-        let mut scene = Self { host, desired, backoffs, stopping, nested: None, stays_until: None, old_workers: false };
+        let policy = Policy::built_in("web1", "policy.toml");
+        let mut scene =
+            Self { host, desired, backoffs, stopping, nested: None, policy, stays_until: None, old_workers: false };
         if let Some(target) = serving {
             scene.desired = DesiredApp::Run(target);
             scene.settle();
@@ -77,6 +81,7 @@ impl Scene {
         AppInput {
             stopping: &self.stopping,
             nested: self.nested.as_ref(),
+            policy: &self.policy,
             stays_until: self.stays_until,
             proxy: ProxyView { old_workers: self.old_workers, ..self.host.input(&self.desired, &self.backoffs).proxy },
             ..self.host.input(&self.desired, &self.backoffs)
@@ -323,4 +328,66 @@ fn container_whose_port_is_taken_is_removed() {
     assert_eq!(scene.kind(), Some(StepKind::Remove));
     let release: ReleaseId = scene.host.observed.instances[0].key.release.clone();
     assert!(!scene.host.observed.verdicts.contains_key(&release), "that is no fault of the release");
+}
+
+/// A policy of the host of a scene.
+fn policy(text: &str) -> Policy {
+    Policy::parse("web1", "policy.toml", text).expect("it is valid")
+}
+
+fn block_of(plan: &AppPlan) -> Vec<&'static str> {
+    plan.blocks.iter().map(Block::kind).collect()
+}
+
+#[test]
+fn a_narrower_policy_stops_nothing_and_lets_nothing_new_begin() {
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    scene.policy = policy("[containers]\nread_only = true\n");
+    assert!(scene.plan().is_converged(), "what runs is not touched: {:#?}", scene.plan());
+    scene.desired = DesiredApp::Run(target(PORT, "v2"));
+    let plan = scene.plan();
+    assert!(plan.step.is_none() && block_of(&plan) == ["not_allowed"] && plan.healthy == 1, "{plan:#?}");
+    assert!(plan.blocks[0].to_string().contains("policy.toml:2"), "{}", plan.blocks[0]);
+    // It is restarted as it is when it ends, but no container is created for it.
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    scene.policy = policy("[containers]\nread_only = true\n");
+    scene.host.observed.instances[0].phase = Phase::Exited(1);
+    assert_eq!(scene.kind(), Some(StepKind::Start));
+    scene.host.observed.instances.clear();
+    assert_eq!(block_of(&scene.plan()), ["not_allowed"]);
+    scene.policy = policy("");
+    assert_eq!(scene.kind(), Some(StepKind::Create));
+}
+
+#[test]
+fn a_virtual_host_that_is_not_allowed_is_kept_and_not_added() {
+    let others = PORT.replace("a.test", "b.test");
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    scene.policy = policy("[ingress]\nhosts = ['a.test']\n");
+    scene.desired = DesiredApp::Run(target(&others, "v1"));
+    let plan = scene.plan();
+    assert!(block_of(&plan) == ["not_allowed"] && plan.vhost == VhostWish::Keep, "{plan:#?}");
+    let mut scene = Scene::new(Some(target(&others, "v1")));
+    scene.policy = policy("[ingress]\nhosts = ['a.test']\n");
+    assert!(scene.plan().is_converged(), "it had its host before: {:#?}", scene.plan());
+    scene.desired = DesiredApp::Run(target(&others, "v2"));
+    assert_eq!(block_of(&scene.plan()), ["not_allowed"], "{:#?}", scene.plan());
+}
+
+#[test]
+fn plan_against_the_policy_is_refused_by_the_check() {
+    let mut scene = Scene::new(None);
+    scene.desired = DesiredApp::Run(target(PORT, "v1"));
+    scene.until(StepKind::Create);
+    let plan = scene.plan();
+    scene.policy = policy("[containers]\nread_only = true\n");
+    assert_eq!(violations(&scene.input(), &plan).len(), 1, "a container that is not allowed");
+    let mut scene = Scene::new(Some(target(PORT, "v1")));
+    let vhost = scene.host.input(&scene.desired, &scene.backoffs).proxy.live.cloned().expect("it is served");
+    scene.desired = DesiredApp::Run(target(&PORT.replace("a.test", "b.test"), "v1"));
+    let hosts = vec!["b.test".try_into().expect("a host")];
+    let plan = AppPlan { vhost: VhostWish::Set(Vhost { hosts, ..vhost }), ..AppPlan::default() };
+    let before = violations(&scene.input(), &plan).len();
+    scene.policy = policy("[ingress]\nhosts = ['a.test']\n");
+    assert_eq!(violations(&scene.input(), &plan).len(), before + 1, "a virtual host that is not allowed");
 }

@@ -18,6 +18,7 @@ use demae::{
     },
     model::{
         name::{AppName, EnvName, VirtualHost},
+        policy::BUILT_IN,
         spec::Spec,
         yaml,
     },
@@ -37,6 +38,7 @@ fn options(read: &dyn Fn(&str) -> Result<Vec<u8>, String>) -> Options<'_> {
         hosts: Vec::new(),
         names: BTreeMap::new(),
         dropped: BTreeSet::new(),
+        policy: BUILT_IN.clone(),
         read,
     }
 }

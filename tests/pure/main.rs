@@ -6,6 +6,7 @@ mod documented;
 mod import;
 mod isolation;
 mod layering;
+mod policy;
 mod properties;
 mod rollouts;
 mod scenarios;

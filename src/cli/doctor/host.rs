@@ -45,6 +45,25 @@ pub(super) async fn docker(context: &Context<'_>, found: &mut Findings) -> bool 
     }
 }
 
+/// Checks whether the rules for what may run here can be used.
+pub(super) fn policy(context: &Context<'_>, found: &mut Findings) {
+    let (policy, path) = (context.world.docker.policy(), context.config.policy.display());
+    match policy.why_unusable() {
+        Some(why) => {
+            found.fail("policy", why.to_owned(), "nothing is created on this host until then; what runs goes on")
+        }
+        None if !context.config.policy.exists() => {
+            found.ok(
+                "policy",
+                format!("there is no `{path}`: specs may ask for what docs/policy.md lists as allowed without one"),
+            );
+        }
+        None => {
+            found.ok("policy", format!("`{path}` holds, with rules of their own for {} apps", policy.apps().count()))
+        }
+    }
+}
+
 /// Checks whether the logins at registries can be read, without using them.
 pub(super) fn registries(context: &Context<'_>, found: &mut Findings) {
     let problems = context.world.docker.login_problems();

@@ -89,6 +89,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
         if context.docker_answers || config.nginx.container.is_none() {
             host::nginx(&context, &mut found).await;
         }
+        host::policy(&context, &mut found);
         host::registries(&context, &mut found);
         host::directories(&context, &mut found).await;
         host::sockets(&context, &mut found);

@@ -6,12 +6,12 @@ use super::{Ends, NOT_RUN, TerminalArgs, ended, not_run, not_started, pass_on};
 use crate::{
     cli::{Common, Ended, Failed, fleet, print::Printer, runtime, setup, setup::Disk},
     config::Config,
-    execute::check_mounts,
     host::docker::{Docker, NoMeter, Terminal},
     model::{
         desired::{DesiredApp, Target},
         name::{AppName, ContainerId},
     },
+    plan::wait::Block,
     store,
     world::World,
 };
@@ -79,7 +79,11 @@ async fn target(config: &Config, world: &World, app: &AppName) -> Result<Target,
 
 async fn task(world: &World, app: &AppName, target: &Target, command: &[String], terminal: Terminal) -> Ended {
     let release = &target.release;
-    check_mounts(&release.container)?;
+    let refused = world.docker.policy().refusals(app, release, None);
+    if !refused.is_empty() {
+        return Err(Failed::because(Block::NotAllowed(refused).to_string()));
+    }
+    world.check_mounts(app, &release.container)?;
     if world.docker.image(release.image.as_str()).await?.is_none() {
         // Not noted as the agent's: it alone writes down what it may remove.
         world.docker.pull(&release.image).await?;

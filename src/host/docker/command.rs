@@ -8,7 +8,7 @@ use bollard::{
     query_parameters::{CreateContainerOptionsBuilder, ListContainersOptionsBuilder},
 };
 
-use super::{Docker, DockerError, Operation, create::CreateRequest, create::id};
+use super::{Docker, DockerError, Operation, Own, create::CreateRequest, create::id};
 use crate::model::{
     name::{AppName, ContainerId, ReleaseId},
     observed::InstanceKey,
@@ -115,6 +115,18 @@ impl Docker {
         }
     }
 
+    /// The second reading of the rules, over the request for such a container.
+    pub(super) fn judge_beside(
+        &self,
+        body: &ContainerCreateBody,
+        app: &AppName,
+        release: &Release,
+        network: Option<&str>,
+    ) -> Result<(), DockerError> {
+        let network = network.filter(|_| release.container.network.is_none());
+        self.judge(body, Own { app, image: &release.image, dir: None, network })
+    }
+
     /// Creates the container of a command: that of an instance of its release, without a way in and without a health check.
     ///
     /// # Errors
@@ -130,6 +142,7 @@ impl Docker {
         let labels =
             HashMap::from([(COMMAND.to_owned(), run.to_owned()), (COMMAND_HOST.to_owned(), self.host.to_string())]);
         let body = ContainerCreateBody { labels: Some(labels), ..self.body_beside(app, release, command, network) };
+        self.judge_beside(&body, app, release, network)?;
         let options = CreateContainerOptionsBuilder::default().name(&self.command_name(app, &release.id)).build();
         let created =
             self.call(Operation::Create, |client| client.create_container(Some(options), body.clone())).await?;

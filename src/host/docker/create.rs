@@ -4,18 +4,18 @@ use std::collections::HashMap;
 
 use bollard::{
     models::{
-        ContainerCreateBody, HealthConfig, HostConfig, HostConfigLogConfig, Mount, MountType, PortBinding,
-        ResourcesUlimits, RestartPolicy, RestartPolicyNameEnum,
+        ContainerCreateBody, DeviceMapping, HealthConfig, HostConfig, HostConfigLogConfig, Mount, MountType,
+        PortBinding, ResourcesUlimits, RestartPolicy, RestartPolicyNameEnum,
     },
     query_parameters::CreateContainerOptionsBuilder,
 };
 
-use super::{Docker, DockerError, Operation, OwnAddress, label, network::networking};
+use super::{Docker, DockerError, Operation, Own, OwnAddress, label, network::networking};
 use crate::model::{
     name::{AppName, ContainerId, HostName},
     observed::InstanceKey,
     release::Release,
-    spec::{Endpoint, Probe, Ulimit, VolumeSource},
+    spec::{Device, Endpoint, Probe, Ulimit, VolumeSource},
     text::json,
 };
 
@@ -65,6 +65,9 @@ impl Docker {
     /// visible container is an error: an earlier agent's create call may still be in flight under that name.
     pub async fn create(&self, request: &CreateRequest<'_>) -> Result<Option<ContainerId>, DockerError> {
         let body = ContainerCreateBody { labels: Some(self.labels(request)), ..Self::body(&self.host, request) };
+        let network = network_of(request).filter(|n| request.release.container.network.as_deref() != Some(n));
+        let (app, image) = (request.app, &request.release.image);
+        self.judge(&body, Own { app, image, dir: request.socket_dir, network })?;
         let base = format!("demae.{}.{}.{}", self.host, request.app, request.key);
         for attempt in 0..10 {
             let name = if attempt == 0 { base.clone() } else { format!("{base}.{attempt}") };
@@ -201,7 +204,10 @@ impl Docker {
             security_opt: c.no_new_privileges.then(|| vec!["no-new-privileges".to_owned()]),
             shm_size: c.shm_size,
             ulimits: none_if_empty(c.ulimits.iter().map(ulimit).collect::<Vec<_>>()),
+            cap_add: none_if_empty(c.cap_add.clone()),
             cap_drop: none_if_empty(c.cap_drop.clone()),
+            devices: none_if_empty(c.devices.iter().map(device).collect::<Vec<_>>()),
+            sysctls: none_if_empty(c.sysctls.iter().map(|(k, v)| (k.clone(), v.clone())).collect::<HashMap<_, _>>()),
             tmpfs: none_if_empty(c.tmpfs.iter().map(|t| (t.clone(), String::new())).collect::<HashMap<_, _>>()),
             readonly_rootfs: Some(c.read_only),
             init: Some(c.init),
@@ -232,11 +238,19 @@ impl Docker {
 
 /// The network of other containers that it joins: there it is found by the name of its app.
 fn network_of<'a>(r: &'a CreateRequest<'_>) -> Option<&'a str> {
-    let given = r.release.container.network.as_deref().filter(|network| *network != "none");
+    let given = r.release.container.network.as_deref().filter(|n| !["none", "host"].contains(n));
     r.own_address.map(|own| own.network.as_str()).or(given).or_else(|| {
         let is_default = r.release.container.network.is_none();
         r.shared_network.filter(|_| is_default)
     })
+}
+
+fn device(device: &Device) -> DeviceMapping {
+    DeviceMapping {
+        path_on_host: Some(device.host.clone()),
+        path_in_container: Some(device.container.clone()),
+        cgroup_permissions: Some(device.permissions.clone()),
+    }
 }
 
 fn ulimit((name, limit): (&String, &Ulimit)) -> ResourcesUlimits {

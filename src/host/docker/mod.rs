@@ -26,7 +26,10 @@ use bollard::{
     container::LogOutput,
     errors::Error,
     exec::StartExecResults,
-    models::{ContainerUpdateBody, EventMessageTypeEnum, ExecConfig, RestartPolicy, RestartPolicyNameEnum},
+    models::{
+        ContainerCreateBody, ContainerUpdateBody, EventMessageTypeEnum, ExecConfig, RestartPolicy,
+        RestartPolicyNameEnum,
+    },
     query_parameters::{
         EventsOptionsBuilder, KillContainerOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder,
         RenameContainerOptionsBuilder, StopContainerOptionsBuilder,
@@ -44,10 +47,11 @@ pub use meter::{Failure, Meter, NoMeter, Operation};
 pub use network::{BridgeNetwork, OwnAddress};
 pub use task::{Printed, Task, Terminal};
 
-use crate::host::{files, registry::Logins};
+use crate::host::{files, policy::PolicyFile, registry::Logins};
 use crate::model::{
     fleet::Capacity,
-    name::{AppName, ContainerId, HostName},
+    name::{AppName, ContainerId, HostName, ImageRef},
+    policy::{self, Policy},
     problem::chain,
 };
 
@@ -111,6 +115,9 @@ pub enum DockerError {
         /// Whether trying again can help without a person.
         temporary: bool,
     },
+    /// The rules of this host do not allow it.
+    #[error("this host does not allow the container: {0}")]
+    NotAllowed(String),
     /// The container's labels do not parse.
     #[error("container {id} has labels that demae does not write: {what}")]
     Labels {
@@ -164,6 +171,16 @@ impl DockerError {
     }
 }
 
+/// What a request holds that is not of a spec.
+struct Own<'a> {
+    app: &'a AppName,
+    image: &'a ImageRef,
+    /// The directory of its socket.
+    dir: Option<&'a str>,
+    /// The network that it joins without having named it.
+    network: Option<&'a str>,
+}
+
 type Result<T, E = DockerError> = std::result::Result<T, E>;
 
 /// The engine of this machine, scoped to one host name.
@@ -178,6 +195,8 @@ pub struct Docker {
     owner: Option<Arc<dyn Owner>>,
     /// How it logs in at registries.
     logins: Arc<Logins>,
+    /// What containers may be created.
+    policy: Arc<PolicyFile>,
 }
 
 /// Decides which containers of this host's name belong to this agent. Two agents may have one name by mistake, with a
@@ -202,6 +221,7 @@ impl Docker {
     /// The engine behind a unix socket. Neither engine nor socket need exist yet.
     pub fn behind(socket: &str, host: HostName) -> Self {
         let (client, meter) = (OnceLock::new(), Arc::new(NoMeter));
+        let policy = Arc::new(PolicyFile::none(&host));
         Self {
             socket: socket.to_owned(),
             client,
@@ -210,6 +230,7 @@ impl Docker {
             timeout: CALL_TIMEOUT,
             owner: None,
             logins: Arc::default(),
+            policy,
         }
     }
 
@@ -232,6 +253,26 @@ impl Docker {
     /// Pulls images with these logins; otherwise with none.
     pub fn with_logins(self, logins: Arc<Logins>) -> Self {
         Self { logins, ..self }
+    }
+
+    /// Creates only what these rules allow; otherwise, what built-in ones do.
+    pub fn with_policy(self, policy: Arc<PolicyFile>) -> Self {
+        Self { policy, ..self }
+    }
+
+    /// The rules for what is created, as they are now.
+    pub fn policy(&self) -> Arc<Policy> {
+        self.policy.current()
+    }
+
+    /// The second reading of the rules, over a request as the engine gets it.
+    fn judge(&self, body: &ContainerCreateBody, own: Own<'_>) -> Result<()> {
+        let unreadable = |e: serde_json::Error| DockerError::NotAllowed(e.to_string());
+        let body = serde_json::to_value(body).map_err(unreadable)?;
+        let Own { app, image, dir: own_dir, network: own_network } = own;
+        let request = policy::Request { app, image: image.as_str(), body: &body, own_dir, own_network };
+        let found = policy::judge(&self.policy(), request);
+        if found.is_empty() { Ok(()) } else { Err(DockerError::NotAllowed(found.join(", "))) }
     }
 
     /// What is wrong with its logins, without asking a helper.

@@ -110,6 +110,7 @@ impl Docker {
             attach_stderr: Some(true),
             ..body
         };
+        self.judge_beside(&body, app, release, network)?;
         let number = std::process::id();
         let name = format!("demae.{}.{app}.{}.task-{number}", self.host, release.id);
         let options = CreateContainerOptionsBuilder::default().name(&name).build();

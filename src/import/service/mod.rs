@@ -18,6 +18,7 @@ use super::{
 };
 use crate::model::{
     name::{AppName, EnvName},
+    policy::{Asked, Refusal},
     spec::Spec,
     yaml::{Node, Value},
 };
@@ -72,6 +73,11 @@ impl Project<'_> {
         let services = self.services.iter().filter(move |(name, _)| chosen(name) && !self.waits.contains_key(*name));
         services.filter(|(_, node)| ingress::takes_requests(node)).map(|(name, _)| name.as_str())
     }
+}
+
+/// Whether a refusal is about a key of a spec, or a part of it.
+fn is_of(refusal: &Refusal, key: &str) -> bool {
+    refusal.key.split(['.', '[']).next() == Some(key)
 }
 
 /// A service on its way to a spec.
@@ -199,12 +205,24 @@ impl<'a> Translation<'a> {
             "image" => map([(key, node.clone())]),
             _ => map([("image", scalar("a:1")), (key, node.clone())]),
         };
-        let problems = Spec::parse(write(&alone).as_bytes()).err()?;
+        let problems = match Spec::parse(write(&alone).as_bytes()) {
+            Ok(spec) => {
+                return self.refusals(&spec).into_iter().find(|refusal| is_of(refusal, key)).map(|r| r.reason());
+            }
+            Err(problems) => problems,
+        };
         let problem = problems.iter().next()?;
         Some(match &problem.hint {
             Some(hint) => format!("{} ({hint})", problem.message),
             None => problem.message.clone(),
         })
+    }
+
+    /// What the hosts do not allow of a spec.
+    fn refusals(&self, spec: &Spec) -> Vec<Refusal> {
+        let (image, container, ingress) = (spec.image.as_ref(), &spec.container, spec.ingress.as_ref());
+        let asked = Asked { app: &self.app, image, container, ingress };
+        self.project.options.policy.refusals_of(asked, self.env.keys())
     }
 
     fn put(&mut self, key: &'static str, node: Node) {
@@ -326,11 +344,13 @@ impl<'a> Translation<'a> {
         }
         let ordered = ORDER.iter().filter_map(|key| Some((*key, self.spec.get(key)?.clone())));
         let body = write(&map(ordered));
-        if self.notes.iter().all(|note| note.effect != Effect::Refused)
-            && let Err(problems) = Spec::parse(body.as_bytes())
-        {
-            for problem in problems.iter() {
-                self.note(self.service.line, &problem.key, Effect::Refused, problem.message.clone());
+        if self.notes.iter().all(|note| note.effect != Effect::Refused) {
+            let found: Vec<(String, String)> = match Spec::parse(body.as_bytes()) {
+                Ok(spec) => self.refusals(&spec).into_iter().map(|r| (r.key.clone(), r.reason())).collect(),
+                Err(problems) => problems.iter().map(|p| (p.key.clone(), p.message.clone())).collect(),
+            };
+            for (key, message) in found {
+                self.note(self.service.line, &key, Effect::Refused, message);
             }
         }
         self.notes.sort_by_key(|note| note.line);

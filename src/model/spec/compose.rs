@@ -108,6 +108,21 @@ impl Reader {
         }
     }
 
+    /// A mapping, or a list of `name=value`.
+    pub(super) fn sysctls(&mut self, f: &Fields<'_>) -> BTreeMap<String, String> {
+        let mut out = BTreeMap::new();
+        for (name, value, node) in self.pairs(f, "sysctls") {
+            let is_name = name.contains('.') && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-/".contains(&b));
+            if is_name && printable(&value).is_ok() {
+                out.insert(name, value);
+            } else {
+                let message = format!("`{}` is not a setting such as `net.core.somaxconn: 1024`", name.escape_debug());
+                self.problem("sysctls", &node, message);
+            }
+        }
+        out
+    }
+
     /// By name: one number for both, or `soft` and `hard`.
     pub(super) fn ulimits(&mut self, f: &Fields<'_>) -> BTreeMap<String, Ulimit> {
         let mut out = BTreeMap::new();

@@ -79,7 +79,7 @@ pub struct ContainerSpec {
     /// Paths inside the container that are kept in memory.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tmpfs: Vec<String>,
-    /// `bridge` unless given: `none`, or a network that exists.
+    /// `bridge` unless given: `none`, a network that exists, or `host`, which a host allows only by its policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<String>,
     /// Lines for `/etc/hosts`, `name:address`.
@@ -130,6 +130,32 @@ pub struct ContainerSpec {
     /// Limits of its processes, by Docker's names.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub ulimits: BTreeMap<String, Ulimit>,
+    /// Added capabilities, in upper case and without `CAP_`. A host allows none, unless its policy does.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cap_add: Vec<String>,
+    /// Devices of the host. It allows none, unless its policy does.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<Device>,
+    /// Settings of the kernel for its namespaces. A host allows none, unless its policy does.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub sysctls: BTreeMap<String, String>,
+}
+
+/// A device of the host in a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Device {
+    /// Its path on the host, below `/dev`.
+    pub host: String,
+    /// Its path inside the container.
+    pub container: String,
+    /// Of `r`, `w` and `m`.
+    pub permissions: String,
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}:{}", self.host, self.container, self.permissions)
+    }
 }
 
 /// A limit of a process, as setrlimit(2) has it; -1 for none.

@@ -7,8 +7,8 @@ use super::{
     fields::{Fields, Reader},
     update::ratio,
     values::{
-        self, absolute, constraint, host_header, http_path, is_system_dir, nano_cpus, network, printable, pull_policy,
-        signal, volume,
+        self, absolute, capability, constraint, device, host_header, http_path, is_system_dir, nano_cpus, network,
+        printable, pull_policy, signal, volume,
     },
 };
 use crate::model::{
@@ -62,6 +62,9 @@ impl Reader {
             shm_size: self.shm_size(&f),
             ulimits: self.ulimits(&f),
             labels: self.labels(&f),
+            cap_add: self.items(&f, "cap_add", capability),
+            devices: self.items(&f, "devices", device),
+            sysctls: self.sysctls(&f),
             cap_drop: self.items(&f, "cap_drop", |t| printable(t).map(str::to_owned)),
             read_only: self.boolean(&f, "read_only").unwrap_or(false),
             init: self.boolean(&f, "init").unwrap_or(true),
@@ -82,6 +85,12 @@ impl Reader {
                 n,
                 "an app with `ingress.port` needs a network; use `ingress.socket` or `bridge`",
             );
+        }
+        if let (Some(Ingress { endpoint: Endpoint::Port(_), .. }), Some("host"), Some(n)) =
+            (&ingress, container.network.as_deref(), f.get("network_mode"))
+        {
+            let message = "two releases cannot listen on one port of the host at once; use `ingress.socket`";
+            self.problem("network_mode", n, message);
         }
         let release_command = self.command(&f, "release_command");
         if let (Some(_), false, Some(n)) = (&release_command, deploy.update.is_paced(), f.get("release_command")) {

@@ -1,17 +1,11 @@
 //! Parsers for single values of a spec: what they may be, and what to write instead.
 
-use super::{Constraint, PullPolicy, Volume, VolumeSource};
+use super::{Constraint, Device, PullPolicy, Volume, VolumeSource};
 use crate::model::text;
 
-/// Host directories below which an app may mount. All else belongs to the system or to demae: a denylist would be
-/// incomplete.
+/// Host directories below which an app may mount, on a host without a policy of its own. All else belongs to the system or
+/// to demae: a denylist would be incomplete.
 pub const MOUNTABLE: &[&str] = &["/srv", "/opt", "/mnt", "/media", "/data", "/home", "/var/www"];
-
-/// Whether an app may mount a path of the host, by its text.
-fn is_mountable(path: &str) -> bool {
-    let below = MOUNTABLE.iter().any(|m| path.strip_prefix(m).is_some_and(|rest| rest.starts_with('/')));
-    below && !path.ends_with(".sock")
-}
 
 /// Directories inside a container that must not be mounted over: the app would lose its own system.
 const SYSTEM_DIRS: &[&str] = &[
@@ -60,7 +54,6 @@ pub(super) fn host_header(text: &str) -> Result<String, String> {
 pub(super) fn network(text: &str) -> Result<Option<String>, String> {
     match text {
         "bridge" | "default" => Ok(None),
-        "host" => Err("no app gets the network of its host; use `ingress` for requests".to_owned()),
         t if t.starts_with("container:") || t.starts_with("service:") => {
             Err("an app cannot join the network of another container".to_owned())
         }
@@ -145,12 +138,7 @@ pub(super) fn volume(text: &str) -> Result<Volume, String> {
         return Err("a volume cannot be mounted over `/`".to_owned());
     }
     let source = if source.starts_with('/') {
-        let path = absolute(source)?;
-        if !is_mountable(path) {
-            let places = MOUNTABLE.join(", ");
-            return Err(format!("`{path}` of the host cannot be mounted: an app may have directories below {places}"));
-        }
-        VolumeSource::Host(path.to_owned())
+        VolumeSource::Host(absolute(source)?.to_owned())
     } else if source.len() > 1
         && source.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
         && !source.starts_with('.')
@@ -160,6 +148,36 @@ pub(super) fn volume(text: &str) -> Result<Volume, String> {
         return Err(format!("`{}` is neither an absolute path nor the name of a volume", source.escape_debug()));
     };
     Ok(Volume { source, target, read_only })
+}
+
+pub(super) fn capability(text: &str) -> Result<String, String> {
+    let name = text.to_ascii_uppercase();
+    let name = name.strip_prefix("CAP_").unwrap_or(&name);
+    let fine = !name.is_empty() && name.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
+    if fine {
+        Ok(name.to_owned())
+    } else {
+        Err(format!("`{}` is not a capability such as `NET_ADMIN`", text.escape_debug()))
+    }
+}
+
+/// `/dev/fuse`, `/dev/ttyUSB0:/dev/modem`, or with permissions of `rwm` as a third part.
+pub(super) fn device(text: &str) -> Result<Device, String> {
+    let problem = || format!("`{}` is not a device such as `/dev/fuse` or `/dev/sda:/dev/xvda:r`", text.escape_debug());
+    let parts: Vec<&str> = text.split(':').collect();
+    let (host, container, permissions) = match parts.as_slice() {
+        [host] => (host, host, "rwm"),
+        [host, container] => (host, container, "rwm"),
+        [host, container, permissions] => (host, container, *permissions),
+        _ => return Err(problem()),
+    };
+    let is_known = !permissions.is_empty() && permissions.bytes().all(|b| b"rwm".contains(&b));
+    let is_below = |path: &str| absolute(path).is_ok_and(|path| path.starts_with("/dev/"));
+    if !is_known || !is_below(host) || absolute(container).is_err() {
+        return Err(problem());
+    }
+    let (host, container) = ((*host).to_owned(), (*container).to_owned());
+    Ok(Device { host, container, permissions: permissions.to_owned() })
 }
 
 pub(super) fn constraint(text: &str) -> Result<Constraint, String> {

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use crate::model::{
-    desired::DesiredApp,
+    desired::{DesiredApp, Target},
     fleet::Turn,
-    name::ContainerId,
+    name::{ContainerId, VirtualHost},
     observed::{Address, Instance, InstanceKey, Phase, Via},
     proxy::{Upstreams, Vhost},
     spec::Order,
@@ -26,6 +26,7 @@ pub fn violations(input: &AppInput<'_>, plan: &AppPlan) -> Vec<String> {
         check_step(input, &planned.step, &mut found);
     }
     check_vhost(input, &plan.vhost, &mut found);
+    check_hosts(input, &plan.vhost, &mut found);
     check_turn(input, plan, &mut found);
     if leads_to_the_dead(input, plan) {
         found.push("it leaves requests with a container that has ended".into());
@@ -129,6 +130,20 @@ fn check_vhost(input: &AppInput<'_>, wish: &VhostWish, found: &mut Vec<String>) 
     }
 }
 
+/// No virtual host is added that the policy does not let the app have.
+fn check_hosts(input: &AppInput<'_>, wish: &VhostWish, found: &mut Vec<String>) {
+    let (VhostWish::Set(vhost) | VhostWish::Announce(vhost), Some(target)) = (wish, input.desired.target()) else {
+        return;
+    };
+    let refused = input.policy.refused_hosts(input.app, target.ingress.as_ref());
+    let is_served = |host: &VirtualHost| input.proxy.live.is_some_and(|live| live.hosts().any(|h| h == host));
+    for host in vhost.hosts().filter(|host| !is_served(host)) {
+        if let Some((_, refusal)) = refused.iter().find(|(refused, _)| *refused == host) {
+            found.push(format!("it serves a virtual host that is not allowed: {refusal}"));
+        }
+    }
+}
+
 fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
     if matches!(input.desired, DesiredApp::Paused(_)) {
         found.push(format!("`{step}` touches a paused app"));
@@ -167,6 +182,10 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
         Step::Create { key, release, .. } => {
             if input.nested.is_some() {
                 found.push(format!("`{step}` mounts what another mount can replace"));
+            }
+            let asked = |t: &Target| input.policy.refusals(input.app, release, t.ingress.as_ref()).into_iter().next();
+            if let Some(refusal) = input.desired.target().and_then(asked) {
+                found.push(format!("`{step}` is not allowed: {refusal}"));
             }
             if input.observed.instances.iter().any(|i| i.key == *key) {
                 found.push(format!("`{step}` would duplicate an instance"));
