@@ -17,6 +17,7 @@ need curl curl
 need ip iproute2
 need nft nftables
 need docker-registry docker-registry
+need busybox busybox-static
 need prometheus prometheus
 need openssl openssl
 need strace strace

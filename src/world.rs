@@ -313,6 +313,8 @@ impl World {
         let port_taken = !alive && all().any(|a| matches!(a, Address::Port(port) if ports::is_taken(*port)));
         let exists = |a: &Address| matches!(a, Address::Socket(path) if Path::new(path).symlink_metadata().is_ok());
         let stale_socket = !running && all().any(exists);
+        let own = self.layout.sockets();
+        let binds = found.binds.into_iter().filter(|bind| !Path::new(&bind.source).starts_with(&own)).collect();
         Instance {
             key: found.key,
             id: found.id,
@@ -337,6 +339,7 @@ impl World {
             wrong_address,
             port_taken,
             idle_at: None,
+            binds,
         }
     }
 

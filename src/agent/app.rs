@@ -24,7 +24,7 @@ use crate::{
         desired::DesiredApp,
         mounts::NestedMount,
         name::{AppName, ReleaseId},
-        observed::{Address, Health, Instance, ObservedApp, Wanted},
+        observed::{Address, Bind, Health, Instance, ObservedApp, Wanted},
         policy::Policy,
         proxy::ObservedProxy,
         status::{AppStatus, State},
@@ -189,6 +189,12 @@ impl AppState {
         }
         self.observed = Some(observed);
         self.observe_error = None;
+    }
+
+    /// What its containers have mounted; `None` if it was not observed yet.
+    pub(super) fn binds(&self) -> Option<Vec<Bind>> {
+        let instances = self.observed.iter().flat_map(|observed| &observed.instances);
+        self.observed.as_ref().map(|_| instances.flat_map(|i| i.binds.clone()).collect())
     }
 
     /// The observation failed; the last plan stands, and the observation is retried with backoff.

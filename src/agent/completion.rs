@@ -81,9 +81,13 @@ impl<M: Machine> Agent<M> {
                     Ok(mut observed) => {
                         // They may have reported while it was observed.
                         let news = refresh_health(&mut observed, |id| self.machine.probed(&app, id));
+                        let before = state.binds();
                         state.on_observed(observed, now);
                         if news.other {
                             state.fresh.hint();
+                        }
+                        if before != state.binds() {
+                            self.compare_mounts();
                         }
                         self.docker_error = None;
                         self.on_docker_reachable();

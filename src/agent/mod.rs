@@ -42,6 +42,7 @@ use crate::{
         desired::{DesiredApp, Snapshot},
         mounts::{self, NestedMount},
         name::AppName,
+        observed::Bind,
         policy::Policy,
         status::{HostStatus, StoreBlock},
         time::Timestamp,
@@ -177,6 +178,12 @@ pub struct Agent<M> {
 fn desired_if_unlisted(snapshot: Option<&Snapshot>) -> DesiredApp {
     let why = "the store has no such app".to_owned();
     if snapshot.is_some_and(|s| s.proven) { DesiredApp::Absent(why) } else { DesiredApp::Unknown(why) }
+}
+
+/// What an app that was not observed yet may have mounted.
+fn wanted_binds(snapshot: &Snapshot, app: &AppName) -> Vec<Bind> {
+    let target = snapshot.apps.get(app).and_then(DesiredApp::target);
+    target.map_or_else(Vec::new, |target| mounts::binds(&target.release.container))
 }
 
 /// News of rollouts: the answer to a write, or `None` if the records have changed, or whether this host takes turns. Never
@@ -359,14 +366,24 @@ impl<M: Machine> Agent<M> {
             (state.turn.intended, state.turn.kept) = (unlisted.clone(), None);
             state.set_desired(unlisted.clone(), seen, now, self.options.delete_grace);
         }
-        let nested = mounts::nested(&snapshot);
+        self.snapshot = Some(snapshot);
+        self.compare_mounts();
+    }
+
+    /// Finds apps whose mounts are not safe together with those that are there.
+    fn compare_mounts(&mut self) {
+        let Some(snapshot) = &self.snapshot else { return };
+        let present = self
+            .apps
+            .iter()
+            .map(|(app, state)| (app.clone(), state.binds().unwrap_or_else(|| wanted_binds(snapshot, app))));
+        let nested = mounts::nested(snapshot, &present.collect());
         for (app, state) in &mut self.apps {
             if nested.get(app) != self.nested.get(app) {
                 state.fresh.hint();
             }
         }
         self.nested = nested;
-        self.snapshot = Some(snapshot);
     }
 
     /// The health of an instance changed.

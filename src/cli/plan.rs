@@ -14,7 +14,13 @@ use super::{
 use crate::{
     config::Config,
     host::docker::NoMeter,
-    model::{desired::DesiredApp, mounts, name::AppName, observed::Wanted, time::Timestamp},
+    model::{
+        desired::DesiredApp,
+        mounts,
+        name::AppName,
+        observed::{ObservedApp, Wanted},
+        time::Timestamp,
+    },
     plan::{
         AppInput, Backoffs, FREE, NONE_STOPPING, ProxyView,
         app::plan_app,
@@ -58,7 +64,6 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
     apps.extend(snapshot.apps.keys().cloned());
     apps.retain(|a| only.is_empty() || only.contains(a));
     let conflicts = conflicts(&snapshot, &proxy);
-    let nested = mounts::nested(&snapshot);
     let policy = world.docker.policy();
     let mut changes = false;
     for problem in &snapshot.unreadable {
@@ -74,7 +79,7 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
     let unwanted = if snapshot.proven { DesiredApp::Absent(why) } else { DesiredApp::Unknown(why) };
     // As the agent has last left it: a look would change this host.
     let has_table = world.tcp_routes.is_ready();
-    let mut plans = BTreeMap::new();
+    let mut all = BTreeMap::new();
     for app in &apps {
         let desired = snapshot.apps.get(app).unwrap_or(&unwanted);
         let wanted = match desired {
@@ -84,14 +89,21 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
             }
             _ => None,
         };
-        let observed = world.observe_app(app, wanted.as_ref(), None).await?;
+        all.insert(app.clone(), world.observe_app(app, wanted.as_ref(), None).await?);
+    }
+    let binds = |observed: &ObservedApp| observed.instances.iter().flat_map(|i| i.binds.clone()).collect();
+    let present = all.iter().map(|(app, observed)| (app.clone(), binds(observed))).collect();
+    let nested = mounts::nested(&snapshot, &present);
+    let mut plans = BTreeMap::new();
+    for (app, observed) in &all {
+        let desired = snapshot.apps.get(app).unwrap_or(&unwanted);
         let now = Timestamp::now();
         let backoffs = Backoffs::new();
         let input = AppInput {
             app,
             desired,
             turn: &FREE,
-            observed: &observed,
+            observed,
             proxy: ProxyView {
                 live: proxy.vhost(app),
                 rejected: proxy.rejected(app),

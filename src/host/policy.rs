@@ -137,6 +137,7 @@ fn name_of(path: &Path) -> String {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test writes files of its own")]
 mod tests {
     use std::{fs, os::unix::fs::PermissionsExt as _};
 

@@ -8,43 +8,78 @@ use std::{collections::BTreeMap, path::Path};
 use super::{
     desired::{DesiredApp, Snapshot},
     name::AppName,
-    spec::VolumeSource,
+    observed::Bind,
+    spec::{ContainerSpec, VolumeSource},
 };
 
-/// A volume whose source another mount can replace.
+/// A volume that is not safe together with a mount of an app here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NestedMount {
     /// The source of the volume.
     pub path: String,
-    /// The directory above it that is mounted writable.
-    pub above: String,
+    /// Where it lies.
+    pub relation: Relation,
+    /// The directory that is mounted above or below it.
+    pub other: String,
     /// The app with that mount.
     pub owner: AppName,
 }
 
-/// Apps that mount a host path below a writable mount of any app here, themselves included; the first such volume of
-/// each.
-pub fn nested(snapshot: &Snapshot) -> BTreeMap<AppName, NestedMount> {
-    let mounts = || {
-        let targets = snapshot.apps.iter().filter_map(|(app, desired): (&AppName, &DesiredApp)| {
-            Some((app, &desired.target()?.release.container.volumes))
-        });
-        targets.flat_map(|(app, volumes)| {
-            volumes.iter().filter_map(move |volume| match &volume.source {
-                VolumeSource::Host(path) => Some((app, path.as_str(), volume.read_only)),
-                VolumeSource::Named(_) => None,
-            })
-        })
-    };
-    let writable: BTreeMap<&Path, &AppName> =
-        mounts().filter(|(.., read_only)| !read_only).map(|(app, path, _)| (Path::new(path), app)).collect();
+/// Where a volume lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Relation {
+    /// Below a directory that is mounted writable, so what it leads to can be replaced.
+    Below,
+    /// Above what a container has mounted, and it is writable, so that could be replaced.
+    Above,
+}
+
+/// The paths of the host that a container mounts.
+pub fn binds(container: &ContainerSpec) -> Vec<Bind> {
+    let binds = container.volumes.iter().filter_map(|volume| match &volume.source {
+        VolumeSource::Host(path) => Some(Bind { source: path.clone(), read_only: volume.read_only, real: None }),
+        VolumeSource::Named(_) => None,
+    });
+    binds.collect()
+}
+
+/// Apps that mount a host path below a writable mount of any app here, or a writable one above what a container has mounted,
+/// themselves included; the first such volume of each. Of two apps the one that has its containers goes on.
+///
+/// `present` are the mounts of containers that exist, by app.
+pub fn nested(snapshot: &Snapshot, present: &BTreeMap<AppName, Vec<Bind>>) -> BTreeMap<AppName, NestedMount> {
+    let apps = snapshot.apps.iter();
+    let wanted: Vec<(&AppName, Vec<Bind>)> = apps
+        .filter_map(|(app, desired): (&AppName, &DesiredApp)| Some((app, binds(&desired.target()?.release.container))))
+        .collect();
+    let there = || present.iter().flat_map(|(app, binds)| binds.iter().map(move |bind| (app, bind)));
     let mut found = BTreeMap::new();
-    for (app, path, _) in mounts() {
-        let above = Path::new(path).ancestors().skip(1).find_map(|dir| writable.get_key_value(dir));
-        if let Some((above, owner)) = above {
-            let (above, owner) = (above.display().to_string(), (*owner).clone());
-            found.entry(app.clone()).or_insert_with(|| NestedMount { path: path.to_owned(), above, owner });
+    for (app, binds) in &wanted {
+        let above = binds.iter().filter(|bind| !bind.read_only).find_map(|Bind { source: path, .. }| {
+            let lies_below = |bind: &Bind| bind.source != *path && Path::new(&bind.source).starts_with(path);
+            let (owner, bind) = there().find(|(_, bind)| lies_below(bind))?;
+            Some(nested_mount(path, Relation::Above, &bind.source, owner))
+        });
+        found.extend(above.map(|nested| ((*app).clone(), nested)));
+    }
+    // What is refused changes nothing for those that have their containers.
+    let admitted = wanted.iter().filter(|(app, _)| !found.contains_key(*app));
+    let admitted = admitted.flat_map(|(app, binds)| binds.iter().map(move |bind| (*app, bind)));
+    let writable = there().chain(admitted).filter(|(_, bind)| !bind.read_only);
+    let writable: BTreeMap<&Path, (&str, &AppName)> =
+        writable.map(|(app, bind)| (Path::new(&bind.source), (bind.source.as_str(), app))).collect();
+    for (app, binds) in &wanted {
+        let below = binds.iter().find_map(|Bind { source: path, .. }| {
+            let (above, owner) = Path::new(path).ancestors().skip(1).find_map(|dir| writable.get(dir))?;
+            Some(nested_mount(path, Relation::Below, above, owner))
+        });
+        if let Some(nested) = below {
+            found.entry((*app).clone()).or_insert(nested);
         }
     }
     found
+}
+
+fn nested_mount(path: &str, relation: Relation, other: &str, owner: &AppName) -> NestedMount {
+    NestedMount { path: path.to_owned(), relation, other: other.to_owned(), owner: owner.clone() }
 }

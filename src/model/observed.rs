@@ -164,6 +164,19 @@ pub struct Instance {
     pub wrong_address: bool,
     /// Whether it is down and another program has its port: it can never be started again.
     pub port_taken: bool,
+    /// What it has mounted of the host, without directories of demae's own.
+    pub binds: Vec<Bind>,
+}
+
+/// A path of the host that is mounted into a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    /// The path, as it was given.
+    pub source: String,
+    /// Whether the container may only read it.
+    pub read_only: bool,
+    /// What it led to when the container was created; `None` if that is not known.
+    pub real: Option<String>,
 }
 
 impl Instance {

@@ -17,6 +17,7 @@ use super::{
 use crate::model::{
     desired::DesiredApp,
     fleet::Turn,
+    mounts,
     name::{AppName, ContainerId},
     observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict, Via},
     policy::BUILT_IN,
@@ -199,6 +200,7 @@ pub fn apply_step(observed: &mut ObservedApp, step: &Step, created: Option<NewCo
                 listens: release.endpoint.iter().cloned().collect(),
                 port_taken: false,
                 idle_at: None,
+                binds: mounts::binds(&release.container),
             });
             observed.instances.sort_by(|a, b| a.key.cmp(&b.key));
         }

@@ -4,7 +4,7 @@ use std::{fmt, time::Duration};
 
 use super::step::StepKind;
 use crate::model::{
-    mounts::NestedMount,
+    mounts::{NestedMount, Relation},
     name::{AppName, UrlPath, VirtualHost},
     observed::{InstanceKey, Verdict},
     policy::Refusal,
@@ -257,7 +257,7 @@ pub enum Block {
         /// The id of that agent, or why it is unknown.
         owner: String,
     },
-    /// A volume lies below a writable mount, so its source can be replaced.
+    /// A volume lies below a writable mount, or is one and lies above another, so a source can be replaced.
     MountUnsafe(NestedMount),
     /// This host does not allow what the spec asks for.
     NotAllowed(Vec<Refusal>),
@@ -342,9 +342,13 @@ impl fmt::Display for Block {
                 f,
                 "container `{name}` has this host's name and belongs to another agent: {owner}; nothing is created beside it"
             ),
-            Self::MountUnsafe(NestedMount { path, above, owner }) => write!(
+            Self::MountUnsafe(NestedMount { path, relation: Relation::Below, other, owner }) => write!(
                 f,
-                "volume `{path}` lies below `{above}`, which app `{owner}` may write to: it could resolve to any path on this host"
+                "volume `{path}` lies below `{other}`, which app `{owner}` may write to: it could resolve to any path on this host"
+            ),
+            Self::MountUnsafe(NestedMount { path, relation: Relation::Above, other, owner }) => write!(
+                f,
+                "volume `{path}` lies above `{other}`, which a container of app `{owner}` has mounted: that could then resolve to any path on this host"
             ),
             Self::NotAllowed(refusals) => {
                 let mut separator = "";

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use demae::{
     model::{
         desired::{DesiredApp, Target},
-        mounts::NestedMount,
+        mounts::{NestedMount, Relation},
         name::{AppName, ReleaseId},
         observed::{Address, Foreign, Health, ObservedApp, Phase},
         policy::Policy,
@@ -291,7 +291,8 @@ fn nothing_is_created_beside_foreign_containers_or_nested_mounts() {
     assert!(plan.step.is_none() && plan.blocks.iter().any(|b| b.kind() == "foreign"), "{plan:#?}");
     scene.host.observed.foreign.clear();
     let owner = AppName::try_from("other").expect("a name");
-    scene.nested = Some(NestedMount { path: "/srv/a/b".into(), above: "/srv/a".into(), owner });
+    scene.nested =
+        Some(NestedMount { path: "/srv/a/b".into(), relation: Relation::Below, other: "/srv/a".into(), owner });
     let plan = scene.plan();
     assert!(plan.step.is_none() && plan.blocks.iter().any(|b| b.kind() == "mount_unsafe"), "{plan:#?}");
 }

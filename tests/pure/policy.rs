@@ -62,6 +62,7 @@ fn readings(policy: &Policy, app: &AppName, spec: &Spec) -> (Vec<String>, Vec<St
         shared_network: Some("demae"),
         drain: Duration::ZERO,
         more_ports: &[],
+        real_paths: &BTreeMap::new(),
         check_host: None,
     };
     let body = create_body(&host, &request);

@@ -36,6 +36,7 @@ mod nginx_faults;
 mod ordinary;
 #[cfg(feature = "otel")]
 mod otel;
+mod policy;
 mod restores;
 mod retries;
 mod roles;

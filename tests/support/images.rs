@@ -76,6 +76,13 @@ fn import(name: &str, program: &Path, env: &[&str], dir: &Path) {
     run(&mut import);
 }
 
+/// An image with a shell.
+pub fn build_shell(name: &str, dir: &Path) {
+    fs::create_dir_all(dir).expect("a directory");
+    fs::copy("/bin/busybox", dir.join("busybox")).expect("copied");
+    import(name, &example_app(), &[], dir);
+}
+
 /// An image that does what the README asks of `traefik/whoami`; removed when it is dropped.
 pub struct Whoami {
     pub name: String,

@@ -116,7 +116,7 @@ impl Lab {
             None => "[tcp_routes]\nenabled = false\n".to_owned(),
         };
         let text = format!(
-            "host = \"{}\"\nstate_dir = \"{dir}/state\"\nrun_dir = \"{dir}/run\"\nlisten = \"{}\"\n{}\n\
+            "host = \"{}\"\nstate_dir = \"{dir}/state\"\nrun_dir = \"{dir}/run\"\nlisten = \"{}\"\npolicy = \"{dir}/policy.toml\"\n{}\n\
              [etcd]\nendpoints = [\"{}\"]\n[nginx]\nconf = \"{dir}/nginx.conf\"\naddress = \"{}\"\nlisten = [\"{}\"]\n\
              templates = \"{dir}/templates\"\n{}\n[ports]\nrange = \"{base}-{}\"\n{tcp_routes}{}",
             self.host,

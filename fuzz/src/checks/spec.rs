@@ -2,6 +2,7 @@
 //! host than specs may.
 
 use std::{
+    collections::BTreeMap,
     sync::LazyLock,
     time::{Duration, Instant},
 };
@@ -168,6 +169,7 @@ fn asks_for_nothing_denied(spec: &Spec) {
             shared_network: Some("demae"),
             drain: spec.ingress.as_ref().map_or(Duration::ZERO, |i| i.drain),
             more_ports: &[],
+            real_paths: &BTreeMap::new(),
             check_host: Some("a.example"),
         },
     );

@@ -50,7 +50,7 @@ pub(super) fn policy(context: &Context<'_>, found: &mut Findings) {
     let (policy, path) = (context.world.docker.policy(), context.config.policy.display());
     match policy.why_unusable() {
         Some(why) => {
-            found.fail("policy", why.to_owned(), "nothing is created on this host until then; what runs goes on")
+            found.fail("policy", why.to_owned(), "nothing is created on this host until then; what runs goes on");
         }
         None if !context.config.policy.exists() => {
             found.ok(
@@ -59,7 +59,7 @@ pub(super) fn policy(context: &Context<'_>, found: &mut Findings) {
             );
         }
         None => {
-            found.ok("policy", format!("`{path}` holds, with rules of their own for {} apps", policy.apps().count()))
+            found.ok("policy", format!("`{path}` holds, with rules of their own for {} apps", policy.apps().count()));
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Containers that run the command of a release, once. They are no instances: they have none of the labels by which those
 //! are listed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use bollard::{
     models::{ContainerCreateBody, ContainerStateStatusEnum, HealthConfig},
@@ -100,6 +100,7 @@ impl Docker {
             port: None,
             own_address: None,
             shared_network: network,
+            real_paths: &BTreeMap::new(),
             more_ports: &[],
             drain: std::time::Duration::ZERO,
             check_host: None,

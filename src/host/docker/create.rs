@@ -1,6 +1,6 @@
 //! From a release to the body of Docker's create call.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use bollard::{
     models::{
@@ -38,6 +38,8 @@ pub struct CreateRequest<'a> {
     pub own_address: Option<&'a OwnAddress>,
     /// The network that it joins without an address of its own, unless its spec names one.
     pub shared_network: Option<&'a str>,
+    /// What the paths of the host in its volumes lead to.
+    pub real_paths: &'a BTreeMap<String, String>,
     /// Loopback ports that its other ports are published on, in their order.
     pub more_ports: &'a [u16],
     /// Its drain time.
@@ -101,7 +103,9 @@ impl Docker {
         };
         let labels = found.config.and_then(|c| c.labels).unwrap_or_default();
         // These may differ between two calls for the same instance.
-        let varies = |name: &str| [label::PORT, label::MORE_PORTS, label::ADDRESS, label::CHECK_HOST].contains(&name);
+        let varies = |name: &str| {
+            [label::PORT, label::MORE_PORTS, label::ADDRESS, label::CHECK_HOST, label::REAL_PATHS].contains(&name)
+        };
         let same = self.labels(request).iter().all(|(k, v)| varies(k) || labels.get(k) == Some(v));
         Ok(if same { NameOwner::SameInstance } else { NameOwner::OtherContainer })
     }
@@ -137,6 +141,9 @@ impl Docker {
         if !r.release.more_endpoints.is_empty() {
             let endpoints = json(&r.release.more_endpoints);
             labels.insert(label::MORE_ENDPOINTS.to_owned(), endpoints);
+        }
+        if !r.real_paths.is_empty() {
+            labels.insert(label::REAL_PATHS.to_owned(), json(r.real_paths));
         }
         if let Some(host) = r.check_host {
             labels.insert(label::CHECK_HOST.to_owned(), host.to_owned());

@@ -7,7 +7,7 @@ use std::{
 };
 
 use bollard::models::{
-    ContainerInspectResponse, ContainerStateStatusEnum, EndpointSettings, HealthStatusEnum, NetworkSettings,
+    ContainerInspectResponse, ContainerStateStatusEnum, EndpointSettings, HealthStatusEnum, MountType, NetworkSettings,
     RestartPolicyNameEnum,
 };
 
@@ -15,7 +15,7 @@ use super::{DockerError, Result, label};
 use crate::host::clock::Clock;
 use crate::model::{
     name::{AppName, ContainerId, ImageRef, ReleaseId},
-    observed::{Health, InstanceKey, Phase},
+    observed::{Bind, Health, InstanceKey, Phase},
     spec::{Endpoint, HealthCheck, Probe, SETTLE},
     time::Timestamp,
 };
@@ -78,6 +78,8 @@ pub struct Found {
     pub drain: Duration,
     /// Its stop grace period.
     pub grace: Duration,
+    /// The paths of the host that it has mounted.
+    pub binds: Vec<Bind>,
 }
 
 /// Parses a container from its labels and state.
@@ -126,6 +128,16 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
     };
     let host_config = details.host_config.unwrap_or_default();
     let settled = host_config.restart_policy.and_then(|p| p.name) == Some(RestartPolicyNameEnum::UNLESS_STOPPED);
+    // Of containers of older demae versions it is not known what their paths led to.
+    let real: BTreeMap<String, String> =
+        get(label::REAL_PATHS).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+    let mounts = host_config.mounts.unwrap_or_default().into_iter();
+    let binds = mounts.filter(|mount| mount.typ == Some(MountType::BIND)).filter_map(|mount| {
+        let source = mount.source?;
+        let real = real.get(&source).cloned();
+        Some(Bind { source, read_only: mount.read_only == Some(true), real })
+    });
+    let binds = binds.collect();
     let published: BTreeMap<String, u16> = host_config
         .port_bindings
         .into_iter()
@@ -164,6 +176,7 @@ pub(super) fn read(app: &AppName, id: &str, details: ContainerInspectResponse, c
         pid: state.pid.and_then(|p| i32::try_from(p).ok()).filter(|p| *p > 0),
         check,
         drain: Duration::from_millis(drain),
+        binds,
         grace: Duration::from_secs(config.stop_timeout.and_then(|t| u64::try_from(t).ok()).unwrap_or(10)),
     })
 }

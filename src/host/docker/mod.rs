@@ -82,6 +82,7 @@ mod label {
     pub(super) const MORE_ENDPOINTS: &str = "demae.more-endpoints";
     pub(super) const MORE_PORTS: &str = "demae.more-ports";
     pub(super) const AGENT: &str = "demae.agent";
+    pub(super) const REAL_PATHS: &str = "demae.real-paths";
 }
 
 /// Why a call failed.
@@ -172,6 +173,7 @@ impl DockerError {
 }
 
 /// What a request holds that is not of a spec.
+#[derive(Clone, Copy)]
 struct Own<'a> {
     app: &'a AppName,
     image: &'a ImageRef,

@@ -381,11 +381,10 @@ impl Policy {
         let rule = self.rule(asked.app, |r| r.networks.as_ref());
         let is_allowed = match (rule, network) {
             // What runs in it can do nothing there.
-            (_, "none") => true,
             (None, "host") => false,
             // No pattern is meant to include the host's own.
             (Some(rule), "host") => rule.value.iter().any(|pattern| pattern.as_str() == "host"),
-            (None, _) => true,
+            (_, "none") | (None, _) => true,
             (Some(rule), network) => matches(&rule.value, network),
         };
         if !is_allowed {

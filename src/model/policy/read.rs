@@ -169,6 +169,7 @@ impl Reader<'_> {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "it is one of several readers of values")]
 fn patterns(texts: Vec<String>) -> Result<Patterns, String> {
     texts.iter().map(|text| Pattern::new(text).map_err(|e| format!("`{text}` is not a pattern: {e}"))).collect()
 }
