@@ -410,6 +410,7 @@ mod tests {
                 Docker::behind("/nowhere/docker.sock", host.clone()),
                 layout.clone(),
                 crate::host::images::Limits::default(),
+                crate::host::archive::Fetchers::new(),
             ),
             docker: Docker::behind("/nowhere/docker.sock", host.clone()),
             nginx: Nginx::new(Box::new(Local { binary: "nginx".into() }), config, layout.clone(), clock.clone()),

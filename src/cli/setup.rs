@@ -76,7 +76,7 @@ pub(super) fn world(
         counters: std::sync::Mutex::default(),
         commands: std::sync::Mutex::default(),
         host: config.host.clone(),
-        images: Images::new(docker.clone(), layout.clone(), config.images),
+        images: Images::new(docker.clone(), layout.clone(), config.images, config.fetchers.clone()),
         docker: docker.clone(),
         nginx: Nginx::new(server, nginx, layout.clone(), clock.clone()),
         ports: Ports::new(config.ports.clone()),

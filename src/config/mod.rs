@@ -20,6 +20,7 @@ use serde::Deserialize;
 
 use crate::{
     host::{
+        archive::Fetchers,
         images::Limits,
         nginx::{Profile, Settings},
         registry::Registry,
@@ -53,6 +54,7 @@ pub struct File {
     docker: DockerFile,
     registry: Vec<registries::RegistryFile>,
     images: registries::ImagesFile,
+    fetch: Fetchers,
     nginx: NginxFile,
     ports: PortsFile,
     tcp_routes: TcpRoutesFile,
@@ -215,6 +217,8 @@ pub struct Config {
     pub policy: PathBuf,
     /// When images are removed.
     pub images: Limits,
+    /// Programs that fetch archives.
+    pub fetchers: Fetchers,
     /// How it logs in at registries.
     pub registries: Vec<Registry>,
     /// Docker's `config.json`, for registries that are not in that list; `None` if this user has no home.
@@ -301,6 +305,7 @@ impl Config {
             docker_socket: docker_socket(file.docker.socket)?,
             policy: absolute("policy", file.policy, "/etc/demae/policy.toml")?,
             images: registries::images(&file.images)?,
+            fetchers: registries::fetchers(file.fetch)?,
             registries: registries::registries(file.registry)?,
             docker_config: registries::docker_config(file.docker.config)?,
             nginx: NginxSetup {

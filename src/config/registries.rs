@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use super::{ConfigError, bad, duration};
 use crate::host::{
+    archive::Fetchers,
     images::Limits,
     registry::{Registry, Source},
 };
@@ -43,6 +44,20 @@ pub(super) fn images(file: &ImagesFile) -> Result<Limits, ConfigError> {
     let refuse_above = file.refuse_above.unwrap_or(default.refuse_above);
     let keep_for = duration("images.keep_for", file.keep_for.as_deref())?.unwrap_or(default.keep_for);
     Ok(Limits { clean_above, clean_to, refuse_above, keep_for })
+}
+
+/// Checks the programs.
+pub(super) fn fetchers(fetchers: Fetchers) -> Result<Fetchers, ConfigError> {
+    for (scheme, words) in &fetchers {
+        if words.first().is_none_or(|program| !program.starts_with('/')) {
+            return Err(bad("fetch")(format!("`{scheme}` needs the path of a program as its first word")));
+        }
+        let has = |part: &str| words.iter().any(|word| word.contains(part));
+        if !has("{url}") || !has("{file}") {
+            return Err(bad("fetch")(format!("`{scheme}` needs words with `{{url}}` and `{{file}}`")));
+        }
+    }
+    Ok(fetchers)
 }
 
 /// Checks the list.

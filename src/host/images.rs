@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    archive::{Archives, Fetchers},
     docker::{Docker, DockerError},
     files,
     layout::Layout,
@@ -52,6 +53,7 @@ impl Default for Limits {
 /// The images of this host.
 pub struct Images {
     docker: Docker,
+    archives: Archives,
     layout: Layout,
     limits: Limits,
     state: Mutex<Noted>,
@@ -94,8 +96,9 @@ impl Drop for Pulling<'_> {
 
 impl Images {
     /// Of this engine, with its file in the state directory.
-    pub fn new(docker: Docker, layout: Layout, limits: Limits) -> Self {
+    pub fn new(docker: Docker, layout: Layout, limits: Limits, fetchers: Fetchers) -> Self {
         Self {
+            archives: Archives::new(docker.clone(), layout.clone(), fetchers),
             docker,
             layout,
             limits,
@@ -128,7 +131,7 @@ impl Images {
             return Err(DockerError::Image { image: image.to_string(), message, temporary: true });
         }
         let before = self.docker.image(&reference).await?;
-        self.docker.pull(image).await?;
+        self.fetch(image).await?;
         if let Some(id) = self.docker.image(&reference).await? {
             let now = Timestamp::now();
             self.change(|images| {
@@ -152,6 +155,17 @@ impl Images {
             });
         }
         Ok(())
+    }
+
+    /// Pulls an image, or loads it from its archive, and notes nothing.
+    ///
+    /// # Errors
+    /// If that fails.
+    pub async fn fetch(&self, image: &ImageRef) -> Result<(), DockerError> {
+        match image.archive() {
+            Some(archive) => self.archives.load(image, archive).await,
+            None => self.docker.pull(image).await,
+        }
     }
 
     /// Watches what apps want, and the disk, until the end.

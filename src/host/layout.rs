@@ -72,6 +72,11 @@ impl Layout {
         self.state.join("images.json")
     }
 
+    /// Where archives are unpacked; it is there only meanwhile.
+    pub fn spool(&self) -> PathBuf {
+        self.state.join("spool")
+    }
+
     /// The acceptance of a distrusted store by a person.
     pub fn accepted(&self) -> PathBuf {
         self.state.join("accepted.json")

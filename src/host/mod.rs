@@ -1,6 +1,7 @@
 //! Effects on this machine. Each kind has one home: containers in `docker`, nginx in `nginx`, all disk writes in
 //! `files`.
 
+pub mod archive;
 pub mod certificate;
 pub mod clock;
 pub mod docker;

@@ -2,6 +2,10 @@
 
 use std::fmt;
 
+use sha2::{Digest as _, Sha256};
+
+use super::text::hex;
+
 /// An image in a file, as `docker-archive:/srv/images/web-42.tar.gz` or
 /// `oci-archive:https://builds.example.com/web-42.tar@sha256:<64 digits>#web:42`. The names of the formats are those of
 /// containers-transports(5).
@@ -69,6 +73,16 @@ impl<'a> Archive<'a> {
         let is_pinned = sha256.is_some() || is_path;
         let fine = (is_path || is_url) && is_pinned && sha256.is_none_or(is_sum) && name.is_none_or(is_name);
         fine.then_some(Self { format, place, sha256, name })
+    }
+
+    /// The name that its image has in the engine of a host: one of demae's own, which says which file and which image of it
+    /// it is, as far as that is known without the file.
+    pub fn loaded_as(&self) -> String {
+        let digest = |text: &str| hex(&Sha256::digest(text.as_bytes()));
+        let file =
+            self.sha256.map_or_else(|| format!("path-{}", &digest(self.place)[..12]), |sum| sum[..12].to_owned());
+        let name = self.name.map(|name| format!("-{}", &digest(name)[..8])).unwrap_or_default();
+        format!("demae.local/archive:{file}{name}")
     }
 
     /// Its format, as it was named.

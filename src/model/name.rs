@@ -194,10 +194,10 @@ impl ImageRef {
         format!("{registry}/{library}{path}")
     }
 
-    /// The reference with an explicit tag: Docker assumes `latest` if there is neither tag nor digest.
+    /// The reference with an explicit tag, as the engine knows it: Docker assumes `latest` if there is neither tag nor digest.
     pub fn tagged(&self) -> String {
-        if self.archive().is_some() {
-            return self.0.clone();
+        if let Some(archive) = self.archive() {
+            return archive.loaded_as();
         }
         let last = self.0.rsplit('/').next().unwrap_or(&self.0);
         if last.contains(':') || last.contains('@') { self.0.clone() } else { format!("{}:latest", self.0) }

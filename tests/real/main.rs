@@ -6,6 +6,7 @@ mod support;
 mod acceptance;
 mod answers;
 mod app_verbs;
+mod archives;
 mod benchmarks;
 mod bounds;
 mod container;

@@ -84,9 +84,9 @@ async fn task(world: &World, app: &AppName, target: &Target, command: &[String],
         return Err(Failed::because(Block::NotAllowed(refused).to_string()));
     }
     world.check_mounts(app, &release.container)?;
-    if world.docker.image(release.image.as_str()).await?.is_none() {
+    if world.docker.image(&release.image.tagged()).await?.is_none() {
         // Not noted as the agent's: it alone writes down what it may remove.
-        world.docker.pull(&release.image).await?;
+        world.images.fetch(&release.image).await?;
     }
     let network = world.shared_network(release).await;
     let docker = &world.docker;

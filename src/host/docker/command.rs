@@ -91,11 +91,12 @@ impl Docker {
         network: Option<&str>,
     ) -> ContainerCreateBody {
         let key = InstanceKey { release: release.id.clone(), number: 0 };
+        let image = release.image.tagged();
         let request = CreateRequest {
             app,
             key: &key,
             release,
-            image: release.image.as_str(),
+            image: &image,
             socket_dir: None,
             port: None,
             own_address: None,

@@ -9,9 +9,13 @@ use bollard::{
     auth::DockerCredentials,
     errors::Error,
     models::ImageInspect,
-    query_parameters::{CreateImageOptionsBuilder, ListContainersOptionsBuilder, RemoveImageOptions},
+    query_parameters::{
+        CreateImageOptionsBuilder, ImportImageOptionsBuilder, ListContainersOptionsBuilder, RemoveImageOptions,
+    },
 };
-use futures_util::StreamExt as _;
+use futures_util::{StreamExt as _, stream};
+use hyper::body::Bytes;
+use tokio::sync::mpsc;
 
 use super::{Docker, DockerError, Failure, Operation, Result, one_line};
 use crate::{
@@ -124,6 +128,41 @@ impl Docker {
             Err(e) if e.is_denied() && self.logins.forget(registry_of(image.as_str())) => self.pull_once(image).await,
             ended => ended,
         }
+    }
+
+    /// Loads a file of the form of `docker save`, whose pieces come from `pieces`.
+    ///
+    /// # Errors
+    /// If the engine refuses it, or does not answer.
+    pub async fn load(&self, image: &ImageRef, mut pieces: mpsc::Receiver<Bytes>) -> Result<()> {
+        let body = stream::poll_fn(move |context| pieces.poll_recv(context).map(|piece| piece.map(Ok)));
+        let options = ImportImageOptionsBuilder::default().quiet(true).build();
+        let began = Instant::now();
+        let mut progress = self.client(Operation::Pull)?.import_image(options, bollard::body_try_stream(body), None);
+        let failed = |message: String, temporary: bool| {
+            let message = format!("the engine does not load it: {}", one_line(&message));
+            DockerError::Image { image: image.to_string(), temporary, message }
+        };
+        let loading = async {
+            while let Some(next) = progress.next().await {
+                match next {
+                    Ok(info) => {
+                        if let Some(message) = info.error_detail.and_then(|e| e.message) {
+                            return Err(failed(message, false));
+                        }
+                    }
+                    Err(Error::DockerStreamError { error }) => return Err(failed(error, false)),
+                    Err(Error::DockerResponseServerError { message, .. }) => return Err(failed(message, false)),
+                    Err(e) => return Err(failed(super::one_line_chain(&e), true)),
+                }
+            }
+            Ok(())
+        };
+        let late = |_| Err(failed(format!("not complete after {} minutes", TOTAL_TIMEOUT.as_secs() / 60), true));
+        let ended = tokio::time::timeout(TOTAL_TIMEOUT, loading).await.unwrap_or_else(late);
+        let failure = ended.is_err().then_some(Failure::Refused);
+        self.meter.called(Operation::Pull, began.elapsed(), failure);
+        ended
     }
 
     async fn pull_once(&self, image: &ImageRef) -> Result<()> {

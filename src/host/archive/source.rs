@@ -1,0 +1,208 @@
+//! Where an archive comes from: a path of this host, an address, or a program that root has named for a scheme.
+
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use http_body_util::{BodyExt as _, Empty};
+use hyper::{Response, Uri, body::Bytes, body::Incoming, header};
+use hyper_rustls::HttpsConnectorBuilder;
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use tokio::{io::AsyncReadExt as _, sync::mpsc};
+
+use super::{ArchiveError, Fetchers, PIECES, Received, blocking, plain};
+use crate::model::{archive::Archive, problem::chain};
+
+/// Longest wait for the next bytes.
+const IDLE: Duration = Duration::from_secs(60);
+/// Longest download, and longest run of a program.
+const TOTAL: Duration = Duration::from_secs(30 * 60);
+/// Most redirections.
+const REDIRECTIONS: u8 = 5;
+/// What is needed at the beginning: the file as it comes and without compression, by its size.
+const ROOM: u64 = 2;
+/// Where programs are looked for, and what they find.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Most bytes that a program may say about its failure.
+const MOST_MESSAGE: u64 = 300;
+
+/// Fetches an archive, and writes it to `to` without compression.
+///
+/// # Errors
+/// If it cannot be fetched, has another sum than it should, or there is no room for it.
+pub(super) async fn fetch(
+    archive: Archive<'_>,
+    fetchers: &Fetchers,
+    spool: &Path,
+    to: &Path,
+) -> Result<(), ArchiveError> {
+    let found = match archive.scheme() {
+        None => of_file(PathBuf::from(archive.place()), to).await,
+        Some(scheme) => match fetchers.get(scheme) {
+            Some(words) => {
+                let file = spool.join("fetched");
+                run(words, archive.place(), &file).await?;
+                of_file(file, to).await
+            }
+            None if matches!(scheme, "http" | "https") => download(archive.place(), to).await,
+            None => {
+                let message =
+                    format!("no program fetches `{scheme}://…` on this host: `[fetch]` in the agent's file names it");
+                return Err(ArchiveError::Away(message));
+            }
+        },
+    }?;
+    match archive.sha256() {
+        Some(wanted) if wanted != found => {
+            Err(ArchiveError::wrong(format!("its SHA-256 is {found}, and {wanted} is wanted")))
+        }
+        _ => Ok(()),
+    }
+}
+
+async fn of_file(path: PathBuf, to: &Path) -> Result<String, ArchiveError> {
+    let to = to.to_owned();
+    let away = move |path: &Path, e: io::Error| match e.kind() {
+        // A person puts it there, or writes another name.
+        io::ErrorKind::NotFound => ArchiveError::Wrong(format!("there is no `{}` on this host", path.display())),
+        _ => ArchiveError::Away(format!("cannot read `{}`: {}", path.display(), chain(&e))),
+    };
+    blocking(move || {
+        let file = File::open(&path).map_err(|e| away(&path, e))?;
+        let found = file.metadata().map_err(|e| away(&path, e))?;
+        if !found.is_file() {
+            return Err(ArchiveError::Wrong(format!("`{}` is not a file", path.display())));
+        }
+        plain::room(&to, found.len().saturating_mul(ROOM))?;
+        plain::write(file, &to)
+    })
+    .await
+}
+
+/// Runs a program of root's own. It gets no secret of the agent.
+#[expect(clippy::disallowed_methods, reason = "the home of programs that fetch")]
+async fn run(words: &[String], url: &str, file: &Path) -> Result<(), ArchiveError> {
+    let file = file.display().to_string();
+    let mut words = words.iter().map(|word| word.replace("{url}", url).replace("{file}", &file));
+    let program = words.next().unwrap_or_default();
+    let failed = |message: String| ArchiveError::Away(format!("`{program}` {message}"));
+    let mut command = tokio::process::Command::new(&program);
+    command.args(words).env("PATH", PATH).env_remove("ETCDCTL_PASSWORD").env_remove("ETCDCTL_USER");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+    // Of its own, so that what it has started ends with it.
+    command.process_group(0);
+    let mut child = command.spawn().map_err(|e| failed(format!("cannot be started: {e}")))?;
+    let group = child.id();
+    let stderr = child.stderr.take();
+    let work = async {
+        let mut said = Vec::new();
+        if let Some(mut stderr) = stderr {
+            (&mut stderr).take(MOST_MESSAGE).read_to_end(&mut said).await?;
+            // Else it could wait for a reader.
+            tokio::io::copy(&mut stderr, &mut tokio::io::sink()).await?;
+        }
+        Ok::<_, io::Error>((child.wait().await?, said))
+    };
+    let ended = tokio::time::timeout(TOTAL, work).await;
+    if ended.is_err()
+        && let Some(group) = group.and_then(|id| rustix::process::Pid::from_raw(id.cast_signed()))
+    {
+        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+    }
+    match ended {
+        Ok(Ok((status, _))) if status.success() => Ok(()),
+        Ok(Ok((status, said))) => {
+            let said: String =
+                String::from_utf8_lossy(&said).trim().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+            Err(failed(format!("failed with {status}: {said}")))
+        }
+        Ok(Err(e)) => Err(failed(format!("cannot be waited for: {e}"))),
+        Err(_) => Err(failed(format!("has not ended within {} minutes", TOTAL.as_secs() / 60))),
+    }
+}
+
+async fn download(url: &str, to: &Path) -> Result<String, ArchiveError> {
+    let work = async {
+        let answer = answer(url).await?;
+        let length = answer.headers().get(header::CONTENT_LENGTH).and_then(|n| n.to_str().ok()?.parse().ok());
+        plain::room(to, length.unwrap_or(0_u64).saturating_mul(ROOM))?;
+        let (into, pieces) = mpsc::channel(PIECES);
+        let to = to.to_owned();
+        let writing = blocking(move || plain::write(Received { pieces, piece: Bytes::new() }, &to));
+        let (summed, ()) = tokio::join!(writing, pass_on(answer.into_body(), into));
+        summed
+    };
+    let late = |_| Err(ArchiveError::Away(format!("not complete after {} minutes", TOTAL.as_secs() / 60)));
+    tokio::time::timeout(TOTAL, work).await.unwrap_or_else(late)
+}
+
+async fn pass_on(mut body: Incoming, into: mpsc::Sender<io::Result<Bytes>>) {
+    loop {
+        let piece = match tokio::time::timeout(IDLE, body.frame()).await {
+            Ok(None) => return,
+            Ok(Some(Ok(frame))) => match frame.into_data() {
+                Ok(bytes) => Ok(bytes),
+                Err(_) => continue,
+            },
+            Ok(Some(Err(e))) => Err(io::Error::new(io::ErrorKind::ConnectionReset, chain(&e))),
+            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no data for {} s", IDLE.as_secs()))),
+        };
+        let is_over = piece.is_err();
+        // A reader that has ended says why.
+        if into.send(piece).await.is_err() || is_over {
+            return;
+        }
+    }
+}
+
+/// The answer with the file, after redirections. Its sum says that it is the right one, so it need not be secret.
+async fn answer(url: &str) -> Result<Response<Incoming>, ArchiveError> {
+    let roots = HttpsConnectorBuilder::new().with_native_roots();
+    let roots = roots.map_err(|e| ArchiveError::Away(format!("cannot read this system's certificates: {e}")))?;
+    let client: Client<_, Empty<Bytes>> =
+        Client::builder(TokioExecutor::new()).build(roots.https_or_http().enable_http1().build());
+    let not_url = |e: &dyn std::fmt::Display| ArchiveError::wrong(format!("`{url}` is no address: {e}"));
+    let mut at: Uri = url.parse().map_err(|e| not_url(&e))?;
+    for _ in 0..=REDIRECTIONS {
+        let host = at.host().unwrap_or_default().to_owned();
+        let answer = match tokio::time::timeout(IDLE, client.get(at.clone())).await {
+            Err(_) => return Err(ArchiveError::Away(format!("`{host}` does not answer within {} s", IDLE.as_secs()))),
+            Ok(Err(e)) => return Err(ArchiveError::Away(format!("`{host}`: {}", chain(&e)))),
+            Ok(Ok(answer)) => answer,
+        };
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(answer);
+        }
+        let next =
+            answer.headers().get(header::LOCATION).and_then(|to| to.to_str().ok()).filter(|_| status.is_redirection());
+        if let Some(next) = next {
+            at = redirected(&at, next).ok_or_else(|| ArchiveError::wrong(format!("`{host}` leads to `{next}`")))?;
+            continue;
+        }
+        let message = format!("`{host}` answers {status}");
+        // There may be room, or a server, later; what is not there or not allowed stays so.
+        let is_final = status.is_client_error() && !matches!(status.as_u16(), 408 | 425 | 429);
+        return Err(if is_final { ArchiveError::Wrong(message) } else { ArchiveError::Away(message) });
+    }
+    Err(ArchiveError::wrong(format!("more than {REDIRECTIONS} redirections")))
+}
+
+/// Where a redirection leads: an address, or a path at the same host.
+fn redirected(from: &Uri, to: &str) -> Option<Uri> {
+    let to: Uri = to.parse().ok()?;
+    if to.scheme().is_some() {
+        return matches!(to.scheme_str(), Some("http" | "https")).then_some(to);
+    }
+    let path = to.path_and_query().filter(|path| path.as_str().starts_with('/'))?;
+    Uri::builder()
+        .scheme(from.scheme_str()?)
+        .authority(from.authority()?.as_str())
+        .path_and_query(path.as_str())
+        .build()
+        .ok()
+}

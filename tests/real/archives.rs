@@ -1,0 +1,262 @@
+//! Images in files: each form that they come in, and each way in which they are wrong. What serves is never touched, and no
+//! image of others loses its name.
+#![expect(clippy::disallowed_methods, reason = "a test runs programs and writes files of its own")]
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use demae::model::{name::ImageRef, status::AppStatus};
+use sha2::{Digest as _, Sha256};
+
+use crate::support::{
+    images,
+    lab::{Lab, Setup},
+    load::{self, Load},
+    process::{docker, run},
+};
+
+fn sum(path: &Path) -> String {
+    Sha256::digest(fs::read(path).expect("a file")).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The name that an image from an archive has in the engine.
+fn loaded_as(image: &str) -> String {
+    ImageRef::try_from(image).expect("an image").tagged()
+}
+
+/// Writes what `docker save` writes of these images.
+fn save(lab: &Lab, name: &str, images: &[&str]) -> PathBuf {
+    let path = lab.path(name);
+    run(Command::new("docker").args(["save", "-o"]).arg(&path).args(images));
+    path
+}
+
+fn image_exists(name: &str) -> bool {
+    Command::new("docker").args(["image", "inspect", name]).output().expect("docker runs").status.success()
+}
+
+/// Turns a saved file into a layout by OCI, with an index for several platforms around it.
+fn layout(lab: &Lab, saved: &Path, name: &str) -> PathBuf {
+    let dir = lab.path(&format!("{name}-dir"));
+    fs::create_dir_all(dir.join("blobs/sha256")).expect("a directory");
+    run(Command::new("tar").arg("-xf").arg(saved).arg("-C").arg(&dir));
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(dir.join("manifest.json")).expect("a file")).expect("JSON");
+    let keep = |bytes: &[u8], kind: &str| {
+        let digest: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
+        fs::write(dir.join("blobs/sha256").join(&digest), bytes).expect("a file");
+        let media_type = format!("application/vnd.oci.image.{kind}");
+        serde_json::json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": bytes.len() })
+    };
+    let file = |name: &serde_json::Value| fs::read(dir.join(name.as_str().expect("a name"))).expect("a file");
+    let layers: Vec<serde_json::Value> = manifest[0]["Layers"]
+        .as_array()
+        .expect("layers")
+        .iter()
+        .map(|layer| {
+            let level = ruzstd::encoding::CompressionLevel::Fastest;
+            keep(&ruzstd::encoding::compress_to_vec(file(layer).as_slice(), level), "layer.v1.tar+zstd")
+        })
+        .collect();
+    let config = keep(&file(&manifest[0]["Config"]), "config.v1+json");
+    let image = serde_json::json!({ "schemaVersion": 2, "config": config, "layers": layers }).to_string();
+    let mut image = keep(image.as_bytes(), "manifest.v1+json");
+    image["platform"] = serde_json::json!({ "os": "linux", "architecture": "amd64" });
+    let index = serde_json::json!({ "schemaVersion": 2, "manifests": [image] }).to_string();
+    let mut index = keep(index.as_bytes(), "index.v1+json");
+    index["annotations"] = serde_json::json!({ "org.opencontainers.image.ref.name": "v1" });
+    fs::write(dir.join("index.json"), serde_json::json!({ "manifests": [index] }).to_string()).expect("a file");
+    fs::write(dir.join("oci-layout"), "{\"imageLayoutVersion\": \"1.0.0\"}").expect("a file");
+    let path = lab.path(name);
+    run(Command::new("tar").arg("-C").arg(&dir).arg("-cf").arg(&path).args(["oci-layout", "index.json", "blobs"]));
+    path
+}
+
+/// A server of files on loopback, which ends with it. `/moved/…` leads to `/…`, `/busy/…` answers 503.
+struct Files {
+    address: SocketAddr,
+    over: Arc<AtomicBool>,
+}
+
+impl Files {
+    fn of(dir: PathBuf) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let over = Arc::new(AtomicBool::new(false));
+        let is_over = over.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok).take_while(|_| !is_over.load(Relaxed)) {
+                let mut stream = stream;
+                let mut request = Vec::new();
+                while !request.ends_with(b"\r\n\r\n") {
+                    let mut byte = [0];
+                    match stream.read(&mut byte) {
+                        Ok(1) => request.extend_from_slice(&byte),
+                        _ => break,
+                    }
+                }
+                let request = String::from_utf8_lossy(&request).into_owned();
+                let path = request.split(' ').nth(1).unwrap_or("/").trim_start_matches('/').to_owned();
+                let mut answer = |status: &str, more: &str, body: &[u8]| {
+                    let head = format!(
+                        "HTTP/1.1 {status}\r\n{more}content-length: {}\r\nconnection: close\r\n\r\n",
+                        body.len()
+                    );
+                    let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));
+                };
+                match (path.strip_prefix("moved/"), path.strip_prefix("busy/"), fs::read(dir.join(&path))) {
+                    (Some(to), ..) => answer("302 Found", &format!("location: /{to}\r\n"), b""),
+                    (_, Some(_), _) => answer("503 Service Unavailable", "", b""),
+                    (.., Ok(bytes)) => answer("200 OK", "", &bytes),
+                    (.., Err(_)) => answer("404 Not Found", "", b""),
+                }
+            }
+        });
+        Self { address, over }
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        self.over.store(true, Relaxed);
+        let _ = std::net::TcpStream::connect(self.address);
+    }
+}
+
+#[test]
+fn images_from_archives_of_each_form_are_deployed_without_a_lost_request() {
+    let lab = Lab::with(&Setup {
+        sections: "[fetch]\nvault = ['/bin/cp', '/nowhere/{url}', '{file}']\ncopy = ['/bin/sh', '-c', 'cp \"/${1#copy://}\" \"$2\"', 'sh', '{url}', '{file}']\n",
+        ..Setup::default()
+    });
+    let versions: Vec<String> = (1..=8).map(|n| format!("v{n}")).collect();
+    let names: Vec<String> = versions.iter().map(|version| lab.own_image(version)).collect();
+    let id = docker(&["image", "inspect", "--format", "{{.Id}}", &names[1]]);
+    let tagged = save(&lab, "tagged.tar", &[&names[0]]);
+    let by_id = save(&lab, "by-id.tar", &[&id]);
+    let both = save(&lab, "both.tar", &[&names[2], &names[3]]);
+    let gzip = save(&lab, "gzip.tar", &[&names[4]]);
+    run(Command::new("gzip").arg("-1").arg(&gzip));
+    let gzip = lab.path("gzip.tar.gz");
+    let zstd = lab.path("zstd.tar.zst");
+    let plain = fs::read(save(&lab, "plain.tar", &[&names[5]])).expect("a file");
+    let level = ruzstd::encoding::CompressionLevel::Fastest;
+    fs::write(&zstd, ruzstd::encoding::compress_to_vec(plain.as_slice(), level)).expect("a file");
+    let oci = layout(&lab, &save(&lab, "seven.tar", &[&names[6]]), "oci.tar");
+    let fetched = save(&lab, "eight.tar", &[&names[7]]);
+    for name in &names {
+        docker(&["rmi", name]);
+    }
+    let files = Files::of(lab.dir.path().to_owned());
+    let url = |path: &Path, prefix: &str| {
+        let name = path.file_name().expect("a name").to_string_lossy();
+        format!("http://{}/{prefix}{name}@sha256:{}", files.address, sum(path))
+    };
+    let sources = [
+        ("v1", format!("docker-archive:{}", tagged.display())),
+        ("v2", format!("docker-archive:{}@sha256:{}", by_id.display(), sum(&by_id))),
+        ("v3", format!("docker-archive:{}#{}", both.display(), names[2])),
+        ("v4", format!("docker-archive:{}#{}", both.display(), names[3])),
+        ("v5", format!("docker-archive:{}", url(&gzip, ""))),
+        ("v6", format!("docker-archive:{}", url(&zstd, "moved/"))),
+        ("v7", format!("oci-archive:{}", url(&oci, ""))),
+        ("v8", format!("docker-archive:copy://{}@sha256:{}", &fetched.display().to_string()[1..], sum(&fetched))),
+    ];
+    for (_, source) in &sources {
+        lab.remove_on_drop(loaded_as(source));
+    }
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&sources[0].1, "web.test", ""));
+    let load = Load::start(lab.ingress, "web.test", load::mixed(Duration::from_millis(2)));
+    for (version, source) in &sources[1..] {
+        lab.deploy("web", "apps/web/image", source);
+        let (_, body) = lab.get("web.test", "/").expect("an answer");
+        assert!(body.contains(&format!("version={version}")), "{source}: {body}");
+    }
+    // The same file once more, and back to the first one: nothing is loaded twice under two names.
+    lab.deploy("web", "apps/web/restart", "1");
+    lab.deploy("web", "apps/web/image", &sources[0].1);
+    assert_eq!(load.stop().failed, 0);
+    assert!(names.iter().all(|name| !image_exists(name)), "names in an archive are not given");
+    assert!(!lab.path("state/spool").exists(), "nothing is left of the files");
+    let (code, out, _) = lab.ask(&["images"]);
+    assert!(code == 0 && out.contains("demae.local/archive:"), "{out}");
+}
+
+fn is_stuck(app: &AppStatus) -> bool {
+    app.reason.contains("cannot be pulled")
+}
+
+#[test]
+fn archives_that_are_wrong_change_nothing() {
+    let lab = Lab::new();
+    let serving = lab.own_image("v1");
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&serving, "web.test", ""));
+    let before = docker(&["image", "inspect", "--format", "{{.Id}}", &serving]);
+    // A file whose image has the name of the one that serves.
+    images::build(&format!("{serving}-other"), "stolen", &lab.path("other"));
+    lab.remove_on_drop(format!("{serving}-other"));
+    let thief = {
+        docker(&["tag", &serving, "demae-kept-aside:v1"]);
+        docker(&["tag", &format!("{serving}-other"), &serving]);
+        let path = save(&lab, "thief.tar", &[&serving]);
+        docker(&["tag", "demae-kept-aside:v1", &serving]);
+        docker(&["rmi", "demae-kept-aside:v1"]);
+        path
+    };
+    let whole = fs::read(&thief).expect("a file");
+    fs::write(lab.path("cut.tar"), &whole[..whole.len() / 2]).expect("a file");
+    fs::write(lab.path("text.tar"), "root:x:0:0").expect("a file");
+    let both = save(&lab, "both.tar", &[&serving, &format!("{serving}-other")]);
+    let foreign = lab.path("foreign");
+    fs::create_dir(&foreign).expect("a directory");
+    run(Command::new("tar").arg("-xf").arg(&thief).arg("-C").arg(&foreign));
+    for file in fs::read_dir(&foreign).expect("a directory").map(|file| file.expect("a file").path()) {
+        if file.extension().is_some_and(|end| end == "json") {
+            let text = fs::read_to_string(&file).expect("text").replace("\"amd64\"", "\"s390x\"");
+            fs::write(&file, text).expect("a file");
+        }
+    }
+    run(Command::new("tar").arg("-C").arg(&foreign).arg("-cf").arg(lab.path("foreign.tar")).arg("."));
+    let files = Files::of(lab.dir.path().to_owned());
+    let (dir, zeros) = (lab.dir.path().display(), "0".repeat(64));
+    let load = Load::start(lab.ingress, "web.test", load::mixed(Duration::from_millis(2)));
+    for (source, part) in [
+        (format!("docker-archive:{dir}/cut.tar"), "cut off"),
+        (format!("docker-archive:{dir}/text.tar"), "no tar file"),
+        (format!("docker-archive:{dir}/none.tar"), "there is no `"),
+        (format!("docker-archive:{dir}"), "is not a file"),
+        (format!("docker-archive:{}@sha256:{zeros}", thief.display()), "its SHA-256 is "),
+        (format!("docker-archive:{}", both.display()), "2 images are in it; write which one after a `#`"),
+        (format!("docker-archive:{}#none", both.display()), "no image in it is named `none`"),
+        (format!("oci-archive:{}", thief.display()), "it is a `docker-archive`"),
+        (format!("docker-archive:{dir}/foreign.tar"), "it is for linux/s390x, and this host is linux/amd64"),
+        (format!("docker-archive:http://{}/none.tar@sha256:{zeros}", files.address), "404"),
+        (format!("docker-archive:http://{}/busy/x.tar@sha256:{zeros}", files.address), "503"),
+        (format!("docker-archive:http://{}/thief.tar@sha256:{zeros}", files.address), "its SHA-256 is "),
+        (format!("docker-archive:s3://bucket/web.tar@sha256:{zeros}"), "`[fetch]` in the agent's file"),
+    ] {
+        lab.put("apps/web/image", &source);
+        let app = lab.wait_app("web", &format!("refused: {part}"), |s| is_stuck(s) && s.reason.contains(part));
+        assert!(app.healthy > 0 && !app.reason.contains("root:x"), "{}", app.reason);
+    }
+    // The name of the image that serves stays where it is.
+    let source = format!("docker-archive:{}", thief.display());
+    lab.remove_on_drop(loaded_as(&source));
+    lab.deploy("web", "apps/web/image", &source);
+    assert!(lab.get("web.test", "/").is_ok_and(|(_, body)| body.contains("version=stolen")));
+    assert_eq!(docker(&["image", "inspect", "--format", "{{.Id}}", &serving]), before);
+    lab.deploy("web", "apps/web/image", &serving);
+    let tally = load.stop();
+    assert_eq!(tally.failed, 0, "{:#?}", tally.reasons);
+    assert!(!lab.path("state/spool").exists(), "nothing is left of the files");
+}
