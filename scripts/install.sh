@@ -14,6 +14,7 @@ need etcd etcd-server
 need etcdctl etcd-client
 need nginx nginx
 need curl curl
+need git git
 need ip iproute2
 need nft nftables
 need docker-registry docker-registry

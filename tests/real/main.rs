@@ -9,6 +9,7 @@ mod app_verbs;
 mod archives;
 mod benchmarks;
 mod bounds;
+mod builds;
 mod container;
 mod container_faults;
 #[cfg(feature = "failpoints")]

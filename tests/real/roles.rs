@@ -11,6 +11,7 @@ use std::{
 use crate::{
     etcd_tls::{authority, certificate, secured},
     support::{
+        etcd::Etcd,
         images::build_failing,
         lab::{Lab, Setup},
         names::free_address,
@@ -20,7 +21,7 @@ use crate::{
 use demae::model::status::State;
 
 /// A program with the variables by which etcdctl is this user: the name in its certificate.
-fn with_user(lab: &Lab, program: &str, user: &str) -> Command {
+pub fn with_user(lab: &Lab, program: &str, user: &str) -> Command {
     let at = |file: String| lab.path(&file).display().to_string();
     let mut command = Command::new(program);
     command.env("ETCDCTL_API", "3").env("ETCDCTL_ENDPOINTS", format!("https://{}", lab.etcd));
@@ -59,21 +60,22 @@ fn table() -> (Vec<String>, Vec<(String, Vec<String>)>) {
     (roles, rows.collect())
 }
 
-#[test]
-fn roles_suffice_for_agents_and_have_the_documented_rights_and_no_others() {
+/// Users beside that of the host of the lab.
+const USERS: [&str; 5] = ["host-other", "leads", "deploy-web", "put-web", "team-web"];
+
+/// A host whose agent has the rights of one that may lead, and an etcd with the roles of the script for the app `web`.
+pub fn lab_with_roles(spec: impl Fn(&Lab) -> String) -> (Lab, Etcd) {
     let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
     lab.stop_etcd();
     let dir = lab.dir.path().to_owned();
     authority(&dir);
     let host = format!("host-{}", lab.host);
-    let users = ["host-other", "leads", "deploy-web", "put-web", "team-web"];
-    for name in ["server", "root", &host].iter().chain(&users) {
+    for name in ["server", "root", &host].iter().chain(&USERS) {
         certificate(&dir, name);
     }
-    let _etcd = secured(&dir, lab.etcd, free_address());
+    let etcd = secured(&dir, lab.etcd, free_address());
     until("etcd answers", || etcdctl(&lab, "root", &["get", "x"]).status.success());
-    let spec = lab.socket_spec(&lab.image("v1"), "web.test", "deploy: {update_config: {monitor: 200ms}}\n");
-    as_root(&lab, &["put", "/demae/apps/web/spec", &spec]);
+    as_root(&lab, &["put", "/demae/apps/web/spec", &spec(&lab)]);
     as_root(&lab, &["user", "add", "root", "--no-password"]);
     as_root(&lab, &["user", "grant-role", "root", "root"]);
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/etcd-roles.sh");
@@ -92,7 +94,6 @@ fn roles_suffice_for_agents_and_have_the_documented_rights_and_no_others() {
     as_root(&lab, &["user", "grant-role", "leads", "lead"]);
     as_root(&lab, &["auth", "enable"]);
 
-    // An agent with the rights of a host that may lead, and CI with its own: a good release, a bad one, and back.
     let at = dir.display();
     let with = format!(
         "endpoints = [\"https://{}\"]\ncacert = \"{at}/ca.crt\"\ncert = \"{at}/{host}.crt\"\nkey = \"{at}/{host}.key\"",
@@ -102,6 +103,17 @@ fn roles_suffice_for_agents_and_have_the_documented_rights_and_no_others() {
     fs::write(lab.path("agent.toml"), config.replace(&format!("endpoints = [\"{}\"]", lab.etcd), &with))
         .expect("a file");
     lab.start_agent(&[]);
+    (lab, etcd)
+}
+
+#[test]
+fn roles_suffice_for_agents_and_have_the_documented_rights_and_no_others() {
+    let (mut lab, _etcd) = lab_with_roles(|lab| {
+        lab.socket_spec(&lab.image("v1"), "web.test", "deploy: {update_config: {monitor: 200ms}}\n")
+    });
+    let host = format!("host-{}", lab.host);
+
+    // An agent with the rights of a host that may lead, and CI with its own: a good release, a bad one, and back.
     lab.wait_app("web", "converged", |a| a.state == State::Converged);
     let ci = |args: &[&str]| {
         let output = with_user(&lab, env!("CARGO_BIN_EXE_demae"), "deploy-web").args(args).output().expect("it runs");
@@ -145,12 +157,12 @@ fn roles_suffice_for_agents_and_have_the_documented_rights_and_no_others() {
     let (roles, rows) = table();
     assert_eq!(
         (roles.len(), rows.len()),
-        (users.len(), rows.iter().map(|(key, _)| key).collect::<BTreeSet<_>>().len())
+        (USERS.len(), rows.iter().map(|(key, _)| key).collect::<BTreeSet<_>>().len())
     );
     let mut wrong = Vec::new();
     for (key, cells) in &rows {
         let key = format!("/demae/{}", key.replace("web1", "other"));
-        for (user, cell) in users.iter().zip(cells) {
+        for (user, cell) in USERS.iter().zip(cells) {
             let reads = may(&lab, user, &["get", "--keys-only", &key]);
             let writes = may(&lab, user, &["put", &key, "x"]);
             let found = [if reads { "r" } else { "" }, if writes { "w" } else { "" }].concat();
