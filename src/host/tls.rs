@@ -4,8 +4,11 @@ use std::{path::Path, time::Duration};
 
 use http_body_util::Empty;
 use hyper::{Uri, body::Bytes, header::DATE};
-use hyper_rustls::{ConfigBuilderExt as _, HttpsConnectorBuilder};
-use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use hyper_rustls::{ConfigBuilderExt as _, HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
@@ -40,6 +43,14 @@ pub async fn date(
         Ok(Err(e)) => Err(causes(&e)),
         Ok(Ok(answer)) => Ok(answer.headers().get(DATE).and_then(|d| d.to_str().ok()).map(str::to_owned)),
     }
+}
+
+/// A client for http and https, with this system's certificates. Without any, no server's certificate is valid.
+pub fn client() -> Client<HttpsConnector<HttpConnector>, Empty<Bytes>> {
+    let roots = ClientConfig::builder().with_native_roots();
+    let config = roots.unwrap_or_else(|_| ClientConfig::builder().with_root_certificates(RootCertStore::empty()));
+    let connector = HttpsConnectorBuilder::new().with_tls_config(config.with_no_client_auth());
+    Client::builder(TokioExecutor::new()).build(connector.https_or_http().enable_http1().build())
 }
 
 fn config(certificates: ClientCertificates<'_>) -> Result<ClientConfig, NoAnswer> {

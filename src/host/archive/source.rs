@@ -8,14 +8,15 @@ use std::{
     time::Duration,
 };
 
-use http_body_util::{BodyExt as _, Empty};
+use http_body_util::BodyExt as _;
 use hyper::{Response, Uri, body::Bytes, body::Incoming, header};
-use hyper_rustls::HttpsConnectorBuilder;
-use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use tokio::{io::AsyncReadExt as _, sync::mpsc};
 
 use super::{ArchiveError, Fetchers, PIECES, Received, blocking, plain};
-use crate::model::{archive::Archive, problem::chain};
+use crate::{
+    host::tls,
+    model::{archive::Archive, problem::chain},
+};
 
 /// Longest wait for the next bytes.
 const IDLE: Duration = Duration::from_secs(60);
@@ -161,10 +162,7 @@ async fn pass_on(mut body: Incoming, into: mpsc::Sender<io::Result<Bytes>>) {
 
 /// The answer with the file, after redirections. Its sum says that it is the right one, so it need not be secret.
 async fn answer(url: &str) -> Result<Response<Incoming>, ArchiveError> {
-    let roots = HttpsConnectorBuilder::new().with_native_roots();
-    let roots = roots.map_err(|e| ArchiveError::Away(format!("cannot read this system's certificates: {e}")))?;
-    let client: Client<_, Empty<Bytes>> =
-        Client::builder(TokioExecutor::new()).build(roots.https_or_http().enable_http1().build());
+    let client = tls::client();
     let not_url = |e: &dyn std::fmt::Display| ArchiveError::wrong(format!("`{url}` is no address: {e}"));
     let mut at: Uri = url.parse().map_err(|e| not_url(&e))?;
     for _ in 0..=REDIRECTIONS {
