@@ -6,6 +6,7 @@ use demae::{
     model::{
         name::AppName,
         observed::{Instance, ObservedApp, Verdict},
+        policy::BUILT_IN,
         status::State,
     },
     store::Brake,
@@ -28,6 +29,7 @@ impl History {
         {
             let mut state = self.scene.state();
             (state.engine, state.unreliable, state.disk_full) = (Engine::Up, 0, false);
+            state.policy = BUILT_IN.clone();
             (state.proxy.broken, state.proxy.ignores_reloads) = (false, false);
         }
         self.disk.full.store(false, Ordering::Relaxed);

@@ -335,6 +335,9 @@ impl History {
     }
 
     async fn random_event(&mut self) {
+        if self.scene.policies.one_in(30) {
+            self.other_policy();
+        }
         let chance = self.scene.clone();
         match chance.chance.below(31) {
             0..=11 => self.operator_acts(),

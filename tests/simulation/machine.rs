@@ -21,6 +21,7 @@ use demae::{
         fleet::{CommandEnd, CommandRun},
         name::{AppName, ContainerId, HostName, ReleaseId},
         observed::{Address, Health, Instance, ObservedApp, Phase, Via, Wanted},
+        policy::Policy,
         proxy::{ObservedProxy, Vhost},
         spec::Probe,
         time::Timestamp,
@@ -216,6 +217,10 @@ impl SimMachine {
         self.docker().await?;
         let made = {
             let mut state = self.scene.state();
+            // The second reading, by the rules of now: they may be others than when it was planned.
+            if let Some(refusal) = state.policy.refusals(app, release, None).into_iter().next() {
+                return Err(DockerError::NotAllowed(refusal.to_string()).into());
+            }
             let taken = state.apps.get(app).is_some_and(|o| o.instances.iter().any(|i| i.key == *key));
             if taken {
                 return Err(refused(409, "the name is already in use"));
@@ -519,6 +524,10 @@ impl Machine for SimMachine {
 
     async fn reload(&self) -> Result<(), NginxError> {
         self.scene.reload().await
+    }
+
+    fn policy(&self) -> Arc<Policy> {
+        self.scene.state().policy.clone()
     }
 
     fn ports(&self, used: &BTreeSet<u16>) -> (usize, usize) {

@@ -123,9 +123,10 @@ fn same_seed_plays_the_same_history() {
 
 #[test]
 fn wrong_planners_are_caught() {
-    let apps: [(&str, Planner); 7] = [
+    let apps: [(&str, Planner); 8] = [
         ("switches_too_soon", mutants::switches_too_soon),
         ("cuts_connections", mutants::cuts_connections),
+        ("ignores_the_policy", mutants::ignores_the_policy),
         ("does_not_restart", mutants::does_not_restart),
         ("removes_before_nginx_knows", mutants::removes_before_nginx_knows),
         ("never_changes_nginx", mutants::never_changes_nginx),

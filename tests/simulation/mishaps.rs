@@ -1,8 +1,11 @@
 //! Faults around an agent: wiped stores, failing engines and proxies, manual changes, reboots.
 
+use std::sync::Arc;
+
 use demae::model::{
     name::{AppName, ContainerId},
     observed::{Instance, ObservedApp, Phase},
+    policy::{BUILT_IN, Policy},
 };
 use tokio::time::Instant;
 
@@ -13,6 +16,18 @@ use crate::{
 };
 
 impl History {
+    /// Root of the host narrows what may run there, breaks the file, or takes it away.
+    pub(super) fn other_policy(&mut self) {
+        let policy = match self.scene.policies.below(4) {
+            0 => Policy::unusable("host", "policy.toml", "it is broken"),
+            1 => Policy::parse("host", "policy.toml", "[containers]\nread_only = true\n").expect("it is valid"),
+            2 => Policy::parse("host", "policy.toml", "[apps.app0.ingress]\nhosts = []\n").expect("it is valid"),
+            _ => BUILT_IN.as_ref().clone(),
+        };
+        self.scene.record("policy", || format!("another one: {:?}", policy.why_unusable()));
+        self.scene.state().policy = Arc::new(policy);
+    }
+
     pub(super) fn disaster(&mut self) {
         let chance = &self.scene.chance;
         if !self.store.etcd().up {

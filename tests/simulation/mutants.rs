@@ -7,6 +7,7 @@ use demae::{
         desired::DesiredApp,
         name::AppName,
         observed::{Health, ObservedApp, Phase},
+        policy::BUILT_IN,
         proxy::{Upstreams, Vhost},
     },
     plan::{
@@ -39,6 +40,11 @@ pub fn cuts_connections(input: &AppInput<'_>) -> AppPlan {
             instance.connections = Some(0);
         }
     })
+}
+
+/// Does not look at what the host allows.
+pub fn ignores_the_policy(input: &AppInput<'_>) -> AppPlan {
+    plan_app(&AppInput { policy: &BUILT_IN, ..input.clone() })
 }
 
 /// Does not restart exited or paused containers.

@@ -16,6 +16,7 @@ use demae::{
         desired::{DesiredApp, Snapshot},
         name::{AppName, ContainerId, ReleaseId},
         observed::{Address, Instance, InstanceKey, ObservedApp, Phase},
+        policy::{BUILT_IN, Policy},
         proxy::{Manifest, Upstreams, Vhost},
         spec::{Order, Probe, SETTLE},
         time::Timestamp,
@@ -123,6 +124,8 @@ pub struct State {
     /// One in so many calls fails, or loses its response; 0 for none.
     pub unreliable: usize,
     pub disk_full: bool,
+    /// What the host allows.
+    pub policy: Arc<Policy>,
     /// Until when the agent is stalled. Calls in flight continue.
     pub stalled_until: Option<Instant>,
     /// When it last resumed from a stall that it must detect.
@@ -184,6 +187,8 @@ impl State {
 
 pub struct Scene {
     pub chance: Chance,
+    /// Of its own, so that histories stay as they are where it decides nothing.
+    pub policies: Chance,
     pub began: Instant,
     skew: AtomicI64,
     /// True if a person accepted the store as it is.
@@ -221,6 +226,7 @@ impl Scene {
             engine: Engine::Up,
             unreliable: 0,
             disk_full: false,
+            policy: BUILT_IN.clone(),
             stalled_until: None,
             resumed: now,
             begun: BTreeMap::new(),
@@ -253,6 +259,7 @@ impl Scene {
         };
         Arc::new(Self {
             chance,
+            policies: Chance::new(!seed),
             began: now,
             skew: AtomicI64::new(0),
             accepted: AtomicBool::new(false),
