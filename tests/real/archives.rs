@@ -19,6 +19,7 @@ use demae::model::{name::ImageRef, status::AppStatus};
 use sha2::{Digest as _, Sha256};
 
 use crate::support::{
+    disk::Disk,
     images,
     lab::{Lab, Setup},
     load::{self, Load},
@@ -259,4 +260,28 @@ fn archives_that_are_wrong_change_nothing() {
     let tally = load.stop();
     assert_eq!(tally.failed, 0, "{:#?}", tally.reasons);
     assert!(!lab.path("state/spool").exists(), "nothing is left of the files");
+}
+
+#[test]
+fn an_archive_that_does_not_fit_is_refused_before_it_is_unpacked() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    let _state = Disk::of(lab.path("state"), "24m");
+    lab.start_agent(&[]);
+    lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
+    let large = format!("demae-lab-{}-large:v2", lab.tag);
+    images::build_large(&large, "v2", &lab.path("large"), 16 << 20);
+    let large_file = save(&lab, "large.tar", &[&large]);
+    let small = lab.own_image("v3");
+    let small_file = save(&lab, "small.tar", &[&small]);
+    docker(&["rmi", &large, &small]);
+    lab.put("apps/web/image", &format!("docker-archive:{}", large_file.display()));
+    let app = lab.wait_app("web", "refused", |s| s.is("disk_full"));
+    assert!(app.healthy > 0 && app.reason.contains("no space left on device for it"), "{}", app.reason);
+    assert!(!lab.path("state/spool").exists(), "nothing of it is left on the disk");
+    let source = format!("docker-archive:{}", small_file.display());
+    lab.remove_on_drop(loaded_as(&source));
+    lab.deploy("web", "apps/web/image", &source);
+    assert!(lab.get("web.test", "/").is_ok_and(|(_, body)| body.contains("version=v3")));
+    // The agent must not see that the disk goes.
+    lab.kill_agent();
 }

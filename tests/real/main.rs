@@ -39,6 +39,7 @@ mod ordinary;
 #[cfg(feature = "otel")]
 mod otel;
 mod policy;
+mod registry_answers;
 mod restores;
 mod retries;
 mod roles;

@@ -235,13 +235,15 @@ fn is_temporary(message: &str) -> bool {
         "name unknown",
         "repository name not known",
     ];
-    !permanent.iter().chain(&REFUSALS).any(|w| message.contains(w))
+    !permanent.iter().any(|w| message.contains(w)) && !is_refused_login(&message)
 }
 
 /// Whether a registry refused the login, by the engine's message.
 pub(super) fn is_refused_login(message: &str) -> bool {
     let message = message.to_lowercase();
-    REFUSALS.iter().any(|words| message.contains(words))
+    // Some say no more than that; the engine's own files have permissions.
+    let is_denied = message.ends_with("denied") && !message.ends_with("permission denied");
+    is_denied || REFUSALS.iter().any(|words| message.contains(words))
 }
 
 /// What registries say to a login that does not suffice, or to none.
@@ -282,6 +284,7 @@ mod tests {
         assert!(is_temporary(
             "Get \"http://localhost:5000/v2/\": dial tcp 127.0.0.1:5000: connect: connection refused"
         ));
+        assert!(!is_temporary("denied") && is_temporary("mkdir /var/lib/docker/tmp: permission denied"));
         assert!(is_temporary("toomanyrequests: You have reached your pull rate limit"));
     }
 }
