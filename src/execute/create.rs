@@ -144,8 +144,8 @@ impl World {
         for Bind { source, read_only, real: before } in binds {
             let Ok(real) = std::fs::canonicalize(source) else { continue };
             let real = real.to_string_lossy().into_owned();
-            let is_same = before.as_ref() == Some(&real);
-            // What an older demae version created may have been created by other rules.
+            // Older demae versions did not write it down, and let no path be a link out of its place.
+            let is_same = before.as_ref().unwrap_or(source) == &real;
             if !is_same && !self.admits_real_path(app, &real, *read_only) {
                 return Err(StepError::Mount { path: source.clone(), real });
             }

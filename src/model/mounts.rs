@@ -43,8 +43,9 @@ pub fn binds(container: &ContainerSpec) -> Vec<Bind> {
     binds.collect()
 }
 
-/// Apps that mount a host path below a writable mount of any app here, or a writable one above what a container has mounted,
-/// themselves included; the first such volume of each. Of two apps the one that has its containers goes on.
+/// Apps that mount a host path below a writable mount of any app here, themselves included, or a writable one above what a
+/// container of another app has mounted; the first such volume of each. Of two apps the one that has its containers goes on.
+/// Containers that an app itself has from before do not count: who changes its mounts means it.
 ///
 /// `present` are the mounts of containers that exist, by app.
 pub fn nested(snapshot: &Snapshot, present: &BTreeMap<AppName, Vec<Bind>>) -> BTreeMap<AppName, NestedMount> {
@@ -57,21 +58,22 @@ pub fn nested(snapshot: &Snapshot, present: &BTreeMap<AppName, Vec<Bind>>) -> BT
     for (app, binds) in &wanted {
         let above = binds.iter().filter(|bind| !bind.read_only).find_map(|Bind { source: path, .. }| {
             let lies_below = |bind: &Bind| bind.source != *path && Path::new(&bind.source).starts_with(path);
-            let (owner, bind) = there().find(|(_, bind)| lies_below(bind))?;
+            let (owner, bind) = there().find(|(owner, bind)| owner != app && lies_below(bind))?;
             Some(nested_mount(path, Relation::Above, &bind.source, owner))
         });
         found.extend(above.map(|nested| ((*app).clone(), nested)));
     }
     // What is refused changes nothing for those that have their containers.
     let admitted = wanted.iter().filter(|(app, _)| !found.contains_key(*app));
-    let admitted = admitted.flat_map(|(app, binds)| binds.iter().map(move |bind| (*app, bind)));
-    let writable = there().chain(admitted).filter(|(_, bind)| !bind.read_only);
-    let writable: BTreeMap<&Path, (&str, &AppName)> =
-        writable.map(|(app, bind)| (Path::new(&bind.source), (bind.source.as_str(), app))).collect();
+    let admitted: Vec<(&AppName, &Bind)> =
+        admitted.flat_map(|(app, binds)| binds.iter().map(move |bind| (*app, bind))).collect();
     for (app, binds) in &wanted {
         let below = binds.iter().find_map(|Bind { source: path, .. }| {
-            let (above, owner) = Path::new(path).ancestors().skip(1).find_map(|dir| writable.get(dir))?;
-            Some(nested_mount(path, Relation::Below, above, owner))
+            let lies_above = |bind: &Bind| bind.source != *path && Path::new(path).starts_with(&bind.source);
+            let of_others = there().filter(|(owner, _)| owner != app);
+            let mut all = of_others.chain(admitted.iter().copied()).filter(|(_, bind)| !bind.read_only);
+            let (owner, bind) = all.find(|(_, bind)| lies_above(bind))?;
+            Some(nested_mount(path, Relation::Below, &bind.source, owner))
         });
         if let Some(nested) = below {
             found.entry((*app).clone()).or_insert(nested);

@@ -4,10 +4,10 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use demae::{
     model::{
-        desired::{DesiredApp, Target},
-        mounts::{NestedMount, Relation},
+        desired::{DesiredApp, Snapshot, Target},
+        mounts::{NestedMount, Relation, nested},
         name::{AppName, ReleaseId},
-        observed::{Address, Foreign, Health, ObservedApp, Phase},
+        observed::{Address, Bind, Foreign, Health, ObservedApp, Phase},
         policy::Policy,
         problem::Problem,
         proxy::{Upstreams, Vhost},
@@ -391,4 +391,40 @@ fn plan_against_the_policy_is_refused_by_the_check() {
     let before = violations(&scene.input(), &plan).len();
     scene.policy = policy("[ingress]\nhosts = ['a.test']\n");
     assert_eq!(violations(&scene.input(), &plan).len(), before + 1, "a virtual host that is not allowed");
+}
+
+#[test]
+fn of_two_apps_with_mounts_in_one_tree_the_first_one_goes_on() {
+    let bind = |path: &str, read_only| Bind { source: path.to_owned(), read_only, real: None };
+    let app = |name: &str| AppName::try_from(name).expect("a name");
+    let wanted = |apps: &[(&str, &str)]| {
+        let target = |volume: &str| DesiredApp::Run(target(&format!("volumes: [\"{volume}\"]\n"), "v1"));
+        let apps = apps.iter().map(|(name, volume)| (app(name), target(volume))).collect();
+        Snapshot { apps, ..Snapshot::default() }
+    };
+    let refused = |apps: &[(&str, &str)], present: &[(&str, &str, bool)]| {
+        let present = present.iter().map(|(name, path, read_only)| (app(name), vec![bind(path, *read_only)])).collect();
+        let found = nested(&wanted(apps), &present).into_iter();
+        found
+            .map(|(app, nested)| format!("{app} {:?} {}", nested.relation, nested.owner))
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    let (above, below) = (("a", "/srv/x:/x"), ("b", "/srv/x/y:/y"));
+    // Neither has a container: what is above goes first, since nothing can be replaced yet.
+    assert_eq!(refused(&[above, below], &[]), "b Below a");
+    assert_eq!(refused(&[above, below], &[("a", "/srv/x", false)]), "b Below a");
+    assert_eq!(refused(&[above, below], &[("b", "/srv/x/y", true)]), "a Above b");
+    // Also of an app that is leaving.
+    assert_eq!(refused(&[above], &[("b", "/srv/x/y", false)]), "a Above b");
+    assert_eq!(refused(&[below], &[("a", "/srv/x", false)]), "b Below a");
+    // What can only be read replaces nothing; a similar name is no directory above.
+    assert_eq!(refused(&[("a", "/srv/x:/x:ro"), below], &[("b", "/srv/x/y", false)]), "");
+    assert_eq!(refused(&[("a", "/srv/xy:/x"), below], &[("a", "/srv/xy", false)]), "");
+    // An app may move its own mount up and down; two of one spec are refused.
+    assert_eq!(refused(&[above], &[("a", "/srv/x/y", false)]), "");
+    assert_eq!(refused(&[below], &[("b", "/srv/x", false)]), "");
+    let both = DesiredApp::Run(target("volumes: [\"/srv/x:/x\", \"/srv/x/y:/y\"]\n", "v1"));
+    let snapshot = Snapshot { apps: BTreeMap::from([(app("a"), both)]), ..Snapshot::default() };
+    assert_eq!(nested(&snapshot, &BTreeMap::new()).len(), 1);
 }

@@ -217,6 +217,7 @@ fn archives_that_are_wrong_change_nothing() {
     let whole = fs::read(&thief).expect("a file");
     fs::write(lab.path("cut.tar"), &whole[..whole.len() / 2]).expect("a file");
     fs::write(lab.path("text.tar"), "root:x:0:0").expect("a file");
+    run(Command::new("mkfifo").arg(lab.path("pipe")));
     let both = save(&lab, "both.tar", &[&serving, &format!("{serving}-other")]);
     let foreign = lab.path("foreign");
     fs::create_dir(&foreign).expect("a directory");
@@ -236,6 +237,7 @@ fn archives_that_are_wrong_change_nothing() {
         (format!("docker-archive:{dir}/text.tar"), "no tar file"),
         (format!("docker-archive:{dir}/none.tar"), "there is no `"),
         (format!("docker-archive:{dir}"), "is not a file"),
+        (format!("docker-archive:{dir}/pipe"), "is not a file"),
         (format!("docker-archive:{}@sha256:{zeros}", thief.display()), "its SHA-256 is "),
         (format!("docker-archive:{}", both.display()), "2 images are in it; write which one after a `#`"),
         (format!("docker-archive:{}#none", both.display()), "no image in it is named `none`"),

@@ -166,14 +166,9 @@ fn an_app_with_a_shell_cannot_swap_what_another_one_mounts() {
     assert!(app.is("mount_unsafe"), "{}", app.reason);
 
     // What it has left behind is not followed, though nothing is mounted above it any more.
-    lab.put(
-        "apps/above/spec",
-        &spec(
-            &format!("\"{dir}:/data\""),
-            "cd /data; /busybox rm -rf inner kept; /busybox ln -s /etc inner; while true; do /busybox sleep 1; done",
-        ),
-    );
-    until("it has left a link", || place.0.join("inner").is_symlink());
+    let leave = "cd /data; while true; do [ -L inner ] || /busybox rm -rf inner kept; /busybox ln -sfn /etc inner; /busybox sleep 1; done";
+    lab.deploy("above", "apps/above/spec", &spec(&format!("\"{dir}:/data\""), leave));
+    until("it has left a link", || place.0.join("inner").is_symlink() && !place.0.join("kept").exists());
     lab.del("apps/above/");
     let app = lab.wait_app("inner", "refused by what the path leads to", |s| {
         s.is("not_allowed") || s.reason.contains("is really `/etc`")

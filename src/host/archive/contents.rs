@@ -165,9 +165,33 @@ impl Part {
     }
 }
 
+/// A file of which only headers are read: what they say in many words is kept in memory, so there is a limit.
+struct Headers {
+    file: File,
+    in_a_row: u64,
+}
+
+impl Read for Headers {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let count = self.file.read(into)?;
+        self.in_a_row += u64::try_from(count).unwrap_or(u64::MAX);
+        if self.in_a_row > MOST_JSON {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "its headers are too long"));
+        }
+        Ok(count)
+    }
+}
+
+impl Seek for Headers {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.in_a_row = 0;
+        self.file.seek(to)
+    }
+}
+
 impl Tar {
     fn open(path: &Path) -> Result<Self, ArchiveError> {
-        let mut archive = tar::Archive::new(BufReader::new(File::open(path)?));
+        let mut archive = tar::Archive::new(BufReader::new(Headers { file: File::open(path)?, in_a_row: 0 }));
         let mut entries = BTreeMap::new();
         let not_tar = |e: io::Error| ArchiveError::Wrong(format!("it is no tar file, or damaged or cut off: {e}"));
         for entry in archive.entries_with_seek().map_err(not_tar)? {

@@ -133,3 +133,16 @@ fn compression_is_taken_away_and_damage_is_noticed() {
     }
     assert!(read(b"root:x:0:0", Format::Docker, None).is_err_and(|message| !message.contains("root")));
 }
+
+#[test]
+fn headers_do_not_fill_the_memory() {
+    let mut header = tar::Header::new_ustar();
+    header.set_entry_type(tar::EntryType::XHeader);
+    header.set_size(64 << 20);
+    header.set_path("long").expect("a path");
+    header.set_cksum();
+    let mut bytes = header.as_bytes().to_vec();
+    bytes.resize(bytes.len() + (64 << 20), b'9');
+    let message = read(&bytes, Format::Docker, None).expect_err("it is refused");
+    assert!(message.contains("too long"), "{message}");
+}

@@ -11,7 +11,7 @@ mod source;
 use std::{
     collections::BTreeMap,
     io::{self, Read, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use tokio::sync::mpsc;
@@ -76,10 +76,16 @@ pub struct Archives {
 struct Spool(PathBuf);
 
 impl Spool {
-    fn new(dir: PathBuf) -> Result<Self, ArchiveError> {
+    fn new(dir: &Path) -> Result<Self, ArchiveError> {
         let failed = |e: files::FileError| ArchiveError::Away(chain(&e));
-        // Of an agent that was killed.
-        files::remove_dir(&dir).map_err(failed)?;
+        files::make_dir_unsynced(dir, 0o700).map_err(failed)?;
+        // A person's command may load one beside the agent. What is left is of one that was killed.
+        let own = std::process::id().to_string();
+        let is_left = |name: &String| *name == own || !Path::new("/proc").join(name).exists();
+        for name in files::list(dir).map_err(failed)?.into_iter().filter(is_left) {
+            files::remove_dir(&dir.join(name)).map_err(failed)?;
+        }
+        let dir = dir.join(own);
         files::make_dir_unsynced(&dir, 0o700).map_err(failed)?;
         Ok(Self(dir))
     }
@@ -89,6 +95,9 @@ impl Drop for Spool {
     fn drop(&mut self) {
         if let Err(e) = files::remove_dir(&self.0) {
             tracing::warn!("{}", chain(&e));
+        }
+        if let Some(all) = self.0.parent() {
+            files::remove_dir_if_empty(all);
         }
     }
 }
@@ -115,7 +124,7 @@ impl Archives {
 
     async fn load_into(&self, image: &ImageRef, archive: Archive<'_>) -> Result<(), Loading> {
         let _one = self.one.lock().await;
-        let spool = Spool::new(self.layout.spool())?;
+        let spool = Spool::new(&self.layout.spool())?;
         let plain = spool.0.join("archive.tar");
         source::fetch(archive, &self.fetchers, &spool.0, &plain).await?;
         let platform = self.docker.capacity().await?.platform;

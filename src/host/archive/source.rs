@@ -1,8 +1,9 @@
 //! Where an archive comes from: a path of this host, an address, or a program that root has named for a scheme.
 
 use std::{
-    fs::File,
+    fs::OpenOptions,
     io,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -10,6 +11,7 @@ use std::{
 
 use http_body_util::BodyExt as _;
 use hyper::{Response, Uri, body::Bytes, body::Incoming, header};
+use rustix::fs::OFlags;
 use tokio::{io::AsyncReadExt as _, sync::mpsc};
 
 use super::{ArchiveError, Fetchers, PIECES, Received, blocking, plain};
@@ -73,7 +75,10 @@ async fn of_file(path: PathBuf, to: &Path) -> Result<String, ArchiveError> {
         _ => ArchiveError::Away(format!("cannot read `{}`: {}", path.display(), chain(&e))),
     };
     blocking(move || {
-        let file = File::open(&path).map_err(|e| away(&path, e))?;
+        // A pipe is not waited for: it is no file.
+        let without_waiting = OFlags::NONBLOCK.bits().cast_signed();
+        let file =
+            OpenOptions::new().read(true).custom_flags(without_waiting).open(&path).map_err(|e| away(&path, e))?;
         let found = file.metadata().map_err(|e| away(&path, e))?;
         if !found.is_file() {
             return Err(ArchiveError::Wrong(format!("`{}` is not a file", path.display())));
