@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     execute::{StepError, evidence},
-    host::docker::CommandPhase,
+    host::docker::{CommandPhase, DockerError},
     model::{
         desired::Target,
         fleet::{CommandEnd, CommandRun, HostVerdict, VERSION},
@@ -61,8 +61,13 @@ impl World {
                     self.docker.remove(&container.id).await?;
                 }
                 (None, Some(target)) if is_own && !was_there => {
+                    let policy = self.docker.policy();
+                    let refused = policy.refusals(app, &target.release, target.ingress.as_ref());
+                    if let Some(refusal) = refused.into_iter().next() {
+                        return Err(DockerError::NotAllowed(refusal.to_string()).into());
+                    }
                     self.check_mounts(app, &target.release.container)?;
-                    if self.docker.image(target.release.image.as_str()).await?.is_none() {
+                    if self.docker.image(&target.release.image.tagged()).await?.is_none() {
                         self.images.pull(app, &target.release.image).await?;
                     }
                     let command = target.release_command.clone().unwrap_or_default();

@@ -25,8 +25,16 @@ if [ -n "${REGISTRY:-}" ]; then
     docker push "$name" >&2
     # By its digest it is the same image on each host, whatever becomes of the tag.
     digests=$(docker image inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' "$name")
-    echo "$digests" | grep -m 1 "^$REGISTRY/$app@"
+    # Docker leaves out the name of its own registry.
+    if ! echo "$digests" | grep -m 1 -F "${REGISTRY#docker.io/}/$app@"; then
+        say "error: $name was pushed and has no digest"
+        exit 1
+    fi
 elif [ -n "${ARCHIVES:-}" ]; then
+    case $ARCHIVES in
+        /*) ;;
+        *) say "error: ARCHIVES is an absolute path"; exit 1 ;;
+    esac
     name=$app:$tag
     docker build "$@" -t "$name" . >&2
     new=$ARCHIVES/.$app-$tag.$$
@@ -36,7 +44,8 @@ elif [ -n "${ARCHIVES:-}" ]; then
     gzip -n "$new"
     sum=$(sha256sum "$new.gz")
     sum=${sum%% *}
-    file=$app-$tag.tar.gz
+    # Another build of the same commit is another file: hosts may still need this one.
+    file=$app-$tag-$(echo "$sum" | cut -c 1-12).tar.gz
     chmod 644 "$new.gz"
     mv "$new.gz" "$ARCHIVES/$file"
     echo "docker-archive:${ARCHIVES_URL:-$ARCHIVES}/$file@sha256:$sum"

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashSet},
     net::SocketAddrV4,
+    os::unix::fs::FileTypeExt as _,
     path::Path,
     time::Duration,
 };
@@ -135,7 +136,9 @@ impl World {
 
     fn admits_real_path(&self, app: &AppName, real: &str, read_only: bool) -> bool {
         let resolve = |dir: &str| Some(std::fs::canonicalize(dir).ok()?.to_str()?.to_owned());
-        self.docker.policy().admits_real_path(app, real, read_only, &resolve)
+        // Its user has the rights of who listens there, whatever it is called.
+        let is_socket = std::fs::metadata(real).is_ok_and(|found| found.file_type().is_socket());
+        self.docker.policy().admits_real_path(app, real, (read_only, is_socket), &resolve)
     }
 
     /// Before a container is started again: its paths still lead to where they led when it was created, or to what the app

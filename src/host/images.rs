@@ -131,7 +131,7 @@ impl Images {
             return Err(DockerError::Image { image: image.to_string(), message, temporary: true });
         }
         let before = self.docker.image(&reference).await?;
-        self.fetch(image).await?;
+        self.fetch(app, image).await?;
         if let Some(id) = self.docker.image(&reference).await? {
             let now = Timestamp::now();
             self.change(|images| {
@@ -161,9 +161,9 @@ impl Images {
     ///
     /// # Errors
     /// If that fails.
-    pub async fn fetch(&self, image: &ImageRef) -> Result<(), DockerError> {
+    pub async fn fetch(&self, app: &AppName, image: &ImageRef) -> Result<(), DockerError> {
         match image.archive() {
-            Some(archive) => self.archives.load(image, archive).await,
+            Some(archive) => self.archives.load(app, image, archive).await,
             None => self.docker.pull(image).await,
         }
     }

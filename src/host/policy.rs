@@ -62,10 +62,11 @@ impl PolicyFile {
             Ok(Some(stamp)) => {
                 let read = std::fs::read_to_string(&self.path).map_err(|e| chain(&e));
                 let read = read.and_then(|text| Policy::parse(host, &name, &text).map_err(|e| e.to_string()));
-                // What was written meanwhile is read the next time.
+                // Half of a file may be one with fewer rules.
                 let is_same = self.look().is_ok_and(|again| again == Some(stamp));
                 match read {
-                    Ok(policy) => (is_same.then_some(stamp), policy),
+                    Ok(_) if !is_same => (None, Policy::unusable(host, &name, self.unusable("it is being written"))),
+                    Ok(policy) => (Some(stamp), policy),
                     Err(why) => (None, Policy::unusable(host, &name, self.unusable(&why))),
                 }
             }
@@ -97,12 +98,21 @@ impl PolicyFile {
         };
         let dir = self.path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let above = std::fs::metadata(dir).map_err(|e| e.to_string())?;
+        let refuse = |path: &Path, why: String| {
+            format!("`{}` {why}: give it to root, and take the right to write from others", path.display())
+        };
         for (path, metadata) in [(self.path.as_path(), &found), (dir, &above)] {
             if let Some(why) = who_else_writes(metadata) {
-                return Err(format!(
-                    "`{}` {why}: give it to root, and take the right to write from others",
-                    path.display()
-                ));
+                return Err(refuse(path, why));
+            }
+        }
+        // Where a link leads, and all above it: from a sticky directory others take nothing away.
+        let real = std::fs::canonicalize(&self.path).map_err(|e| e.to_string())?;
+        for dir in real.ancestors().skip(1) {
+            let metadata = std::fs::metadata(dir).map_err(|e| e.to_string())?;
+            let is_sticky = metadata.mode() & 0o1000 != 0 && metadata.uid() == 0;
+            if let Some(why) = who_else_writes(&metadata).filter(|_| !is_sticky) {
+                return Err(refuse(dir, why));
             }
         }
         if !found.is_file() {

@@ -35,6 +35,9 @@ impl fmt::Display for Format {
     }
 }
 
+/// How names of loaded images begin. No image of a registry may have such a name.
+pub const LOADED: &str = "demae.local/";
+
 /// Longest text: addresses with a signature are long.
 const MOST: usize = 1024;
 
@@ -68,21 +71,19 @@ impl<'a> Archive<'a> {
         // A login in an address would be readable in the store.
         let is_url = place.split_once("://").is_some_and(|(scheme, rest)| {
             let letters = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+.-".contains(&b);
-            !scheme.is_empty() && scheme.bytes().all(letters) && rest.len() > 1 && !rest.contains('@')
+            !scheme.is_empty() && scheme.bytes().all(letters) && rest.len() > 1 && !rest.contains('@') && is_plain(rest)
         });
         let is_pinned = sha256.is_some() || is_path;
         let fine = (is_path || is_url) && is_pinned && sha256.is_none_or(is_sum) && name.is_none_or(is_name);
         fine.then_some(Self { format, place, sha256, name })
     }
 
-    /// The name that its image has in the engine of a host: one of demae's own, which says which file and which image of it
-    /// it is, as far as that is known without the file.
+    /// The name that its image has in the engine of a host: one of demae's own, different for each text. So what was loaded
+    /// from another place is not taken for it.
     pub fn loaded_as(&self) -> String {
-        let digest = |text: &str| hex(&Sha256::digest(text.as_bytes()));
-        let file =
-            self.sha256.map_or_else(|| format!("path-{}", &digest(self.place)[..12]), |sum| sum[..12].to_owned());
-        let name = self.name.map(|name| format!("-{}", &digest(name)[..8])).unwrap_or_default();
-        format!("demae.local/archive:{file}{name}")
+        let Self { format, place, sha256, name } = self;
+        let text = format!("{format}\0{place}\0{}\0{}", sha256.unwrap_or_default(), name.unwrap_or_default());
+        format!("{LOADED}archive:{}", &hex(&Sha256::digest(text))[..32])
     }
 
     /// Its format, as it was named.
@@ -109,6 +110,13 @@ impl<'a> Archive<'a> {
     pub fn name(&self) -> Option<&'a str> {
         self.name
     }
+}
+
+/// Whether an address has no parts by which it leads out of a directory that a policy names.
+fn is_plain(rest: &str) -> bool {
+    let lower = rest.to_ascii_lowercase();
+    let path = lower.split('?').next().unwrap_or_default();
+    !path.contains("%2e") && !path.contains("%2f") && !path.split('/').any(|part| matches!(part, "" | "." | ".."))
 }
 
 impl Format {
@@ -140,6 +148,8 @@ mod tests {
             &format!("docker-archive:https://user:secret@builds.example.com/web.tar@sha256:{sum}"),
             &format!("docker-archive:/srv/web.tar@sha256:{}", &sum[1..]),
             "docker-archive:/srv/web.tar#",
+            &format!("docker-archive:https://builds.example.com/web/../web.tar@sha256:{sum}"),
+            &format!("docker-archive:https://builds.example.com/web/%2E%2E/web.tar@sha256:{sum}"),
             "docker-archive:/srv/a b.tar",
             "docker-archive:",
         ] {

@@ -43,9 +43,11 @@ pub fn binds(container: &ContainerSpec) -> Vec<Bind> {
     binds.collect()
 }
 
-/// Apps that mount a host path below a writable mount of any app here, themselves included, or a writable one above what a
-/// container of another app has mounted; the first such volume of each. Of two apps the one that has its containers goes on.
-/// Containers that an app itself has from before do not count: who changes its mounts means it.
+/// Apps that mount a host path below a writable mount of any app here, or a writable one above what a container has mounted,
+/// themselves included; the first such volume of each. Of two apps the one that has its containers goes on.
+///
+/// Containers that an app has from before count as well: while both run, the old one could replace what the new one mounts,
+/// and Docker follows that when it restarts the new one.
 ///
 /// `present` are the mounts of containers that exist, by app.
 pub fn nested(snapshot: &Snapshot, present: &BTreeMap<AppName, Vec<Bind>>) -> BTreeMap<AppName, NestedMount> {
@@ -56,11 +58,16 @@ pub fn nested(snapshot: &Snapshot, present: &BTreeMap<AppName, Vec<Bind>>) -> BT
     let there = || present.iter().flat_map(|(app, binds)| binds.iter().map(move |bind| (app, bind)));
     let mut found = BTreeMap::new();
     for (app, binds) in &wanted {
-        let above = binds.iter().filter(|bind| !bind.read_only).find_map(|Bind { source: path, .. }| {
-            let lies_below = |bind: &Bind| bind.source != *path && Path::new(&bind.source).starts_with(path);
-            let (owner, bind) = there().find(|(owner, bind)| owner != app && lies_below(bind))?;
-            Some(nested_mount(path, Relation::Above, &bind.source, owner))
-        });
+        // What its containers have already is no new way to another one's mount.
+        let has =
+            |path: &str| present.get(*app).is_some_and(|own| own.iter().any(|b| b.source == path && !b.read_only));
+        let above = binds.iter().filter(|bind| !bind.read_only && !has(&bind.source)).find_map(
+            |Bind { source: path, .. }| {
+                let lies_below = |bind: &Bind| bind.source != *path && Path::new(&bind.source).starts_with(path);
+                let (owner, bind) = there().find(|(_, bind)| lies_below(bind))?;
+                Some(nested_mount(path, Relation::Above, &bind.source, owner))
+            },
+        );
         found.extend(above.map(|nested| ((*app).clone(), nested)));
     }
     // What is refused changes nothing for those that have their containers.
@@ -70,8 +77,7 @@ pub fn nested(snapshot: &Snapshot, present: &BTreeMap<AppName, Vec<Bind>>) -> BT
     for (app, binds) in &wanted {
         let below = binds.iter().find_map(|Bind { source: path, .. }| {
             let lies_above = |bind: &Bind| bind.source != *path && Path::new(path).starts_with(&bind.source);
-            let of_others = there().filter(|(owner, _)| owner != app);
-            let mut all = of_others.chain(admitted.iter().copied()).filter(|(_, bind)| !bind.read_only);
+            let mut all = there().chain(admitted.iter().copied()).filter(|(_, bind)| !bind.read_only);
             let (owner, bind) = all.find(|(_, bind)| lies_above(bind))?;
             Some(nested_mount(path, Relation::Below, &bind.source, owner))
         });

@@ -6,7 +6,7 @@ use std::{borrow::Borrow, fmt};
 
 use serde::{Deserialize, Serialize};
 
-use super::archive::Archive;
+use super::archive::{Archive, LOADED};
 
 /// Why a text is not a name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -143,7 +143,7 @@ name!(
         !b.is_empty() && b.len() <= 255 && b[0].is_ascii_alphanumeric()
             && b[b.len() - 1].is_ascii_alphanumeric()
             && b.iter().all(|c| c.is_ascii_alphanumeric() || b"._-/:@+".contains(c))
-            && !t.contains("//") && !t.contains("..")
+            && !t.contains("//") && !t.contains("..") && !t.starts_with(LOADED)
     }
 );
 name!(

@@ -311,7 +311,7 @@ impl Block {
             Self::RoutesRejected(_) => "fix the spec, or the template on the host".to_owned(),
             Self::ImageMissing(_) => "push the image, or correct its name; it is retried automatically".to_owned(),
             Self::MountUnsafe(_) => {
-                "mount a directory beside it, or mount the upper one with `:ro` everywhere".to_owned()
+                "mount a directory beside it, or mount the upper one with `:ro` everywhere; its own containers from before count, too".to_owned()
             }
             Self::Foreign { .. } => {
                 "stop one of the two agents, or give it another name; to take its containers over, `demae adopt ID`"

@@ -105,7 +105,7 @@ fn hostile_specs_get_what_each_policy_allows() {
 fn rules_of_one_app_are_wider_or_narrower_for_it_alone() {
     let [_, _, (_, strict)] = policies();
     let spec = Spec::parse(
-        b"{image: \"nginx:1\", user: \"1000\", cap_drop: [ALL], security_opt: [no-new-privileges], mem_limit: 64M, \
+        b"{image: \"nginx:1\", user: \"1000:1000\", cap_drop: [ALL], security_opt: [no-new-privileges], mem_limit: 64M, \
           cpus: 1, pids_limit: 10, read_only: true, volumes: [\"/var/log:/logs:ro\"]}",
     )
     .expect("a spec");
@@ -126,7 +126,9 @@ fn a_broken_file_of_rules_says_where() {
         ("[containers]\n\nusers = ['1000-10']", "policy.toml:3: `containers.users`"),
         ("[containers]\nmax_memory = 'much'", "policy.toml:2: `containers.max_memory`"),
         ("[containers]\nmax_pids = 0", "policy.toml:2"),
-        ("[images]\nregistries = ['a[']", "policy.toml:2"),
+        ("[images]\nregistries = ['a/[']", "policy.toml:2"),
+        ("[images]\nregistries = ['*.example.com/*']", "cannot stand in the name of a server"),
+        ("[images]\narchives = ['https://*.example.com/*']", "cannot stand in the name of a server"),
         ("[apps.Web]\ningress.hosts = ['a']", "app name `Web`"),
         ("[container]\nusers = []", "unknown field"),
         ("[apps.web]\ncontainers.caps = []", "unknown field"),
@@ -168,7 +170,7 @@ fn any_policy() -> impl Strategy<Value = String> {
         ],
         0..=13,
     );
-    let images = some(&["registries = ['docker.io/*']", "registries = ['*/web']", "require_digest = true"]);
+    let images = some(&["registries = ['docker.io/*']", "registries = ['r.example/*']", "require_digest = true"]);
     let own = some(&["cap_add = ['SYS_TIME']", "read_only = false", "max_pids = 100"]);
     (mounts, volumes, containers, images, own).prop_map(|(mounts, volumes, containers, images, own)| {
         let line = |part: Option<&str>| part.map(|part| format!("{part}\n")).unwrap_or_default();
@@ -187,7 +189,7 @@ fn any_spec() -> impl Strategy<Value = String> {
     let keys = proptest::sample::subsequence(
         vec![
             "volumes: [\"/srv/web/ro/a:/a\", \"web_x:/b\"]",
-            "user: \"1000\"",
+            "user: \"1000:7\"",
             "group_add: [\"7\"]",
             "cap_add: [NET_ADMIN]",
             "cap_drop: [ALL]",

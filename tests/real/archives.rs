@@ -4,14 +4,8 @@
 
 use std::{
     fs,
-    io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::Command,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
     time::Duration,
 };
 
@@ -20,10 +14,11 @@ use sha2::{Digest as _, Sha256};
 
 use crate::support::{
     disk::Disk,
-    images,
+    files, images,
     lab::{Lab, Setup},
     load::{self, Load},
     process::{docker, run},
+    server::{Answer, Server},
 };
 
 fn sum(path: &Path) -> String {
@@ -33,6 +28,11 @@ fn sum(path: &Path) -> String {
 /// The name that an image from an archive has in the engine.
 fn loaded_as(image: &str) -> String {
     ImageRef::try_from(image).expect("an image").tagged()
+}
+
+/// A policy by which archives may come from the directory of the lab, and from addresses.
+fn allowing(lab: &Lab) -> String {
+    format!("[images]\narchives = ['{}*', 'http://*', 'copy://*', 's3://*']\n", lab.dir.path().display())
 }
 
 /// Writes what `docker save` writes of these images.
@@ -83,55 +83,16 @@ fn layout(lab: &Lab, saved: &Path, name: &str) -> PathBuf {
     path
 }
 
-/// A server of files on loopback, which ends with it. `/moved/…` leads to `/…`, `/busy/…` answers 503.
-struct Files {
-    address: SocketAddr,
-    over: Arc<AtomicBool>,
-}
-
-impl Files {
-    fn of(dir: PathBuf) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let address = listener.local_addr().expect("an address");
-        let over = Arc::new(AtomicBool::new(false));
-        let is_over = over.clone();
-        std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok).take_while(|_| !is_over.load(Relaxed)) {
-                let mut stream = stream;
-                let mut request = Vec::new();
-                while !request.ends_with(b"\r\n\r\n") {
-                    let mut byte = [0];
-                    match stream.read(&mut byte) {
-                        Ok(1) => request.extend_from_slice(&byte),
-                        _ => break,
-                    }
-                }
-                let request = String::from_utf8_lossy(&request).into_owned();
-                let path = request.split(' ').nth(1).unwrap_or("/").trim_start_matches('/').to_owned();
-                let mut answer = |status: &str, more: &str, body: &[u8]| {
-                    let head = format!(
-                        "HTTP/1.1 {status}\r\n{more}content-length: {}\r\nconnection: close\r\n\r\n",
-                        body.len()
-                    );
-                    let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));
-                };
-                match (path.strip_prefix("moved/"), path.strip_prefix("busy/"), fs::read(dir.join(&path))) {
-                    (Some(to), ..) => answer("302 Found", &format!("location: /{to}\r\n"), b""),
-                    (_, Some(_), _) => answer("503 Service Unavailable", "", b""),
-                    (.., Ok(bytes)) => answer("200 OK", "", &bytes),
-                    (.., Err(_)) => answer("404 Not Found", "", b""),
-                }
-            }
-        });
-        Self { address, over }
-    }
-}
-
-impl Drop for Files {
-    fn drop(&mut self) {
-        self.over.store(true, Relaxed);
-        let _ = std::net::TcpStream::connect(self.address);
-    }
+/// A server of the files of a directory. `/moved/…` leads to `/…`, `/busy/…` answers 503.
+fn files_of(dir: PathBuf) -> Server {
+    Server::start(move |path| {
+        match (path.strip_prefix("moved/"), path.strip_prefix("busy/"), fs::read(dir.join(path))) {
+            (Some(to), ..) => Answer::new("302 Found", format!("location: /{to}\r\n"), ""),
+            (_, Some(_), _) => Answer::new("503 Service Unavailable", "", ""),
+            (.., Ok(bytes)) => Answer::new("200 OK", "", bytes),
+            (.., Err(_)) => Answer::new("404 Not Found", "", ""),
+        }
+    })
 }
 
 #[test]
@@ -140,6 +101,7 @@ fn images_from_archives_of_each_form_are_deployed_without_a_lost_request() {
         sections: "[fetch]\nvault = ['/bin/cp', '/nowhere/{url}', '{file}']\ncopy = ['/bin/sh', '-c', 'cp \"/${1#copy://}\" \"$2\"', 'sh', '{url}', '{file}']\n",
         ..Setup::default()
     });
+    files::write(&lab.path("policy.toml"), &allowing(&lab));
     let versions: Vec<String> = (1..=8).map(|n| format!("v{n}")).collect();
     let names: Vec<String> = versions.iter().map(|version| lab.own_image(version)).collect();
     let id = docker(&["image", "inspect", "--format", "{{.Id}}", &names[1]]);
@@ -158,10 +120,10 @@ fn images_from_archives_of_each_form_are_deployed_without_a_lost_request() {
     for name in &names {
         docker(&["rmi", name]);
     }
-    let files = Files::of(lab.dir.path().to_owned());
+    let server = files_of(lab.dir.path().to_owned());
     let url = |path: &Path, prefix: &str| {
         let name = path.file_name().expect("a name").to_string_lossy();
-        format!("http://{}/{prefix}{name}@sha256:{}", files.address, sum(path))
+        format!("http://{}/{prefix}{name}@sha256:{}", server.address, sum(path))
     };
     let sources = [
         ("v1", format!("docker-archive:{}", tagged.display())),
@@ -201,6 +163,7 @@ fn is_stuck(app: &AppStatus) -> bool {
 fn archives_that_are_wrong_change_nothing() {
     let lab = Lab::new();
     let serving = lab.own_image("v1");
+    files::write(&lab.path("policy.toml"), &allowing(&lab));
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&serving, "web.test", ""));
     let before = docker(&["image", "inspect", "--format", "{{.Id}}", &serving]);
     // A file whose image has the name of the one that serves.
@@ -218,6 +181,7 @@ fn archives_that_are_wrong_change_nothing() {
     fs::write(lab.path("cut.tar"), &whole[..whole.len() / 2]).expect("a file");
     fs::write(lab.path("text.tar"), "root:x:0:0").expect("a file");
     run(Command::new("mkfifo").arg(lab.path("pipe")));
+    std::os::unix::fs::symlink("/etc/passwd", lab.path("link.tar")).expect("a link");
     let both = save(&lab, "both.tar", &[&serving, &format!("{serving}-other")]);
     let foreign = lab.path("foreign");
     fs::create_dir(&foreign).expect("a directory");
@@ -229,7 +193,7 @@ fn archives_that_are_wrong_change_nothing() {
         }
     }
     run(Command::new("tar").arg("-C").arg(&foreign).arg("-cf").arg(lab.path("foreign.tar")).arg("."));
-    let files = Files::of(lab.dir.path().to_owned());
+    let server = files_of(lab.dir.path().to_owned());
     let (dir, zeros) = (lab.dir.path().display(), "0".repeat(64));
     let load = Load::start(lab.ingress, "web.test", load::mixed(Duration::from_millis(2)));
     for (source, part) in [
@@ -239,19 +203,23 @@ fn archives_that_are_wrong_change_nothing() {
         (format!("docker-archive:{dir}"), "is not a file"),
         (format!("docker-archive:{dir}/pipe"), "is not a file"),
         (format!("docker-archive:{}@sha256:{zeros}", thief.display()), "its SHA-256 is "),
+        (format!("docker-archive:{dir}/link.tar"), "leads to another place"),
         (format!("docker-archive:{}", both.display()), "2 images are in it; write which one after a `#`"),
         (format!("docker-archive:{}#none", both.display()), "no image in it is named `none`"),
         (format!("oci-archive:{}", thief.display()), "it is a `docker-archive`"),
         (format!("docker-archive:{dir}/foreign.tar"), "it is for linux/s390x, and this host is linux/amd64"),
-        (format!("docker-archive:http://{}/none.tar@sha256:{zeros}", files.address), "404"),
-        (format!("docker-archive:http://{}/busy/x.tar@sha256:{zeros}", files.address), "503"),
-        (format!("docker-archive:http://{}/thief.tar@sha256:{zeros}", files.address), "its SHA-256 is "),
+        (format!("docker-archive:http://{}/none.tar@sha256:{zeros}", server.address), "404"),
+        (format!("docker-archive:http://{}/busy/x.tar@sha256:{zeros}", server.address), "503"),
+        (format!("docker-archive:http://{}/thief.tar@sha256:{zeros}", server.address), "its SHA-256 is "),
         (format!("docker-archive:s3://bucket/web.tar@sha256:{zeros}"), "`[fetch]` in the agent's file"),
     ] {
         lab.put("apps/web/image", &source);
         let app = lab.wait_app("web", &format!("refused: {part}"), |s| is_stuck(s) && s.reason.contains(part));
         assert!(app.healthy > 0 && !app.reason.contains("root:x"), "{}", app.reason);
     }
+    // Without a rule no file of the host is read but those that apps may mount.
+    lab.put("apps/web/image", "docker-archive:/etc/shadow");
+    lab.wait_app("web", "not allowed", |s| s.is("not_allowed") && s.reason.contains("from the archive `/etc/shadow`"));
     // The name of the image that serves stays where it is.
     let source = format!("docker-archive:{}", thief.display());
     lab.remove_on_drop(loaded_as(&source));
@@ -268,6 +236,7 @@ fn archives_that_are_wrong_change_nothing() {
 fn an_archive_that_does_not_fit_is_refused_before_it_is_unpacked() {
     let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
     let _state = Disk::of(lab.path("state"), "24m");
+    files::write(&lab.path("policy.toml"), &allowing(&lab));
     lab.start_agent(&[]);
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
     let large = format!("demae-lab-{}-large:v2", lab.tag);

@@ -13,9 +13,9 @@ use std::{
 };
 
 use crate::support::{
+    files::Place,
     lab::{Lab, Setup},
     load::{Client, Load},
-    names::random,
     wait::until,
 };
 use demae::model::status::State;
@@ -60,23 +60,6 @@ fn names_as_docker_takes_them_reach_the_app() {
     lab.deploy("web", "apps/web/spec", &spec);
     assert_eq!(lab.get("web.test", "/env?discovery.type").expect("an answer").1, "single-node");
     assert_eq!(lab.get("web.test", "/env?cluster.name").expect("an answer").1, "from the store");
-}
-
-/// Host directories that an app may mount, removed with the test.
-struct Place(std::path::PathBuf);
-
-impl Place {
-    fn new() -> Self {
-        let dir = std::path::Path::new("/srv").join(format!("demae-test-{}", random()));
-        fs::create_dir_all(dir.join("inner")).expect("a directory");
-        Self(dir)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 #[test]

@@ -94,6 +94,7 @@ fn a_commit_is_built_and_deployed_by_a_registry_and_by_a_file() {
     let archives = lab.path("builds");
     fs::create_dir(&archives).expect("a directory");
     let archives = archives.display().to_string();
+    fs::write(lab.path("policy.toml"), format!("[images]\narchives = ['{archives}/*']\n")).expect("a file");
     commit(&repository, "two");
     let image = built(&lab, &build(&repository, &[], &[("ARCHIVES", &archives)]));
     assert!(image.starts_with(&format!("docker-archive:{archives}/web-")) && image.contains("@sha256:"), "{image}");

@@ -1,33 +1,24 @@
 //! What a registry answers instead of an image: each answer holds up the change, is reported as what it is, and takes no
 //! request from what serves.
 
-use std::{
-    io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
-    time::Duration,
-};
+use std::time::Duration;
 
 use demae::model::status::State;
 
-use crate::support::{lab::Lab, load, load::Load};
+use crate::support::{
+    lab::Lab,
+    load::{self, Load},
+    server::{Answer, Server},
+};
 
-/// A registry that has no image. What it answers depends on the first part of a name.
-struct Registry {
-    address: SocketAddr,
-    over: Arc<AtomicBool>,
-}
-
-/// The status, further lines of the head, and the body of the answer to a request for this path.
+/// The status, further lines of the head, and the body of what a registry without images answers: by the first part of
+/// the name that is asked for.
 fn answer(path: &str) -> (&'static str, &'static str, &'static str) {
     const LIST: &str = r#"{"schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.list.v2+json",
         "manifests": [{"mediaType": "application/vnd.docker.distribution.manifest.v2+json", "size": 7, "digest":
         "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
         "platform": {"architecture": "s390x", "os": "linux"}}]}"#;
-    let name = path.strip_prefix("/v2/").unwrap_or_default().split('/').next().unwrap_or_default();
+    let name = path.strip_prefix("v2/").unwrap_or_default().split('/').next().unwrap_or_default();
     match name {
         "" => ("200 OK", "", "{}"),
         "login" => (
@@ -54,50 +45,14 @@ fn answer(path: &str) -> (&'static str, &'static str, &'static str) {
     }
 }
 
-impl Registry {
-    fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let address = listener.local_addr().expect("an address");
-        let over = Arc::new(AtomicBool::new(false));
-        let is_over = over.clone();
-        std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok).take_while(|_| !is_over.load(Relaxed)) {
-                let mut stream = stream;
-                let mut request = Vec::new();
-                let mut byte = [0];
-                // The engine tries TLS first (a handshake begins with 22), and then goes without.
-                while !request.ends_with(b"\r\n\r\n")
-                    && request.first() != Some(&22)
-                    && matches!(stream.read(&mut byte), Ok(1))
-                {
-                    request.push(byte[0]);
-                }
-                let request = String::from_utf8_lossy(&request).into_owned();
-                let mut words = request.split(' ');
-                let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-                let (status, more, body) = answer(path);
-                let head =
-                    format!("HTTP/1.1 {status}\r\n{more}content-length: {}\r\nconnection: close\r\n\r\n", body.len());
-                let body = if method == "HEAD" { "" } else { body };
-                let _ = stream.write_all(format!("{head}{body}").as_bytes());
-            }
-        });
-        Self { address, over }
-    }
-}
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        self.over.store(true, Relaxed);
-        let _ = std::net::TcpStream::connect(self.address);
-    }
-}
-
 #[test]
 fn each_answer_of_a_registry_is_reported_as_what_it_is() {
     let lab = Lab::new();
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
-    let registry = Registry::start();
+    let registry = Server::start(|path| {
+        let (status, head, body) = answer(path);
+        Answer::new(status, head, body)
+    });
     let load = Load::start(lab.ingress, "web.test", load::mixed(Duration::from_millis(2)));
     for (name, part, needs_a_person) in [
         ("login", "unauthorized", true),

@@ -24,6 +24,7 @@ pub mod prometheus;
 pub mod receiver;
 pub mod registry;
 pub mod relay;
+pub mod server;
 pub mod trust;
 pub mod wait;
 pub mod wire;

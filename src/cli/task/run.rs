@@ -86,7 +86,7 @@ async fn task(world: &World, app: &AppName, target: &Target, command: &[String],
     world.check_mounts(app, &release.container)?;
     if world.docker.image(&release.image.tagged()).await?.is_none() {
         // Not noted as the agent's: it alone writes down what it may remove.
-        world.images.fetch(&release.image).await?;
+        world.images.fetch(app, &release.image).await?;
     }
     let network = world.shared_network(release).await;
     let docker = &world.docker;

@@ -18,6 +18,10 @@ use crate::model::archive::Format;
 /// Most files in an archive, and most bytes of one that is read as a whole.
 const MOST_FILES: usize = 100_000;
 const MOST_JSON: u64 = 16 << 20;
+/// Most bytes of all names together.
+const MOST_NAMES: usize = 16 << 20;
+/// Most layers of an image, as engines have them.
+const MOST_LAYERS: usize = 127;
 /// Most indexes within each other.
 const MOST_DEPTH: u8 = 4;
 /// Annotations with the name of an image: that of the layout, and containerd's.
@@ -119,6 +123,10 @@ impl Contents {
             let message = format!("it is for {}, and this host is {platform}", of_image.name());
             return Err(ArchiveError::Wrong(message));
         }
+        if layers.len() > MOST_LAYERS {
+            let message = format!("the image has {} layers, and {MOST_LAYERS} are the most", layers.len());
+            return Err(ArchiveError::Wrong(message));
+        }
         let mut parts = Vec::new();
         for (number, layer) in layers.iter().enumerate() {
             let part = tar.part(layer)?;
@@ -127,6 +135,11 @@ impl Contents {
             parts.push(if is_zstd { part.without_zstd(&spool.join(format!("layer-{number}")))? } else { part });
         }
         Ok(Self { config, layers: parts })
+    }
+
+    /// How many bytes of layers the engine gets.
+    pub(super) fn size(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.size).fold(0, u64::saturating_add)
     }
 
     /// Writes it, with this name.
@@ -192,11 +205,15 @@ impl Seek for Headers {
 impl Tar {
     fn open(path: &Path) -> Result<Self, ArchiveError> {
         let mut archive = tar::Archive::new(BufReader::new(Headers { file: File::open(path)?, in_a_row: 0 }));
-        let mut entries = BTreeMap::new();
-        let not_tar = |e: io::Error| ArchiveError::Wrong(format!("it is no tar file, or damaged or cut off: {e}"));
+        let (mut entries, mut names) = (BTreeMap::new(), 0);
+        // The error quotes the file, which may be any file of the host.
+        let not_tar = |_: io::Error| {
+            ArchiveError::wrong("it is no tar file, or is damaged, cut off or has headers that are too long")
+        };
         for entry in archive.entries_with_seek().map_err(not_tar)? {
             let entry = entry.map_err(not_tar)?;
             let name = normal(&entry.path().map_err(not_tar)?);
+            names += name.len();
             let found = match entry.header().entry_type() {
                 tar::EntryType::Regular | tar::EntryType::Continuous => {
                     Entry::Bytes { from: entry.raw_file_position(), size: entry.size() }
@@ -205,13 +222,15 @@ impl Tar {
                     let Some(target) = entry.link_name().map_err(not_tar)? else { continue };
                     // A hard link is from the top, a symlink from its directory.
                     let base = Path::new(&name).parent().filter(|_| kind == tar::EntryType::Symlink);
-                    Entry::Link(normal(&base.unwrap_or(Path::new("")).join(target)))
+                    let target = normal(&base.unwrap_or(Path::new("")).join(target));
+                    names += target.len();
+                    Entry::Link(target)
                 }
                 _ => continue,
             };
             entries.insert(name, found);
-            if entries.len() > MOST_FILES {
-                return Err(ArchiveError::wrong(format!("it has more than {MOST_FILES} files")));
+            if entries.len() > MOST_FILES || names > MOST_NAMES {
+                return Err(ArchiveError::wrong(format!("it has more than {MOST_FILES} files, or too long names")));
             }
         }
         let end = std::fs::metadata(path)?.len();
@@ -342,7 +361,8 @@ fn blob(digest: &str) -> Result<String, ArchiveError> {
 }
 
 fn parsed<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, ArchiveError> {
-    serde_json::from_slice(bytes).map_err(|e| ArchiveError::Wrong(format!("{what} is damaged: {e}")))
+    let place = |e: serde_json::Error| format!("{what} is damaged, in line {}, column {}", e.line(), e.column());
+    serde_json::from_slice(bytes).map_err(|e| ArchiveError::Wrong(place(e)))
 }
 
 /// A path without `.` and `..`, as entries are looked for.

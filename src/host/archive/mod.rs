@@ -21,7 +21,11 @@ use super::{
     files,
     layout::Layout,
 };
-use crate::model::{archive::Archive, name::ImageRef, problem::chain};
+use crate::model::{
+    archive::Archive,
+    name::{AppName, ImageRef},
+    problem::chain,
+};
 use contents::Contents;
 
 /// Programs that fetch files by schemes of addresses: words in which `{url}` and `{file}` are replaced.
@@ -112,25 +116,31 @@ impl Archives {
     ///
     /// # Errors
     /// If it cannot be fetched, is not what it should be, or the engine refuses it; the error says whether a retry can help.
-    pub async fn load(&self, image: &ImageRef, archive: Archive<'_>) -> Result<(), DockerError> {
+    pub async fn load(&self, app: &AppName, image: &ImageRef, archive: Archive<'_>) -> Result<(), DockerError> {
         let failed =
             |message: String, temporary: bool| DockerError::Image { image: image.to_string(), message, temporary };
-        self.load_into(image, archive).await.map_err(|e| match e {
+        self.load_into(app, image, archive).await.map_err(|e| match e {
             Loading::Archive(e @ ArchiveError::Wrong(_)) => failed(e.to_string(), false),
             Loading::Archive(e) => failed(e.to_string(), true),
             Loading::Docker(e) => e,
         })
     }
 
-    async fn load_into(&self, image: &ImageRef, archive: Archive<'_>) -> Result<(), Loading> {
+    async fn load_into(&self, app: &AppName, image: &ImageRef, archive: Archive<'_>) -> Result<(), Loading> {
         let _one = self.one.lock().await;
         let spool = Spool::new(&self.layout.spool())?;
         let plain = spool.0.join("archive.tar");
-        source::fetch(archive, &self.fetchers, &spool.0, &plain).await?;
+        let policy = self.docker.policy();
+        let resolve = |dir: &str| Some(std::fs::canonicalize(dir).ok()?.to_str()?.to_owned());
+        let admits = |real: &Path| real.to_str().is_some_and(|real| policy.admits_archive(app, real, &resolve));
+        source::fetch(archive, admits, &self.fetchers, &spool.0, &plain).await?;
         let platform = self.docker.capacity().await?.platform;
         let (format, wanted, tag) = (archive.format(), archive.name().map(str::to_owned), image.tagged());
         let dir = spool.0.clone();
         let contents = blocking(move || Contents::read(&plain, &dir, format, wanted.as_deref(), &platform)).await?;
+        if let Some(root) = self.docker.root_dir().await? {
+            plain::room(&root.join("image"), contents.size())?;
+        }
         let (pieces, body) = mpsc::channel(PIECES);
         // It ends with the reader, whose end closes the channel.
         let writing = tokio::task::spawn_blocking(move || contents.write(&tag, Pieces { pieces, buffer: Vec::new() }));

@@ -24,6 +24,8 @@ use crate::{
 const IDLE: Duration = Duration::from_secs(60);
 /// Longest download, and longest run of a program.
 const TOTAL: Duration = Duration::from_secs(30 * 60);
+/// Between two looks at the disk while a program writes to it.
+const LOOK: Duration = Duration::from_secs(1);
 /// Most redirections.
 const REDIRECTIONS: u8 = 5;
 /// What is needed at the beginning: the file as it comes and without compression, by its size.
@@ -33,18 +35,32 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 /// Most bytes that a program may say about its failure.
 const MOST_MESSAGE: u64 = 300;
 
-/// Fetches an archive, and writes it to `to` without compression.
+/// Fetches an archive, and writes it to `to` without compression. `admits` says whether a path may be read, once links are
+/// followed: the agent may read all of the host.
 ///
 /// # Errors
 /// If it cannot be fetched, has another sum than it should, or there is no room for it.
 pub(super) async fn fetch(
     archive: Archive<'_>,
+    admits: impl Fn(&Path) -> bool,
     fetchers: &Fetchers,
     spool: &Path,
     to: &Path,
 ) -> Result<(), ArchiveError> {
     let found = match archive.scheme() {
-        None => of_file(PathBuf::from(archive.place()), to).await,
+        None => {
+            let path = PathBuf::from(archive.place());
+            match std::fs::canonicalize(&path) {
+                Ok(real) if !admits(&real) => {
+                    return Err(ArchiveError::wrong(
+                        "its path leads to another place, where no archive of this app may be",
+                    ));
+                }
+                Ok(real) => of_file(real, to).await,
+                // It says so.
+                Err(_) => of_file(path, to).await,
+            }
+        }
         Some(scheme) => match fetchers.get(scheme) {
             Some(words) => {
                 let file = spool.join("fetched");
@@ -61,7 +77,7 @@ pub(super) async fn fetch(
     }?;
     match archive.sha256() {
         Some(wanted) if wanted != found => {
-            Err(ArchiveError::wrong(format!("its SHA-256 is {found}, and {wanted} is wanted")))
+            Err(ArchiveError::wrong("its SHA-256 is another one than the one that is wanted"))
         }
         _ => Ok(()),
     }
@@ -92,17 +108,19 @@ async fn of_file(path: PathBuf, to: &Path) -> Result<String, ArchiveError> {
 /// Runs a program of root's own. It gets no secret of the agent.
 #[expect(clippy::disallowed_methods, reason = "the home of programs that fetch")]
 async fn run(words: &[String], url: &str, file: &Path) -> Result<(), ArchiveError> {
-    let file = file.display().to_string();
+    let (path, file) = (file.to_owned(), file.display().to_string());
     let mut words = words.iter().map(|word| word.replace("{url}", url).replace("{file}", &file));
     let program = words.next().unwrap_or_default();
     let failed = |message: String| ArchiveError::Away(format!("`{program}` {message}"));
     let mut command = tokio::process::Command::new(&program);
-    command.args(words).env("PATH", PATH).env_remove("ETCDCTL_PASSWORD").env_remove("ETCDCTL_USER");
+    let passed_on = ["HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"];
+    let environment = passed_on.iter().filter_map(|name| Some((*name, std::env::var_os(name)?)));
+    command.args(words).env_clear().env("PATH", PATH).envs(environment);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
     // Of its own, so that what it has started ends with it.
     command.process_group(0);
     let mut child = command.spawn().map_err(|e| failed(format!("cannot be started: {e}")))?;
-    let group = child.id();
+    let _group = Group(child.id());
     let stderr = child.stderr.take();
     let work = async {
         let mut said = Vec::new();
@@ -113,12 +131,19 @@ async fn run(words: &[String], url: &str, file: &Path) -> Result<(), ArchiveErro
         }
         Ok::<_, io::Error>((child.wait().await?, said))
     };
-    let ended = tokio::time::timeout(TOTAL, work).await;
-    if ended.is_err()
-        && let Some(group) = group.and_then(|id| rustix::process::Pid::from_raw(id.cast_signed()))
-    {
-        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
-    }
+    // It may write what has no end.
+    let filling = async {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if let Err(full) = plain::room(&path, 0) {
+                return full;
+            }
+        }
+    };
+    let ended = tokio::select! {
+        ended = tokio::time::timeout(TOTAL, work) => ended,
+        full = filling => return Err(full),
+    };
     match ended {
         Ok(Ok((status, _))) if status.success() => Ok(()),
         Ok(Ok((status, said))) => {
@@ -128,6 +153,18 @@ async fn run(words: &[String], url: &str, file: &Path) -> Result<(), ArchiveErro
         }
         Ok(Err(e)) => Err(failed(format!("cannot be waited for: {e}"))),
         Err(_) => Err(failed(format!("has not ended within {} minutes", TOTAL.as_secs() / 60))),
+    }
+}
+
+/// Ends a program with all that it has started.
+struct Group(Option<u32>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(group) = self.0.and_then(|id| rustix::process::Pid::from_raw(id.cast_signed())) {
+            // It has mostly ended.
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        }
     }
 }
 
@@ -184,7 +221,7 @@ async fn answer(url: &str) -> Result<Response<Incoming>, ArchiveError> {
         let next =
             answer.headers().get(header::LOCATION).and_then(|to| to.to_str().ok()).filter(|_| status.is_redirection());
         if let Some(next) = next {
-            at = redirected(&at, next).ok_or_else(|| ArchiveError::wrong(format!("`{host}` leads to `{next}`")))?;
+            at = redirected(&at, next).ok_or_else(|| ArchiveError::wrong(format!("`{host}` leads to no address")))?;
             continue;
         }
         let message = format!("`{host}` answers {status}");

@@ -137,10 +137,15 @@ impl<'a> Judge<'a> {
         } else {
             (rule!(self, registries), whole_name(image))
         };
+        let is_free = MOUNTABLE.iter().any(|dir| Path::new(&place).starts_with(dir)) || place.contains("://");
+        if is_archive && allowed.is_none() && !is_free {
+            found.push(format!("the image comes from `{place}`"));
+        }
         if allowed.is_some_and(|all| all.iter().all(|pattern| !pattern.matches(&place))) {
             found.push(format!("the image comes from `{place}`"));
         }
-        if rule!(self, require_digest) == Some(&true) && !image.contains("@sha256:") {
+        let without_name = image.split('#').next().unwrap_or(image);
+        if rule!(self, require_digest) == Some(&true) && !without_name.contains("@sha256:") {
             found.push("the image has no digest".to_owned());
         }
     }
@@ -166,11 +171,17 @@ impl<'a> Judge<'a> {
             let mut above = source.ancestors().skip(1);
             return !is_socket && above.any(|dir| MOUNTABLE.iter().any(|place| Path::new(place) == dir));
         };
+        let named = |rule: &super::MountRule| {
+            std::path::PathBuf::from(rule.path.split("{app}").collect::<Vec<_>>().join(self.request.app.as_str()))
+        };
+        // What may only be read is not to be reached from above.
+        let is_protected = |dir: &Path| dir != source && dir.starts_with(source);
+        if !reads_only && rules.iter().any(|rule| rule.read_only && is_protected(&named(rule))) {
+            return false;
+        }
         // From the path upwards: the first directory with a rule decides.
         for (depth, dir) in source.ancestors().enumerate() {
-            let mut here = rules.iter().filter(|rule| {
-                Path::new(&rule.path.split("{app}").collect::<Vec<_>>().join(self.request.app.as_str())) == dir
-            });
+            let mut here = rules.iter().filter(|rule| named(rule) == dir);
             // Of two for the same directory the last one counts.
             if let Some(rule) = here.next_back() {
                 return (reads_only || !rule.read_only) && (depth == 0 || !is_socket);
@@ -194,11 +205,15 @@ impl<'a> Judge<'a> {
     fn user(&self, found: &mut Vec<String>) {
         let Some(ranges) = rule!(self, users) else { return };
         let fits = |id: &str| {
-            let id: u64 = id.parse().unwrap_or(u64::MAX);
+            let id: u64 = if id.starts_with('+') { u64::MAX } else { id.parse().unwrap_or(u64::MAX) };
             ranges.iter().any(|(from, to)| u64::from(*from) <= id && id <= u64::from(*to))
         };
         let user = self.request.body["User"].as_str().unwrap_or_default();
         let mut ids: Vec<&str> = user.split(':').collect();
+        if ids.len() < 2 {
+            // A group of the image's choice.
+            ids.push("");
+        }
         ids.extend(self.texts("GroupAdd"));
         found.extend(ids.into_iter().filter(|id| !fits(id)).map(|id| format!("the user or group `{id}`")));
     }

@@ -218,6 +218,11 @@ impl Policy {
             Some(archive) => (self.rule(asked.app, |r| r.archives.as_ref()), archive.place().to_owned(), "archive"),
             None => (self.rule(asked.app, |r| r.registries.as_ref()), image.repository(), "repository"),
         };
+        if archive_is_out_of_place(image, patterns.is_some()) {
+            let places = MOUNTABLE.join(", ");
+            let what = format!("takes no image from the archive `{place}`, only from below {places}");
+            found.push(self.refusal("image", &what, None));
+        }
         if let Some(rule) = patterns.filter(|rule| !matches(&rule.value, &place)) {
             found.push(self.refusal("image", &format!("takes no image from the {kind} `{place}`"), Some(rule.line)));
         }
@@ -227,6 +232,13 @@ impl Policy {
             let what = format!("takes images by their digest only, and `{image}` has none");
             found.push(self.refusal("image", &what, Some(rule.line)));
         }
+    }
+
+    /// Whether an app may have an image from what the path of an archive leads to on this host.
+    pub fn admits_archive(&self, app: &AppName, real: &str, resolve: &dyn Fn(&str) -> Option<String>) -> bool {
+        let is_free = || MOUNTABLE.iter().filter_map(|place| resolve(place)).any(|place| is_below(real, &place));
+        let rule = self.rule(app, |r| r.archives.as_ref());
+        self.unusable.is_none() && rule.map_or_else(is_free, |rule| matches(&rule.value, real))
     }
 
     fn mounts(&self, asked: Asked<'_>, found: &mut Vec<Refusal>) {
@@ -251,23 +263,26 @@ impl Policy {
                     Volumes::None => Err((format!("lets apps have no volume, such as `{name}`"), Some(rule.line))),
                 }
             }
-            VolumeSource::Host(path) => self.mount_of(app, path, volume.read_only, &|dir| Some(dir.to_owned())),
+            VolumeSource::Host(path) => {
+                self.mount_of(app, path, (volume.read_only, false), &|dir| Some(dir.to_owned()))
+            }
         }
     }
 
-    /// Whether an app may mount a path of the host; else why not. Directories of rules are those that `resolve` makes of
-    /// them.
+    /// Whether an app may mount a path of the host; else why not. The directories that are free without rules are those that
+    /// `resolve` makes of them: nothing but root can make links of these.
     fn mount_of(
         &self,
         app: &AppName,
         path: &str,
-        read_only: bool,
+        (read_only, is_socket): (bool, bool),
         resolve: &dyn Fn(&str) -> Option<String>,
     ) -> Result<(), (String, Option<usize>)> {
+        let is_socket = is_socket || path.ends_with(".sock");
         let Some(rule) = self.rule(app, |r| r.mounts.as_ref()) else {
             let mut places = MOUNTABLE.iter().filter_map(|place| resolve(place)).filter(|place| place != "/");
             let is_free = places.any(|place| is_below(path, &place) && path != place);
-            return match is_free && !path.ends_with(".sock") {
+            return match is_free && !is_socket {
                 true => Ok(()),
                 false => Err((
                     format!("does not let apps mount `{path}`, only directories below {}", MOUNTABLE.join(", ")),
@@ -276,11 +291,19 @@ impl Policy {
             };
         };
         let covering = rule.value.iter().filter_map(|allowed| {
-            let place = resolve(&allowed.path.replace("{app}", app.as_str()))?;
+            // Not as `resolve` has it: an app may be able to write there, and to make a link of it.
+            let place = allowed.path.replace("{app}", app.as_str());
             // A socket gives its user the rights of who listens there, so it must be named.
-            let covers = is_below(path, &place) && (path == place || !path.ends_with(".sock"));
+            let covers = is_below(path, &place) && (path == place || !is_socket);
             covers.then_some((place, allowed.read_only))
         });
+        // What can be written through a directory above it is not protected.
+        let protected = rule.value.iter().filter(|allowed| allowed.read_only && !read_only);
+        let mut protected = protected.map(|allowed| allowed.path.replace("{app}", app.as_str()));
+        if let Some(below) = protected.find(|place| place != path && is_below(place, path)) {
+            let what = format!("lets this app only read `{below}`, so it cannot write to `{path}` above it");
+            return Err((what, Some(rule.line)));
+        }
         match covering.max_by_key(|(place, _)| place.len()) {
             None => Err((format!("does not let this app mount `{path}`"), Some(rule.line))),
             Some((place, true)) if !read_only => {
@@ -290,16 +313,16 @@ impl Policy {
         }
     }
 
-    /// Whether an app may mount what a path of its spec leads to on this host. `resolve` follows links that lie in the
-    /// directories of rules themselves; `None` for one that does not exist.
+    /// Whether an app may mount what a path of its spec leads to on this host. `resolve` follows links in the directories that
+    /// are free without rules; `None` for one that does not exist.
     pub fn admits_real_path(
         &self,
         app: &AppName,
         real: &str,
-        read_only: bool,
+        (read_only, is_socket): (bool, bool),
         resolve: &dyn Fn(&str) -> Option<String>,
     ) -> bool {
-        self.unusable.is_none() && self.mount_of(app, real, read_only, resolve).is_ok()
+        self.unusable.is_none() && self.mount_of(app, real, (read_only, is_socket), resolve).is_ok()
     }
 
     fn rights(&self, asked: Asked<'_>, found: &mut Vec<Refusal>) {
@@ -413,6 +436,12 @@ impl Policy {
     }
 }
 
+/// Whether an archive is a path to which no rule leads: the agent reads it as root.
+fn archive_is_out_of_place(image: &ImageRef, has_rule: bool) -> bool {
+    let path = image.archive().filter(|archive| archive.scheme().is_none());
+    path.is_some_and(|path| !has_rule && !MOUNTABLE.iter().any(|place| is_below(path.place(), place)))
+}
+
 fn matches(patterns: &[Pattern], text: &str) -> bool {
     patterns.iter().any(|pattern| pattern.matches(text))
 }
@@ -447,7 +476,8 @@ fn cores(nano: i64) -> String {
 }
 
 fn is_within(id: &str, ranges: &[(u32, u32)]) -> bool {
-    id.parse::<u32>().is_ok_and(|id| ranges.iter().any(|(from, to)| (*from..=*to).contains(&id)))
+    let is_number = !id.is_empty() && id.bytes().all(|b| b.is_ascii_digit());
+    is_number && id.parse::<u32>().is_ok_and(|id| ranges.iter().any(|(from, to)| (*from..=*to).contains(&id)))
 }
 
 /// An image may give any number to a name, so only numbers count.
@@ -455,10 +485,15 @@ fn user_is_within(user: Option<&str>, allowed: &[(u32, u32)]) -> Result<(), Stri
     let Some(user) = user else {
         return Err(format!("runs apps by the users {} only, and the spec names none", ranges(allowed)));
     };
-    if user.splitn(2, ':').all(|id| is_within(id, allowed)) {
+    // Without a group, the image says which one it is.
+    let (id, group) = user.split_once(':').unwrap_or((user, ""));
+    if is_within(id, allowed) && is_within(group, allowed) {
         return Ok(());
     }
-    Err(format!("runs apps by the users and groups {} only, by number, not `{user}`", ranges(allowed)))
+    Err(format!(
+        "runs apps by users and groups of {} only, as `user: \"NUMBER:NUMBER\"`, not `{user}`",
+        ranges(allowed)
+    ))
 }
 
 fn ranges(ranges: &[(u32, u32)]) -> String {

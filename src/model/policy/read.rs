@@ -131,8 +131,8 @@ impl Reader<'_> {
                     VolumesFile::Any => Volumes::Any,
                 })
             })?,
-            registries: self.at("images.registries", images.registries, patterns)?,
-            archives: self.at("images.archives", images.archives, patterns)?,
+            registries: self.at("images.registries", images.registries, |texts| places(texts, ""))?,
+            archives: self.at("images.archives", images.archives, |texts| places(texts, "://"))?,
             require_digest: self.at("images.require_digest", images.require_digest, Ok)?,
             users: self.at("containers.users", containers.users, |all| all.iter().map(|t| range(t)).collect())?,
             cap_add: self.at("containers.cap_add", containers.cap_add, upper)?,
@@ -172,6 +172,19 @@ impl Reader<'_> {
 #[expect(clippy::needless_pass_by_value, reason = "it is one of several readers of values")]
 fn patterns(texts: Vec<String>) -> Result<Patterns, String> {
     texts.iter().map(|text| Pattern::new(text).map_err(|e| format!("`{text}` is not a pattern: {e}"))).collect()
+}
+
+/// Patterns of places, each with a server at the front: after `before`, if that is there.
+fn places(texts: Vec<String>, before: &str) -> Result<Patterns, String> {
+    for text in &texts {
+        let rest = text.split_once(before).map_or("", |(_, rest)| if before.is_empty() { text.as_str() } else { rest });
+        let (server, path) = rest.split_once('/').unwrap_or((rest, ""));
+        // It would also match another server, and then the path there.
+        if server.contains(['*', '?', '[']) && !(server == "*" && path.is_empty()) {
+            return Err(format!("`{text}`: a `*` matches slashes, so it cannot stand in the name of a server"));
+        }
+    }
+    patterns(texts)
 }
 
 fn mount(file: MountFile) -> Result<MountRule, String> {

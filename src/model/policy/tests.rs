@@ -16,11 +16,18 @@ fn own_volumes_are_named_for_the_app() {
 fn what_a_path_leads_to_must_be_allowed_too() {
     let text = "[mounts]\nallow = [{path = '/srv/{app}', mode = 'rw'}, {path = '/srv/linked', mode = 'ro'}]";
     let policy = Policy::parse("web1", "policy.toml", text).expect("it is valid");
-    // Root has put one of the directories elsewhere.
-    let resolve = |dir: &str| Some(if dir == "/srv/linked" { "/mnt/disk".to_owned() } else { dir.to_owned() });
-    let admits = |real: &str, read_only| policy.admits_real_path(&app("web"), real, read_only, &resolve);
-    assert!(admits("/srv/web/a", false) && admits("/mnt/disk/a", true));
-    assert!(!admits("/mnt/disk/a", false) && !admits("/etc", true) && !admits("/srv/linked/a", true));
+    // A link in the place of a directory that a rule names does not widen it: an app may have made it.
+    let resolve = |dir: &str| Some(if dir == "/srv/linked" { "/etc".to_owned() } else { dir.to_owned() });
+    let admits = |real: &str, read_only| policy.admits_real_path(&app("web"), real, (read_only, false), &resolve);
+    assert!(admits("/srv/web/a", false) && admits("/srv/linked/a", true));
+    assert!(!admits("/srv/linked/a", false) && !admits("/etc", true) && !admits("/etc/a", true));
+    // Without rules, root may have put one of the free directories elsewhere.
+    let elsewhere = |dir: &str| Some(if dir == "/srv" { "/disk/srv".to_owned() } else { dir.to_owned() });
+    let free = |real: &str| BUILT_IN.admits_real_path(&app("web"), real, (false, false), &elsewhere);
+    assert!(free("/disk/srv/a") && free("/opt/a") && !free("/srv/a") && !free("/disk/srv"));
+    assert!(!BUILT_IN.admits_real_path(&app("web"), "/opt/a", (true, true), &elsewhere), "a socket");
+    let archive = |real: &str| BUILT_IN.admits_archive(&app("web"), real, &elsewhere);
+    assert!(archive("/disk/srv/a.tar") && !archive("/etc/shadow"));
 }
 
 #[test]
