@@ -92,7 +92,7 @@ impl Rules {
         Self(BUILT_IN.clone())
     }
 
-    /// Those of a file, whoever it belongs to.
+    /// Those of a file, of any owner.
     pub(super) fn of_file(path: &Path) -> Result<Self, Failed> {
         let text = std::fs::read_to_string(path)
             .map_err(|e| Failed::because(format!("cannot read `{}`: {e}", path.display())))?;
