@@ -351,6 +351,8 @@ impl Docker {
         let architecture = match info.architecture.unwrap_or_default().as_str() {
             "x86_64" => "amd64".to_owned(),
             "aarch64" => "arm64".to_owned(),
+            "armv6l" | "armv7l" | "armv8l" => "arm".to_owned(),
+            "i386" | "i686" => "386".to_owned(),
             other => other.to_owned(),
         };
         let root = info.docker_root_dir.map(PathBuf::from).filter(|dir| dir.is_absolute());
