@@ -4,6 +4,7 @@
 //! from what is then observed, so a lost event costs time, never safety. Within a deploy, the known result of a step and
 //! a probe that finds an instance healthy stand in for that (`amend.rs`).
 
+mod allowed;
 mod amend;
 mod app;
 mod completion;
@@ -40,9 +41,8 @@ use crate::{
     metrics::{HostGauges, Metrics, View},
     model::{
         desired::{DesiredApp, Snapshot},
-        mounts::{self, NestedMount},
+        mounts::NestedMount,
         name::AppName,
-        observed::Bind,
         policy::Policy,
         status::{HostStatus, StoreBlock},
         time::Timestamp,
@@ -178,12 +178,6 @@ pub struct Agent<M> {
 fn desired_if_unlisted(snapshot: Option<&Snapshot>) -> DesiredApp {
     let why = "the store has no such app".to_owned();
     if snapshot.is_some_and(|s| s.proven) { DesiredApp::Absent(why) } else { DesiredApp::Unknown(why) }
-}
-
-/// What an app that was not observed yet may have mounted.
-fn wanted_binds(snapshot: &Snapshot, app: &AppName) -> Vec<Bind> {
-    let target = snapshot.apps.get(app).and_then(DesiredApp::target);
-    target.map_or_else(Vec::new, |target| mounts::binds(&target.release.container))
 }
 
 /// News of rollouts: the answer to a write, or `None` if the records have changed, or whether this host takes turns. Never
@@ -368,22 +362,6 @@ impl<M: Machine> Agent<M> {
         }
         self.snapshot = Some(snapshot);
         self.compare_mounts();
-    }
-
-    /// Finds apps whose mounts are not safe together with those that are there.
-    fn compare_mounts(&mut self) {
-        let Some(snapshot) = &self.snapshot else { return };
-        let present = self
-            .apps
-            .iter()
-            .map(|(app, state)| (app.clone(), state.binds().unwrap_or_else(|| wanted_binds(snapshot, app))));
-        let nested = mounts::nested(snapshot, &present.collect());
-        for (app, state) in &mut self.apps {
-            if nested.get(app) != self.nested.get(app) {
-                state.fresh.hint();
-            }
-        }
-        self.nested = nested;
     }
 
     /// The health of an instance changed.

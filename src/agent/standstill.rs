@@ -1,7 +1,7 @@
 //! Standstills: the agent does not run for a while because its machine was suspended or starved, or the process was
 //! stopped. Observations and decisions from before a standstill are stale.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -37,19 +37,6 @@ impl<M: Machine> Agent<M> {
         self.look_at_policy();
         let read = self.read_attempts();
         self.rereading.take_if(|(until, before)| read > *before || Instant::now() >= *until);
-    }
-
-    /// Plans everything again if other rules hold than before.
-    fn look_at_policy(&mut self) {
-        let policy = self.machine.policy();
-        if !Arc::ptr_eq(&policy, &self.policy) {
-            match policy.why_unusable() {
-                Some(why) => tracing::error!("nothing is created on this host: {why}"),
-                None => tracing::info!("the policy of this host has changed"),
-            }
-            self.policy = policy;
-            self.apps.values_mut().for_each(|state| state.fresh.hint());
-        }
     }
 
     /// Invalidates everything: nothing is done before store, containers, health and nginx were read again.
