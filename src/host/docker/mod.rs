@@ -7,6 +7,7 @@ mod command;
 mod create;
 mod found;
 mod image;
+mod judged;
 mod list;
 mod meter;
 mod network;
@@ -26,10 +27,7 @@ use bollard::{
     container::LogOutput,
     errors::Error,
     exec::StartExecResults,
-    models::{
-        ContainerCreateBody, ContainerUpdateBody, EventMessageTypeEnum, ExecConfig, RestartPolicy,
-        RestartPolicyNameEnum,
-    },
+    models::{ContainerUpdateBody, EventMessageTypeEnum, ExecConfig, RestartPolicy, RestartPolicyNameEnum},
     query_parameters::{
         EventsOptionsBuilder, KillContainerOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder,
         RenameContainerOptionsBuilder, StopContainerOptionsBuilder,
@@ -42,6 +40,7 @@ pub use command::{CommandContainer, CommandPhase};
 pub use create::{CreateRequest, create_body, injected_env};
 pub use found::Found;
 use found::LEAVING_SUFFIX;
+use judged::Own;
 pub use list::{Instances, Listed, Lists};
 pub use meter::{Failure, Meter, NoMeter, Operation};
 pub use network::{BridgeNetwork, OwnAddress};
@@ -50,8 +49,7 @@ pub use task::{Printed, Task, Terminal};
 use crate::host::{files, policy::PolicyFile, registry::Logins};
 use crate::model::{
     fleet::Capacity,
-    name::{AppName, ContainerId, HostName, ImageRef},
-    policy::{self, Policy},
+    name::{AppName, ContainerId, HostName},
     problem::chain,
 };
 
@@ -172,17 +170,6 @@ impl DockerError {
     }
 }
 
-/// What a request holds that is not of a spec.
-#[derive(Clone, Copy)]
-struct Own<'a> {
-    app: &'a AppName,
-    image: &'a ImageRef,
-    /// The directory of its socket.
-    dir: Option<&'a str>,
-    /// The network that it joins without having named it.
-    network: Option<&'a str>,
-}
-
 type Result<T, E = DockerError> = std::result::Result<T, E>;
 
 /// The engine of this machine, scoped to one host name.
@@ -255,26 +242,6 @@ impl Docker {
     /// Pulls images with these logins; otherwise with none.
     pub fn with_logins(self, logins: Arc<Logins>) -> Self {
         Self { logins, ..self }
-    }
-
-    /// Creates only what these rules allow; otherwise, what built-in ones do.
-    pub fn with_policy(self, policy: Arc<PolicyFile>) -> Self {
-        Self { policy, ..self }
-    }
-
-    /// The rules for what is created, as they are now.
-    pub fn policy(&self) -> Arc<Policy> {
-        self.policy.current()
-    }
-
-    /// The second reading of the rules, over a request as the engine gets it.
-    fn judge(&self, body: &ContainerCreateBody, own: Own<'_>) -> Result<()> {
-        let unreadable = |e: serde_json::Error| DockerError::NotAllowed(e.to_string());
-        let body = serde_json::to_value(body).map_err(unreadable)?;
-        let Own { app, image, dir: own_dir, network: own_network } = own;
-        let request = policy::Request { app, image: image.as_str(), body: &body, own_dir, own_network };
-        let found = policy::judge(&self.policy(), request);
-        if found.is_empty() { Ok(()) } else { Err(DockerError::NotAllowed(found.join(", "))) }
     }
 
     /// What is wrong with its logins, without asking a helper.
