@@ -14,6 +14,7 @@ use crate::{
     host::{
         docker::CreateRequest,
         files::{self, FileError},
+        policy::real_path,
         tcp_routes::TcpRouteError,
     },
     model::{
@@ -135,10 +136,9 @@ impl World {
     }
 
     fn admits_real_path(&self, app: &AppName, real: &str, read_only: bool) -> bool {
-        let resolve = |dir: &str| Some(std::fs::canonicalize(dir).ok()?.to_str()?.to_owned());
         // Its user has the rights of who listens there, whatever it is called.
         let is_socket = std::fs::metadata(real).is_ok_and(|found| found.file_type().is_socket());
-        self.docker.policy().admits_real_path(app, real, (read_only, is_socket), &resolve)
+        self.docker.policy().admits_real_path(app, real, (read_only, is_socket), &real_path)
     }
 
     /// Before a container is started again: its paths still lead to where they led when it was created, or to what the app

@@ -45,11 +45,6 @@ impl PolicyFile {
         Self::at(Path::new(""), host)
     }
 
-    /// The path.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// The rules that hold now. Reads the file only if it has changed. Of a file that cannot be used, rules that allow
     /// nothing.
     pub fn current(&self) -> Arc<Policy> {
@@ -126,6 +121,11 @@ impl PolicyFile {
             dir: (above.uid(), above.mode()),
         }))
     }
+}
+
+/// Where a directory is once links are followed; `None` if it does not exist.
+pub fn real_path(dir: &str) -> Option<String> {
+    Some(std::fs::canonicalize(dir).ok()?.to_str()?.to_owned())
 }
 
 fn is_there(path: &Path) -> bool {

@@ -20,6 +20,7 @@ use super::{
     docker::{Docker, DockerError},
     files,
     layout::Layout,
+    policy::real_path,
 };
 use crate::model::{
     archive::Archive,
@@ -131,8 +132,7 @@ impl Archives {
         let spool = Spool::new(&self.layout.spool())?;
         let plain = spool.0.join("archive.tar");
         let policy = self.docker.policy();
-        let resolve = |dir: &str| Some(std::fs::canonicalize(dir).ok()?.to_str()?.to_owned());
-        let admits = |real: &Path| real.to_str().is_some_and(|real| policy.admits_archive(app, real, &resolve));
+        let admits = |real: &Path| real.to_str().is_some_and(|real| policy.admits_archive(app, real, &real_path));
         source::fetch(archive, admits, &self.fetchers, &spool.0, &plain).await?;
         let platform = self.docker.capacity().await?.platform;
         let (format, wanted, tag) = (archive.format(), archive.name().map(str::to_owned), image.tagged());

@@ -16,7 +16,7 @@ use tokio::{io::AsyncReadExt as _, sync::mpsc};
 
 use super::{ArchiveError, Fetchers, PIECES, Received, blocking, plain};
 use crate::{
-    host::tls,
+    host::{registry::PATH, tls},
     model::{archive::Archive, problem::chain},
 };
 
@@ -30,8 +30,6 @@ const LOOK: Duration = Duration::from_secs(1);
 const REDIRECTIONS: u8 = 5;
 /// What is needed at the beginning: the file as it comes and without compression, by its size.
 const ROOM: u64 = 2;
-/// Where programs are looked for, and what they find.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Most bytes that a program may say about its failure.
 const MOST_MESSAGE: u64 = 300;
 

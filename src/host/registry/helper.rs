@@ -18,7 +18,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// Most bytes of an answer.
 const MOST: u64 = 64 * 1024;
 /// Where helpers are looked for, and what they find: never the agent's own `PATH`.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(in crate::host) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Most characters of a helper's message.
 const MOST_MESSAGE: usize = 200;
 /// What a helper prints that has no login (`credentials.NewErrCredentialsNotFound`).

@@ -472,7 +472,8 @@ fn bytes(n: i64) -> String {
 }
 
 fn cores(nano: i64) -> String {
-    format!("{}.{:03} cores", nano / 1_000_000_000, nano % 1_000_000_000 / 1_000_000)
+    let parts = format!("{}.{:09}", nano / 1_000_000_000, nano % 1_000_000_000);
+    format!("{} cores", parts.trim_end_matches('0').trim_end_matches('.'))
 }
 
 fn is_within(id: &str, ranges: &[(u32, u32)]) -> bool {
