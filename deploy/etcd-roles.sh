@@ -63,7 +63,7 @@ host)
     key readwrite "state/fence/$name"
     for what in apps permits proven; do below readwrite "state/$what/$name/"; done
     # By app first: etcd cannot limit them to one host.
-    for what in verdicts commands lost; do below readwrite "state/$what/"; done
+    for what in verdicts commands digests lost; do below readwrite "state/$what/"; done
     make_user "host-$name"
     ;;
 lead)
@@ -71,7 +71,7 @@ lead)
     range read apps/ state0
     below readwrite secret/releases/
     key readwrite state/leader
-    for what in rollouts permits releases lost verdicts commands; do below readwrite "state/$what/"; done
+    for what in rollouts permits releases lost verdicts commands digests; do below readwrite "state/$what/"; done
     ask user grant-role "host-$name" lead
     ;;
 deploy)

@@ -11,9 +11,11 @@ use crate::{
     host::docker::{CommandPhase, DockerError},
     model::{
         desired::Target,
-        fleet::{CommandEnd, CommandRun, HostVerdict, VERSION},
-        name::{AppName, ReleaseId},
+        fleet::{CommandEnd, CommandRun, EndedCommand, FleetImage, HostVerdict, VERSION},
+        name::{AppName, ImageDigest, ReleaseId},
         problem::chain,
+        release::Release,
+        spec::PullPolicy,
         time::Timestamp,
     },
     world::World,
@@ -37,6 +39,31 @@ impl World {
         app: &AppName,
         release: &ReleaseId,
         target: Option<&Target>,
+        fleet_image: &FleetImage,
+        (run, is_own): (&CommandRun, bool),
+    ) -> Result<EndedCommand, StepError> {
+        let end = self.end_of_command(app, release, target, fleet_image, (run, is_own)).await?;
+        let digest = match (&end, target) {
+            (CommandEnd::Done, Some(target)) if *fleet_image == FleetImage::Unwritten => {
+                self.digest_of_command(app, &target.release).await?
+            }
+            _ => None,
+        };
+        Ok(EndedCommand { release: release.clone(), started: run.started, end, digest })
+    }
+
+    /// The digest of the image that the command of a release has run from; `None` if no registry gave it one.
+    async fn digest_of_command(&self, app: &AppName, release: &Release) -> Result<Option<ImageDigest>, StepError> {
+        let Some(container) = self.docker.command(app, &release.id).await? else { return Ok(None) };
+        Ok(self.docker.image_and_digest(&container.image, &release.image).await?.and_then(|(_, digest)| digest))
+    }
+
+    async fn end_of_command(
+        &self,
+        app: &AppName,
+        release: &ReleaseId,
+        target: Option<&Target>,
+        fleet_image: &FleetImage,
         (run, is_own): (&CommandRun, bool),
     ) -> Result<CommandEnd, StepError> {
         let began = Instant::now();
@@ -67,12 +94,14 @@ impl World {
                         return Err(DockerError::NotAllowed(refusal.to_string()).into());
                     }
                     self.check_mounts(app, &target.release.container)?;
-                    if self.docker.image(&target.release.image.tagged()).await?.is_none() {
-                        self.images.pull(app, &target.release.image).await?;
+                    let image = fleet_image.of(&target.release.image);
+                    let may_be_old = target.pull_policy == PullPolicy::Always && *fleet_image == FleetImage::Unwritten;
+                    if may_be_old || self.docker.image(&image.tagged()).await?.is_none() {
+                        self.images.pull(app, &image).await?;
                     }
                     let command = target.release_command.clone().unwrap_or_default();
                     let network = self.shared_network(&target.release).await;
-                    self.docker.create_command(app, &target.release, &command, &token, network).await?;
+                    self.docker.create_command(app, (&target.release, &image), &command, &token, network).await?;
                 }
                 (None, _) => return Ok(CommandEnd::Unknown("its container is gone".to_owned())),
                 (Some(container), _) => match container.phase {

@@ -17,7 +17,7 @@ use crate::{
     },
     model::{
         desired::Target,
-        fleet::{CommandEnd, CommandRun},
+        fleet::{CommandRun, EndedCommand, FleetImage},
         name::{AppName, ContainerId, HostName, ReleaseId},
         observed::{Health, ObservedApp, Wanted},
         policy::{BUILT_IN, Policy},
@@ -113,8 +113,8 @@ pub trait Machine: Send + Sync + 'static {
         observed: &ObservedApp,
     ) -> impl Future<Output = Result<Option<NewContainer>, StepError>> + Send;
 
-    /// Runs the command of a release, or waits for the end of one that was started. `is_own` says that this agent has written
-    /// the start of it.
+    /// Runs the command of a release, from its image in the fleet, or waits for the end of one that was started. The flag says
+    /// that this agent has written the start of it.
     ///
     /// # Errors
     /// If nothing can be said about it now; it is tried again.
@@ -123,8 +123,9 @@ pub trait Machine: Send + Sync + 'static {
         app: &AppName,
         release: &ReleaseId,
         target: Option<&Target>,
+        image: &FleetImage,
         run: (&CommandRun, bool),
-    ) -> impl Future<Output = Result<CommandEnd, StepError>> + Send;
+    ) -> impl Future<Output = Result<EndedCommand, StepError>> + Send;
 
     /// Removes what a command whose end is known has left.
     ///
@@ -234,9 +235,10 @@ impl Machine for World {
         app: &AppName,
         release: &ReleaseId,
         target: Option<&Target>,
+        image: &FleetImage,
         run: (&CommandRun, bool),
-    ) -> Result<CommandEnd, StepError> {
-        self.run_command(app, release, target, run).await
+    ) -> Result<EndedCommand, StepError> {
+        self.run_command(app, release, target, image, run).await
     }
 
     async fn remove_command(&self, app: &AppName, release: &ReleaseId) -> Result<(), StepError> {

@@ -21,7 +21,7 @@ use crate::{
         tcp_routes::{TcpRouteError, TcpRoutes},
     },
     model::{
-        name::{AppName, ContainerId, HostName, ReleaseId},
+        name::{AppName, ContainerId, HostName, ImageDigest, ReleaseId},
         observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict, Via, Wanted},
         spec::Endpoint,
         time::Timestamp,
@@ -88,12 +88,12 @@ impl World {
         listed: Option<Vec<String>>,
     ) -> Result<ObservedApp, ObserveError> {
         let Instances { own: found, foreign } = self.docker.instances(app, listed, &self.clock).await?;
-        let image = match wanted {
-            Some(wanted) => self.image(&found, wanted).await?,
-            None => None,
+        let (image, image_digest) = match wanted {
+            Some(wanted) => self.image(&found, wanted).await?.unzip(),
+            None => (None, None),
         };
         let group = if found.is_empty() { None } else { self.nginx_group().await };
-        let mut observed = ObservedApp { image, foreign, ..self.traces(app)? };
+        let mut observed = ObservedApp { image, image_digest: image_digest.flatten(), foreign, ..self.traces(app)? };
         // Connections are counted only for instances that may be leaving: not for a single instance of a wanted app,
         // nor for one with a route.
         let has_several = found.len() > 1;
@@ -156,7 +156,11 @@ impl World {
 
     /// The image of a release; inspected only if no live instance has it: an engine keeps the image of a live
     /// container, unless the image was removed while the container was dead.
-    async fn image(&self, found: &[Found], wanted: &Wanted) -> Result<Option<String>, ObserveError> {
+    async fn image(
+        &self,
+        found: &[Found],
+        wanted: &Wanted,
+    ) -> Result<Option<(String, Option<ImageDigest>)>, ObserveError> {
         let mut known = None;
         for found in found.iter().filter(|f| f.key.release == wanted.release) {
             if found.is_alive() && !wanted.image_lost {
@@ -168,9 +172,9 @@ impl World {
         if let Some(known) = known
             && let Some(id) = self.docker.image(known).await?
         {
-            return Ok(Some(id));
+            return Ok(Some((id, None)));
         }
-        Ok(self.docker.image(&wanted.image.tagged()).await?)
+        Ok(self.docker.image_and_digest(&wanted.image.tagged(), &wanted.image).await?)
     }
 
     /// Only an app's files.

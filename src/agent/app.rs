@@ -22,8 +22,9 @@ use crate::{
     metrics::{AppView, Metrics, ReleaseView},
     model::{
         desired::DesiredApp,
+        fleet::FleetImage,
         mounts::NestedMount,
-        name::{AppName, ReleaseId},
+        name::{AppName, ImageDigest, ReleaseId},
         observed::{Address, Bind, Health, Instance, ObservedApp, Wanted},
         policy::Policy,
         proxy::ObservedProxy,
@@ -160,12 +161,24 @@ impl AppState {
         self.observe_after = now;
     }
 
+    /// Sets which image its release is in the fleet.
+    pub(super) fn set_image(&mut self, image: FleetImage) {
+        if self.turn.image == image {
+            return;
+        }
+        let found = self.observed.as_ref().and_then(|observed| observed.image_digest.as_ref());
+        let is_found = matches!(&image, FleetImage::Written(digest) if found == Some(digest));
+        self.turn.image = image;
+        // What was found by its tag is the same image.
+        if is_found { self.fresh.request_plan() } else { self.fresh.change_desired() }
+    }
+
     pub(super) fn wanted(&self) -> Option<Wanted> {
         let target = self.desired.target()?;
         let release = &target.release;
         Some(Wanted {
             release: release.id.clone(),
-            image: release.image.clone(),
+            image: self.turn.image.of(&release.image),
             image_lost: self.image_lost,
             slots: target.table_slots(),
         })
@@ -259,6 +272,7 @@ impl AppState {
             app,
             desired: &self.desired,
             turn: &self.turn.turn,
+            image: &self.turn.image,
             observed,
             proxy: view,
             conflict,
@@ -395,6 +409,13 @@ impl AppState {
     /// Whether its part of nginx is frozen until it is planned again.
     pub(super) fn is_held_back(&self) -> bool {
         !self.fresh.is_plan_applicable()
+    }
+
+    /// The image that was found, if only the record of its digest is missing, by a plan that is current.
+    pub(super) fn pulled(&self) -> Option<(&ReleaseId, &ImageDigest)> {
+        let plan = self.planned.as_ref().filter(|_| self.busy.is_none() && self.fresh.is_plan_current())?;
+        let digest = self.observed.as_ref().filter(|_| plan.waits.contains(&Wait::Digest))?.image_digest.as_ref()?;
+        Some((release(&self.desired)?, digest))
     }
 
     /// Whether only the record that requests move is missing, by a plan that is current.

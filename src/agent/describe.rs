@@ -10,6 +10,8 @@ use crate::{
     machine::Machine,
     model::{
         desired::{DesiredApp, Target},
+        fleet::FleetImage,
+        name::ImageDigest,
         observed::Verdict,
         problem::bounded,
         status::{AppStatus, State},
@@ -73,6 +75,7 @@ impl AppState {
             release,
             spec_revision: target.as_ref().map_or(0, |t| t.modified),
             image: target.as_ref().map(|t| t.release.image.to_string()),
+            digest: target.as_ref().and_then(|t| self.digest(t)),
             wanted: target.as_ref().map_or(0, |t| t.replicas),
             healthy: plan.healthy,
             since: self.since,
@@ -84,6 +87,14 @@ impl AppState {
             },
             timeline: self.telemetry.timeline().to_vec(),
         })
+    }
+
+    /// By its record, or by its reference.
+    fn digest(&self, target: &Target) -> Option<ImageDigest> {
+        match &self.turn.image {
+            FleetImage::Written(digest) if self.turn.kept_from().is_none() => Some(digest.clone()),
+            _ => target.release.image.digest(),
+        }
     }
 
     fn kinds(&self, plan: &AppPlan) -> BTreeSet<&'static str> {

@@ -443,9 +443,10 @@ impl<M: Machine> Agent<M> {
         // Plan on a fresh observation before the next one: else a flood of hints would starve the app.
         let is_writing = self.is_plannable(app) && self.write_turn(app, false, now);
         let Some(step) = (!is_writing).then(|| self.plan(app, now)).flatten() else {
-            let is_ready = self.apps.get(app).is_some_and(AppState::is_ready_to_commit);
-            if !is_writing && is_ready {
-                self.write_turn(app, true, now);
+            let state = self.apps.get(app);
+            let is_ready = state.is_some_and(AppState::is_ready_to_commit);
+            if !is_writing && (is_ready || state.is_some_and(|state| state.pulled().is_some())) {
+                self.write_turn(app, is_ready, now);
             }
             self.observe_if_due(app, now);
             return;

@@ -7,18 +7,22 @@ use tokio::task::JoinSet;
 use super::{Agent, app::AppState, completion::Completion, turn::Kept};
 use crate::{
     execute::StepError,
-    fleet::turn::{Directive, HostFacts, HostRecords, directive, next_write},
+    fleet::{
+        records::Stored,
+        turn::{Directive, HostFacts, HostRecords, directive, next_write},
+    },
     machine::Machine,
     model::{
         desired::{DesiredApp, Target},
         fleet::{
-            CommandRun, CommandState, EndedCommand, HostVerdict, PermitPhase, Transaction, TransactionKind, Turn,
-            VERSION,
+            CommandRun, CommandState, EndedCommand, FleetImage, HostVerdict, PermitPhase, Transaction, TransactionKind,
+            Turn, VERSION,
         },
         name::{AppName, ReleaseId},
         observed::{Address, Instance, Verdict},
         problem::chain,
         proxy::{ObservedProxy, Upstreams},
+        spec::PullPolicy,
         time::Timestamp,
     },
     rollout::{Answer, HostRollouts, Request},
@@ -106,6 +110,18 @@ fn meanwhile(wanted: &Target, kept: &Target) -> Target {
     Target { release: kept.release.clone(), ingress: ingress.clone(), ..wanted.clone() }
 }
 
+/// Which image a release is in the fleet. One that hosts do not pull is what each of them has.
+fn image(target: &Target, records: &HostRecords) -> FleetImage {
+    let image = &target.release.image;
+    if image.is_fixed() || image.archive().is_some() || target.pull_policy == PullPolicy::Never {
+        return FleetImage::AsNamed;
+    }
+    match records.digests.get(&target.release.id) {
+        Some(Stored { value: Some(resolved), .. }) => FleetImage::Written(resolved.digest.clone()),
+        _ => FleetImage::Unwritten,
+    }
+}
+
 /// The verdict of this host against a release, as the store has it.
 fn failed(records: &HostRecords, release: &ReleaseId) -> Option<Verdict> {
     let verdict = records.verdicts.get(release)?.clone()?;
@@ -160,6 +176,7 @@ impl<M: Machine> Agent<M> {
             has_command: wanted.is_some_and(|target| target.release_command.is_some()),
             command_end: state.turn.command_end.as_ref(),
             command_trouble: state.turn.command_trouble.as_deref(),
+            pulled: state.pulled(),
             run: self.rollouts.as_ref().map_or("", |link| &link.run),
             retried: wanted.map_or(0, |target| target.retried),
             update: &update,
@@ -221,6 +238,12 @@ impl<M: Machine> Agent<M> {
             state.fresh.request_plan();
         }
         (state.turn.turn, state.turn.kept, state.turn.failed) = (turn, why, failed);
+        let image = match (desired.target(), records) {
+            (Some(target), Some(records)) => image(target, records),
+            // An app without records is in no rollout.
+            _ => FleetImage::AsNamed,
+        };
+        state.set_image(image);
         state.set_desired(desired, None, now, grace);
     }
 
@@ -292,11 +315,13 @@ impl<M: Machine> Agent<M> {
         let Some((release, run)) = started.first() else { return };
         state.turn.running_command = true;
         let (app, release, is_own) = (app.clone(), (*release).clone(), run.run == link.run);
-        let (machine, run, target) = (self.machine.clone(), (*run).clone(), state.turn.intended.target().cloned());
+        let target = state.turn.intended.target().cloned();
+        let image = target.as_ref().map_or(FleetImage::AsNamed, |target| image(target, records));
+        let (machine, run) = (self.machine.clone(), (*run).clone());
         tracing::debug!(%app, %release, "the release command is run, or waited for");
         self.jobs.spawn(async move {
-            let end = machine.run_command(&app, &release, target.as_ref(), (&run, is_own)).await;
-            Completion::CommandEnded(app, end.map(|end| EndedCommand { release, started: run.started, end }))
+            let ended = machine.run_command(&app, &release, target.as_ref(), &image, (&run, is_own)).await;
+            Completion::CommandEnded(app, ended)
         });
     }
 

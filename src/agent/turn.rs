@@ -3,7 +3,7 @@
 use crate::{
     model::{
         desired::{DesiredApp, Target},
-        fleet::{EndedCommand, Turn},
+        fleet::{EndedCommand, FleetImage, Turn},
         observed::Verdict,
         problem::Problem,
         time::Timestamp,
@@ -37,6 +37,8 @@ pub(super) struct TurnState {
     pub(super) command_end: Option<EndedCommand>,
     /// Why it cannot be run now.
     pub(super) command_trouble: Option<String>,
+    /// Which image the release that runs, or is to run, is in the fleet.
+    pub(super) image: FleetImage,
 }
 
 impl TurnState {
@@ -52,6 +54,7 @@ impl TurnState {
             running_command: false,
             command_end: None,
             command_trouble: None,
+            image: FleetImage::AsNamed,
         }
     }
 

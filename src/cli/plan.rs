@@ -16,6 +16,7 @@ use crate::{
     host::docker::NoMeter,
     model::{
         desired::DesiredApp,
+        fleet::FleetImage,
         mounts,
         name::AppName,
         observed::{ObservedApp, Wanted},
@@ -103,6 +104,7 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
             app,
             desired,
             turn: &FREE,
+            image: &FleetImage::AsNamed,
             observed,
             proxy: ProxyView {
                 live: proxy.vhost(app),

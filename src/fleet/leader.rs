@@ -271,6 +271,7 @@ impl<'a> Decision<'a> {
                 FleetKey::Kept(app.clone(), release.clone()),
                 FleetKey::KeptEnv(app.clone(), release.clone()),
                 FleetKey::Command(app.clone(), release.clone()),
+                FleetKey::Digest(app.clone(), release.clone()),
             ]
             .map(Write::Delete)
         });

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::model::{
-    fleet::{CommandRun, FleetKey, HostVerdict, KeptRelease, Leader, Lost, Permit, Proof, Rollout, VERSION},
+    fleet::{
+        CommandRun, FleetKey, HostVerdict, KeptRelease, Leader, Lost, Permit, Proof, ResolvedImage, Rollout, VERSION,
+    },
     name::{AppName, HostName, ReleaseId},
 };
 
@@ -72,6 +74,8 @@ pub struct Records {
     pub kept: BTreeMap<(AppName, ReleaseId), Stored<KeptRelease>>,
     /// Runs of the commands of releases.
     pub commands: BTreeMap<(AppName, ReleaseId), Stored<CommandRun>>,
+    /// Which images releases are.
+    pub digests: BTreeMap<(AppName, ReleaseId), Stored<ResolvedImage>>,
     /// The mod revisions of specs.
     pub specs: BTreeMap<AppName, i64>,
     /// The mod revisions of images.
@@ -103,6 +107,7 @@ impl Records {
             FleetKey::Status(host, app) => put(&mut self.served, (app, host), raw),
             FleetKey::Kept(app, release) => put(&mut self.kept, (app, release), raw),
             FleetKey::Command(app, release) => put(&mut self.commands, (app, release), raw),
+            FleetKey::Digest(app, release) => put(&mut self.digests, (app, release), raw),
             FleetKey::KeptEnv(..) | FleetKey::Retry(_) => true,
             FleetKey::Spec(app) => note_revision(&mut self.specs, app, raw),
             FleetKey::Image(app) => note_revision(&mut self.images, app, raw),

@@ -9,9 +9,9 @@ use super::records::Stored;
 use crate::model::{
     fleet::{
         CommandEnd, CommandRun, CommandState, Condition, EndedCommand, FleetKey, HostVerdict, Lost, Permit,
-        PermitPhase, Proof, Rollout, RolloutPhase, Transaction, TransactionKind, Turn, VERSION, Write,
+        PermitPhase, Proof, ResolvedImage, Rollout, RolloutPhase, Transaction, TransactionKind, Turn, VERSION, Write,
     },
-    name::{AppName, HostName, ReleaseId},
+    name::{AppName, HostName, ImageDigest, ReleaseId},
     spec::Update,
     time::Timestamp,
 };
@@ -29,6 +29,8 @@ pub struct HostRecords {
     pub proof: Option<Stored<Proof>>,
     /// Runs of the commands of its releases.
     pub commands: BTreeMap<ReleaseId, Stored<CommandRun>>,
+    /// Which images its releases are.
+    pub digests: BTreeMap<ReleaseId, Stored<ResolvedImage>>,
     /// The verdicts of this host that are in the store; `None` if one cannot be read.
     pub verdicts: BTreeMap<ReleaseId, Option<HostVerdict>>,
 }
@@ -50,6 +52,8 @@ pub struct HostFacts<'a> {
     pub command_end: Option<&'a EndedCommand>,
     /// Why a command whose start is written cannot be run now.
     pub command_trouble: Option<&'a str>,
+    /// A release whose image is here, with its digest, and that waits for it to be written.
+    pub pulled: Option<(&'a ReleaseId, &'a ImageDigest)>,
     /// This run of the agent.
     pub run: &'a str,
     /// How it goes over the hosts.
@@ -207,6 +211,17 @@ pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, 
     if let Some(ended) = end_of_command(facts, records) {
         return transaction(TransactionKind::EndCommand, ended.0, ended.1);
     }
+    if let Some((release, digest)) = facts.pulled
+        && !records.digests.contains_key(release)
+    {
+        // Whichever host is first: what it writes is true of the tag, in its turn or not.
+        let (conditions, write) = resolved(facts, release, digest);
+        return Some(Transaction {
+            kind: TransactionKind::WriteDigest,
+            conditions: vec![conditions],
+            writes: vec![write],
+        });
+    }
 
     // Before anything is proven in the fleet, a failure ends nothing, and a host that has lost its turn says nothing.
     let tries_again = |release: &ReleaseId| {
@@ -342,9 +357,16 @@ pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, 
     None
 }
 
+/// Writes which image a release is, unless a host has written it before.
+fn resolved(facts: &HostFacts<'_>, release: &ReleaseId, digest: &ImageDigest) -> (Condition, Write) {
+    let key = FleetKey::Digest(facts.app.clone(), release.clone());
+    let record = ResolvedImage { version: VERSION, digest: digest.clone(), host: facts.host.clone() };
+    (Condition::Created(key.clone(), 0), Write::record(key, &record))
+}
+
 /// The end of a command that this host has run, and its verdict if it failed, as conditions and writes.
 fn end_of_command(facts: &HostFacts<'_>, records: &HostRecords) -> Option<(Vec<Condition>, Vec<Write>)> {
-    let EndedCommand { release, started, end } = facts.command_end?;
+    let EndedCommand { release, started, end, digest } = facts.command_end?;
     let stored = records.commands.get(release)?;
     let run = stored.value.as_ref()?;
     if run.state != CommandState::Started || run.host != *facts.host || run.started != *started {
@@ -364,6 +386,14 @@ fn end_of_command(facts: &HostFacts<'_>, records: &HostRecords) -> Option<(Vec<C
         let key = FleetKey::Verdict(facts.app.clone(), release.clone(), facts.host.clone());
         conditions.push(Condition::Created(key.clone(), 0));
         writes.push(Write::record(key, verdict));
+    }
+    // Its instances are to run from the image that their command has run from.
+    if let (CommandEnd::Done, Some(digest)) = (end, digest)
+        && !records.digests.contains_key(release)
+    {
+        let (condition, write) = resolved(facts, release, digest);
+        conditions.push(condition);
+        writes.push(write);
     }
     Some((conditions, writes))
 }

@@ -21,7 +21,7 @@ use crate::model::{
     images::{Needs, Pulled, PulledImages, Reason},
     name::{AppName, ImageRef},
     problem::chain,
-    status::{HostStatus, State},
+    status::{AppStatus, HostStatus, State},
     time::Timestamp,
 };
 
@@ -68,7 +68,7 @@ struct Noted {
     /// What the file says; `None` before it was read. An unreadable file is not an empty one.
     known: Option<PulledImages>,
     /// What the apps of this host want, by reference; `None` before the agent has read everything.
-    wanted: Option<BTreeMap<AppName, Option<String>>>,
+    wanted: Option<BTreeMap<AppName, Vec<String>>>,
     pulling: BTreeSet<String>,
 }
 
@@ -209,15 +209,18 @@ impl Images {
     /// Notes what apps want, and what they have converged on.
     fn note(&self, status: &HostStatus) {
         self.state().wanted = Some(wanted(status));
-        let converged: Vec<(AppName, String)> = status
-            .apps
-            .iter()
-            .filter(|app| app.state == State::Converged)
-            .filter_map(|app| Some((AppName::try_from(app.app.as_str()).ok()?, reference(app.image.as_ref()?)?)))
-            .collect();
+        let converged = status.apps.iter().filter(|app| app.state == State::Converged);
+        let converged: Vec<(AppName, Vec<String>)> =
+            converged.filter_map(|app| Some((AppName::try_from(app.app.as_str()).ok()?, references(app)))).collect();
         let now = Timestamp::now();
+        // One image, by whichever reference it was pulled.
+        let pulled = |images: &PulledImages, references: &[String]| {
+            references.iter().find(|reference| images.contains_key(*reference)).cloned()
+        };
         let is_due = |images: &PulledImages| {
-            let last = |(app, reference): &(AppName, String)| images.get(reference)?.apps.get(app).copied();
+            let last = |(app, references): &(AppName, Vec<String>)| {
+                images.get(&pulled(images, references)?)?.apps.get(app).copied()
+            };
             converged.iter().filter_map(last).any(|last| last.is_none_or(|last| now.since(last) >= NOTED))
         };
         if self.state().known.as_ref().is_some_and(|known| !is_due(known)) {
@@ -227,9 +230,10 @@ impl Images {
             if !is_due(images) {
                 return false;
             }
-            for (app, reference) in converged.iter().cloned() {
-                if let Some(image) = images.get_mut(&reference) {
-                    image.apps.insert(app, Some(now));
+            for (app, references) in &converged {
+                let pulled = pulled(images, references);
+                if let Some(image) = pulled.and_then(|reference| images.get_mut(&reference)) {
+                    image.apps.insert(app.clone(), Some(now));
                 }
             }
             true
@@ -320,7 +324,7 @@ impl Images {
     fn needs<'n>(
         &self,
         containers: &'n BTreeSet<String>,
-        wanted: &'n BTreeMap<AppName, Option<String>>,
+        wanted: &'n BTreeMap<AppName, Vec<String>>,
         pulling: &'n BTreeSet<String>,
     ) -> Needs<'n> {
         Needs { containers, wanted, pulling, now: Timestamp::now(), keep_for: self.limits.keep_for }
@@ -351,18 +355,17 @@ fn used_of(root: &std::path::Path) -> Option<u8> {
     u8::try_from(used.min(100)).ok()
 }
 
-/// The reference of an image in a status, with its tag.
-fn reference(image: &str) -> Option<String> {
-    ImageRef::try_from(image).ok().map(|image| image.tagged())
+/// By what the wanted image of an app may have been pulled: its digest, and its tag.
+fn references(app: &AppStatus) -> Vec<String> {
+    let image = app.image.as_deref().and_then(|image| ImageRef::try_from(image).ok());
+    let fixed = image.as_ref().zip(app.digest.as_ref()).map(|(image, digest)| image.at(digest).tagged());
+    fixed.into_iter().chain(image.map(|image| image.tagged())).collect()
 }
 
 /// What the apps of a host want, by reference.
-fn wanted(status: &HostStatus) -> BTreeMap<AppName, Option<String>> {
-    let apps = status
-        .apps
-        .iter()
-        .filter_map(|app| Some((AppName::try_from(app.app.as_str()).ok()?, app.image.as_deref().and_then(reference))));
-    apps.collect()
+fn wanted(status: &HostStatus) -> BTreeMap<AppName, Vec<String>> {
+    let apps = status.apps.iter();
+    apps.filter_map(|app| Some((AppName::try_from(app.app.as_str()).ok()?, references(app)))).collect()
 }
 
 fn read(path: &std::path::Path) -> Result<PulledImages, String> {

@@ -40,8 +40,8 @@ pub type PulledImages = BTreeMap<String, Pulled>;
 pub struct Needs<'a> {
     /// Ids of the images of all containers, running or not, also of others.
     pub containers: &'a BTreeSet<String>,
-    /// What the apps of this host want, by reference.
-    pub wanted: &'a BTreeMap<AppName, Option<String>>,
+    /// What the apps of this host want, by reference: that of the spec, and the same with its digest.
+    pub wanted: &'a BTreeMap<AppName, Vec<String>>,
     /// What is being pulled, by reference.
     pub pulling: &'a BTreeSet<String>,
     /// The time.
@@ -87,7 +87,7 @@ impl Needs<'_> {
         if self.containers.contains(&image.id) {
             return Some(Reason::Container);
         }
-        if let Some((app, _)) = self.wanted.iter().find(|(_, wanted)| wanted.as_deref() == Some(reference)) {
+        if let Some((app, _)) = self.wanted.iter().find(|(_, wanted)| wanted.iter().any(|w| w == reference)) {
             return Some(Reason::Wanted(app.clone()));
         }
         // Two references may name one image, and either is a way back to it.
@@ -172,10 +172,10 @@ mod tests {
                         pulled.apps.entry(app(n)).or_default();
                         pulled.pulled = now;
                         touched.insert(reference.clone(), millis);
-                        wanted.insert(app(n), Some(reference));
+                        wanted.insert(app(n), vec![reference]);
                     }
                     Event::Converge(n) => {
-                        let Some(Some(reference)) = wanted.get(&app(n)).cloned() else { continue };
+                        let Some(reference) = wanted.get(&app(n)).and_then(|wanted| wanted.first()).cloned() else { continue };
                         let Some(image) = images.get_mut(&reference) else { continue };
                         image.apps.insert(app(n), Some(now));
                         touched.insert(reference.clone(), millis);
@@ -193,7 +193,7 @@ mod tests {
                         let going: Vec<String> = needs.removable(&images).into_iter().map(str::to_owned).collect();
                         for reference in &going {
                             prop_assert!(!containers.contains(&images[reference].id), "{reference} is in use");
-                            let is_wanted = wanted.values().any(|wanted| wanted.as_ref() == Some(reference));
+                            let is_wanted = wanted.values().any(|wanted| wanted.contains(reference));
                             prop_assert!(!is_wanted, "{reference} is wanted");
                             prop_assert!(millis - touched[reference] >= 3_600_000, "{reference} is young");
                             for (app, order) in &orders {

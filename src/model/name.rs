@@ -147,6 +147,14 @@ name!(
     }
 );
 name!(
+    /// What a registry calls the content of an image, whatever its tag means.
+    ImageDigest, "digest of an image",
+    "write it as registries do: `sha256:` and 64 hexadecimal digits",
+    |t| t.strip_prefix("sha256:").is_some_and(|hex| {
+        hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    })
+);
+name!(
     /// The name of an nginx template of this host.
     TemplateName, "template name",
     "use 1 to 40 of a-z, 0-9 and `-`, with neither end a `-`",
@@ -174,6 +182,19 @@ impl ImageRef {
     /// Whether it can only ever be the same image.
     pub fn is_fixed(&self) -> bool {
         self.archive().map_or(self.0.contains("@sha256:"), |archive| archive.sha256().is_some())
+    }
+
+    /// The same image by its digest: the engine looks at that alone, the tag stays for people.
+    #[must_use]
+    pub fn at(&self, digest: &ImageDigest) -> Self {
+        let name = self.0.split_once('@').map_or(self.as_str(), |(name, _)| name);
+        Self(format!("{name}@{digest}"))
+    }
+
+    /// The digest that it ends in; `None` if it has none, or names an archive.
+    pub fn digest(&self) -> Option<ImageDigest> {
+        let (_, digest) = self.0.split_once('@').filter(|_| self.archive().is_none())?;
+        ImageDigest::try_from(digest).ok()
     }
 
     /// Its name with the registry, without tag and digest, as Docker completes it: `docker.io/library/nginx`.
@@ -308,6 +329,26 @@ mod tests {
         for bad in ["", " web", "web:v1\n", "-web", "web:", "a//b", "../a"] {
             assert!(ImageRef::try_from(bad).is_err(), "{bad:?} was accepted as an image reference");
         }
+    }
+
+    #[test]
+    fn image_at_a_digest_is_fixed_and_keeps_its_name() {
+        let digest = ImageDigest::try_from(format!("sha256:{}", "a".repeat(64))).expect("a digest");
+        for image in ["web", "web:v1", "localhost:5000/team/web:v1", "web:v1@sha256:0"] {
+            let image = ImageRef::try_from(image).expect("an image");
+            let fixed = image.at(&digest);
+            assert_eq!((fixed.is_fixed(), fixed.digest()), (true, Some(digest.clone())), "{image}");
+            assert_eq!(fixed.repository(), image.repository());
+            assert!(
+                ImageRef::try_from(fixed.as_str()).is_ok_and(|read| read == fixed && read.tagged() == read.as_str())
+            );
+        }
+        for bad in ["", "sha256:", "sha256:ab", &format!("sha512:{}", "a".repeat(64)), &digest.as_str().to_uppercase()]
+        {
+            assert!(ImageDigest::try_from(bad).is_err(), "{bad:?} was accepted as a digest");
+        }
+        let archive = format!("docker-archive:https://a.test/web.tar@{digest}");
+        assert_eq!(ImageRef::try_from(archive).expect("an archive").digest(), None);
     }
 
     #[test]

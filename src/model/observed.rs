@@ -9,7 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    name::{ContainerId, ImageRef, ReleaseId},
+    name::{ContainerId, ImageDigest, ImageRef, ReleaseId},
     spec::{Endpoint, HealthCheck},
     time::Timestamp,
 };
@@ -21,6 +21,8 @@ pub struct ObservedApp {
     pub instances: Vec<Instance>,
     /// The local id of the wanted image, if it is on this host.
     pub image: Option<String>,
+    /// What the registry calls that image; `None` if it was built or loaded here, or not looked for.
+    pub image_digest: Option<ImageDigest>,
     /// Whether Docker refused to create a container since the image is gone, though other containers of the release
     /// still use it.
     pub image_lost: bool,

@@ -61,7 +61,7 @@ use super::{
 };
 use crate::model::{
     desired::{DesiredApp, Target},
-    fleet::Turn,
+    fleet::{FleetImage, Turn},
     name::{ReleaseId, VirtualHost},
     observed::{Health, Instance, InstanceKey, Phase, Verdict},
     policy::Refusal,
@@ -314,6 +314,7 @@ impl<'a> Draft<'a> {
         let missing = usize::from(target.replicas).saturating_sub(group.selected.len());
         let known = group.image().filter(|_| !self.observed().image_lost);
         let image = known.or_else(|| self.observed().image.clone());
+        let is_first = group.all.is_empty() && !proven;
         let env_written = self.observed().env_files.contains(&release.id);
         if missing > 0
             && let Some(nested) = self.input.nested
@@ -329,7 +330,10 @@ impl<'a> Draft<'a> {
             }
         }
         if missing > 0 {
-            let fresh = target.pull_policy == PullPolicy::Always && group.all.is_empty() && !self.observed().pulled;
+            // What a digest names is never another image.
+            let may_be_old =
+                target.pull_policy == PullPolicy::Always && !matches!(self.input.image, FleetImage::Written(_));
+            let fresh = may_be_old && group.all.is_empty() && !self.observed().pulled;
             if image.is_none() || fresh {
                 if target.pull_policy == PullPolicy::Never {
                     let error = format!("image `{}` is not on this host and `pull_policy` is `never`", release.image);
@@ -337,8 +341,14 @@ impl<'a> Draft<'a> {
                     // Docker emits no event that wakes the loop when an image is loaded.
                     self.wait(Wait::Image(self.input.now.plus(IMAGE_RECHECK)));
                 } else {
-                    self.step(Step::Pull(release.image.clone()), "the image is not on this host");
+                    let image = self.input.image.of(&release.image);
+                    self.step(Step::Pull(image), "the image is not on this host");
                 }
+                return false;
+            }
+            // One that no registry has given a digest is on this host alone.
+            if is_first && *self.input.image == FleetImage::Unwritten && self.observed().image_digest.is_some() {
+                self.wait(Wait::Digest);
                 return false;
             }
         }

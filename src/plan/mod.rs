@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 
 use crate::model::{
     desired::DesiredApp,
-    fleet::Turn,
+    fleet::{FleetImage, Turn},
     mounts::NestedMount,
     name::{AppName, ContainerId, ReleaseId},
     observed::{Instance, ObservedApp},
@@ -40,6 +40,8 @@ pub struct AppInput<'a> {
     pub observed: &'a ObservedApp,
     /// What this host may do about a release that is not proven on it.
     pub turn: &'a Turn,
+    /// Which image the release is in the fleet.
+    pub image: &'a FleetImage,
     /// What nginx serves of it.
     pub proxy: ProxyView<'a>,
     /// Another app that holds one of its virtual hosts.

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::model::{
     desired::DesiredApp,
-    fleet::Turn,
+    fleet::{FleetImage, Turn},
     mounts,
     name::{AppName, ContainerId},
     observed::{Address, Health, Instance, InstanceKey, ObservedApp, Phase, Verdict, Via},
@@ -76,6 +76,7 @@ impl SimHost {
             app: &self.app,
             desired,
             turn: &self.turn,
+            image: &FleetImage::AsNamed,
             observed: &self.observed,
             proxy,
             conflict: None,
@@ -166,6 +167,7 @@ pub fn apply_step(observed: &mut ObservedApp, step: &Step, created: Option<NewCo
     match step {
         Step::Pull(image) => {
             observed.image = Some(format!("sha256:{image}"));
+            observed.image_digest = image.digest();
             observed.pulled = true;
         }
         Step::WriteEnvFile(release) => {

@@ -89,13 +89,15 @@ pub enum Wait {
     Turn(String),
     /// All is ready; the record that requests move is being written.
     Commit,
+    /// The image is here; its digest is being written, so that all hosts run the same one.
+    Digest,
     /// The release serves, and counts as proven at this time unless it fails before.
     Monitor(Timestamp),
 }
 
 impl Wait {
     /// Every kind.
-    pub const KINDS: [&'static str; 15] = [
+    pub const KINDS: [&'static str; 16] = [
         "busy",
         "health",
         "drain",
@@ -110,6 +112,7 @@ impl Wait {
         "store",
         "turn",
         "commit",
+        "digest",
         "monitor",
     ];
 
@@ -117,7 +120,9 @@ impl Wait {
     pub fn recheck_at(&self, now: Timestamp) -> Option<Timestamp> {
         match self {
             // These wake the loop when they end.
-            Self::Busy(_) | Self::Store(_) | Self::Stopping { .. } | Self::Turn(_) | Self::Commit => None,
+            Self::Busy(_) | Self::Store(_) | Self::Stopping { .. } | Self::Turn(_) | Self::Commit | Self::Digest => {
+                None
+            }
             Self::Health { again: until, .. }
             | Self::Backoff { until, .. }
             | Self::Recovery { until, .. }
@@ -144,7 +149,13 @@ impl Wait {
             | Self::Deletion(until)
             | Self::Monitor(until)
             | Self::Image(until) => *until = convert(*until),
-            Self::Busy(_) | Self::Proxy(_) | Self::Removal(_) | Self::Store(_) | Self::Turn(_) | Self::Commit => {}
+            Self::Busy(_)
+            | Self::Proxy(_)
+            | Self::Removal(_)
+            | Self::Store(_)
+            | Self::Turn(_)
+            | Self::Commit
+            | Self::Digest => {}
         }
         self
     }
@@ -174,6 +185,7 @@ impl Wait {
             Self::Store(_) => "store",
             Self::Turn(_) => "turn",
             Self::Commit => "commit",
+            Self::Digest => "digest",
             Self::Monitor(_) => "monitor",
         }
     }
@@ -212,6 +224,7 @@ impl fmt::Display for Wait {
             Self::Image(until) => write!(f, "the image is looked for again at {until}"),
             Self::Store(why) => write!(f, "kept as it is until the store can be read: {why}"),
             Self::Turn(why) => write!(f, "waiting for the turn of this host: {why}"),
+            Self::Digest => f.write_str("the image is here; writing down its digest, which all hosts go by"),
             Self::Commit => f.write_str("ready; writing down that requests move to the new release"),
             Self::Monitor(until) => {
                 write!(f, "the new release serves, and is proven at {until} unless it fails before")

@@ -251,7 +251,7 @@ impl Follower {
         if !is_trusted(io.updates, self.etcd) {
             return Ok(());
         }
-        let [rollouts, permits, proofs, lost, verdicts, commands] = self.session.host_ranges(&self.host);
+        let [rollouts, permits, proofs, lost, verdicts, commands, digests] = self.session.host_ranges(&self.host);
         let mut rollouts = self.session.watch(rollouts, self.revision + 1).await?;
         let mut permits = self.session.watch(permits, self.revision + 1).await?;
         // Few and rare; a person may delete them, and this host then writes again what it knows.
@@ -259,6 +259,7 @@ impl Follower {
         let mut lost = self.session.watch(lost, self.revision + 1).await?;
         let mut verdicts = self.session.watch(verdicts, self.revision + 1).await?;
         let mut commands = self.session.watch(commands, self.revision + 1).await?;
+        let mut digests = self.session.watch(digests, self.revision + 1).await?;
         self.publish(io.rollouts).await?;
         loop {
             tokio::select! {
@@ -275,6 +276,7 @@ impl Follower {
                 news = lost.next() => self.take_changes(&news?.0),
                 news = verdicts.next() => self.take_changes(&news?.0),
                 news = commands.next() => self.take_changes(&news?.0),
+                news = digests.next() => self.take_changes(&news?.0),
                 Some(request) = io.requests.recv() => {
                     let kind = request.transaction.kind;
                     let lease = *io.leases.borrow();
@@ -346,6 +348,7 @@ impl Follower {
             let key = (app.clone(), self.host.clone());
             let verdicts = records.verdicts.iter().filter(|((a, _, host), _)| a == app && *host == self.host);
             let commands = records.commands.iter().filter(|((a, _), _)| a == app);
+            let digests = records.digests.iter().filter(|((a, _), _)| a == app);
             HostRecords {
                 rollout: records.rollouts.get(app).cloned(),
                 permit: records.permits.get(&key).cloned(),
@@ -353,6 +356,7 @@ impl Follower {
                 proof: records.proofs.get(&key).cloned(),
                 verdicts: verdicts.map(|((_, release, _), v)| (release.clone(), v.value.clone())).collect(),
                 commands: commands.map(|((_, release), run)| (release.clone(), run.clone())).collect(),
+                digests: digests.map(|((_, release), image)| (release.clone(), image.clone())).collect(),
             }
         };
         let records = apps.into_iter().map(|app| (app.clone(), of(app))).collect();

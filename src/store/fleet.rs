@@ -242,9 +242,9 @@ impl FleetSession {
         }
     }
 
-    /// What a host reads: all rollouts, its own permits, its own proofs, hosts that are lost, verdicts, and runs of
-    /// commands.
-    pub fn host_ranges(&self, host: &HostName) -> [KeyRange; 6] {
+    /// What a host reads: all rollouts, its own permits, its own proofs, hosts that are lost, verdicts, runs of commands,
+    /// and digests of images.
+    pub fn host_ranges(&self, host: &HostName) -> [KeyRange; 7] {
         let below = |dir: String| {
             let from = self.prefix.key(&dir).into_bytes();
             // `0` follows `/`.
@@ -258,6 +258,7 @@ impl FleetSession {
             below("state/lost/".into()),
             below("state/verdicts/".into()),
             below("state/commands/".into()),
+            below("state/digests/".into()),
         ]
     }
 

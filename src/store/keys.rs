@@ -83,6 +83,7 @@ impl Prefix {
             FleetKey::Kept(app, release) => format!("state/releases/{app}/{release}"),
             FleetKey::KeptEnv(app, release) => format!("secret/releases/{app}/{release}"),
             FleetKey::Command(app, release) => format!("state/commands/{app}/{release}"),
+            FleetKey::Digest(app, release) => format!("state/digests/{app}/{release}"),
             FleetKey::Spec(app) => format!("apps/{app}/spec"),
             FleetKey::Image(app) => format!("apps/{app}/image"),
             FleetKey::Retry(app) => format!("apps/{app}/retry"),
@@ -102,8 +103,8 @@ impl Prefix {
     }
 
     /// Where the records of an app's releases are, each with what is below it.
-    pub fn records_of(&self, app: &AppName) -> [String; 5] {
-        ["state/releases", "state/verdicts", "state/commands", "state/lost", "secret/releases"]
+    pub fn records_of(&self, app: &AppName) -> [String; 6] {
+        ["state/releases", "state/verdicts", "state/commands", "state/digests", "state/lost", "secret/releases"]
             .map(|place| self.key(&format!("{place}/{app}/")))
     }
 
@@ -141,6 +142,7 @@ pub fn parse_fleet(rest: &[u8]) -> Option<FleetKey> {
         ["state", "permits", h, a] => FleetKey::Permit(host(h)?, app(a)?),
         ["state", "verdicts", a, r, h] => FleetKey::Verdict(app(a)?, release(r)?, host(h)?),
         ["state", "commands", a, r] => FleetKey::Command(app(a)?, release(r)?),
+        ["state", "digests", a, r] => FleetKey::Digest(app(a)?, release(r)?),
         ["state", "lost", a, h] => FleetKey::Lost(app(a)?, host(h)?),
         ["state", "proven", h, a] => FleetKey::Proof(host(h)?, app(a)?),
         ["state", "apps", h, a] => FleetKey::Status(host(h)?, app(a)?),
@@ -338,6 +340,7 @@ mod tests {
             FleetKey::Kept(app.clone(), release.clone()),
             FleetKey::KeptEnv(app.clone(), release.clone()),
             FleetKey::Command(app.clone(), release.clone()),
+            FleetKey::Digest(app.clone(), release.clone()),
             FleetKey::Spec(app.clone()),
             FleetKey::Image(app.clone()),
             FleetKey::Retry(app.clone()),

@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 /// The numbers of the faults in the table.
-const FAULTS: std::ops::RangeInclusive<usize> = 1..=115;
+const FAULTS: std::ops::RangeInclusive<usize> = 1..=116;
 
 fn text(path: &str) -> Option<String> {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).ok()

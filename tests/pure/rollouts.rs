@@ -14,9 +14,9 @@ use demae::{
     model::{
         fleet::{
             CommandEnd, CommandRun, CommandState, EndedCommand, FleetKey, HostVerdict, Permit, PermitPhase, Proof,
-            Rollout, RolloutPhase, SCHEME, Transaction, TransactionKind, Turn, VERSION, Write,
+            ResolvedImage, Rollout, RolloutPhase, SCHEME, Transaction, TransactionKind, Turn, VERSION, Write,
         },
-        name::{AppName, HostName, ReleaseId},
+        name::{AppName, HostName, ImageDigest, ReleaseId},
         spec::{Amount, Update},
         time::Timestamp,
     },
@@ -228,6 +228,8 @@ struct OneHost {
     records: HostRecords,
     has_command: bool,
     command_end: Option<EndedCommand>,
+    /// An image that is here, and waits for its digest to be written.
+    pulled: Option<(ReleaseId, ImageDigest)>,
     /// Whether the app is to run here.
     is_wanted: bool,
     /// Whether the release has failed here.
@@ -260,12 +262,22 @@ impl OneHost {
             records,
             has_command: false,
             command_end: None,
+            pulled: None,
             is_wanted: true,
             has_failed: false,
         }
     }
 
     fn ask(&self, is_ready: bool) -> (Directive, Option<TransactionKind>) {
+        let (directive, write) = self.decide(is_ready);
+        (directive, write.map(|t| t.kind))
+    }
+
+    fn write(&self, is_ready: bool) -> Option<Transaction> {
+        self.decide(is_ready).1
+    }
+
+    fn decide(&self, is_ready: bool) -> (Directive, Option<Transaction>) {
         let (app, host, wanted, update) = (app(), host(0), release(1), Update::default());
         let evidence = HostVerdict {
             version: VERSION,
@@ -283,6 +295,7 @@ impl OneHost {
             has_command: self.has_command,
             command_end: self.command_end.as_ref(),
             command_trouble: None,
+            pulled: self.pulled.as_ref().map(|(release, digest)| (release, digest)),
             run: "run",
             update: &update,
             detection: Duration::ZERO,
@@ -293,7 +306,7 @@ impl OneHost {
             confirmed: false,
         };
         let write = next_write(&facts, &self.records, is_ready, Timestamp::default());
-        (directive(&facts, &self.records), write.map(|t| t.kind))
+        (directive(&facts, &self.records), write)
     }
 }
 
@@ -407,7 +420,8 @@ fn command_of_a_release_runs_once_before_it_starts() {
         let mut host = OneHost::new(RolloutPhase::Rolling, Some(PermitPhase::Try));
         host.has_command = true;
         host.records.commands = found.into_iter().map(|run| (release(1), run)).collect();
-        host.command_end = end.map(|end| EndedCommand { release: release(1), started: Timestamp::default(), end });
+        host.command_end =
+            end.map(|end| EndedCommand { release: release(1), started: Timestamp::default(), end, digest: None });
         host.ask(true)
     };
     let is_held = |directive: &Directive| matches!(directive, Directive::Kept(kept, _) if *kept == release(0));
@@ -437,4 +451,47 @@ fn command_of_a_release_runs_once_before_it_starts() {
     }
     let (directive, write) = with(Some(command(CommandState::Done, 1)), None);
     assert_eq!((directive, write), (Directive::Wanted(Turn::Try), Some(TransactionKind::Commit)));
+}
+
+#[test]
+fn first_host_says_which_image_a_release_is() {
+    let digest = |n: usize| ImageDigest::try_from(format!("sha256:{n:064x}")).expect("a digest");
+    let stored = |value| Stored { value, created: 70, modified: 70 };
+    let written = ResolvedImage { version: VERSION, digest: digest(2), host: host(1) };
+    let mut host = OneHost::new(RolloutPhase::Rolling, Some(PermitPhase::Try));
+    host.pulled = Some((release(1), digest(1)));
+    // Before the instances are ready, and before requests move.
+    for is_ready in [false, true] {
+        assert_eq!(host.ask(is_ready).1, Some(TransactionKind::WriteDigest));
+    }
+    // Nothing is written over what another host wrote, even if it cannot be read.
+    for found in [Some(written), None] {
+        host.records.digests = [(release(1), stored(found))].into();
+        assert_eq!(host.ask(false).1, None);
+    }
+    host.records.digests = [(release(2), stored(None))].into();
+    assert_eq!(host.ask(false).1, Some(TransactionKind::WriteDigest), "that is of another release");
+
+    // A command says it with its end, and only if it has succeeded.
+    let mut host = OneHost::new(RolloutPhase::Rolling, Some(PermitPhase::Try));
+    host.has_command = true;
+    let run = CommandRun {
+        version: VERSION,
+        host: self::host(0),
+        run: "run".into(),
+        state: CommandState::Started,
+        started: Timestamp::default(),
+        cause: String::new(),
+    };
+    host.records.commands = [(release(1), stored_run(run))].into();
+    for (end, expected) in [(CommandEnd::Done, 2), (CommandEnd::Unknown("its container is gone".into()), 1)] {
+        let (release, started) = (release(1), Timestamp::default());
+        host.command_end = Some(EndedCommand { release, started, end, digest: Some(digest(1)) });
+        let write = host.write(true).expect("its end is written");
+        assert_eq!((write.kind, write.writes.len()), (TransactionKind::EndCommand, expected));
+    }
+}
+
+fn stored_run(run: CommandRun) -> Stored<CommandRun> {
+    Stored { value: Some(run), created: 60, modified: 60 }
 }

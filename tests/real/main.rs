@@ -16,6 +16,7 @@ mod container_faults;
 mod crash;
 mod dashboards;
 mod dev;
+mod digests;
 mod disk;
 mod docker_faults;
 mod doctor;

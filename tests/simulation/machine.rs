@@ -18,7 +18,7 @@ use demae::{
     machine::{Inventory, Machine},
     model::{
         desired::Target,
-        fleet::{CommandEnd, CommandRun},
+        fleet::{CommandRun, EndedCommand, FleetImage},
         name::{AppName, ContainerId, HostName, ReleaseId},
         observed::{Address, Health, Instance, ObservedApp, Phase, Via, Wanted},
         policy::Policy,
@@ -399,8 +399,9 @@ impl Machine for SimMachine {
         _: &AppName,
         _: &ReleaseId,
         _: Option<&Target>,
+        _: &FleetImage,
         _: (&CommandRun, bool),
-    ) -> Result<CommandEnd, StepError> {
+    ) -> Result<EndedCommand, StepError> {
         panic!("no app of these histories has a release command")
     }
 

@@ -41,7 +41,7 @@ use crate::{
     fleet::outcome::{Outcome, Question, Until, Wanted, outcome},
     model::{
         fleet::FleetKey,
-        name::{AppName, HostName, ReleaseId},
+        name::{AppName, HostName, ImageDigest, ReleaseId},
         release::ReleaseKey,
         status::AppStatus,
     },
@@ -298,13 +298,21 @@ impl Fleet {
     }
 }
 
-/// The release that an app is pinned to, if it is.
+/// The release that an app is pinned to, if it is, and which images its releases are.
 ///
 /// # Errors
 /// If the store cannot be read, or the pin names no release.
-pub(super) async fn pin(config: &EtcdConfig, app: &AppName) -> Result<Option<ReleaseId>, Failed> {
+pub(super) async fn pin_and_digests(
+    config: &EtcdConfig,
+    app: &AppName,
+) -> Result<(Option<ReleaseId>, BTreeMap<ReleaseId, ImageDigest>), Failed> {
     let fleet = Fleet::read(config).await?;
-    fleet.contents.pin(app).map_err(|e| Failed::because(format!("`{}` names no release: {e}", Key::Pin(app.clone()))))
+    let bad = |e| Failed::because(format!("`{}` names no release: {e}", Key::Pin(app.clone())));
+    let pin = fleet.contents.pin(app).map_err(bad)?;
+    let digests = fleet.contents.records.digests.iter().filter(|((of, _), _)| of == app);
+    let digests =
+        digests.filter_map(|((_, release), stored)| Some((release.clone(), stored.value.as_ref()?.digest.clone())));
+    Ok((pin, digests.collect()))
 }
 
 fn no_app(app: &AppName) -> Failed {

@@ -9,7 +9,7 @@ use crate::{
     host::docker::{Docker, NoMeter, Terminal},
     model::{
         desired::{DesiredApp, Target},
-        name::{AppName, ContainerId},
+        name::{AppName, ContainerId, ImageRef},
     },
     plan::wait::Block,
     store,
@@ -41,9 +41,9 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
         let world = setup::world(&config, None, Arc::new(NoMeter))?;
         let runtime = runtime(1)?;
         let ended = runtime.block_on(async {
-            let target = target(&config, &world, &app).await?;
+            let (target, image) = target(&config, &world, &app).await?;
             printer.error(&format!("in a container like those of {app} {}", target.release.id));
-            task(&world, &app, &target, &args.command, terminal).await
+            task(&world, &app, (&target, &image), &args.command, terminal).await
         });
         // A read from standard input may be in flight for ever.
         runtime.shutdown_background();
@@ -52,9 +52,9 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
     start().map_err(not_run)
 }
 
-/// What the app is to run here, as an agent would take it from the store.
-async fn target(config: &Config, world: &World, app: &AppName) -> Result<Target, Failed> {
-    let pin = fleet::pin(&config.etcd, app).await?;
+/// What the app is to run here, as an agent would take it from the store, and the image that this is in the fleet.
+async fn target(config: &Config, world: &World, app: &AppName) -> Result<(Target, ImageRef), Failed> {
+    let (pin, digests) = fleet::pin_and_digests(&config.etcd, app).await?;
     let viewer = setup::viewer(config, world).await?;
     let compared = store::compare(&config.etcd, &viewer, &Disk(world.layout.clone())).await;
     let compared = compared.map_err(|e| Failed::try_later(e.to_string()))?;
@@ -66,7 +66,11 @@ async fn target(config: &Config, world: &World, app: &AppName) -> Result<Target,
                     "`{app}` is pinned to {pin}, and the keys make {} now: `demae exec` runs a command in a container of what serves",
                     target.release.id
                 ))),
-                None => Ok(target),
+                None => {
+                    let image = &target.release.image;
+                    let image = digests.get(&target.release.id).map_or_else(|| image.clone(), |d| image.at(d));
+                    Ok((target, image))
+                }
             }
         }
         Some(DesiredApp::Absent(why) | DesiredApp::Unknown(why) | DesiredApp::Paused(why)) => {
@@ -77,22 +81,28 @@ async fn target(config: &Config, world: &World, app: &AppName) -> Result<Target,
     }
 }
 
-async fn task(world: &World, app: &AppName, target: &Target, command: &[String], terminal: Terminal) -> Ended {
+async fn task(
+    world: &World,
+    app: &AppName,
+    (target, image): (&Target, &ImageRef),
+    command: &[String],
+    terminal: Terminal,
+) -> Ended {
     let release = &target.release;
     let refused = world.docker.policy().refusals(app, release, None);
     if !refused.is_empty() {
         return Err(Failed::because(Block::NotAllowed(refused).to_string()));
     }
     world.check_mounts(app, &release.container)?;
-    if world.docker.image(&release.image.tagged()).await?.is_none() {
+    if world.docker.image(&image.tagged()).await?.is_none() {
         // Not noted as the agent's: it alone writes down what it may remove.
-        world.images.fetch(app, &release.image).await?;
+        world.images.fetch(app, image).await?;
     }
     let network = world.shared_network(release).await;
     let docker = &world.docker;
     // Whatever ends this program but a kill ends the container too.
     let mut ends = Ends::new()?;
-    let container = docker.create_task(app, release, command, terminal, network).await?;
+    let container = docker.create_task(app, (release, image), command, terminal, network).await?;
     let ended = attached(docker, &container, terminal, &mut ends).await;
     if ended.is_err() {
         // It may run still, for example after the reader of its output has gone. One that does not is no error here.

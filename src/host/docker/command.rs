@@ -10,7 +10,7 @@ use bollard::{
 
 use super::{Docker, DockerError, Operation, Own, create::CreateRequest, create::id};
 use crate::model::{
-    name::{AppName, ContainerId, ReleaseId},
+    name::{AppName, ContainerId, ImageRef, ReleaseId},
     observed::InstanceKey,
     release::Release,
 };
@@ -29,6 +29,8 @@ pub struct CommandContainer {
     pub run: String,
     /// How far it is.
     pub phase: CommandPhase,
+    /// The id of its image.
+    pub image: String,
 }
 
 /// How far the container of a command is.
@@ -67,7 +69,8 @@ impl Docker {
         };
         let labels = found.config.and_then(|config| config.labels).unwrap_or_default();
         let run = labels.get(COMMAND).cloned().unwrap_or_default();
-        Ok(Some(CommandContainer { id: id(&found.id.unwrap_or_default())?, run, phase }))
+        let image = found.image.unwrap_or_default();
+        Ok(Some(CommandContainer { id: id(&found.id.unwrap_or_default())?, run, phase, image }))
     }
 
     /// All containers of commands of this host.
@@ -86,12 +89,12 @@ impl Docker {
     pub(super) fn body_beside(
         &self,
         app: &AppName,
-        release: &Release,
+        (release, image): (&Release, &ImageRef),
         command: &[String],
         network: Option<&str>,
     ) -> ContainerCreateBody {
         let key = InstanceKey { release: release.id.clone(), number: 0 };
-        let image = release.image.tagged();
+        let image = image.tagged();
         let request = CreateRequest {
             app,
             key: &key,
@@ -129,21 +132,23 @@ impl Docker {
         self.judge(body, Own { app, image: &release.image, dir: None, network })
     }
 
-    /// Creates the container of a command: that of an instance of its release, without a way in and without a health check.
+    /// Creates the container of a command: that of an instance of its release, without a way in and without a health check,
+    /// from the image of this reference.
     ///
     /// # Errors
     /// If the engine cannot.
     pub async fn create_command(
         &self,
         app: &AppName,
-        release: &Release,
+        (release, image): (&Release, &ImageRef),
         command: &[String],
         run: &str,
         network: Option<&str>,
     ) -> Result<ContainerId, DockerError> {
         let labels =
             HashMap::from([(COMMAND.to_owned(), run.to_owned()), (COMMAND_HOST.to_owned(), self.host.to_string())]);
-        let body = ContainerCreateBody { labels: Some(labels), ..self.body_beside(app, release, command, network) };
+        let body =
+            ContainerCreateBody { labels: Some(labels), ..self.body_beside(app, (release, image), command, network) };
         self.judge_beside(&body, app, release, network)?;
         let options = CreateContainerOptionsBuilder::default().name(&self.command_name(app, &release.id)).build();
         let created =

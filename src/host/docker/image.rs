@@ -20,7 +20,10 @@ use tokio::sync::mpsc;
 use super::{Docker, DockerError, Failure, Operation, Result, one_line};
 use crate::{
     host::registry::{Login, registry_of},
-    model::{name::ImageRef, problem::chain},
+    model::{
+        name::{ImageDigest, ImageRef},
+        problem::chain,
+    },
 };
 
 /// Idle timeout of a pull: a registry that hangs in the middle of a layer stays silent for ever.
@@ -35,6 +38,25 @@ impl Docker {
     /// If the engine does not answer.
     pub async fn image(&self, reference: &str) -> Result<Option<String>> {
         Ok(self.inspect_image(reference).await?.and_then(|image| image.id))
+    }
+
+    /// The local id of an image, and what the registry of `named` calls it; `None` if it is not present. It has no digest if
+    /// it was built here, or loaded from a file.
+    ///
+    /// # Errors
+    /// If the engine does not answer.
+    pub async fn image_and_digest(
+        &self,
+        reference: &str,
+        named: &ImageRef,
+    ) -> Result<Option<(String, Option<ImageDigest>)>> {
+        let Some(found) = self.inspect_image(reference).await? else { return Ok(None) };
+        let repository = named.repository();
+        let known = found.repo_digests.unwrap_or_default().into_iter().filter_map(|text| ImageRef::try_from(text).ok());
+        let mut known = known.filter(|known| known.repository() == repository);
+        // It may have several, of which one was asked for.
+        let digest = named.digest().or_else(|| known.find_map(|known| known.digest()));
+        Ok(found.id.map(|id| (id, digest)))
     }
 
     /// The user that an image sets, empty for root; `None` if the image is not present.

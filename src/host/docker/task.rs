@@ -17,7 +17,7 @@ use tokio::io::AsyncWrite;
 
 use super::{Docker, DockerError, Operation, Result, create::id};
 use crate::model::{
-    name::{AppName, ContainerId},
+    name::{AppName, ContainerId, ImageRef},
     release::Release,
 };
 
@@ -80,20 +80,20 @@ impl Output {
 }
 
 impl Docker {
-    /// Creates the container of a task: that of an instance of a release, without a way in and without a health check. The
-    /// caller removes it.
+    /// Creates the container of a task: that of an instance of a release, without a way in and without a health check, from
+    /// the image of this reference. The caller removes it.
     ///
     /// # Errors
     /// If the engine cannot.
     pub async fn create_task(
         &self,
         app: &AppName,
-        release: &Release,
+        (release, image): (&Release, &ImageRef),
         command: &[String],
         terminal: Terminal,
         network: Option<&str>,
     ) -> Result<ContainerId> {
-        let body = self.body_beside(app, release, command, network);
+        let body = self.body_beside(app, (release, image), command, network);
         let mut host_config = body.host_config.unwrap_or_default();
         host_config.restart_policy = None;
         let body = ContainerCreateBody {

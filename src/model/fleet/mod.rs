@@ -5,11 +5,36 @@ mod transaction;
 
 pub use record::{
     Capacity, CommandEnd, CommandRun, CommandState, EndedCommand, HostVerdict, KeptEnv, KeptRelease, Leader, Lost,
-    Permit, PermitPhase, Proof, Rollout, RolloutPhase, SCHEME, VERSION,
+    Permit, PermitPhase, Proof, ResolvedImage, Rollout, RolloutPhase, SCHEME, VERSION,
 };
 pub use transaction::{Condition, FleetKey, Transaction, TransactionKind, Write};
 
 use std::time::Duration;
+
+use super::name::{ImageDigest, ImageRef};
+
+/// Which image a release is in the fleet. A tag may mean another one a moment later, so the host that pulls it first
+/// writes its digest down, and all hosts run that.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum FleetImage {
+    /// The one that its reference leads to here: that can only ever be one, or this host takes no turns.
+    #[default]
+    AsNamed,
+    /// The one that is pulled first; its digest is not written yet.
+    Unwritten,
+    /// The one with this digest.
+    Written(ImageDigest),
+}
+
+impl FleetImage {
+    /// What to pull, and to look for, in the place of a release's reference.
+    pub fn of(&self, image: &ImageRef) -> ImageRef {
+        match self {
+            Self::Written(digest) => image.at(digest),
+            Self::AsNamed | Self::Unwritten => image.clone(),
+        }
+    }
+}
 
 /// What a host may do about the wanted release of an app. It binds only while that release is not proven on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{
-    name::{EnvName, HostName, ReleaseId, SetName},
+    name::{EnvName, HostName, ImageDigest, ReleaseId, SetName},
     time::Timestamp,
 };
 
@@ -268,6 +268,18 @@ pub struct CommandRun {
     pub cause: String,
 }
 
+/// `state/digests/<app>/<release>`: the image that a release is on every host, whatever its tag means by now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResolvedImage {
+    /// [`VERSION`].
+    #[serde(default = "version")]
+    pub version: u32,
+    /// What the tag meant when the release was first pulled.
+    pub digest: ImageDigest,
+    /// The host that has pulled it.
+    pub host: HostName,
+}
+
 /// How far the command of a release is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -291,6 +303,8 @@ pub struct EndedCommand {
     pub started: Timestamp,
     /// How it ended.
     pub end: CommandEnd,
+    /// The digest of the image that it ran from, if the registry gave it one.
+    pub digest: Option<ImageDigest>,
 }
 
 /// How the command of a release ended on this host.

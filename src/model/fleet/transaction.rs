@@ -30,6 +30,8 @@ pub enum FleetKey {
     KeptEnv(AppName, ReleaseId),
     /// `state/commands/<app>/<release>`
     Command(AppName, ReleaseId),
+    /// `state/digests/<app>/<release>`
+    Digest(AppName, ReleaseId),
     /// `apps/<app>/spec`
     Spec(AppName),
     /// `apps/<app>/image`
@@ -105,11 +107,13 @@ pub enum TransactionKind {
     StartCommand,
     /// The command of a release has ended.
     EndCommand,
+    /// A host has pulled the image of a release, and no other one has before.
+    WriteDigest,
 }
 
 impl TransactionKind {
     /// Every kind.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Open,
         Self::Grant,
         Self::ChangePhase,
@@ -122,6 +126,7 @@ impl TransactionKind {
         Self::Restore,
         Self::StartCommand,
         Self::EndCommand,
+        Self::WriteDigest,
     ];
 
     /// Its name in logs and metrics.
@@ -139,6 +144,7 @@ impl TransactionKind {
             Self::Restore => "restore",
             Self::StartCommand => "start-command",
             Self::EndCommand => "end-command",
+            Self::WriteDigest => "write-digest",
         }
     }
 }

@@ -3,7 +3,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{desired::HostMode, name::HostName, observed::Verdict, problem::Problem, time::Timestamp};
+use super::{
+    desired::HostMode,
+    name::{HostName, ImageDigest},
+    observed::Verdict,
+    problem::Problem,
+    time::Timestamp,
+};
 
 /// The version of this format. A reader must not guess at an unknown one.
 pub const VERSION: u32 = 1;
@@ -103,6 +109,9 @@ pub struct AppStatus {
     /// The wanted image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
+    /// Its digest, if that is known: all hosts run the image that had it when the release was first pulled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<ImageDigest>,
     /// Number of wanted instances.
     pub wanted: u16,
     /// Number of healthy instances that serve.

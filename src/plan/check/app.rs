@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::model::{
     desired::{DesiredApp, Target},
-    fleet::Turn,
+    fleet::{FleetImage, Turn},
     name::{ContainerId, VirtualHost},
     observed::{Address, Instance, InstanceKey, Phase, Via},
     proxy::{Upstreams, Vhost},
@@ -28,6 +28,7 @@ pub fn violations(input: &AppInput<'_>, plan: &AppPlan) -> Vec<String> {
     check_vhost(input, &plan.vhost, &mut found);
     check_hosts(input, &plan.vhost, &mut found);
     check_turn(input, plan, &mut found);
+    check_image(input, plan, &mut found);
     if leads_to_the_dead(input, plan) {
         found.push("it leaves requests with a container that has ended".into());
     }
@@ -35,6 +36,22 @@ pub fn violations(input: &AppInput<'_>, plan: &AppPlan) -> Vec<String> {
         found.push("the app is not converged, and the plan has no step, wait or block".into());
     }
     found
+}
+
+/// The first instance of a release here is of the image that all hosts run it from.
+fn check_image(input: &AppInput<'_>, plan: &AppPlan, found: &mut Vec<String>) {
+    let Some(Step::Create { release, .. }) = plan.step.as_ref().map(|planned| &planned.step) else { return };
+    let is_first = !input.observed.instances.iter().any(|i| i.key.release == release.id);
+    if !is_first || input.observed.proven.as_ref() == Some(&release.id) {
+        return;
+    }
+    match (input.image, &input.observed.image_digest) {
+        (FleetImage::Unwritten, Some(_)) => found.push("it creates a container before its digest is written".into()),
+        (FleetImage::Written(written), here) if here.as_ref() != Some(written) => {
+            found.push("it creates a container from another image than other hosts have".into());
+        }
+        _ => {}
+    }
 }
 
 /// Without a turn nothing of another release is touched for the wanted one; with a turn that is only a trial, nothing that

@@ -4,10 +4,10 @@ use demae::{
     fleet::leader::LOST_AFTER,
     model::{
         fleet::{
-            CommandRun, CommandState, FleetKey, HostVerdict, Permit, PermitPhase, Proof, Rollout, RolloutPhase, SCHEME,
-            Transaction, TransactionKind, VERSION,
+            CommandRun, CommandState, FleetKey, HostVerdict, Permit, PermitPhase, Proof, ResolvedImage, Rollout,
+            RolloutPhase, SCHEME, Transaction, TransactionKind, VERSION,
         },
-        name::HostName,
+        name::{HostName, ImageDigest},
         spec::Update,
         time::Timestamp,
     },
@@ -158,7 +158,38 @@ fn fails_in_its_command(fleet: &mut Fleet) {
     fleet.hosts[0].commands.insert(release(1), created);
 }
 
+/// What the tag of the next release means, by turns.
+fn digest(n: usize) -> ImageDigest {
+    ImageDigest::try_from(format!("sha256:{n:064x}")).expect("a digest")
+}
+
+/// Another host has pulled the next release before, and its tag meant another image then.
+fn is_pulled_elsewhere(fleet: &mut Fleet) {
+    let image = ResolvedImage { version: VERSION, digest: digest(2), host: host(1) };
+    let key = FleetKey::Digest(fleet.app.clone(), release(1));
+    fleet.store.put(key, serde_json::to_string(&image).expect("JSON"), None);
+}
+
 const CASES: &[Case] = &[
+    Case {
+        condition: (TransactionKind::WriteDigest, "digest"),
+        before: |fleet| {
+            is_under_way(fleet);
+            fleet.hosts[0].pulled = Some((release(1), digest(1)));
+        },
+        meanwhile: is_pulled_elsewhere,
+        missed: "is another image on the hosts that come later",
+    },
+    Case {
+        condition: (TransactionKind::EndCommand, "digest"),
+        before: |fleet| {
+            fails_in_its_command(fleet);
+            fleet.qualities.insert(release(1), super::Quality { command: Some(true), ..super::Quality::default() });
+            fleet.hosts[0].ran_from = Some(digest(1));
+        },
+        meanwhile: is_pulled_elsewhere,
+        missed: "is another image on the hosts that come later",
+    },
     Case {
         condition: (TransactionKind::Prove, "proof"),
         before: |fleet| {

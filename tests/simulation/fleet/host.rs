@@ -13,7 +13,7 @@ use demae::{
     },
     model::{
         fleet::{CommandEnd, CommandState, EndedCommand, FleetKey, HostVerdict, Transaction, Turn, VERSION},
-        name::{AppName, HostName, ReleaseId},
+        name::{AppName, HostName, ImageDigest, ReleaseId},
         spec::Update,
         time::Timestamp,
     },
@@ -66,6 +66,10 @@ pub struct SimHost {
     pub started: Vec<(ReleaseId, i64)>,
     /// How a command ended, and is to be written.
     pub command_end: Option<EndedCommand>,
+    /// An image that it has pulled, and what its tag meant then.
+    pub pulled: Option<(ReleaseId, ImageDigest)>,
+    /// The digest of the image that its command has run from.
+    pub ran_from: Option<ImageDigest>,
     run_text: String,
 }
 
@@ -100,6 +104,7 @@ impl SimHost {
                 .filter(|((_, _, h), _)| *h == self.name)
                 .map(|((_, r, _), verdict)| (r.clone(), verdict.value.clone()))
                 .collect(),
+            digests: records.digests.iter().map(|((_, r), image)| (r.clone(), image.clone())).collect(),
         }
     }
 
@@ -158,7 +163,12 @@ impl SimHost {
             } else {
                 CommandEnd::Unknown("its container is gone".into())
             };
-            self.command_end = Some(EndedCommand { release: release.clone(), started: run.started, end });
+            self.command_end = Some(EndedCommand {
+                release: release.clone(),
+                started: run.started,
+                end,
+                digest: self.ran_from.clone(),
+            });
         }
     }
 
@@ -177,6 +187,7 @@ impl SimHost {
             has_command,
             command_end: self.command_end.as_ref(),
             command_trouble: None,
+            pulled: self.pulled.as_ref().map(|(release, digest)| (release, digest)),
             run: &self.run_text,
             update,
             detection: Duration::ZERO,
@@ -230,6 +241,8 @@ impl SimHost {
             commands: BTreeMap::new(),
             started: Vec::new(),
             command_end: None,
+            pulled: None,
+            ran_from: None,
             run_text: String::new(),
         }
     }

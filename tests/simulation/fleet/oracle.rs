@@ -231,6 +231,10 @@ impl Oracle {
                     holds_not(!own, format!("{} ends another run of the command of {of}", run.host));
                 }
             }
+            (FleetKey::Digest(_, of), Write::Put(_, text)) => {
+                let same = old.is_none_or(|old| old.text == *text);
+                holds_not(!same, format!("{of} is another image on the hosts that come later"));
+            }
             (FleetKey::Verdict(_, _, host), Write::Put(..)) if matches!(kind, Judge | EndCommand) => {
                 holds_not(old.is_some(), format!("the first evidence of {host} is replaced"));
             }

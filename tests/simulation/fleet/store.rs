@@ -63,6 +63,7 @@ pub fn name(condition: &Condition) -> &'static str {
             FleetKey::Spec(_) => "spec",
             FleetKey::Image(_) => "image",
             FleetKey::Command(..) => "command",
+            FleetKey::Digest(..) => "digest",
             FleetKey::Retry(_) => "retry",
             FleetKey::Freeze => "freeze",
             FleetKey::Status(..) | FleetKey::Kept(..) | FleetKey::KeptEnv(..) => "other",
