@@ -8,7 +8,7 @@ use crate::model::{
     fleet::{
         CommandRun, FleetKey, HostVerdict, KeptRelease, Leader, Lost, Permit, Proof, ResolvedImage, Rollout, VERSION,
     },
-    name::{AppName, HostName, ReleaseId},
+    name::{AppName, HostName, ImageDigest, ReleaseId},
 };
 
 /// A record with the revisions of its key.
@@ -132,6 +132,11 @@ impl Records {
         let of =
             move |((a, r, _), _): &(&(AppName, ReleaseId, HostName), &Stored<HostVerdict>)| a == app && r == release;
         self.verdicts.iter().filter(of).map(|((_, _, host), verdict)| (host, verdict))
+    }
+
+    /// Which image a release is on every host, if that is written and can be read.
+    pub fn digest(&self, app: &AppName, release: &ReleaseId) -> Option<&ImageDigest> {
+        Some(&self.digests.get(&(app.clone(), release.clone()))?.value.as_ref()?.digest)
     }
 
     /// The release that a host has proven last.

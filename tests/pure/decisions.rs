@@ -5,14 +5,15 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use demae::{
     model::{
         desired::{DesiredApp, Snapshot, Target},
+        fleet::FleetImage,
         mounts::{NestedMount, Relation, nested},
-        name::{AppName, ReleaseId},
+        name::{AppName, ImageDigest, ReleaseId},
         observed::{Address, Bind, Foreign, Health, ObservedApp, Phase},
         policy::Policy,
         problem::Problem,
         proxy::{Upstreams, Vhost},
         release::{Release, ReleaseKey},
-        spec::{Endpoint, Spec},
+        spec::{Endpoint, PullPolicy, Spec},
         time::Timestamp,
     },
     plan::{
@@ -59,6 +60,7 @@ struct Scene {
     policy: Policy,
     stays_until: Option<Timestamp>,
     old_workers: bool,
+    image: FleetImage,
 }
 
 impl Scene {
@@ -68,8 +70,17 @@ impl Scene {
         let host = SimHost::new(app, ObservedApp::default(), None, Timestamp::from_millis(1_000_000_000));
         let (desired, backoffs, stopping) = (DesiredApp::Absent(String::new()), Backoffs::new(), Stopping::new());
         let policy = Policy::built_in("web1", "policy.toml");
-        let mut scene =
-            Self { host, desired, backoffs, stopping, nested: None, policy, stays_until: None, old_workers: false };
+        let mut scene = Self {
+            host,
+            desired,
+            backoffs,
+            stopping,
+            nested: None,
+            policy,
+            stays_until: None,
+            old_workers: false,
+            image: FleetImage::AsNamed,
+        };
         if let Some(target) = serving {
             scene.desired = DesiredApp::Run(target);
             scene.settle();
@@ -79,6 +90,7 @@ impl Scene {
 
     fn input(&self) -> AppInput<'_> {
         AppInput {
+            image: &self.image,
             stopping: &self.stopping,
             nested: self.nested.as_ref(),
             policy: &self.policy,
@@ -125,6 +137,47 @@ impl Scene {
             }
         }
         panic!("no {kind:?} is planned: {:#?}", self.plan());
+    }
+}
+
+#[test]
+fn nothing_is_created_before_the_image_of_the_fleet_is_known() {
+    let digest = |n: usize| ImageDigest::try_from(format!("sha256:{n:064x}")).expect("a digest");
+    let (old, new) = (target(PORT, "v1"), target(PORT, "v2"));
+    let image = new.release.image.clone();
+    let scene = |image: FleetImage, found: Option<ImageDigest>| {
+        let mut scene = Scene { image: FleetImage::AsNamed, ..Scene::new(Some(old.clone())) };
+        (scene.desired, scene.image) = (DesiredApp::Run(new.clone()), image);
+        scene.host.observed.pulled = false;
+        (scene.host.observed.image, scene.host.observed.image_digest) = (Some("sha256:here".to_owned()), found);
+        scene
+    };
+    let waits = |scene: &Scene| scene.plan().step.is_none() && scene.plan().waits.contains(&Wait::Digest);
+    // It was pulled, and no host has said yet which one the release is.
+    let mut first = scene(FleetImage::Unwritten, Some(digest(1)));
+    assert!(waits(&first), "{:#?}", first.plan());
+    first.image = FleetImage::Written(digest(1));
+    first.until(StepKind::Create);
+    // One that was built or loaded here has no digest to be known by.
+    scene(FleetImage::Unwritten, None).until(StepKind::Create);
+    // What serves needs no record: a lost container is replaced.
+    let mut settled = Scene::new(Some(old.clone()));
+    settled.image = FleetImage::Unwritten;
+    settled.host.observed.image_digest = Some(digest(1));
+    settled.host.observed.instances.clear();
+    settled.until(StepKind::Create);
+    // What is pulled is what other hosts have, and `always` has nothing to ask for then.
+    let mut later = scene(FleetImage::Written(digest(2)), None);
+    later.host.observed.image = None;
+    let pulled = later.plan().step.map(|planned| planned.step);
+    assert_eq!(pulled, Some(Step::Pull(image.at(&digest(2)))));
+    let always = Target { pull_policy: PullPolicy::Always, ..new.clone() };
+    for (written, kind) in
+        [(FleetImage::Written(digest(2)), StepKind::WriteEnvFile), (FleetImage::Unwritten, StepKind::Pull)]
+    {
+        let mut scene = scene(written, Some(digest(2)));
+        scene.desired = DesiredApp::Run(always.clone());
+        assert_eq!(scene.kind(), Some(kind));
     }
 }
 

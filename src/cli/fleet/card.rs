@@ -26,6 +26,9 @@ pub(super) fn print(fleet: &Fleet, app: &AppName, shown: &Shown, printer: &mut P
     printer.field("App:", app.as_str());
     let what = [shown.release.as_deref(), shown.image.as_deref()].into_iter().flatten().collect::<Vec<_>>().join("  ");
     printer.field("Wanted:", if what.is_empty() { "nothing" } else { &what });
+    if let Some(digest) = release.as_ref().and_then(|release| fleet.contents.records.digest(app, release)) {
+        printer.field("Digest:", digest.as_str());
+    }
     let now = Timestamp::now();
     let kept = release.as_ref().and_then(|release| fleet.contents.records.kept.get(&(app.clone(), release.clone())));
     if let Some(kept) = kept.and_then(|stored| stored.value.as_ref()) {

@@ -8,7 +8,7 @@ use crate::{
     fleet::outcome::Wanted,
     model::{
         fleet::{KeptRelease, RolloutPhase},
-        name::{AppName, ReleaseId},
+        name::{AppName, ImageDigest, ReleaseId},
         status::VERSION,
         time::{Timestamp, human},
     },
@@ -33,6 +33,9 @@ struct Shown {
     opened: Timestamp,
     #[serde(skip_serializing_if = "Option::is_none")]
     image: Option<String>,
+    /// Which image that is on every host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    digest: Option<ImageDigest>,
     #[serde(skip_serializing_if = "Option::is_none")]
     by: Option<String>,
     /// Whether it is wanted now.
@@ -108,6 +111,7 @@ fn shown(fleet: &Fleet, app: &AppName, release: &ReleaseId, kept: &KeptRelease) 
     Shown {
         release: release.clone(),
         opened: kept.opened,
+        digest: records.digest(app, release).cloned(),
         image: kept.image.as_deref().map(|image| image.trim().to_owned()),
         by: kept.by.clone(),
         wanted: fleet.wanted(app) == Wanted::Release(release.clone()),

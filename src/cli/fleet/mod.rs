@@ -38,10 +38,13 @@ use tokio::time::Instant;
 use super::{Ended, Failed, print::Printer, runtime};
 use crate::{
     config::{self, Context, EtcdFlags, Flags},
-    fleet::outcome::{Outcome, Question, Until, Wanted, outcome},
+    fleet::{
+        outcome::{Outcome, Question, Until, Wanted, outcome},
+        records::Records,
+    },
     model::{
         fleet::FleetKey,
-        name::{AppName, HostName, ImageDigest, ReleaseId},
+        name::{AppName, HostName, ReleaseId},
         release::ReleaseKey,
         status::AppStatus,
     },
@@ -298,21 +301,17 @@ impl Fleet {
     }
 }
 
-/// The release that an app is pinned to, if it is, and which images its releases are.
+/// The release that an app is pinned to, if it is, and what machines wrote.
 ///
 /// # Errors
 /// If the store cannot be read, or the pin names no release.
-pub(super) async fn pin_and_digests(
+pub(super) async fn pin_and_records(
     config: &EtcdConfig,
     app: &AppName,
-) -> Result<(Option<ReleaseId>, BTreeMap<ReleaseId, ImageDigest>), Failed> {
-    let fleet = Fleet::read(config).await?;
+) -> Result<(Option<ReleaseId>, Records), Failed> {
+    let contents = Fleet::read(config).await?.contents;
     let bad = |e| Failed::because(format!("`{}` names no release: {e}", Key::Pin(app.clone())));
-    let pin = fleet.contents.pin(app).map_err(bad)?;
-    let digests = fleet.contents.records.digests.iter().filter(|((of, _), _)| of == app);
-    let digests =
-        digests.filter_map(|((_, release), stored)| Some((release.clone(), stored.value.as_ref()?.digest.clone())));
-    Ok((pin, digests.collect()))
+    Ok((contents.pin(app).map_err(bad)?, contents.records))
 }
 
 fn no_app(app: &AppName) -> Failed {

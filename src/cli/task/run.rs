@@ -54,7 +54,7 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
 
 /// What the app is to run here, as an agent would take it from the store, and the image that this is in the fleet.
 async fn target(config: &Config, world: &World, app: &AppName) -> Result<(Target, ImageRef), Failed> {
-    let (pin, digests) = fleet::pin_and_digests(&config.etcd, app).await?;
+    let (pin, records) = fleet::pin_and_records(&config.etcd, app).await?;
     let viewer = setup::viewer(config, world).await?;
     let compared = store::compare(&config.etcd, &viewer, &Disk(world.layout.clone())).await;
     let compared = compared.map_err(|e| Failed::try_later(e.to_string()))?;
@@ -68,7 +68,9 @@ async fn target(config: &Config, world: &World, app: &AppName) -> Result<(Target
                 ))),
                 None => {
                     let image = &target.release.image;
-                    let image = digests.get(&target.release.id).map_or_else(|| image.clone(), |d| image.at(d));
+                    let image = records
+                        .digest(app, &target.release.id)
+                        .map_or_else(|| image.clone(), |digest| image.at(digest));
                     Ok((target, image))
                 }
             }
