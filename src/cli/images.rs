@@ -82,7 +82,7 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     let mut rows = vec![["IMAGE", "APPS", "SIZE", "USED", "KEPT"].map(String::from).to_vec()];
     for image in images {
         rows.push(vec![
-            image.image,
+            shortened(&image.image),
             image.apps.iter().map(AppName::as_str).collect::<Vec<_>>().join(","),
             image.bytes.map_or_else(|| "gone".to_owned(), |bytes| format!("{} MB", bytes / 1_000_000)),
             human(now.since(image.used)),
@@ -91,6 +91,14 @@ pub(super) fn run(args: &Args, printer: &mut Printer) -> Ended {
     }
     printer.table(&rows);
     Ok(Exit::Success)
+}
+
+/// With as much of a digest as tells images apart.
+fn shortened(image: &str) -> String {
+    match image.split_once("@sha256:") {
+        Some((name, digest)) => format!("{name}@sha256:{}", digest.get(..12).unwrap_or(digest)),
+        None => image.to_owned(),
+    }
 }
 
 fn shown(listed: Listed) -> Shown {
