@@ -67,6 +67,9 @@ pub struct EtcdFlags {
     pub prefix: Option<String>,
 }
 
+/// Between two comparisons with what was written, unless the file says otherwise.
+pub(super) const RESYNC: Duration = Duration::from_secs(60);
+
 /// The connection by flags, else by a file, else the default.
 pub(super) fn config(flags: &EtcdFlags, file: EtcdFile) -> Result<EtcdConfig, ConfigError> {
     let mut endpoints = if flags.endpoints.is_empty() { file.endpoints } else { flags.endpoints.clone() };
@@ -103,6 +106,7 @@ pub(super) fn config(flags: &EtcdFlags, file: EtcdFile) -> Result<EtcdConfig, Co
     let dial = flags.dial_timeout.clone().or(file.dial_timeout);
     let command = flags.command_timeout.clone().or(file.command_timeout);
     Ok(EtcdConfig {
+        resync: RESYNC,
         endpoints,
         user,
         cacert: flags.cacert.clone().or(file.cacert),

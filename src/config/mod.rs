@@ -287,7 +287,7 @@ impl Config {
                 return Err(bad("nginx.listen")(format!("`{value}` is not a value of nginx's `listen`")));
             }
         }
-        let resync = duration("resync", file.resync.as_deref())?.unwrap_or(Duration::from_secs(60));
+        let resync = duration("resync", file.resync.as_deref())?.unwrap_or(etcd::RESYNC);
         if resync < Duration::from_secs(1) {
             return Err(bad("resync")("at least `1s` is needed".to_owned()));
         }
@@ -301,7 +301,7 @@ impl Config {
             resync,
             delete_grace: duration("delete_grace", file.delete_grace.as_deref())?.unwrap_or(Duration::from_secs(3)),
             parallel: file.parallel.unwrap_or(crate::agent::PARALLEL_STEPS).max(1),
-            etcd: etcd::config(&flags.etcd, file.etcd)?,
+            etcd: EtcdConfig { resync, ..etcd::config(&flags.etcd, file.etcd)? },
             docker_socket: docker_socket(file.docker.socket)?,
             policy: absolute("policy", file.policy, "/etc/demae/policy.toml")?,
             images: registries::images(&file.images)?,

@@ -26,7 +26,7 @@ use crate::{
         release::ReleaseKey,
     },
     retry::Retry,
-    store::{Change, FleetSession, Lease, MadeFrom, StoreError, Update, client::EtcdConfig, parse_fleet},
+    store::{Audit, Change, FleetSession, Lease, MadeFrom, StoreError, Update, client::EtcdConfig, parse_fleet},
 };
 
 /// Between two looks at the rights of this agent, if they do not suffice.
@@ -212,6 +212,7 @@ struct Follower {
     key: Option<ReleaseKey>,
     records: Records,
     revision: i64,
+    audit: Audit,
     kept: BTreeMap<(AppName, ReleaseId), Target>,
     has_published: bool,
 }
@@ -220,8 +221,10 @@ impl Follower {
     async fn open(config: &EtcdConfig, turn: usize, host: &HostName, etcd: u64) -> Result<Self, StoreError> {
         let session = FleetSession::open(config, turn).await?;
         session.try_rights().await?;
-        let reading = session.read(&session.host_ranges(host)).await?;
+        let ranges = session.host_ranges(host);
+        let reading = session.read(&ranges).await?;
         let mut follower = Self {
+            audit: Audit::new(&ranges, reading.revision, reading.entries.len(), config.resync),
             key: session.release_key().await?,
             session,
             host: host.clone(),
@@ -251,15 +254,14 @@ impl Follower {
         if !is_trusted(io.updates, self.etcd) {
             return Ok(());
         }
-        let [rollouts, permits, proofs, lost, verdicts, commands, digests] = self.session.host_ranges(&self.host);
+        let [rollouts, permits, proofs, lost, verdicts, commands_and_digests] = self.session.host_ranges(&self.host);
         let mut rollouts = self.session.watch(rollouts, self.revision + 1).await?;
         let mut permits = self.session.watch(permits, self.revision + 1).await?;
         // Few and rare; a person may delete them, and this host then writes again what it knows.
         let mut proofs = self.session.watch(proofs, self.revision + 1).await?;
         let mut lost = self.session.watch(lost, self.revision + 1).await?;
         let mut verdicts = self.session.watch(verdicts, self.revision + 1).await?;
-        let mut commands = self.session.watch(commands, self.revision + 1).await?;
-        let mut digests = self.session.watch(digests, self.revision + 1).await?;
+        let mut commands_and_digests = self.session.watch(commands_and_digests, self.revision + 1).await?;
         self.publish(io.rollouts).await?;
         loop {
             tokio::select! {
@@ -275,8 +277,14 @@ impl Follower {
                 news = proofs.next() => self.take_changes(&news?.0),
                 news = lost.next() => self.take_changes(&news?.0),
                 news = verdicts.next() => self.take_changes(&news?.0),
-                news = commands.next() => self.take_changes(&news?.0),
-                news = digests.next() => self.take_changes(&news?.0),
+                news = commands_and_digests.next() => self.take_changes(&news?.0),
+                () = tokio::time::sleep_until(self.audit.due) => {
+                    if !self.session.audit(&mut self.audit).await? {
+                        tracing::warn!("a watch of rollouts has lost what was written; everything is read again");
+                        return Ok(());
+                    }
+                    continue;
+                }
                 Some(request) = io.requests.recv() => {
                     let kind = request.transaction.kind;
                     let lease = *io.leases.borrow();
@@ -301,6 +309,7 @@ impl Follower {
     }
 
     fn take_changes(&mut self, changes: &[Change]) {
+        self.audit.take(changes);
         for change in changes {
             let Some(key) = &change.key else { continue };
             let value = change.value.as_ref();

@@ -33,7 +33,7 @@ use crate::{
         time::Timestamp,
     },
     retry::{Retry, jittered},
-    store::{Change, Everywhere, FleetReading, FleetSession, StoreError, Term, Update, client::EtcdConfig},
+    store::{Audit, Change, Everywhere, FleetReading, FleetSession, StoreError, Term, Update, client::EtcdConfig},
 };
 
 /// How long a leader that is gone is still taken for one.
@@ -127,7 +127,7 @@ async fn session(
             let asked = Instant::now();
             if let Some(term) = session.lead(&leader, TTL).await? {
                 tracing::info!(term = term.revision, "this agent leads the fleet");
-                let ended = Leading::begin(session.clone(), host, term, etcd, asked).await;
+                let ended = Leading::begin(session.clone(), host, term, etcd, (asked, config.resync)).await;
                 let ended = match ended {
                     Ok(mut leading) => leading.run(updates, outlets, token).await,
                     Err(e) => Err(e),
@@ -176,6 +176,7 @@ struct Leading {
     etcd: u64,
     key: Option<ReleaseKey>,
     fleet: FleetContents,
+    audit: Audit,
     revision: i64,
     /// The revision of the last write: nothing is decided before the view shows it.
     written: i64,
@@ -190,11 +191,13 @@ impl Leading {
         host: &HostName,
         term: Term,
         etcd: u64,
-        renewed: Instant,
+        (renewed, resync): (Instant, Duration),
     ) -> Result<Self, StoreError> {
         // What earlier leaders wrote is older than this term, and their writes are refused from now on.
-        let reading = session.read(&[session.leader_range()]).await?;
+        let ranges = [session.leader_range()];
+        let reading = session.read(&ranges).await?;
         let mut leading = Self {
+            audit: Audit::new(&ranges, reading.revision, reading.entries.len(), resync),
             key: session.release_key().await?,
             fleet: FleetContents::new(host.clone()),
             term,
@@ -244,6 +247,7 @@ impl Leading {
                 news = watch.next() => {
                     let (changes, revision) = news?;
                     refused_at = None;
+                    self.audit.take(&changes);
                     for change in changes {
                         if let Some(key) = change.key {
                             self.fleet.take(key, change.value);
@@ -252,6 +256,12 @@ impl Leading {
                     self.revision = self.revision.max(revision);
                 }
                 () = tokio::time::sleep(REFUSED), if refused_at.is_some() => {}
+                () = tokio::time::sleep_until(self.audit.due) => {
+                    if !self.session.audit(&mut self.audit).await? {
+                        tracing::warn!("the leader's watch has lost what was written; its term ends");
+                        return Ok(());
+                    }
+                }
             }
         }
     }

@@ -45,6 +45,8 @@ impl Password {
 /// How etcd is reached: the names that etcdctl uses.
 #[derive(Debug, Clone)]
 pub struct EtcdConfig {
+    /// How often it is looked whether watches have brought all that was written.
+    pub resync: Duration,
     /// Members, `host:port` or URLs.
     pub endpoints: Vec<String>,
     /// User and password, if the store asks for them.

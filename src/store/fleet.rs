@@ -1,15 +1,16 @@
 //! Records of rollouts in etcd: read at one revision, watched, and written by transactions that compare.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use etcd_client::{
     Compare, CompareOp, Event, EventType, GetOptions, PutOptions, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchStream,
 };
 
 use super::{
+    audit::{Audit, Written},
     client::{Connection, EtcdConfig, StoreError},
     contents::Entry,
-    keys::Prefix,
+    keys::{KeyRange, Prefix},
     lease::seconds,
     read::{LARGEST, release_key},
     update::Change,
@@ -20,9 +21,6 @@ use crate::model::{
     release::ReleaseKey,
     text::json,
 };
-
-/// A range of keys, from the first one up to and without the second.
-pub type KeyRange = (Vec<u8>, Vec<u8>);
 
 /// One connection to a member, for rollouts.
 #[derive(Clone)]
@@ -89,6 +87,39 @@ impl FleetSession {
             }
         }
         Ok(FleetReading { entries, revision, etcd })
+    }
+
+    /// Compares what watches have brought with what was written. Returns false if events are lost: everything must be read
+    /// again.
+    ///
+    /// # Errors
+    /// If the store does not answer.
+    pub async fn audit(&self, audit: &mut Audit) -> Result<bool, StoreError> {
+        let written = self.written_since(audit.ranges(), audit.since()).await?;
+        Ok(audit.settle(&written))
+    }
+
+    /// What was written in ranges after a revision.
+    ///
+    /// # Errors
+    /// If the call fails.
+    async fn written_since(&self, ranges: &[KeyRange], since: i64) -> Result<Written, StoreError> {
+        let failed = self.connection.failed("looking for writes about rollouts");
+        let get = |(from, to): &KeyRange| {
+            let options = GetOptions::new().with_range(to.clone()).with_keys_only().with_min_mod_revision(since + 1);
+            TxnOp::get(from.clone(), Some(options))
+        };
+        let mut kv = self.connection.client.kv_client().max_decoding_message_size(LARGEST);
+        let answer = kv.txn(Txn::new().and_then(ranges.iter().map(get).collect::<Vec<_>>())).await.map_err(failed)?;
+        let revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
+        let (mut total, mut keys) = (0, BTreeMap::new());
+        for response in answer.op_responses() {
+            let TxnOpResponse::Get(found) = response else { continue };
+            total += found.count();
+            let written = found.kvs().iter();
+            keys.extend(written.filter_map(|kv| Some((self.prefix.strip(kv.key())?.to_vec(), kv.mod_revision()))));
+        }
+        Ok(Written { revision, total, keys })
     }
 
     /// The value of a key; `None` if there is none.
@@ -242,9 +273,9 @@ impl FleetSession {
         }
     }
 
-    /// What a host reads: all rollouts, its own permits, its own proofs, hosts that are lost, verdicts, runs of commands,
-    /// and digests of images.
-    pub fn host_ranges(&self, host: &HostName) -> [KeyRange; 7] {
+    /// What a host reads: all rollouts, its own permits, its own proofs, hosts that are lost, verdicts; and runs of commands
+    /// and digests of images, which are neighbours.
+    pub fn host_ranges(&self, host: &HostName) -> [KeyRange; 6] {
         let below = |dir: String| {
             let from = self.prefix.key(&dir).into_bytes();
             // `0` follows `/`.
@@ -257,8 +288,7 @@ impl FleetSession {
             below(format!("state/proven/{host}/")),
             below("state/lost/".into()),
             below("state/verdicts/".into()),
-            below("state/commands/".into()),
-            below("state/digests/".into()),
+            (below("state/commands/".into()).0, below("state/digests/".into()).1),
         ]
     }
 

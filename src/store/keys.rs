@@ -6,6 +6,9 @@ use crate::model::{
     problem::Problem,
 };
 
+/// A range of keys, from the first one up to and without the second.
+pub type KeyRange = (Vec<u8>, Vec<u8>);
+
 /// What all keys begin with, `/demae` unless configured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prefix(String);

@@ -3,6 +3,7 @@
 //! The watch is only for speed. The truth is a full read, made at the start and after any gap, and a comparison with the
 //! store at an interval.
 
+mod audit;
 mod cache;
 mod claim;
 pub mod client;
@@ -24,6 +25,7 @@ mod trust;
 mod update;
 mod watch;
 
+pub use audit::Audit;
 pub use cache::DesiredCache;
 pub use claim::{Claim, HostInfo, Owner, claimed};
 pub use client::StoreError;
@@ -31,9 +33,9 @@ pub use compare::{Comparison, accept_for_fleet, compare, init};
 pub use contents::{Contents, Entry, Write};
 pub use edit::Edit;
 pub use etcd::EtcdCluster;
-pub use fleet::{FleetReading, FleetSession, FleetWatch, KeyRange, Term};
+pub use fleet::{FleetReading, FleetSession, FleetWatch, Term};
 pub use interpret::{By, Everywhere, Interpreter, MadeFrom};
-pub use keys::parse_fleet;
+pub use keys::{KeyRange, parse_fleet};
 pub use lease::{Lease, keep_lease};
 pub use members::{Member, MemberState, may_write_specs, member_states, members};
 pub use publish::{FEATURES, Publishing, ROLLOUTS, Sources, publish, published};

@@ -320,6 +320,7 @@ fn many_readers_reconnect_to_a_restarted_store_and_create_one_key() {
         cert: None,
         dial_timeout: Duration::from_secs(2),
         command_timeout: Duration::from_secs(5),
+        resync: Duration::from_secs(60),
         prefix: Prefix::new("/demae").expect("a prefix"),
     };
     let updates: Vec<watch::Receiver<Update>> = (0..READERS)

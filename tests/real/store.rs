@@ -15,7 +15,7 @@ use crate::support::{
     wait::until,
     wire::{Wire, count_key},
 };
-use demae::model::status::State;
+use demae::model::status::{AppStatus, State};
 
 fn etcdctl(lab: &Lab, args: &[&str]) -> String {
     let mut command = Command::new("etcdctl");
@@ -73,6 +73,23 @@ fn event_lost_by_the_watch_is_found_by_the_next_resync() {
     until("the message is lost", || wire.dropped() == 1);
     until("the change is served", || lab.get("web.test", "/").is_ok_and(|(_, body)| body.contains("v2")));
     assert!(!lab.agent_log().contains("reading everything again"), "nothing was wrong with the session");
+}
+
+/// The same for what leaders and hosts tell each other: whichever message of a rollout is lost, it goes on.
+#[test]
+fn events_of_rollouts_that_are_lost_are_found_by_the_next_resync() {
+    let (lab, wire) = lab_with("resync = \"2s\"", "");
+    let images = [lab.image("v2"), lab.image("v1")];
+    for round in 0..6 {
+        let at = ["apps/web/image", "env/web/GREETING"][round % 2];
+        let value = if round % 2 == 0 { images[round / 2 % 2].clone() } else { format!("number {round}") };
+        let before = lab.app("web").and_then(|app| app.release);
+        wire.drop_next_watch_message();
+        lab.put(at, &value);
+        until("the message is lost", || wire.dropped() > round);
+        let is_done = |app: &AppStatus| app.state == State::Converged && app.release != before;
+        lab.wait_app("web", "converged on another release", is_done);
+    }
 }
 
 /// The connection answers keep-alives and other calls, and the watch is silent, even to progress requests.

@@ -411,6 +411,7 @@ impl Fleet {
             cert: None,
             dial_timeout: Duration::from_secs(5),
             command_timeout: Duration::from_secs(10),
+            resync: Duration::from_secs(60),
             prefix: Prefix::new("/demae").expect("a prefix"),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
