@@ -8,11 +8,12 @@ use std::{
 
 use crate::{
     execute::{StepError, evidence},
-    host::docker::{CommandPhase, DockerError},
+    host::docker::{CommandPhase, DockerError, ImageFault},
     model::{
         desired::Target,
         fleet::{CommandEnd, CommandRun, EndedCommand, FleetImage, HostVerdict, VERSION},
-        name::{AppName, ImageDigest, ReleaseId},
+        images::ASKED,
+        name::{AppName, ImageDigest, ImageRef, ReleaseId},
         problem::chain,
         release::Release,
         spec::PullPolicy,
@@ -25,6 +26,8 @@ use crate::{
 const LONGEST: Duration = Duration::from_secs(3600);
 /// Between two looks at a command that runs.
 const LOOK: Duration = Duration::from_millis(300);
+/// Between two questions for an image that the registry does not have.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
 /// What a command has to end after its time is over.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -96,8 +99,10 @@ impl World {
                     self.check_mounts(app, &target.release.container)?;
                     let image = fleet_image.of(&target.release.image);
                     let may_be_old = target.pull_policy == PullPolicy::Always && *fleet_image == FleetImage::Unwritten;
-                    if may_be_old || self.docker.image(&image.tagged()).await?.is_none() {
-                        self.images.pull(app, &image).await?;
+                    if (may_be_old || self.docker.image(&image.tagged()).await?.is_none())
+                        && let Some(absent) = self.pull_or_miss(app, &image).await?
+                    {
+                        return Ok(failed(absent, None, String::new()));
                     }
                     let command = target.release_command.clone().unwrap_or_default();
                     let network = self.shared_network(&target.release).await;
@@ -134,6 +139,23 @@ impl World {
                         return Ok(failed(cause, Some(code), log));
                     }
                 },
+            }
+        }
+    }
+
+    /// Pulls an image. Returns why it is not in the registry, which is asked more than once: the release has failed then.
+    async fn pull_or_miss(&self, app: &AppName, image: &ImageRef) -> Result<Option<String>, StepError> {
+        let mut asked = 1;
+        loop {
+            match self.images.pull(app, image).await {
+                Err(e @ DockerError::Image { fault: ImageFault::Absent, .. }) if asked >= ASKED => {
+                    return Ok(Some(chain(&e)));
+                }
+                Err(DockerError::Image { fault: ImageFault::Absent, .. }) => {
+                    tokio::time::sleep(ASK_AGAIN).await;
+                    asked += 1;
+                }
+                pulled => return Ok(pulled.map(|()| None)?),
             }
         }
     }

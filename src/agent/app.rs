@@ -21,7 +21,7 @@ use crate::{
     machine::Machine,
     metrics::{AppView, Metrics, ReleaseView},
     model::{
-        desired::DesiredApp,
+        desired::{DesiredApp, Target},
         fleet::FleetImage,
         mounts::NestedMount,
         name::{AppName, ImageDigest, ReleaseId},
@@ -151,8 +151,11 @@ impl AppState {
             _ => self.stays_until = None,
         }
         if release(&self.desired) != release(&desired) {
-            self.backoffs.clear();
             self.image_lost = false;
+            self.backoffs.clear();
+        } else if conditions(&self.desired) != conditions(&desired) {
+            // A person asks for another try, or mended what it depends on.
+            self.backoffs.clear();
         }
         self.telemetry.desired_changed(&self.desired, &desired, release(&desired), seen, now);
         self.desired = desired;
@@ -521,6 +524,10 @@ impl AppState {
 
 fn release(desired: &DesiredApp) -> Option<&ReleaseId> {
     desired.target().map(|t| &t.release.id)
+}
+
+fn conditions(desired: &DesiredApp) -> Option<String> {
+    desired.target().map(Target::conditions)
 }
 
 #[cfg(test)]

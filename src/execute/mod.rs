@@ -12,7 +12,7 @@ use std::{
 use crate::{
     failpoint,
     host::{
-        docker::{DockerError, injected_env},
+        docker::{DockerError, ImageFault, injected_env},
         files::{self, FileError},
         health::{ProbeTarget, Reach, extra_endpoints, host_header},
         nginx::{NginxError, Proof},
@@ -30,7 +30,7 @@ use crate::{
     },
     plan::{
         simulate::NewContainer,
-        step::{Handle, Leftovers, Step},
+        step::{Handle, IMAGE_ABSENT, Leftovers, Step},
     },
     world::World,
 };
@@ -93,10 +93,11 @@ impl StepError {
     }
 
     /// Every kind.
-    pub const KINDS: [&'static str; 10] = [
+    pub const KINDS: [&'static str; 11] = [
         "docker_unreachable",
         "docker",
         "image",
+        IMAGE_ABSENT,
         "disk_full",
         "not_allowed",
         "file",
@@ -111,6 +112,7 @@ impl StepError {
         match self {
             Self::Docker(DockerError::Unreachable { .. }) => "docker_unreachable",
             Self::Docker(e) if e.is_full() => "disk_full",
+            Self::Docker(DockerError::Image { fault: ImageFault::Absent, .. }) => IMAGE_ABSENT,
             Self::Docker(DockerError::Image { .. }) => "image",
             Self::Docker(DockerError::NotAllowed(_)) | Self::Mount { .. } => "not_allowed",
             Self::Docker(_) => "docker",
@@ -170,11 +172,15 @@ impl World {
                 self.remove(app, handle, observed).await
             }
             Step::RecordVerdict { handle, release, cause, exit_code, attempts, conditions } => {
+                let log_tail = match handle {
+                    Some(handle) => evidence(self.docker.log_tail(&handle.id).await, release),
+                    None => String::new(),
+                };
                 let verdict = Verdict {
-                    release: handle.key.release.clone(),
+                    release: release.id.clone(),
                     cause: bounded(cause.as_str(), MAX_CAUSE),
                     exit_code: *exit_code,
-                    log_tail: evidence(self.docker.log_tail(&handle.id).await, release),
+                    log_tail,
                     at: Timestamp::now(),
                     attempts: *attempts,
                     conditions: conditions.clone(),
@@ -182,8 +188,8 @@ impl World {
                 self.private_dir(&self.layout.verdicts(app))?;
                 let text = serde_json::to_vec_pretty(&verdict)
                     .map_err(std::io::Error::other)
-                    .map_err(|e| FileError::cannot_write(&self.layout.verdict(app, &handle.key.release), e))?;
-                Ok(files::write(&self.layout.verdict(app, &handle.key.release), &text, 0o600)?)
+                    .map_err(|e| FileError::cannot_write(&self.layout.verdict(app, &release.id), e))?;
+                Ok(files::write(&self.layout.verdict(app, &release.id), &text, 0o600)?)
             }
             Step::CleanUp(leftovers) => {
                 if leftovers.everything {

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     archive::{Archives, Fetchers},
-    docker::{Docker, DockerError},
+    docker::{Docker, DockerError, ImageFault},
     files,
     layout::Layout,
 };
@@ -128,7 +128,7 @@ impl Images {
             let message = format!(
                 "no space left on device for it: the disk of Docker's images is {used} % full, more than `images.refuse_above`, and no image that demae has pulled can be removed (`demae images`)"
             );
-            return Err(DockerError::Image { image: image.to_string(), message, temporary: true });
+            return Err(DockerError::Image { image: image.to_string(), message, fault: ImageFault::Temporary });
         }
         let before = self.docker.image(&reference).await?;
         self.fetch(app, image).await?;

@@ -13,6 +13,10 @@ use super::{name::AppName, time::Timestamp};
 /// How many images of an app stay, those that it had converged on last: one serves, and two are there to go back to.
 pub const KEPT: usize = 3;
 
+/// How often a registry is asked for an image that it does not have, until that is a failure of the release: one that was
+/// pushed a moment ago may not be everywhere yet.
+pub const ASKED: u32 = 3;
+
 /// An image that the agent has pulled. Others are never touched.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pulled {

@@ -30,7 +30,8 @@
 //!    2. a candidate failed without a verdict: `Remove` (its port is taken, or it was leaving), else `Discard`;
 //!    3. an instance is missing, and another mount can replace a volume: block `mount_unsafe`; or the policy of the host
 //!       refuses the release: block `not_allowed`;
-//!    4. an instance is missing, and the image too: `Pull`, or block `image_missing`;
+//!    4. an instance is missing, and the image too: `Pull`, or block `image_missing`, or `RecordVerdict` if the registry
+//!       does not have it; the digest of the first image is to be written: wait `digest`;
 //!    5. the release has no env-file: `WriteEnvFile`;
 //!    6. an instance is missing: `Create`, unless discarded candidates are in backoff;
 //!    7. stop-first, not proven, and no instance is missing: `Stop` the instances of other releases; wait `commit` if the
@@ -53,15 +54,16 @@ use super::{
     draft::Draft,
     group::{
         Group, failure_reason, handle, is_established, of_release, recovery_time, stopped_for_good, verdict,
-        verdict_applies, verdict_through_nginx,
+        verdict_applies, verdict_through_nginx, verdict_without_instance,
     },
     retire, routes,
-    step::{Planned, Step, StepKind},
+    step::{IMAGE_ABSENT, Planned, Step, StepKind},
     wait::{Block, Wait},
 };
 use crate::model::{
     desired::{DesiredApp, Target},
     fleet::{FleetImage, Turn},
+    images::ASKED,
     name::{ReleaseId, VirtualHost},
     observed::{Health, Instance, InstanceKey, Phase, Verdict},
     policy::Refusal,
@@ -340,6 +342,9 @@ impl<'a> Draft<'a> {
                     self.plan.blocks.push(Block::ImageMissing(error));
                     // Docker emits no event that wakes the loop when an image is loaded.
                     self.wait(Wait::Image(self.input.now.plus(IMAGE_RECHECK)));
+                } else if let Some(absent) = self.absent_image(group).filter(|_| !proven) {
+                    let verdict = verdict_without_instance(self.input, target, absent);
+                    self.step(verdict, "the release failed");
                 } else {
                     let image = self.input.image.of(&release.image);
                     self.step(Step::Pull(image), "the image is not on this host");
@@ -421,6 +426,15 @@ impl<'a> Draft<'a> {
         }
         let healthy = group.selected.iter().filter(|i| i.is_running() && i.health.is_healthy()).count();
         healthy >= usize::from(target.replicas) || (proven && healthy > 0)
+    }
+
+    /// Why the release has failed without an instance: its image is not in the registry, which was asked more than once.
+    /// Before anything is proven it is tried for ever: nothing is lost by that.
+    fn absent_image(&self, group: &Group<'_>) -> Option<String> {
+        let is_another_proven = self.observed().proven.is_some() && group.all.is_empty();
+        let asked = self.input.backoffs.get(&StepKind::Pull).filter(|_| is_another_proven)?;
+        let is_absent = asked.kind == IMAGE_ABSENT && asked.attempts >= ASKED && asked.until > self.input.now;
+        is_absent.then(|| asked.error.clone())
     }
 
     fn is_served(&self, group: &Group<'_>) -> bool {

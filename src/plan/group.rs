@@ -135,12 +135,17 @@ pub(super) fn verdict(
     cause: String,
     exit_code: Option<i64>,
 ) -> Step {
-    record(input, target, instance, (cause, exit_code), target.conditions())
+    record(input, target, Some(instance), (cause, exit_code), target.conditions())
+}
+
+/// A verdict on the wanted release, of which there cannot be an instance.
+pub(super) fn verdict_without_instance(input: &AppInput<'_>, target: &Target, cause: String) -> Step {
+    record(input, target, None, (cause, None), target.conditions())
 }
 
 /// A verdict on a release that does not answer through nginx: it depends on the templates of the host too.
 pub(super) fn verdict_through_nginx(input: &AppInput<'_>, target: &Target, instance: &Instance, cause: String) -> Step {
-    record(input, target, instance, (cause, None), conditions_in_nginx(input, target))
+    record(input, target, Some(instance), (cause, None), conditions_in_nginx(input, target))
 }
 
 fn conditions_in_nginx(input: &AppInput<'_>, target: &Target) -> String {
@@ -160,14 +165,14 @@ pub(super) fn verdict_applies(input: &AppInput<'_>, target: &Target, verdict: &V
 fn record(
     input: &AppInput<'_>,
     target: &Target,
-    instance: &Instance,
+    instance: Option<&Instance>,
     (cause, exit_code): (String, Option<i64>),
     conditions: String,
 ) -> Step {
     let before = input.observed.verdicts.get(&target.release.id).filter(|v| v.conditions == conditions);
     let attempts = before.map_or(0, |v| v.attempts).saturating_add(1);
     let release = target.release.clone();
-    Step::RecordVerdict { handle: handle(instance), release, cause, exit_code, attempts, conditions }
+    Step::RecordVerdict { handle: instance.map(handle), release, cause, exit_code, attempts, conditions }
 }
 
 pub(super) fn of_release<'a>(

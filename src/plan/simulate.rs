@@ -236,8 +236,8 @@ pub fn apply_step(observed: &mut ObservedApp, step: &Step, created: Option<NewCo
             observed.instances.retain(|i| i.id != handle.id);
             observed.socket_dirs.remove(&handle.key);
         }
-        Step::RecordVerdict { handle, cause, exit_code, attempts, conditions, .. } => {
-            let release = handle.key.release.clone();
+        Step::RecordVerdict { release, cause, exit_code, attempts, conditions, .. } => {
+            let release = release.id.clone();
             let (cause, exit_code, log_tail) = (cause.clone(), *exit_code, String::new());
             let (attempts, conditions) = (*attempts, conditions.clone());
             let verdict =

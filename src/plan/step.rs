@@ -30,6 +30,9 @@ impl fmt::Display for Planned {
     }
 }
 
+/// The kind of a failed pull of an image that the registry does not have.
+pub const IMAGE_ABSENT: &str = "image_absent";
+
 /// Reason for stopping an instance that still has connections.
 pub const TIME_IS_OVER: &str = "its drain time is over";
 
@@ -88,8 +91,8 @@ pub enum Step {
     },
     /// Record the evidence that a release failed.
     RecordVerdict {
-        /// The candidate that failed.
-        handle: Handle,
+        /// The candidate that failed; `None` if there is none, since its image is nowhere.
+        handle: Option<Handle>,
         /// The release, whose secrets must not be in the evidence.
         release: Arc<Release>,
         /// One sentence.
@@ -212,8 +215,8 @@ impl Step {
             | Self::Settle(handle)
             | Self::Stop { handle, .. }
             | Self::Remove(handle)
-            | Self::Discard { handle, .. }
-            | Self::RecordVerdict { handle, .. } => Some(handle),
+            | Self::Discard { handle, .. } => Some(handle),
+            Self::RecordVerdict { handle, .. } => handle.as_ref(),
             Self::Pull(_)
             | Self::WriteEnvFile(_)
             | Self::Create { .. }
@@ -270,9 +273,7 @@ impl fmt::Display for Step {
             Self::Stop { handle, .. } => write!(f, "stop {}", handle.key),
             Self::Remove(handle) => write!(f, "remove {}", handle.key),
             Self::Discard { handle, why } => write!(f, "discard {} ({why})", handle.key),
-            Self::RecordVerdict { handle, cause, .. } => {
-                write!(f, "record verdict on {} ({cause})", handle.key.release)
-            }
+            Self::RecordVerdict { release, cause, .. } => write!(f, "record verdict on {} ({cause})", release.id),
             Self::CleanUp(left) => {
                 f.write_str("clean up")?;
                 for release in &left.env_files {

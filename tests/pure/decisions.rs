@@ -17,11 +17,11 @@ use demae::{
         time::Timestamp,
     },
     plan::{
-        AppInput, AppPlan, Backoffs, ProxyView, Stopping, VhostWish,
+        AppInput, AppPlan, Backoff, Backoffs, ProxyView, Stopping, VhostWish,
         app::plan_app,
         check::violations,
         simulate::SimHost,
-        step::{Handle, Planned, Step, StepKind},
+        step::{Handle, IMAGE_ABSENT, Planned, Step, StepKind},
         wait::{Block, Wait},
     },
 };
@@ -178,6 +178,45 @@ fn nothing_is_created_before_the_image_of_the_fleet_is_known() {
         let mut scene = scene(written, Some(digest(2)));
         scene.desired = DesiredApp::Run(always.clone());
         assert_eq!(scene.kind(), Some(kind));
+    }
+}
+
+#[test]
+fn image_that_no_registry_has_fails_its_release_once_something_is_proven() {
+    let absent = |attempts| Backoff {
+        until: Timestamp::from_millis(1_000_000_005_000),
+        attempts,
+        error: "image `web:v2` cannot be pulled: manifest unknown".into(),
+        kind: IMAGE_ABSENT,
+        temporary: false,
+    };
+    let scene = |serving: Option<Target>, backoff: Backoff| {
+        let mut scene = Scene::new(serving);
+        scene.desired = DesiredApp::Run(target(PORT, "v2"));
+        scene.host.observed.image = None;
+        scene.backoffs.insert(StepKind::Pull, backoff);
+        scene
+    };
+    let old = || Some(target(PORT, "v1"));
+    // It may have been pushed a moment ago.
+    let early = scene(old(), absent(2));
+    assert!(
+        early.kind().is_none() && matches!(early.plan().blocks[..], [Block::ImageMissing(_)]),
+        "{:#?}",
+        early.plan()
+    );
+    let mut failed = scene(old(), absent(3));
+    let Some(Step::RecordVerdict { handle: None, cause, .. }) = failed.plan().step.map(|planned| planned.step) else {
+        panic!("a verdict: {:#?}", failed.plan())
+    };
+    assert!(cause.contains("manifest unknown"), "{cause}");
+    failed.until(StepKind::RecordVerdict);
+    let verdict = failed.plan().step.expect("a verdict").step;
+    failed.host.apply(&verdict);
+    assert!(matches!(failed.plan().blocks[..], [Block::Halted(_)]), "{:#?}", failed.plan());
+    // What may be mended on this host is no fault of the release, and before anything serves it is tried for ever.
+    for waits in [scene(old(), Backoff { kind: "image", ..absent(9) }), scene(None, absent(9))] {
+        assert!(waits.kind().is_none() && matches!(waits.plan().blocks[..], [Block::ImageMissing(_)]));
     }
 }
 

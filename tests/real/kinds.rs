@@ -10,7 +10,7 @@ use crate::support::{
     registry::Registry,
     wait::until,
 };
-use demae::model::status::State;
+use demae::model::status::{AppStatus, State};
 
 #[test]
 fn a_worker_is_replaced_and_kept_running() {
@@ -70,24 +70,29 @@ fn app_with_a_docker_healthcheck_is_routed() {
 }
 
 #[test]
-fn missing_image_is_waited_for_and_pulled() {
+fn image_that_is_pushed_late_takes_another_try() {
     let lab = Lab::new();
     let registry = Registry::start(free_address(), lab.dir.path());
     let name = |version: &str| registry.name(version);
     let push = |version: &str| registry.push(&lab.image(version), version);
-    push("v1");
     let spec = lab.socket_spec(&name("v1"), "pulled.test", "pull_policy: always\n");
-    lab.deploy("pulled", "apps/pulled/spec", &spec);
+    // While the app serves nothing, its image is waited for.
+    lab.put("apps/pulled/spec", &spec);
+    let is_waiting = |status: &AppStatus| status.is("image_missing") && status.is("cooling_down");
+    lab.wait_app("pulled", "waiting for its first image", is_waiting);
+    push("v1");
+    lab.wait_app("pulled", "serving", |s| s.state == State::Converged);
     assert!(lab.app("pulled").is_some_and(|a| a.timeline.iter().any(|m| m.what == "pulled")));
     let load = Load::start(lab.ingress, "pulled.test", vec![Client::get(true)]);
     // CI is late: the tag is put before the image is pushed.
     lab.put("apps/pulled/image", &name("v2"));
-    let status = lab.wait_app("pulled", "waiting for the image", |s| s.state == State::Blocked);
-    assert!(status.is("image_missing") && status.is("cooling_down"), "{}", status.reason);
+    let status = lab.wait_app("pulled", "failed", |s| s.is("halted"));
+    assert!(status.verdict.is_some_and(|verdict| verdict.cause.contains(&name("v2"))), "{}", status.reason);
     push("v2");
-    lab.wait_app("pulled", "converged once it is pushed", |s| {
-        s.state == State::Converged && s.image == Some(name("v2"))
-    });
+    let (code, _, err) = lab.ask(&["retry", "pulled", "--timeout", "60s"]);
+    assert_eq!(code, 0, "{err}");
+    let status = lab.app("pulled").expect("it is there");
+    assert_eq!((status.state, status.image), (State::Converged, Some(name("v2"))));
     let tally = load.stop();
     assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
 }

@@ -1,7 +1,13 @@
 //! What a registry answers instead of an image: each answer holds up the change, is reported as what it is, and takes no
 //! request from what serves.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use demae::model::status::State;
 
@@ -49,27 +55,38 @@ fn answer(path: &str) -> (&'static str, &'static str, &'static str) {
 fn each_answer_of_a_registry_is_reported_as_what_it_is() {
     let lab = Lab::new();
     lab.deploy("web", "apps/web/spec", &lab.socket_spec(&lab.image("v1"), "web.test", ""));
-    let registry = Server::start(|path| {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = asked.clone();
+    let registry = Server::start(move |path| {
+        if path.starts_with("v2/other/") {
+            counted.fetch_add(1, Relaxed);
+        }
         let (status, head, body) = answer(path);
         Answer::new(status, head, body)
     });
     let load = Load::start(lab.ingress, "web.test", load::mixed(Duration::from_millis(2)));
-    for (name, part, needs_a_person) in [
-        ("login", "unauthorized", true),
-        ("denied", "denied", true),
-        ("missing", "manifest unknown", true),
-        ("other", "no matching manifest for linux/amd64", true),
-        ("busy", "toomanyrequests", false),
-        ("broken", "502", false),
+    for (name, part, (state, kind)) in [
+        // A person logs this host in, or the registry recovers; the release waits.
+        ("login", "unauthorized", (State::Blocked, "image_missing")),
+        ("denied", "denied", (State::Blocked, "image_missing")),
+        ("busy", "toomanyrequests", (State::Converging, "image")),
+        ("broken", "502", (State::Converging, "image")),
+        // No host will ever do better: the release has failed.
+        ("missing", "manifest unknown", (State::Blocked, "halted")),
+        ("other", "no matching manifest for linux/amd64", (State::Blocked, "halted")),
     ] {
         lab.put("apps/web/image", &format!("localhost:{}/{name}/app:v2", registry.address.port()));
-        let (state, kind) =
-            if needs_a_person { (State::Blocked, "image_missing") } else { (State::Converging, "image") };
         let app = lab.wait_app("web", &format!("held up: {part}"), |s| {
             s.state == state && s.is(kind) && s.reason.to_lowercase().contains(part)
         });
-        assert!(app.healthy > 0 && needs_a_person == app.is("image_missing"), "{name}: {app:?}");
+        assert!(app.healthy > 0, "{name}: {app:?}");
+        assert_eq!(app.verdict.is_some(), kind == "halted", "{name}: {app:?}");
     }
+    // Another try asks again.
+    let before = asked.load(Relaxed);
+    let (code, _, err) = lab.ask(&["retry", "web", "--timeout", "30s"]);
+    assert_eq!(code, 3, "{err}");
+    assert!(asked.load(Relaxed) > before, "the registry was not asked again");
     lab.deploy("web", "apps/web/image", &lab.image("v3"));
     let tally = load.stop();
     assert_eq!(tally.failed, 0, "{:#?}", tally.reasons);

@@ -11,7 +11,7 @@ use demae::{
     execute::StepError,
     host::{
         clock::Clock,
-        docker::{ContainerEvent, DockerError, Listed, Operation},
+        docker::{ContainerEvent, DockerError, ImageFault, Listed, Operation},
         files::FileError,
         nginx::{NginxError, Published},
     },
@@ -476,7 +476,7 @@ impl Machine for SimMachine {
                 let version = image.to_string().rsplit('v').next().and_then(|n| n.parse().ok()).unwrap_or(0usize);
                 if self.scene.state().behaviours[version] == Behaviour::Missing {
                     let (image, message) = (image.to_string(), "manifest unknown".to_owned());
-                    return Err(DockerError::Image { image, message, temporary: false }.into());
+                    return Err(DockerError::Image { image, message, fault: ImageFault::Person }.into());
                 }
                 self.scene.effect(app, &step.to_string(), None, |state| state.images.insert(image.to_string()));
             }

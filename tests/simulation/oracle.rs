@@ -117,7 +117,7 @@ impl Scene {
     pub fn judge_step(&self, app: &AppName, step: &Step) {
         let mut state = self.state();
         let handle = match step {
-            Step::Start(h) | Step::ClearSocket(h) | Step::Settle(h) | Step::RecordVerdict { handle: h, .. } => h,
+            Step::Start(h) | Step::ClearSocket(h) | Step::Settle(h) | Step::RecordVerdict { handle: Some(h), .. } => h,
             Step::Stop { handle, .. } | Step::Remove(handle) | Step::Discard { handle, .. } => handle,
             _ => return,
         };

@@ -17,7 +17,7 @@ use std::{
 use tokio::sync::mpsc;
 
 use super::{
-    docker::{Docker, DockerError},
+    docker::{Docker, DockerError, ImageFault},
     files,
     layout::Layout,
     policy::real_path,
@@ -119,10 +119,10 @@ impl Archives {
     /// If it cannot be fetched, is not what it should be, or the engine refuses it; the error says whether a retry can help.
     pub async fn load(&self, app: &AppName, image: &ImageRef, archive: Archive<'_>) -> Result<(), DockerError> {
         let failed =
-            |message: String, temporary: bool| DockerError::Image { image: image.to_string(), message, temporary };
+            |message: String, fault: ImageFault| DockerError::Image { image: image.to_string(), message, fault };
         self.load_into(app, image, archive).await.map_err(|e| match e {
-            Loading::Archive(e @ ArchiveError::Wrong(_)) => failed(e.to_string(), false),
-            Loading::Archive(e) => failed(e.to_string(), true),
+            Loading::Archive(e @ ArchiveError::Wrong(_)) => failed(e.to_string(), ImageFault::Person),
+            Loading::Archive(e) => failed(e.to_string(), ImageFault::Temporary),
             Loading::Docker(e) => e,
         })
     }

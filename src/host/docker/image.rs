@@ -17,7 +17,7 @@ use futures_util::{StreamExt as _, stream};
 use hyper::body::Bytes;
 use tokio::sync::mpsc;
 
-use super::{Docker, DockerError, Failure, Operation, Result, one_line};
+use super::{Docker, DockerError, Failure, ImageFault, Operation, Result, one_line};
 use crate::{
     host::registry::{Login, registry_of},
     model::{
@@ -161,26 +161,30 @@ impl Docker {
         let options = ImportImageOptionsBuilder::default().quiet(true).build();
         let began = Instant::now();
         let mut progress = self.client(Operation::Pull)?.import_image(options, bollard::body_try_stream(body), None);
-        let failed = |message: String, temporary: bool| {
+        let failed = |message: String, fault: ImageFault| {
             let message = format!("the engine does not load it: {}", one_line(&message));
-            DockerError::Image { image: image.to_string(), temporary, message }
+            DockerError::Image { image: image.to_string(), fault, message }
         };
         let loading = async {
             while let Some(next) = progress.next().await {
                 match next {
                     Ok(info) => {
                         if let Some(message) = info.error_detail.and_then(|e| e.message) {
-                            return Err(failed(message, false));
+                            return Err(failed(message, ImageFault::Person));
                         }
                     }
-                    Err(Error::DockerStreamError { error }) => return Err(failed(error, false)),
-                    Err(Error::DockerResponseServerError { message, .. }) => return Err(failed(message, false)),
-                    Err(e) => return Err(failed(super::one_line_chain(&e), true)),
+                    Err(Error::DockerStreamError { error }) => return Err(failed(error, ImageFault::Person)),
+                    Err(Error::DockerResponseServerError { message, .. }) => {
+                        return Err(failed(message, ImageFault::Person));
+                    }
+                    Err(e) => return Err(failed(super::one_line_chain(&e), ImageFault::Temporary)),
                 }
             }
             Ok(())
         };
-        let late = |_| Err(failed(format!("not complete after {} minutes", TOTAL_TIMEOUT.as_secs() / 60), true));
+        let late = |_| {
+            Err(failed(format!("not complete after {} minutes", TOTAL_TIMEOUT.as_secs() / 60), ImageFault::Temporary))
+        };
         let ended = tokio::time::timeout(TOTAL_TIMEOUT, loading).await.unwrap_or_else(late);
         let failure = ended.is_err().then_some(Failure::Refused);
         self.meter.called(Operation::Pull, began.elapsed(), failure);
@@ -192,14 +196,14 @@ impl Docker {
         let login = self.logins.at(registry).await.map_err(|e| {
             // A person mends it, or the network comes back: it is asked again.
             let message = format!("there is no login at {registry}: {}", chain(&e));
-            DockerError::Image { image: image.to_string(), temporary: true, message }
+            DockerError::Image { image: image.to_string(), fault: ImageFault::Temporary, message }
         })?;
         let options = CreateImageOptionsBuilder::default().from_image(&image.tagged()).build();
         let login = login.map(|login| credentials(login, registry));
         let mut progress = self.client(Operation::Pull)?.create_image(Some(options), None, login);
         let failed = |message: String| {
             let message = one_line(&message);
-            DockerError::Image { image: image.to_string(), temporary: is_temporary(&message), message }
+            DockerError::Image { image: image.to_string(), fault: fault(&message), message }
         };
         // Bytes downloaded, by layer: Docker reports the progress of each.
         let mut layers: HashMap<String, u64> = HashMap::new();
@@ -246,18 +250,24 @@ impl Docker {
 }
 
 /// Docker answers 500 to every registry failure; only the message says what helps. Unknown messages count as temporary.
-fn is_temporary(message: &str) -> bool {
+fn fault(message: &str) -> ImageFault {
     let message = message.to_lowercase();
-    let permanent = [
+    let absent = [
         "manifest unknown",
         "not found",
         "does not exist",
         "no matching manifest",
-        "invalid reference",
         "name unknown",
         "repository name not known",
     ];
-    !permanent.iter().any(|w| message.contains(w)) && !is_refused_login(&message)
+    // Some say of what may not be read that it may not exist.
+    if is_refused_login(&message) || message.contains("invalid reference") {
+        ImageFault::Person
+    } else if absent.iter().any(|words| message.contains(words)) {
+        ImageFault::Absent
+    } else {
+        ImageFault::Temporary
+    }
 }
 
 /// Whether a registry refused the login, by the engine's message.
@@ -300,13 +310,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn permanent_and_temporary_registry_errors_are_distinguished() {
-        assert!(!is_temporary("manifest for web:v9 not found: manifest unknown"));
-        assert!(!is_temporary("pull access denied for web, repository does not exist or may require 'docker login'"));
-        assert!(is_temporary(
-            "Get \"http://localhost:5000/v2/\": dial tcp 127.0.0.1:5000: connect: connection refused"
-        ));
-        assert!(!is_temporary("denied") && is_temporary("mkdir /var/lib/docker/tmp: permission denied"));
-        assert!(is_temporary("toomanyrequests: You have reached your pull rate limit"));
+    fn what_helps_against_an_error_of_a_registry_is_read_from_its_message() {
+        for (message, expected) in [
+            ("manifest for web:v9 not found: manifest unknown", ImageFault::Absent),
+            ("no matching manifest for linux/amd64 in the manifest list entries", ImageFault::Absent),
+            ("pull access denied for web, repository does not exist or may require 'docker login'", ImageFault::Person),
+            ("denied", ImageFault::Person),
+            ("mkdir /var/lib/docker/tmp: permission denied", ImageFault::Temporary),
+            (
+                "Get \"http://localhost:5000/v2/\": dial tcp 127.0.0.1:5000: connect: connection refused",
+                ImageFault::Temporary,
+            ),
+            ("toomanyrequests: You have reached your pull rate limit", ImageFault::Temporary),
+        ] {
+            assert_eq!(fault(message), expected, "{message}");
+        }
     }
 }

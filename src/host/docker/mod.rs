@@ -83,6 +83,17 @@ mod label {
     pub(super) const REAL_PATHS: &str = "demae.real-paths";
 }
 
+/// Why there is no image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageFault {
+    /// For a reason that may pass by itself.
+    Temporary,
+    /// For one that a person must see to: a login, a file.
+    Person,
+    /// The registry does not have it, or not for this platform.
+    Absent,
+}
+
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DockerError {
@@ -111,8 +122,8 @@ pub enum DockerError {
         image: String,
         /// The registry's message.
         message: String,
-        /// Whether trying again can help without a person.
-        temporary: bool,
+        /// What helps.
+        fault: ImageFault,
     },
     /// The rules of this host do not allow it.
     #[error("this host does not allow the container: {0}")]
@@ -166,7 +177,8 @@ impl DockerError {
 
     /// Whether trying again can help without a person.
     pub fn is_temporary(&self) -> bool {
-        !matches!(self, DockerError::Image { temporary: false, .. })
+        matches!(self, DockerError::Image { fault: ImageFault::Temporary, .. })
+            || !matches!(self, DockerError::Image { .. })
     }
 }
 

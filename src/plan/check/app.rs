@@ -188,8 +188,13 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
         found.push(format!("`{step}` would be a second step at once"));
     }
     match step {
-        Step::Start(h) | Step::ClearSocket(h) | Step::Settle(h) | Step::RecordVerdict { handle: h, .. } => {
+        Step::Start(h) | Step::ClearSocket(h) | Step::Settle(h) | Step::RecordVerdict { handle: Some(h), .. } => {
             known(input, &h.id, step, found);
+        }
+        Step::RecordVerdict { handle: None, release, .. } => {
+            if input.observed.instances.iter().any(|i| i.key.release == release.id) {
+                found.push(format!("`{step}` says that it has no image, and it has instances"));
+            }
         }
         Step::Stop { handle, .. } | Step::Remove(handle) | Step::Discard { handle, .. } => {
             if let Some(instance) = known(input, &handle.id, step, found) {
