@@ -28,6 +28,8 @@ pub const BARE: &str = "bare steps";
 pub const AGAIN: &str = "bare steps again";
 /// The column of demae.
 pub const DEMAE: &str = "demae";
+/// The column of another host, whose releases are no rollouts.
+pub const ALONE: &str = "without rollouts";
 
 /// How requests reach the app.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +55,7 @@ pub struct Plan {
     pub vhosts: usize,
     /// Other apps on the host.
     pub apps: usize,
-    /// Whether each release is a rollout, of this host alone.
+    /// Whether each release is a rollout, of this host alone; then another host takes none, as a column of its own.
     pub rollouts: bool,
 }
 
@@ -75,8 +77,11 @@ pub struct Outcome {
 /// Runs a plan.
 pub fn measure(plan: Plan) -> Outcome {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    let sections = if plan.rollouts { "" } else { "[rollouts]\nenabled = false\n" };
-    let mut lab = Lab::with(&Setup { tcp_routes: plan.route == Route::Table, sections, ..Setup::default() });
+    let tcp_routes = plan.route == Route::Table;
+    let without = Setup { tcp_routes, sections: "[rollouts]\nenabled = false\n", ..Setup::default() };
+    let with = Setup { tcp_routes, ..Setup::default() };
+    let mut lab = Lab::with(if plan.rollouts { &with } else { &without });
+    let alone = plan.rollouts.then(|| Lab::with(&without));
     let image = lab.image("v1");
     let mut bare = runtime.block_on(Bare::new(&lab, &plan, &image));
     lab.stop_nginx();
@@ -88,25 +93,31 @@ pub fn measure(plan: Plan) -> Outcome {
         Route::Table | Route::Port => lab.port_spec(&image, "demae.test", "environment: {}\n"),
     };
     let spec = spec.replace("environment: {", &format!("environment: {{START_MS: \"{}\", ", plan.start_ms));
-    lab.deploy("web", "apps/web/spec", &spec);
+    for lab in [&lab].into_iter().chain(&alone) {
+        lab.deploy("web", "apps/web/spec", &spec);
+    }
 
     let client = |keep_alive| Client::get(keep_alive).pausing(Duration::from_millis(8));
-    let load = |host: &str| Load::start(lab.ingress, host, vec![client(true), client(false)]);
-    let (bare_load, demae_load) = (load(HOST), load("demae.test"));
+    let load = |lab: &Lab, host: &str| Load::start(lab.ingress, host, vec![client(true), client(false)]);
+    let (bare_load, demae_load) = (load(&lab, HOST), load(&lab, "demae.test"));
+    let alone = alone.map(|lab| (load(&lab, "demae.test"), lab));
     until("requests flow", || bare_load.requests() > 50 && demae_load.requests() > 50);
     let reloads = lab.metric("demae_nginx_reloads_total", "done");
     let (mut first, mut removed, mut moments) = (Figures::default(), Figures::default(), BTreeMap::new());
     for round in 0..plan.rounds {
-        let mut order = [BARE, DEMAE, AGAIN];
-        order.rotate_left(round % 3);
+        let mut order: Vec<&str> = [BARE, DEMAE, AGAIN].into_iter().chain(alone.as_ref().map(|_| ALONE)).collect();
+        let columns = order.len();
+        order.rotate_left(round % columns);
         for column in order {
-            let (until_first, until_removed) = if column == DEMAE {
-                demae_round(&lab, &demae_load, round, &runtime, &mut moments)
-            } else {
-                let deployed = runtime.block_on(bare.deploy());
-                let answered = || bare_load.so_far().first_seen.get(&deployed.release).copied();
-                until("the new release of the bare steps answered", || answered().is_some());
-                (answered().expect("just seen") - deployed.began, deployed.took)
+            let (until_first, until_removed) = match (column, &alone) {
+                (DEMAE, _) => demae_round(&lab, &demae_load, round, &runtime, &mut moments),
+                (ALONE, Some((load, lab))) => demae_round(lab, load, round, &runtime, &mut BTreeMap::new()),
+                _ => {
+                    let deployed = runtime.block_on(bare.deploy());
+                    let answered = || bare_load.so_far().first_seen.get(&deployed.release).copied();
+                    until("the new release of the bare steps answered", || answered().is_some());
+                    (answered().expect("just seen") - deployed.began, deployed.took)
+                }
             };
             first.push(column, until_first);
             removed.push(column, until_removed);
@@ -156,6 +167,11 @@ impl fmt::Display for Outcome {
         )?;
         write!(f, "put → first response by the new release\n{}", self.first.table(BARE))?;
         write!(f, "put → old container removed\n{}", self.removed.table(BARE))?;
+        if self.plan.rollouts {
+            let more = self.first.difference(DEMAE, ALONE);
+            let (low, median, high) = (more.low, more.median, more.high);
+            writeln!(f, "a rollout adds to the first response: {median:+.1} ms [{low:+.1}, {high:+.1}]")?;
+        }
         let mut moments: Vec<(f64, &String)> = self.moments.iter().map(|(what, ms)| (median(ms), what)).collect();
         moments.sort_by(|a, b| a.0.total_cmp(&b.0));
         let moments: Vec<String> = moments.into_iter().map(|(ms, what)| format!("{what} {ms:.0}")).collect();
