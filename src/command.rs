@@ -45,6 +45,8 @@ impl World {
         fleet_image: &FleetImage,
         (run, is_own): (&CommandRun, bool),
     ) -> Result<EndedCommand, StepError> {
+        // Of another release nothing is known but its container.
+        let target = target.filter(|target| target.release.id == *release);
         let end = self.end_of_command(app, release, target, fleet_image, (run, is_own)).await?;
         let digest = match (&end, target) {
             (CommandEnd::Done, Some(target)) if *fleet_image == FleetImage::Unwritten => {
@@ -58,7 +60,7 @@ impl World {
     /// The digest of the image that the command of a release has run from; `None` if no registry gave it one.
     async fn digest_of_command(&self, app: &AppName, release: &Release) -> Result<Option<ImageDigest>, StepError> {
         let Some(container) = self.docker.command(app, &release.id).await? else { return Ok(None) };
-        Ok(self.docker.image_and_digest(&container.image, &release.image).await?.and_then(|(_, digest)| digest))
+        Ok(self.images.digest(&release.image, &container.image))
     }
 
     async fn end_of_command(
@@ -73,7 +75,6 @@ impl World {
         let token = format!("{app}/{release}/{}", run.started.as_millis());
         let mut is_late = false;
         loop {
-            let target = target.filter(|target| target.release.id == *release);
             let found = self.docker.command(app, release).await?;
             // One that was there and is gone may have run, even if a person removed it.
             let was_there = {
@@ -97,10 +98,11 @@ impl World {
                         return Err(DockerError::NotAllowed(refusal.to_string()).into());
                     }
                     self.check_mounts(app, &target.release.container)?;
-                    let image = fleet_image.of(&target.release.image);
+                    let (named, digest) = (&target.release.image, fleet_image.digest());
+                    let image = digest.map_or_else(|| named.clone(), |digest| named.at(digest));
                     let may_be_old = target.pull_policy == PullPolicy::Always && *fleet_image == FleetImage::Unwritten;
                     if (may_be_old || self.docker.image(&image.tagged()).await?.is_none())
-                        && let Some(absent) = self.pull_or_miss(app, &image).await?
+                        && let Some(absent) = self.pull_or_miss(app, named, digest).await?
                     {
                         return Ok(failed(absent, None, String::new()));
                     }
@@ -144,10 +146,15 @@ impl World {
     }
 
     /// Pulls an image. Returns why it is not in the registry, which is asked more than once: the release has failed then.
-    async fn pull_or_miss(&self, app: &AppName, image: &ImageRef) -> Result<Option<String>, StepError> {
+    async fn pull_or_miss(
+        &self,
+        app: &AppName,
+        image: &ImageRef,
+        digest: Option<&ImageDigest>,
+    ) -> Result<Option<String>, StepError> {
         let mut asked = 1;
         loop {
-            match self.images.pull(app, image).await {
+            match self.images.pull(app, image, digest).await {
                 Err(e @ DockerError::Image { fault: ImageFault::Absent, .. }) if asked >= ASKED => {
                     return Ok(Some(chain(&e)));
                 }

@@ -174,7 +174,12 @@ impl World {
         {
             return Ok(Some((id, None)));
         }
-        Ok(self.docker.image_and_digest(&wanted.image.tagged(), &wanted.image).await?)
+        let fixed = wanted.digest.as_ref().map(|digest| wanted.image.at(digest));
+        let found = self.docker.image(&fixed.as_ref().unwrap_or(&wanted.image).tagged()).await?;
+        Ok(found.map(|id| {
+            let digest = wanted.digest.clone().or_else(|| self.images.digest(&wanted.image, &id));
+            (id, digest)
+        }))
     }
 
     /// Only an app's files.

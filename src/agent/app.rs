@@ -21,7 +21,7 @@ use crate::{
     machine::Machine,
     metrics::{AppView, Metrics, ReleaseView},
     model::{
-        desired::{DesiredApp, Target},
+        desired::DesiredApp,
         fleet::FleetImage,
         mounts::NestedMount,
         name::{AppName, ImageDigest, ReleaseId},
@@ -37,7 +37,7 @@ use crate::{
         check,
         proxy::Conflict,
         simulate::NewContainer,
-        step::{Step, StepKind},
+        step::{IMAGE_ABSENT, Step, StepKind},
         wait::{Block, Wait},
     },
     retry::pause_after,
@@ -153,9 +153,9 @@ impl AppState {
         if release(&self.desired) != release(&desired) {
             self.image_lost = false;
             self.backoffs.clear();
-        } else if conditions(&self.desired) != conditions(&desired) {
-            // A person asks for another try, or mended what it depends on.
-            self.backoffs.clear();
+        } else if retried(&self.desired) != retried(&desired) {
+            // A person asks for another try.
+            self.backoffs.remove(&StepKind::Pull);
         }
         self.telemetry.desired_changed(&self.desired, &desired, release(&desired), seen, now);
         self.desired = desired;
@@ -181,7 +181,8 @@ impl AppState {
         let release = &target.release;
         Some(Wanted {
             release: release.id.clone(),
-            image: self.turn.image.of(&release.image),
+            image: release.image.clone(),
+            digest: self.turn.image.digest().cloned(),
             image_lost: self.image_lost,
             slots: target.table_slots(),
         })
@@ -358,7 +359,7 @@ impl AppState {
             self.backoffs.remove(&kind);
         }
         match step {
-            Step::Pull(_) => self.pulled = release(&self.desired).cloned(),
+            Step::Pull { .. } => self.pulled = release(&self.desired).cloned(),
             Step::Create { .. } => {
                 self.image_lost = false;
                 // Back off: an instance that fails after each start would be replaced for ever, without a pause.
@@ -397,8 +398,9 @@ impl AppState {
         temporary: bool,
         now: Timestamp,
     ) {
-        // Temporary and permanent failures are counted separately.
-        let attempts = self.backoffs.get(&step).filter(|c| c.temporary == temporary).map_or(0, |c| c.attempts) + 1;
+        // Temporary and permanent failures are counted separately, and so is what a registry does not have.
+        let is_alike = |c: &&Backoff| c.temporary == temporary && (c.kind == IMAGE_ABSENT) == (kind == IMAGE_ABSENT);
+        let attempts = self.backoffs.get(&step).filter(is_alike).map_or(0, |c| c.attempts) + 1;
         let until = now.plus(pause_after(attempts));
         self.backoffs.insert(step, Backoff { until, attempts, error, kind, temporary });
     }
@@ -526,8 +528,8 @@ fn release(desired: &DesiredApp) -> Option<&ReleaseId> {
     desired.target().map(|t| &t.release.id)
 }
 
-fn conditions(desired: &DesiredApp) -> Option<String> {
-    desired.target().map(Target::conditions)
+fn retried(desired: &DesiredApp) -> Option<i64> {
+    desired.target().map(|target| target.retried)
 }
 
 #[cfg(test)]

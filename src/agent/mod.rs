@@ -456,7 +456,7 @@ impl<M: Machine> Agent<M> {
             (self.machine.clone(), app.clone(), state.observed().cloned().unwrap_or_default());
         let span = state.span(step.kind());
         let permits = match step {
-            Step::Pull(_) => &self.pulls,
+            Step::Pull { .. } => &self.pulls,
             Step::Stop { .. } | Step::Discard { .. } => &self.stops,
             _ => &self.steps,
         };

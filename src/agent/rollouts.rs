@@ -7,10 +7,7 @@ use tokio::task::JoinSet;
 use super::{Agent, app::AppState, completion::Completion, turn::Kept};
 use crate::{
     execute::StepError,
-    fleet::{
-        records::Stored,
-        turn::{Directive, HostFacts, HostRecords, directive, next_write},
-    },
+    fleet::turn::{Directive, HostFacts, HostRecords, directive, next_write},
     machine::Machine,
     model::{
         desired::{DesiredApp, Target},
@@ -22,7 +19,6 @@ use crate::{
         observed::{Address, Instance, Verdict},
         problem::chain,
         proxy::{ObservedProxy, Upstreams},
-        spec::PullPolicy,
         time::Timestamp,
     },
     rollout::{Answer, HostRollouts, Request},
@@ -110,16 +106,10 @@ fn meanwhile(wanted: &Target, kept: &Target) -> Target {
     Target { release: kept.release.clone(), ingress: ingress.clone(), ..wanted.clone() }
 }
 
-/// Which image a release is in the fleet. One that hosts do not pull is what each of them has.
+/// Which image a release is in the fleet.
 fn image(target: &Target, records: &HostRecords) -> FleetImage {
-    let image = &target.release.image;
-    if image.is_fixed() || image.archive().is_some() || target.pull_policy == PullPolicy::Never {
-        return FleetImage::AsNamed;
-    }
-    match records.digests.get(&target.release.id) {
-        Some(Stored { value: Some(resolved), .. }) => FleetImage::Written(resolved.digest.clone()),
-        _ => FleetImage::Unwritten,
-    }
+    let written = records.digests.get(&target.release.id);
+    FleetImage::of(target, written.map(|stored| stored.value.as_ref().map(|resolved| &resolved.digest)))
 }
 
 /// The verdict of this host against a release, as the store has it.
@@ -316,7 +306,13 @@ impl<M: Machine> Agent<M> {
         state.turn.running_command = true;
         let (app, release, is_own) = (app.clone(), (*release).clone(), run.run == link.run);
         let target = state.turn.intended.target().cloned();
-        let image = target.as_ref().map_or(FleetImage::AsNamed, |target| image(target, records));
+        let own = target.as_ref().filter(|target| target.release.id == release);
+        let image = own.map_or(FleetImage::AsNamed, |target| image(target, records));
+        if image == FleetImage::Unreadable {
+            let why = "the record of which image it is, in `state/digests/`, cannot be read by this version";
+            (state.turn.command_trouble, state.turn.running_command) = (Some(why.to_owned()), false);
+            return;
+        }
         let (machine, run) = (self.machine.clone(), (*run).clone());
         tracing::debug!(%app, %release, "the release command is run, or waited for");
         self.jobs.spawn(async move {

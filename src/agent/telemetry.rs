@@ -243,7 +243,7 @@ impl AppTelemetry {
         let kind = step.kind();
         self.note_repair(kind);
         let moment = match step {
-            Step::Pull(_) => "pulled",
+            Step::Pull { .. } => "pulled",
             Step::Create { .. } => "created",
             Step::Start(_) => "started",
             Step::Switch(..) => "switched",

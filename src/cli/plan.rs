@@ -86,7 +86,7 @@ async fn plan(config: &Config, only: &BTreeSet<AppName>, printer: &mut Printer) 
         let wanted = match desired {
             DesiredApp::Run(target) => {
                 let (release, image) = (target.release.id.clone(), target.release.image.clone());
-                Some(Wanted { release, image, image_lost: false, slots: target.table_slots() })
+                Some(Wanted { release, image, digest: None, image_lost: false, slots: target.table_slots() })
             }
             _ => None,
         };

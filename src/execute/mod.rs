@@ -138,7 +138,7 @@ impl World {
         observed: &ObservedApp,
     ) -> Result<Option<NewContainer>, StepError> {
         let done = match step {
-            Step::Pull(image) => Ok(self.images.pull(app, image).await?),
+            Step::Pull { image, digest } => Ok(self.images.pull(app, image, digest.as_ref()).await?),
             Step::WriteEnvFile(release) => self.write_env_file(app, release),
             Step::Create { key, release, image, drain, host } => {
                 return self.create(app, key, release, image, (*drain, host.as_deref()), observed).await;

@@ -19,14 +19,16 @@ use super::{
 };
 use crate::model::{
     images::{Needs, Pulled, PulledImages, Reason},
-    name::{AppName, ImageRef},
+    name::{AppName, ImageDigest, ImageRef},
     problem::chain,
-    status::{AppStatus, HostStatus, State},
+    status::{HostStatus, State},
     time::Timestamp,
 };
 
 /// Between two looks at the disk.
 const INTERVAL: Duration = Duration::from_secs(60);
+/// Between two looks at it while an image is pulled.
+const LOOK: Duration = Duration::from_millis(200);
 /// That an app has converged on an image is written down this often, so that a file is not written at each look.
 const NOTED: Duration = Duration::from_secs(30 * 60);
 
@@ -68,8 +70,11 @@ struct Noted {
     /// What the file says; `None` before it was read. An unreadable file is not an empty one.
     known: Option<PulledImages>,
     /// What the apps of this host want, by reference; `None` before the agent has read everything.
-    wanted: Option<BTreeMap<AppName, Vec<String>>>,
+    wanted: Option<BTreeMap<AppName, Option<String>>>,
     pulling: BTreeSet<String>,
+    /// What the registry called images that this run of the agent has pulled, also those whose name others gave before: by
+    /// reference, with their ids.
+    digests: BTreeMap<String, (String, ImageDigest)>,
 }
 
 /// One image, for people.
@@ -112,28 +117,40 @@ impl Images {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Pulls an image for an app, and notes that it was this agent. Makes room before, if the disk is nearly full.
+    /// Pulls an image for an app, and notes that it was this agent. Makes room before, if the disk is nearly full. With a
+    /// digest it is that image, whatever its tag means by now, and gets the tag on this host.
     ///
     /// # Errors
     /// If the pull fails, or the disk is too full for any.
-    pub async fn pull(&self, app: &AppName, image: &ImageRef) -> Result<(), DockerError> {
+    pub async fn pull(&self, app: &AppName, image: &ImageRef, digest: Option<&ImageDigest>) -> Result<(), DockerError> {
         let reference = image.tagged();
         self.state().pulling.insert(reference.clone());
         let _pulling = Pulling(self, reference.clone());
         if let Err(e) = self.make_room().await {
             tracing::debug!("images cannot be removed: {}", chain(&e));
         }
-        if let Some(used) = self.used().await.filter(|used| *used > self.limits.refuse_above) {
+        let full = |why: String| {
             // The words by which a full disk is known.
             let message = format!(
-                "no space left on device for it: the disk of Docker's images is {used} % full, more than `images.refuse_above`, and no image that demae has pulled can be removed (`demae images`)"
+                "no space left on device for it: {why}, more than `images.refuse_above`, and no image that demae has pulled can be removed (`demae images`)"
             );
-            return Err(DockerError::Image { image: image.to_string(), message, fault: ImageFault::Temporary });
+            DockerError::Image { image: image.to_string(), message, fault: ImageFault::Temporary }
+        };
+        if let Some(used) = self.used().await.filter(|used| *used > self.limits.refuse_above) {
+            return Err(full(format!("the disk of Docker's images is {used} % full")));
         }
         let before = self.docker.image(&reference).await?;
-        self.fetch(app, image).await?;
+        let digest = tokio::select! {
+            fetched = self.fetch(app, image, digest) => fetched?,
+            // The engine gives up what it has of it.
+            used = self.overfull() => return Err(full(format!("while it was pulled, the disk of Docker's images became {used} % full"))),
+        };
         if let Some(id) = self.docker.image(&reference).await? {
             let now = Timestamp::now();
+            match digest.clone() {
+                Some(digest) => drop(self.state().digests.insert(reference.clone(), (id.clone(), digest))),
+                None => drop(self.state().digests.remove(&reference)),
+            }
             self.change(|images| {
                 match images.get(&reference).cloned() {
                     // The name was there, and from others.
@@ -146,10 +163,11 @@ impl Images {
                 }
                 let known = images.entry(reference).or_insert_with(|| Pulled {
                     id: String::new(),
+                    digest: None,
                     pulled: now,
                     apps: BTreeMap::new(),
                 });
-                (known.id, known.pulled) = (id, now);
+                (known.id, known.digest, known.pulled) = (id, digest, now);
                 known.apps.entry(app.clone()).or_default();
                 true
             });
@@ -157,15 +175,36 @@ impl Images {
         Ok(())
     }
 
-    /// Pulls an image, or loads it from its archive, and notes nothing.
+    /// Pulls an image, or loads it from its archive, and notes nothing. Returns what the registry calls it.
     ///
     /// # Errors
     /// If that fails.
-    pub async fn fetch(&self, app: &AppName, image: &ImageRef) -> Result<(), DockerError> {
-        match image.archive() {
-            Some(archive) => self.archives.load(app, image, archive).await,
-            None => self.docker.pull(image).await,
+    pub async fn fetch(
+        &self,
+        app: &AppName,
+        image: &ImageRef,
+        digest: Option<&ImageDigest>,
+    ) -> Result<Option<ImageDigest>, DockerError> {
+        match (image.archive(), digest) {
+            (Some(archive), _) => self.archives.load(app, image, archive).await.map(|()| None),
+            (None, None) => self.docker.pull(image).await,
+            (None, Some(digest)) => {
+                let fixed = image.at(digest);
+                self.docker.pull(&fixed).await?;
+                // By its name people find it, and so does an agent that cannot read which image it is.
+                self.docker.tag(&fixed, image).await?;
+                Ok(Some(digest.clone()))
+            }
         }
+    }
+
+    /// What the registry called an image when this agent pulled it last; `None` of others.
+    pub fn digest(&self, image: &ImageRef, id: &str) -> Option<ImageDigest> {
+        let reference = image.tagged();
+        let state = self.state();
+        let pulled = state.digests.get(&reference).filter(|(known, _)| known == id).map(|(_, digest)| digest);
+        let noted = || state.known.as_ref()?.get(&reference).filter(|known| known.id == id)?.digest.as_ref();
+        pulled.or_else(noted).cloned()
     }
 
     /// Watches what apps want, and the disk, until the end.
@@ -209,18 +248,15 @@ impl Images {
     /// Notes what apps want, and what they have converged on.
     fn note(&self, status: &HostStatus) {
         self.state().wanted = Some(wanted(status));
-        let converged = status.apps.iter().filter(|app| app.state == State::Converged);
-        let converged: Vec<(AppName, Vec<String>)> =
-            converged.filter_map(|app| Some((AppName::try_from(app.app.as_str()).ok()?, references(app)))).collect();
+        let converged: Vec<(AppName, String)> = status
+            .apps
+            .iter()
+            .filter(|app| app.state == State::Converged)
+            .filter_map(|app| Some((AppName::try_from(app.app.as_str()).ok()?, reference(app.image.as_ref()?)?)))
+            .collect();
         let now = Timestamp::now();
-        // One image, by whichever reference it was pulled.
-        let pulled = |images: &PulledImages, references: &[String]| {
-            references.iter().find(|reference| images.contains_key(*reference)).cloned()
-        };
         let is_due = |images: &PulledImages| {
-            let last = |(app, references): &(AppName, Vec<String>)| {
-                images.get(&pulled(images, references)?)?.apps.get(app).copied()
-            };
+            let last = |(app, reference): &(AppName, String)| images.get(reference)?.apps.get(app).copied();
             converged.iter().filter_map(last).any(|last| last.is_none_or(|last| now.since(last) >= NOTED))
         };
         if self.state().known.as_ref().is_some_and(|known| !is_due(known)) {
@@ -230,10 +266,9 @@ impl Images {
             if !is_due(images) {
                 return false;
             }
-            for (app, references) in &converged {
-                let pulled = pulled(images, references);
-                if let Some(image) = pulled.and_then(|reference| images.get_mut(&reference)) {
-                    image.apps.insert(app.clone(), Some(now));
+            for (app, reference) in converged.iter().cloned() {
+                if let Some(image) = images.get_mut(&reference) {
+                    image.apps.insert(app, Some(now));
                 }
             }
             true
@@ -274,6 +309,16 @@ impl Images {
             let _ = self.root.set(root);
         }
         used_of(self.root.get()?)
+    }
+
+    /// Ends once the disk is fuller than it may be, with how full it is: an image may be larger than what is left.
+    async fn overfull(&self) -> u8 {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if let Some(used) = self.used().await.filter(|used| *used > self.limits.refuse_above) {
+                return used;
+            }
+        }
     }
 
     /// Removes what nothing needs if the disk is too full, until it is not.
@@ -324,7 +369,7 @@ impl Images {
     fn needs<'n>(
         &self,
         containers: &'n BTreeSet<String>,
-        wanted: &'n BTreeMap<AppName, Vec<String>>,
+        wanted: &'n BTreeMap<AppName, Option<String>>,
         pulling: &'n BTreeSet<String>,
     ) -> Needs<'n> {
         Needs { containers, wanted, pulling, now: Timestamp::now(), keep_for: self.limits.keep_for }
@@ -355,17 +400,18 @@ fn used_of(root: &std::path::Path) -> Option<u8> {
     u8::try_from(used.min(100)).ok()
 }
 
-/// By what the wanted image of an app may have been pulled: its digest, and its tag.
-fn references(app: &AppStatus) -> Vec<String> {
-    let image = app.image.as_deref().and_then(|image| ImageRef::try_from(image).ok());
-    let fixed = image.as_ref().zip(app.digest.as_ref()).map(|(image, digest)| image.at(digest).tagged());
-    fixed.into_iter().chain(image.map(|image| image.tagged())).collect()
+/// The reference of an image in a status, with its tag.
+fn reference(image: &str) -> Option<String> {
+    ImageRef::try_from(image).ok().map(|image| image.tagged())
 }
 
 /// What the apps of a host want, by reference.
-fn wanted(status: &HostStatus) -> BTreeMap<AppName, Vec<String>> {
-    let apps = status.apps.iter();
-    apps.filter_map(|app| Some((AppName::try_from(app.app.as_str()).ok()?, references(app)))).collect()
+fn wanted(status: &HostStatus) -> BTreeMap<AppName, Option<String>> {
+    let apps = status
+        .apps
+        .iter()
+        .filter_map(|app| Some((AppName::try_from(app.app.as_str()).ok()?, app.image.as_deref().and_then(reference))));
+    apps.collect()
 }
 
 fn read(path: &std::path::Path) -> Result<PulledImages, String> {

@@ -8,7 +8,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{name::AppName, time::Timestamp};
+use super::{
+    name::{AppName, ImageDigest},
+    time::Timestamp,
+};
 
 /// How many images of an app stay, those that it had converged on last: one serves, and two are there to go back to.
 pub const KEPT: usize = 3;
@@ -22,6 +25,9 @@ pub const ASKED: u32 = 3;
 pub struct Pulled {
     /// Its id on this host.
     pub id: String,
+    /// What the registry called it then; `None` if it was loaded from a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<ImageDigest>,
     /// When it was pulled last.
     pub pulled: Timestamp,
     /// Apps that it was pulled for, and when each had last converged on it; `None` if never. A release that failed is no way
@@ -44,8 +50,8 @@ pub type PulledImages = BTreeMap<String, Pulled>;
 pub struct Needs<'a> {
     /// Ids of the images of all containers, running or not, also of others.
     pub containers: &'a BTreeSet<String>,
-    /// What the apps of this host want, by reference: that of the spec, and the same with its digest.
-    pub wanted: &'a BTreeMap<AppName, Vec<String>>,
+    /// What the apps of this host want, by reference.
+    pub wanted: &'a BTreeMap<AppName, Option<String>>,
     /// What is being pulled, by reference.
     pub pulling: &'a BTreeSet<String>,
     /// The time.
@@ -91,7 +97,7 @@ impl Needs<'_> {
         if self.containers.contains(&image.id) {
             return Some(Reason::Container);
         }
-        if let Some((app, _)) = self.wanted.iter().find(|(_, wanted)| wanted.iter().any(|w| w == reference)) {
+        if let Some((app, _)) = self.wanted.iter().find(|(_, wanted)| wanted.as_deref() == Some(reference)) {
             return Some(Reason::Wanted(app.clone()));
         }
         // Two references may name one image, and either is a way back to it.
@@ -171,15 +177,15 @@ mod tests {
                     Event::Deploy(n, image) => {
                         let reference = format!("r/x:{image}");
                         let pulled = images.entry(reference.clone()).or_insert_with(|| Pulled {
-                            id: format!("id{image}"), pulled: now, apps: BTreeMap::new(),
+                            id: format!("id{image}"), digest: None, pulled: now, apps: BTreeMap::new(),
                         });
                         pulled.apps.entry(app(n)).or_default();
                         pulled.pulled = now;
                         touched.insert(reference.clone(), millis);
-                        wanted.insert(app(n), vec![reference]);
+                        wanted.insert(app(n), Some(reference));
                     }
                     Event::Converge(n) => {
-                        let Some(reference) = wanted.get(&app(n)).and_then(|wanted| wanted.first()).cloned() else { continue };
+                        let Some(Some(reference)) = wanted.get(&app(n)).cloned() else { continue };
                         let Some(image) = images.get_mut(&reference) else { continue };
                         image.apps.insert(app(n), Some(now));
                         touched.insert(reference.clone(), millis);
@@ -197,7 +203,7 @@ mod tests {
                         let going: Vec<String> = needs.removable(&images).into_iter().map(str::to_owned).collect();
                         for reference in &going {
                             prop_assert!(!containers.contains(&images[reference].id), "{reference} is in use");
-                            let is_wanted = wanted.values().any(|wanted| wanted.contains(reference));
+                            let is_wanted = wanted.values().any(|wanted| wanted.as_ref() == Some(reference));
                             prop_assert!(!is_wanted, "{reference} is wanted");
                             prop_assert!(millis - touched[reference] >= 3_600_000, "{reference} is young");
                             for (app, order) in &orders {
@@ -218,7 +224,7 @@ mod tests {
     #[test]
     fn what_was_not_used_for_longest_goes_first() {
         let at = Timestamp::from_millis;
-        let pulled = |at: Timestamp| Pulled { id: "x".to_owned(), pulled: at, apps: BTreeMap::new() };
+        let pulled = |at: Timestamp| Pulled { id: "x".to_owned(), digest: None, pulled: at, apps: BTreeMap::new() };
         let images: PulledImages =
             [("b", 5), ("a", 9), ("c", 1)].map(|(name, t)| (name.to_owned(), pulled(at(t)))).into();
         let (containers, wanted, pulling) = (BTreeSet::new(), BTreeMap::new(), BTreeSet::from(["c".to_owned()]));

@@ -21,7 +21,8 @@ pub struct ObservedApp {
     pub instances: Vec<Instance>,
     /// The local id of the wanted image, if it is on this host.
     pub image: Option<String>,
-    /// What the registry calls that image; `None` if it was built or loaded here, or not looked for.
+    /// What the registry called that image when the agent pulled it; `None` if others pulled, built or loaded it, or it was
+    /// not looked for.
     pub image_digest: Option<ImageDigest>,
     /// Whether Docker refused to create a container since the image is gone, though other containers of the release
     /// still use it.
@@ -95,6 +96,8 @@ pub struct Wanted {
     pub release: ReleaseId,
     /// Its image.
     pub image: ImageRef,
+    /// Which one that is, whatever its tag means; `None` if the tag says it.
+    pub digest: Option<ImageDigest>,
     /// Whether to look the image up even if a live instance has it.
     pub image_lost: bool,
     /// For how many slots it needs stable addresses: as many as replicas, if it listens on one port.

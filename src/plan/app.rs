@@ -333,8 +333,7 @@ impl<'a> Draft<'a> {
         }
         if missing > 0 {
             // What a digest names is never another image.
-            let may_be_old =
-                target.pull_policy == PullPolicy::Always && !matches!(self.input.image, FleetImage::Written(_));
+            let may_be_old = target.pull_policy == PullPolicy::Always && self.input.image.digest().is_none();
             let fresh = may_be_old && group.all.is_empty() && !self.observed().pulled;
             if image.is_none() || fresh {
                 if target.pull_policy == PullPolicy::Never {
@@ -346,12 +345,17 @@ impl<'a> Draft<'a> {
                     let verdict = verdict_without_instance(self.input, target, absent);
                     self.step(verdict, "the release failed");
                 } else {
-                    let image = self.input.image.of(&release.image);
-                    self.step(Step::Pull(image), "the image is not on this host");
+                    let (image, digest) = (release.image.clone(), self.input.image.digest().cloned());
+                    self.step(Step::Pull { image, digest }, "the image is not on this host");
                 }
                 return false;
             }
             // One that no registry has given a digest is on this host alone.
+            if is_first && *self.input.image == FleetImage::Unreadable {
+                let why = "the record of which image it is, in `state/digests/`, cannot be read by this version";
+                self.wait(Wait::Turn(why.to_owned()));
+                return false;
+            }
             if is_first && *self.input.image == FleetImage::Unwritten && self.observed().image_digest.is_some() {
                 self.wait(Wait::Digest);
                 return false;

@@ -165,9 +165,9 @@ pub fn apply_step(observed: &mut ObservedApp, step: &Step, created: Option<NewCo
         observed.instances.iter_mut().filter(|i| i.id == handle.id).for_each(change);
     };
     match step {
-        Step::Pull(image) => {
+        Step::Pull { image, digest } => {
             observed.image = Some(format!("sha256:{image}"));
-            observed.image_digest = image.digest();
+            observed.image_digest.clone_from(digest);
             observed.pulled = true;
         }
         Step::WriteEnvFile(release) => {

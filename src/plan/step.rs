@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use crate::model::{
-    name::{ContainerId, ImageRef, ReleaseId},
+    name::{ContainerId, ImageDigest, ImageRef, ReleaseId},
     observed::{InstanceKey, Via},
     release::Release,
     spec::{HealthCheck, Ingress},
@@ -39,8 +39,13 @@ pub const TIME_IS_OVER: &str = "its drain time is over";
 /// A step for one app. Each is idempotent and leaves a trace that the next observation finds.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Step {
-    /// Pull the image.
-    Pull(ImageRef),
+    /// Pull an image.
+    Pull {
+        /// Its reference.
+        image: ImageRef,
+        /// Which one it is, whatever its tag means by now.
+        digest: Option<ImageDigest>,
+    },
     /// Write the env-file of a release.
     WriteEnvFile(Arc<Release>),
     /// Create a container, beside those that run.
@@ -217,7 +222,7 @@ impl Step {
             | Self::Remove(handle)
             | Self::Discard { handle, .. } => Some(handle),
             Self::RecordVerdict { handle, .. } => handle.as_ref(),
-            Self::Pull(_)
+            Self::Pull { .. }
             | Self::WriteEnvFile(_)
             | Self::Create { .. }
             | Self::Switch(..)
@@ -234,7 +239,7 @@ impl Step {
     /// Its kind.
     pub fn kind(&self) -> StepKind {
         match self {
-            Self::Pull(_) => StepKind::Pull,
+            Self::Pull { .. } => StepKind::Pull,
             Self::WriteEnvFile(_) => StepKind::WriteEnvFile,
             Self::Create { .. } => StepKind::Create,
             Self::Start(_) => StepKind::Start,
@@ -254,7 +259,8 @@ impl Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Pull(image) => write!(f, "pull {image}"),
+            Self::Pull { image, digest: None } => write!(f, "pull {image}"),
+            Self::Pull { image, digest: Some(digest) } => write!(f, "pull {}", image.at(digest)),
             Self::WriteEnvFile(release) => write!(f, "write env-file of {}", release.id),
             Self::Create { key, release, .. } => write!(f, "create {key} from {}", release.image),
             Self::Start(handle) => write!(f, "start {}", handle.key),

@@ -322,7 +322,7 @@ impl Block {
             }
             Self::HostTaken { .. } => "take the virtual host out of one of the two specs".to_owned(),
             Self::RoutesRejected(_) => "fix the spec, or the template on the host".to_owned(),
-            Self::ImageMissing(_) => "push the image, or correct its name; it is retried automatically".to_owned(),
+            Self::ImageMissing(_) => "see to what it says on this host, or put another image; it is tried again by itself".to_owned(),
             Self::MountUnsafe(_) => {
                 "mount a directory beside it, or mount the upper one with `:ro` everywhere; its own containers from before count, too".to_owned()
             }

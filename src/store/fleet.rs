@@ -141,15 +141,17 @@ impl FleetSession {
         release_key(&self.connection, &self.prefix).await
     }
 
-    /// Reads one key of the variables of kept releases, which a host needs that takes turns.
+    /// Tries the rights of a host that takes turns: to read the variables of kept releases, and to write which image a
+    /// release is. Writes nothing.
     ///
     /// # Errors
     /// If this user lacks the rights, or the call fails.
     pub async fn try_rights(&self) -> Result<(), StoreError> {
         let (from, to) = self.prefix.kept_variables();
-        let options = GetOptions::new().with_range(to).with_keys_only().with_limit(1);
-        let failed = self.connection.failed("reading `secret/releases/`");
-        self.connection.client.kv_client().get(from, Some(options)).await.map_err(failed).map(drop)
+        let get = TxnOp::get(from, Some(GetOptions::new().with_range(to).with_keys_only().with_limit(1)));
+        let failed = self.connection.failed("reading `secret/releases/`, or writing `state/digests/`");
+        let txn = self.never().and_then([TxnOp::put(self.prefix.key("state/digests/a"), "", None)]).or_else([get]);
+        self.connection.client.clone().txn(txn).await.map_err(failed).map(drop)
     }
 
     /// Tries the rights of a leader: to read all that is about the fleet, and to keep releases. Writes nothing.
@@ -160,11 +162,15 @@ impl FleetSession {
         let (kept, _) = self.prefix.kept_variables();
         let (from, to) = self.prefix.leader_range();
         let get = TxnOp::get(from, Some(GetOptions::new().with_range(to).with_keys_only().with_limit(1)));
-        // etcd checks the rights for both branches before it compares; this comparison never holds.
-        let never = Compare::create_revision(kept.clone(), CompareOp::Equal, i64::MAX);
-        let txn = Txn::new().when([never]).and_then([TxnOp::put(kept, "", None)]).or_else([get]);
+        let txn = self.never().and_then([TxnOp::put(kept, "", None)]).or_else([get]);
         let failed = self.connection.failed("trying the rights to lead");
         self.connection.client.clone().txn(txn).await.map_err(failed).map(drop)
+    }
+
+    /// A transaction whose condition never holds: etcd checks the rights for both branches before it compares.
+    fn never(&self) -> Txn {
+        let key = self.prefix.fleet(&FleetKey::Leader);
+        Txn::new().when([Compare::create_revision(key, CompareOp::Equal, i64::MAX)])
     }
 
     /// Whether an agent leads the fleet.

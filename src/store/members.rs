@@ -48,17 +48,29 @@ async fn may_write(connection: &mut Connection, config: &EtcdConfig, host: &Host
     try_to_write(connection, &keys.map(|rest| config.prefix.key(&rest))).await
 }
 
-/// Whether the user may write the spec of any app, which no agent does.
+/// What the user may write that no agent writes, in words.
 ///
 /// # Errors
 /// If no member answers, or one fails otherwise.
-pub async fn may_write_specs(config: &EtcdConfig) -> Result<bool, StoreError> {
+pub async fn may_write_more(config: &EtcdConfig, host: &HostName) -> Result<Vec<&'static str>, StoreError> {
     let mut connection = Connection::open(config, 0).await?;
-    match try_to_write(&mut connection, &[config.prefix.key("apps/a/spec")]).await {
-        Ok(()) => Ok(true),
-        Err(e) if e.is_of_rights() => Ok(false),
-        Err(e) => Err(e),
+    let mut found = Vec::new();
+    for (rest, what) in [
+        ("apps/a/spec".to_owned(), "the spec of any app"),
+        ("apps/a/image".to_owned(), "its image"),
+        ("env/a/A".to_owned(), "variables"),
+        (format!("hosts/{host}/mode"), "the modes of hosts"),
+        ("freeze".to_owned(), "`freeze`"),
+        ("cluster".to_owned(), "`cluster`"),
+        (format!("state/hosts/{host}-other"), "what other hosts report"),
+    ] {
+        match try_to_write(&mut connection, &[config.prefix.key(&rest)]).await {
+            Ok(()) => found.push(what),
+            Err(e) if e.is_of_rights() => {}
+            Err(e) => return Err(e),
+        }
     }
+    Ok(found)
 }
 
 /// Tries the rights, and writes nothing.

@@ -37,7 +37,7 @@ pub use fleet::{FleetReading, FleetSession, FleetWatch, Term};
 pub use interpret::{By, Everywhere, Interpreter, MadeFrom};
 pub use keys::{KeyRange, parse_fleet};
 pub use lease::{Lease, keep_lease};
-pub use members::{Member, MemberState, may_write_specs, member_states, members};
+pub use members::{Member, MemberState, may_write_more, member_states, members};
 pub use publish::{FEATURES, Publishing, ROLLOUTS, Sources, publish, published};
 pub use read::{Proof, Reading, fingerprint};
 pub use source::{Session, Source, Watch};

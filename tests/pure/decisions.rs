@@ -170,7 +170,7 @@ fn nothing_is_created_before_the_image_of_the_fleet_is_known() {
     let mut later = scene(FleetImage::Written(digest(2)), None);
     later.host.observed.image = None;
     let pulled = later.plan().step.map(|planned| planned.step);
-    assert_eq!(pulled, Some(Step::Pull(image.at(&digest(2)))));
+    assert_eq!(pulled, Some(Step::Pull { image, digest: Some(digest(2)) }));
     let always = Target { pull_policy: PullPolicy::Always, ..new.clone() };
     for (written, kind) in
         [(FleetImage::Written(digest(2)), StepKind::WriteEnvFile), (FleetImage::Unwritten, StepKind::Pull)]

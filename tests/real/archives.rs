@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use demae::model::{name::ImageRef, status::AppStatus};
+use demae::model::{
+    name::ImageRef,
+    status::{AppStatus, State},
+};
 use sha2::{Digest as _, Sha256};
 
 use crate::support::{
@@ -196,26 +199,36 @@ fn archives_that_are_wrong_change_nothing() {
     let server = files_of(lab.dir.path().to_owned());
     let (dir, zeros) = (lab.dir.path().display(), "0".repeat(64));
     let load = Load::start(lab.ingress, "web.test", load::mixed(Duration::from_millis(2)));
-    for (source, part) in [
-        (format!("docker-archive:{dir}/cut.tar"), "cut off"),
-        (format!("docker-archive:{dir}/text.tar"), "no tar file"),
-        (format!("docker-archive:{dir}/none.tar"), "there is no `"),
-        (format!("docker-archive:{dir}"), "is not a file"),
-        (format!("docker-archive:{dir}/pipe"), "is not a file"),
-        (format!("docker-archive:{}@sha256:{zeros}", thief.display()), "its SHA-256 is "),
-        (format!("docker-archive:{dir}/link.tar"), "leads to another place"),
-        (format!("docker-archive:{}", both.display()), "2 images are in it; write which one after a `#`"),
-        (format!("docker-archive:{}#none", both.display()), "no image in it is named `none`"),
-        (format!("oci-archive:{}", thief.display()), "it is a `docker-archive`"),
-        (format!("docker-archive:{dir}/foreign.tar"), "it is for linux/s390x, and this host is linux/amd64"),
-        (format!("docker-archive:http://{}/none.tar@sha256:{zeros}", server.address), "404"),
-        (format!("docker-archive:http://{}/busy/x.tar@sha256:{zeros}", server.address), "503"),
-        (format!("docker-archive:http://{}/thief.tar@sha256:{zeros}", server.address), "its SHA-256 is "),
-        (format!("docker-archive:s3://bucket/web.tar@sha256:{zeros}"), "`[fetch]` in the agent's file"),
+    let http = format!("docker-archive:http://{}", server.address);
+    // A file is that of this host, and a person mends it; what an address leads to is the same for all hosts.
+    let (here, failed, later) = ("image_missing", "halted", "image");
+    for (source, part, kind) in [
+        (format!("docker-archive:{dir}/cut.tar"), "cut off", here),
+        (format!("docker-archive:{dir}/text.tar"), "no tar file", here),
+        (format!("docker-archive:{dir}/none.tar"), "there is no `", here),
+        (format!("docker-archive:{dir}"), "is not a file", here),
+        (format!("docker-archive:{dir}/pipe"), "is not a file", here),
+        (format!("docker-archive:{}@sha256:{zeros}", thief.display()), "its SHA-256 is ", here),
+        (format!("docker-archive:{dir}/link.tar"), "leads to another place", here),
+        (format!("docker-archive:{}", both.display()), "2 images are in it; write which one after a `#`", here),
+        (format!("docker-archive:{}#none", both.display()), "no image in it is named `none`", here),
+        (format!("oci-archive:{}", thief.display()), "it is a `docker-archive`", here),
+        (format!("docker-archive:{dir}/foreign.tar"), "it is for linux/s390x, and this host is linux/amd64", here),
+        (format!("{http}/none.tar@sha256:{zeros}"), "404", failed),
+        (format!("{http}/busy/x.tar@sha256:{zeros}"), "503", later),
+        (format!("{http}/thief.tar@sha256:{zeros}"), "its SHA-256 is ", failed),
+        (
+            format!("{http}/foreign.tar@sha256:{}", sum(&lab.path("foreign.tar"))),
+            "it is for linux/s390x, and this host is linux/amd64",
+            failed,
+        ),
+        (format!("docker-archive:s3://bucket/web.tar@sha256:{zeros}"), "`[fetch]` in the agent's file", later),
     ] {
         lab.put("apps/web/image", &source);
-        let app = lab.wait_app("web", &format!("refused: {part}"), |s| is_stuck(s) && s.reason.contains(part));
+        let is_refused = |s: &AppStatus| s.is(kind) && is_stuck(s) && s.reason.contains(part);
+        let app = lab.wait_app("web", &format!("refused: {part}"), is_refused);
         assert!(app.healthy > 0 && !app.reason.contains("root:x"), "{}", app.reason);
+        assert_eq!((app.state == State::Blocked, app.verdict.is_some()), (kind != later, kind == failed), "{app:?}");
     }
     // Without a rule no file of the host is read but those that apps may mount.
     lab.put("apps/web/image", "docker-archive:/etc/shadow");

@@ -12,7 +12,7 @@ use crate::support::{
     process::docker,
     registry::Registry,
 };
-use demae::model::status::State;
+use demae::model::status::{AppStatus, State};
 
 /// Deploys, of which six fill the disk.
 const VERSIONS: usize = 9;
@@ -61,10 +61,7 @@ fn images_of_old_releases_make_room_for_new_ones() {
     let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).expect("it is JSON");
     let of = |n: usize| {
         let images = shown["images"].as_array().expect("images");
-        images
-            .iter()
-            .find(|image| image["image"].as_str().and_then(|text| text.split('@').next()) == Some(&name(n)))
-            .map(|image| image["kept"].clone())
+        images.iter().find(|image| image["image"] == name(n)).map(|image| image["kept"].clone())
     };
     assert_eq!(of(2), Some("a container has it".into()), "{shown}");
     assert_eq!(of(VERSIONS - 1), Some("web may go back to it".into()), "{shown}");
@@ -78,4 +75,30 @@ fn images_of_old_releases_make_room_for_new_ones() {
     lab.deploy("web", "apps/web/image", &name(3));
     assert!(before.iter().all(|n| is_here(&name(*n))), "nothing is removed");
     assert_eq!(std::fs::read_to_string(lab.path("state/images.json")).expect("a file"), "{");
+}
+
+#[test]
+fn an_image_larger_than_the_disk_is_given_up_before_the_disk_is_full() {
+    let (engine, _disk) = Engine::with_network_on_a_small_disk("160m");
+    let mut lab = Lab::with(&Setup { no_agent: true, sections: "[images]\nrefuse_above = 90\n", ..Setup::default() });
+    let registry = Registry::start(free_address(), lab.dir.path());
+    registry.push(&lab.image("v1"), "v1");
+    let (large, dir) = (format!("demae-lab-{}-large:v2", lab.tag), lab.path("large"));
+    build_large(&large, "v2", &dir, 300 << 20);
+    registry.push(&large, "v2");
+    docker(&["rmi", "-f", &large]);
+    std::fs::remove_dir_all(dir).expect("removed");
+    lab.start_agent(&[("DOCKER_HOST", &engine.host())]);
+    let spec = lab.socket_spec(&registry.name("v1"), "web.test", "network_mode: none\n");
+    lab.deploy("web", "apps/web/spec", &spec);
+    let load = Load::start(lab.ingress, "web.test", mixed(Duration::from_millis(10)));
+    lab.put("apps/web/image", &registry.name("v2"));
+    let is_refused = |app: &AppStatus| app.is("disk_full") && app.reason.contains("`images.refuse_above`");
+    let app = lab.wait_app("web", "refused", is_refused);
+    assert!(app.healthy > 0, "{app:?}");
+    // What was there of it is gone again, and there is room for another one.
+    registry.push(&lab.image("v3"), "v3");
+    lab.deploy("web", "apps/web/image", &registry.name("v3"));
+    let tally = load.stop();
+    assert_eq!((tally.failed, tally.stale), (0, 0), "{:#?}", tally.reasons);
 }

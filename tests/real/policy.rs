@@ -4,15 +4,17 @@
 
 use std::{
     fs,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
     time::{Duration, SystemTime},
 };
 
 use crate::support::{
     files::Place,
     images,
-    lab::Lab,
+    lab::{Lab, Setup},
     load::{self, Load},
     process::docker,
+    relay::{Relay, is},
     wait::until,
 };
 use demae::model::{
@@ -64,6 +66,36 @@ fn a_policy_that_is_replaced_during_deploys_lets_nothing_else_in_and_stops_nothi
     assert!(refused > 0, "{taken} of 8 were taken: none came too late");
     let tally = load.stop();
     assert_eq!(tally.failed, 0, "{:#?}", tally.reasons);
+}
+
+/// The step is under way, and has asked which ports are in use; the request to create the container is not sent yet.
+#[test]
+fn a_policy_that_is_narrowed_during_the_step_stops_its_request() {
+    let mut lab = Lab::with(&Setup { no_agent: true, ..Setup::default() });
+    let relay = Relay::start(&lab.path("docker.sock"));
+    lab.start_agent(&[("DOCKER_HOST", &relay.host())]);
+    lab.deploy("web", "apps/web/spec", &lab.port_spec(&lab.image("v1"), "web.test", ""));
+    let next = lab.image("v2");
+    let (is_looked_for, version) = (AtomicBool::new(false), format!("/images/{next}/json"));
+    let lists_all = |line: &str| line.contains("/containers/json") && !line.contains("demae.app%3D");
+    relay.hold_next(move |line| {
+        is_looked_for.fetch_or(line.contains(&version), Relaxed);
+        is_looked_for.load(Relaxed) && lists_all(line)
+    });
+    let creates = |relay: &Relay| relay.seen(is("POST", "/containers/create"));
+    let before = creates(&relay);
+    lab.put("apps/web/image", &next);
+    until("the step asks for ports", || relay.held() == 1);
+    assert_eq!(creates(&relay), before);
+    fs::write(lab.path("policy.new"), "[containers]\nread_only = true\n").expect("a file");
+    fs::rename(lab.path("policy.new"), lab.path("policy.toml")).expect("renamed");
+    relay.pass();
+    let app = lab.wait_app("web", "refused", is_refused);
+    assert!(app.healthy > 0 && creates(&relay) == before, "{app:?}");
+    // The step itself was refused, by the second reading.
+    assert!(lab.metric("demae_step_failures_total", "error=\"not_allowed\"") >= 1.0);
+    fs::remove_file(lab.path("policy.toml")).expect("removed");
+    lab.wait_app("web", "converged once it is allowed", |s| s.state == State::Converged);
 }
 
 #[test]

@@ -470,7 +470,7 @@ impl Machine for SimMachine {
         self.scene.note_snapshot();
         self.scene.state().begun.insert(app.clone(), Instant::now());
         match step {
-            Step::Pull(image) => {
+            Step::Pull { image, .. } => {
                 tokio::time::sleep(self.scene.chance.millis(100, 5_000)).await;
                 self.docker().await?;
                 let version = image.to_string().rsplit('v').next().and_then(|n| n.parse().ok()).unwrap_or(0usize);

@@ -33,7 +33,8 @@ pub(super) async fn members(context: &Context<'_>, found: &mut Findings) {
             Ok(member) => {
                 let version = member.version.as_deref().unwrap_or("of a version that this user may not ask for");
                 let text = format!("{endpoint}: etcd {version}, {} keys below `{}`", member.keys, etcd.prefix.as_str());
-                if etcd.user.is_some() && member.version.as_deref().is_some_and(|v| !is_safe(v)) {
+                let is_limited = etcd.user.is_some() || etcd.cert.is_some();
+                if is_limited && member.version.as_deref().is_some_and(|v| !is_safe(v)) {
                     let remedy = "upgrade to 3.4.44, 3.5.30, 3.6.11 or later: in older ones any user can read and write every key";
                     found.warn("etcd", text, remedy);
                 } else {
@@ -62,16 +63,13 @@ pub(super) async fn excess_rights(context: &Context<'_>, found: &mut Findings) {
         return;
     }
     // If no member answers, that is reported already.
-    let Ok(may_write_specs) = store::may_write_specs(etcd).await else { return };
-    if may_write_specs {
-        let remedy = "give each host a user and a role of its own: deploy/etcd-roles.sh makes them, and docs/security.md has their rights";
-        found.warn(
-            "rights",
-            "with this host's login one can write the spec of any app, and so change every host",
-            remedy,
-        );
+    let Ok(more) = store::may_write_more(etcd, &context.config.host).await else { return };
+    if more.is_empty() {
+        found.ok("rights", "with this host's login one can write what an agent writes, and nothing else");
     } else {
-        found.ok("rights", "with this host's login one cannot write what other hosts run");
+        let remedy = "give each host a user and a role of its own: deploy/etcd-roles.sh makes them, and docs/security.md has their rights";
+        let text = format!("with this host's login one can also write {}, and so change every host", more.join(", "));
+        found.warn("rights", text, remedy);
     }
 }
 

@@ -9,7 +9,8 @@ use crate::{
     host::docker::{Docker, NoMeter, Terminal},
     model::{
         desired::{DesiredApp, Target},
-        name::{AppName, ContainerId, ImageRef},
+        fleet::FleetImage,
+        name::{AppName, ContainerId, ImageDigest},
     },
     plan::wait::Block,
     store,
@@ -41,9 +42,9 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
         let world = setup::world(&config, None, Arc::new(NoMeter))?;
         let runtime = runtime(1)?;
         let ended = runtime.block_on(async {
-            let (target, image) = target(&config, &world, &app).await?;
+            let (target, digest) = target(&config, &world, &app).await?;
             printer.error(&format!("in a container like those of {app} {}", target.release.id));
-            task(&world, &app, (&target, &image), &args.command, terminal).await
+            task(&world, &app, (&target, digest.as_ref()), &args.command, terminal).await
         });
         // A read from standard input may be in flight for ever.
         runtime.shutdown_background();
@@ -52,8 +53,8 @@ pub(in crate::cli) fn run(args: &Args, printer: &mut Printer) -> Ended {
     start().map_err(not_run)
 }
 
-/// What the app is to run here, as an agent would take it from the store, and the image that this is in the fleet.
-async fn target(config: &Config, world: &World, app: &AppName) -> Result<(Target, ImageRef), Failed> {
+/// What the app is to run here, as an agent would take it from the store, and the digest of its image, if hosts go by that.
+async fn target(config: &Config, world: &World, app: &AppName) -> Result<(Target, Option<ImageDigest>), Failed> {
     let (pin, records) = fleet::pin_and_records(&config.etcd, app).await?;
     let viewer = setup::viewer(config, world).await?;
     let compared = store::compare(&config.etcd, &viewer, &Disk(world.layout.clone())).await;
@@ -67,11 +68,14 @@ async fn target(config: &Config, world: &World, app: &AppName) -> Result<(Target
                     target.release.id
                 ))),
                 None => {
-                    let image = &target.release.image;
-                    let image = records
-                        .digest(app, &target.release.id)
-                        .map_or_else(|| image.clone(), |digest| image.at(digest));
-                    Ok((target, image))
+                    let written = records.digests.get(&(app.clone(), target.release.id.clone()));
+                    let written = written.map(|stored| stored.value.as_ref().map(|resolved| &resolved.digest));
+                    match FleetImage::of(&target, written) {
+                        FleetImage::Unreadable => Err(Failed::because(format!(
+                            "the record of which image `{app}` is, in `state/digests/`, cannot be read by this version"
+                        ))),
+                        image => Ok((target, image.digest().cloned())),
+                    }
                 }
             }
         }
@@ -86,7 +90,7 @@ async fn target(config: &Config, world: &World, app: &AppName) -> Result<(Target
 async fn task(
     world: &World,
     app: &AppName,
-    (target, image): (&Target, &ImageRef),
+    (target, digest): (&Target, Option<&ImageDigest>),
     command: &[String],
     terminal: Terminal,
 ) -> Ended {
@@ -96,15 +100,16 @@ async fn task(
         return Err(Failed::because(Block::NotAllowed(refused).to_string()));
     }
     world.check_mounts(app, &release.container)?;
+    let image = digest.map_or_else(|| release.image.clone(), |digest| release.image.at(digest));
     if world.docker.image(&image.tagged()).await?.is_none() {
         // Not noted as the agent's: it alone writes down what it may remove.
-        world.images.fetch(app, image).await?;
+        world.images.fetch(app, &release.image, digest).await?;
     }
     let network = world.shared_network(release).await;
     let docker = &world.docker;
     // Whatever ends this program but a kill ends the container too.
     let mut ends = Ends::new()?;
-    let container = docker.create_task(app, (release, image), command, terminal, network).await?;
+    let container = docker.create_task(app, (release, &image), command, terminal, network).await?;
     let ended = attached(docker, &container, terminal, &mut ends).await;
     if ended.is_err() {
         // It may run still, for example after the reader of its output has gone. One that does not is no error here.

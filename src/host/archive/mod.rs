@@ -121,6 +121,10 @@ impl Archives {
         let failed =
             |message: String, fault: ImageFault| DockerError::Image { image: image.to_string(), message, fault };
         self.load_into(app, image, archive).await.map_err(|e| match e {
+            // An address is the same for every host; a file is that of this one.
+            Loading::Archive(e @ ArchiveError::Wrong(_)) if archive.scheme().is_some() => {
+                failed(e.to_string(), ImageFault::Absent)
+            }
             Loading::Archive(e @ ArchiveError::Wrong(_)) => failed(e.to_string(), ImageFault::Person),
             Loading::Archive(e) => failed(e.to_string(), ImageFault::Temporary),
             Loading::Docker(e) => e,

@@ -3,7 +3,7 @@
 use std::{
     fs::OpenOptions,
     io,
-    os::unix::fs::OpenOptionsExt as _,
+    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -16,7 +16,10 @@ use tokio::{io::AsyncReadExt as _, sync::mpsc};
 
 use super::{ArchiveError, Fetchers, PIECES, Received, blocking, plain};
 use crate::{
-    host::{registry::PATH, tls},
+    host::{
+        registry::{PATH, shown},
+        tls,
+    },
     model::{archive::Archive, problem::chain},
 };
 
@@ -30,6 +33,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const REDIRECTIONS: u8 = 5;
 /// What is needed at the beginning: the file as it comes and without compression, by its size.
 const ROOM: u64 = 2;
+/// Why a path is not read.
+const ELSEWHERE: &str = "its path leads to another place, where no archive of this app may be";
 /// Most bytes that a program may say about its failure.
 const MOST_MESSAGE: u64 = 300;
 
@@ -49,21 +54,17 @@ pub(super) async fn fetch(
         None => {
             let path = PathBuf::from(archive.place());
             match std::fs::canonicalize(&path) {
-                Ok(real) if !admits(&real) => {
-                    return Err(ArchiveError::wrong(
-                        "its path leads to another place, where no archive of this app may be",
-                    ));
-                }
-                Ok(real) => of_file(real, to).await,
+                Ok(real) if !admits(&real) => return Err(ArchiveError::wrong(ELSEWHERE)),
+                Ok(real) => of_file(real, to, true).await,
                 // It says so.
-                Err(_) => of_file(path, to).await,
+                Err(_) => of_file(path, to, false).await,
             }
         }
         Some(scheme) => match fetchers.get(scheme) {
             Some(words) => {
                 let file = spool.join("fetched");
                 run(words, archive.place(), &file).await?;
-                of_file(file, to).await
+                of_file(file, to, false).await
             }
             None if matches!(scheme, "http" | "https") => download(archive.place(), to).await,
             None => {
@@ -81,7 +82,8 @@ pub(super) async fn fetch(
     }
 }
 
-async fn of_file(path: PathBuf, to: &Path) -> Result<String, ArchiveError> {
+/// Reads a file. `is_real` says that no link is in its path: an app that may write there must not put one in its place.
+async fn of_file(path: PathBuf, to: &Path, is_real: bool) -> Result<String, ArchiveError> {
     let to = to.to_owned();
     let away = move |path: &Path, e: io::Error| match e.kind() {
         // A person puts it there, or writes another name.
@@ -93,6 +95,10 @@ async fn of_file(path: PathBuf, to: &Path) -> Result<String, ArchiveError> {
         let without_waiting = OFlags::NONBLOCK.bits().cast_signed();
         let file =
             OpenOptions::new().read(true).custom_flags(without_waiting).open(&path).map_err(|e| away(&path, e))?;
+        let opened = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(|e| away(&path, e))?;
+        if is_real && opened != path {
+            return Err(ArchiveError::wrong(ELSEWHERE));
+        }
         let found = file.metadata().map_err(|e| away(&path, e))?;
         if !found.is_file() {
             return Err(ArchiveError::Wrong(format!("`{}` is not a file", path.display())));
@@ -145,9 +151,7 @@ async fn run(words: &[String], url: &str, file: &Path) -> Result<(), ArchiveErro
     match ended {
         Ok(Ok((status, _))) if status.success() => Ok(()),
         Ok(Ok((status, said))) => {
-            let said: String =
-                String::from_utf8_lossy(&said).trim().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-            Err(failed(format!("failed with {status}: {said}")))
+            Err(failed(format!("failed with {status}: {}", shown(&String::from_utf8_lossy(&said)))))
         }
         Ok(Err(e)) => Err(failed(format!("cannot be waited for: {e}"))),
         Err(_) => Err(failed(format!("has not ended within {} minutes", TOTAL.as_secs() / 60))),

@@ -11,6 +11,7 @@ use bollard::{
     models::ImageInspect,
     query_parameters::{
         CreateImageOptionsBuilder, ImportImageOptionsBuilder, ListContainersOptionsBuilder, RemoveImageOptions,
+        TagImageOptionsBuilder,
     },
 };
 use futures_util::{StreamExt as _, stream};
@@ -38,25 +39,6 @@ impl Docker {
     /// If the engine does not answer.
     pub async fn image(&self, reference: &str) -> Result<Option<String>> {
         Ok(self.inspect_image(reference).await?.and_then(|image| image.id))
-    }
-
-    /// The local id of an image, and what the registry of `named` calls it; `None` if it is not present. It has no digest if
-    /// it was built here, or loaded from a file.
-    ///
-    /// # Errors
-    /// If the engine does not answer.
-    pub async fn image_and_digest(
-        &self,
-        reference: &str,
-        named: &ImageRef,
-    ) -> Result<Option<(String, Option<ImageDigest>)>> {
-        let Some(found) = self.inspect_image(reference).await? else { return Ok(None) };
-        let repository = named.repository();
-        let known = found.repo_digests.unwrap_or_default().into_iter().filter_map(|text| ImageRef::try_from(text).ok());
-        let mut known = known.filter(|known| known.repository() == repository);
-        // It may have several, of which one was asked for.
-        let digest = named.digest().or_else(|| known.find_map(|known| known.digest()));
-        Ok(found.id.map(|id| (id, digest)))
     }
 
     /// The user that an image sets, empty for root; `None` if the image is not present.
@@ -141,15 +123,26 @@ impl Docker {
     }
 
     /// Pulls an image, with the login of this host at its registry. A token of a helper that the registry refuses is asked
-    /// for once more.
+    /// for once more. Returns what the registry calls it, if the engine says so.
     ///
     /// # Errors
     /// If the pull fails; the error says whether a retry can help.
-    pub async fn pull(&self, image: &ImageRef) -> Result<()> {
+    pub async fn pull(&self, image: &ImageRef) -> Result<Option<ImageDigest>> {
         match self.pull_once(image).await {
             Err(e) if e.is_denied() && self.logins.forget(registry_of(image.as_str())) => self.pull_once(image).await,
             ended => ended,
         }
+    }
+
+    /// Gives an image that is here the name and the tag of another reference.
+    ///
+    /// # Errors
+    /// If the engine cannot.
+    pub async fn tag(&self, image: &ImageRef, name: &ImageRef) -> Result<()> {
+        let tagged = name.tagged();
+        let (repository, tag) = tagged.rsplit_once(':').unwrap_or((&tagged, "latest"));
+        let options = TagImageOptionsBuilder::default().repo(repository).tag(tag).build();
+        self.call(Operation::Pull, |client| client.tag_image(image.as_str(), Some(options))).await
     }
 
     /// Loads a file of the form of `docker save`, whose pieces come from `pieces`.
@@ -191,7 +184,7 @@ impl Docker {
         ended
     }
 
-    async fn pull_once(&self, image: &ImageRef) -> Result<()> {
+    async fn pull_once(&self, image: &ImageRef) -> Result<Option<ImageDigest>> {
         let registry = registry_of(image.as_str());
         let login = self.logins.at(registry).await.map_err(|e| {
             // A person mends it, or the network comes back: it is asked again.
@@ -207,6 +200,7 @@ impl Docker {
         };
         // Bytes downloaded, by layer: Docker reports the progress of each.
         let mut layers: HashMap<String, u64> = HashMap::new();
+        let mut digest = None;
         let began = Instant::now();
         let pulling = async {
             loop {
@@ -214,11 +208,13 @@ impl Docker {
                     Err(_) => {
                         return Err(failed(format!("no data from the registry for {} s", IDLE_TIMEOUT.as_secs())));
                     }
-                    Ok(None) => return Ok(()),
+                    Ok(None) => return Ok(digest),
                     Ok(Some(Ok(info))) => {
                         if let Some(message) = info.error_detail.and_then(|e| e.message) {
                             return Err(failed(message));
                         }
+                        let named = info.status.as_deref().and_then(|status| status.strip_prefix("Digest: "));
+                        digest = named.and_then(|text| ImageDigest::try_from(text.trim()).ok()).or(digest);
                         if info.status.as_deref() == Some("Downloading")
                             && let (Some(layer), Some(bytes)) = (info.id, info.progress_detail.and_then(|p| p.current))
                         {
@@ -252,18 +248,20 @@ impl Docker {
 /// Docker answers 500 to every registry failure; only the message says what helps. Unknown messages count as temporary.
 fn fault(message: &str) -> ImageFault {
     let message = message.to_lowercase();
+    // Whole forms: of what the engine itself does not find it says `not found`, too.
+    let of_reference = message.contains("manifest for") || message.contains("failed to resolve reference");
     let absent = [
         "manifest unknown",
-        "not found",
-        "does not exist",
         "no matching manifest",
+        "no match for platform",
         "name unknown",
         "repository name not known",
     ];
+    let is_absent = absent.iter().any(|words| message.contains(words)) || of_reference && message.contains("not found");
     // Some say of what may not be read that it may not exist.
     if is_refused_login(&message) || message.contains("invalid reference") {
         ImageFault::Person
-    } else if absent.iter().any(|words| message.contains(words)) {
+    } else if is_absent {
         ImageFault::Absent
     } else {
         ImageFault::Temporary
@@ -314,6 +312,16 @@ mod tests {
         for (message, expected) in [
             ("manifest for web:v9 not found: manifest unknown", ImageFault::Absent),
             ("no matching manifest for linux/amd64 in the manifest list entries", ImageFault::Absent),
+            (
+                "failed to resolve reference \"localhost:5000/web:v9\": localhost:5000/web:v9: not found",
+                ImageFault::Absent,
+            ),
+            (
+                "failed to prepare extraction snapshot \"x\": parent snapshot sha256:0 does not exist: not found",
+                ImageFault::Temporary,
+            ),
+            ("lease \"x\": not found", ImageFault::Temporary),
+            ("error parsing HTTP 404 response body: 404 page not found", ImageFault::Temporary),
             ("pull access denied for web, repository does not exist or may require 'docker login'", ImageFault::Person),
             ("denied", ImageFault::Person),
             ("mkdir /var/lib/docker/tmp: permission denied", ImageFault::Temporary),

@@ -93,14 +93,7 @@ pub(super) async fn ask(helper: &str, registry: &str) -> Result<Option<Login>, L
             return Ok(None);
         }
         // It may have printed its answer before it failed.
-        let is_answer = ["{", "secret", "password", "token"].iter().any(|word| text.to_lowercase().contains(word));
-        let message: String = text.trim().chars().filter(|c| !c.is_control()).take(MOST_MESSAGE).collect();
-        let message = match message.as_str() {
-            "" => "it printed nothing".to_owned(),
-            _ if is_answer => "what it printed is not shown, since it may be a login".to_owned(),
-            _ => message,
-        };
-        return Err(failed(format!("failed with {status}: {message}")));
+        return Err(failed(format!("failed with {status}: {}", shown(&text))));
     }
     // What it printed may be a password, and is not repeated.
     let answer: Answer = serde_json::from_slice(&answer)
@@ -109,4 +102,17 @@ pub(super) async fn ask(helper: &str, registry: &str) -> Result<Option<Login>, L
         TOKEN => Login::Token(answer.secret),
         _ => Login::Password { username: answer.username, password: answer.secret },
     }))
+}
+
+/// What a program printed that failed, as far as it may be seen by all who read a status: not what looks like a login.
+pub(in crate::host) fn shown(printed: &str) -> String {
+    const SECRET: [&str; 7] = ["{", "secret", "password", "token", "authorization", "credential", "signature"];
+    let is_secret = SECRET.iter().any(|word| printed.to_lowercase().contains(word));
+    let text = printed.trim().chars().map(|c| if c.is_control() { ' ' } else { c });
+    let text: String = text.take(MOST_MESSAGE).collect();
+    match text.as_str() {
+        "" => "it printed nothing".to_owned(),
+        _ if is_secret => "what it printed is not shown, since it may be a login".to_owned(),
+        _ => text,
+    }
 }

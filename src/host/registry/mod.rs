@@ -14,7 +14,7 @@ use std::{
 
 use crate::model::problem::chain;
 use docker_config::{DockerConfig, Found};
-pub(super) use helper::PATH;
+pub(super) use helper::{PATH, shown};
 
 /// How long the answer of a helper is used again: tokens that it hands out live for hours, and a helper takes a second.
 const KEPT: Duration = Duration::from_secs(5 * 60);

@@ -11,7 +11,7 @@ pub use transaction::{Condition, FleetKey, Transaction, TransactionKind, Write};
 
 use std::time::Duration;
 
-use super::name::{ImageDigest, ImageRef};
+use super::{desired::Target, name::ImageDigest, spec::PullPolicy};
 
 /// Which image a release is in the fleet. A tag may mean another one a moment later, so the host that pulls it first
 /// writes its digest down, and all hosts run that.
@@ -24,14 +24,30 @@ pub enum FleetImage {
     Unwritten,
     /// The one with this digest.
     Written(ImageDigest),
+    /// It is written which, in a form that this version cannot read.
+    Unreadable,
 }
 
 impl FleetImage {
-    /// What to pull, and to look for, in the place of a release's reference.
-    pub fn of(&self, image: &ImageRef) -> ImageRef {
+    /// By what is written of a release: `None` if nothing is, `Some(None)` if it cannot be read. An image that hosts do not
+    /// pull is the one that each of them has.
+    pub fn of(target: &Target, written: Option<Option<&ImageDigest>>) -> Self {
+        let image = &target.release.image;
+        if image.is_fixed() || image.archive().is_some() || target.pull_policy == PullPolicy::Never {
+            return Self::AsNamed;
+        }
+        match written {
+            None => Self::Unwritten,
+            Some(None) => Self::Unreadable,
+            Some(Some(digest)) => Self::Written(digest.clone()),
+        }
+    }
+
+    /// Its digest, if that is written.
+    pub fn digest(&self) -> Option<&ImageDigest> {
         match self {
-            Self::Written(digest) => image.at(digest),
-            Self::AsNamed | Self::Unwritten => image.clone(),
+            Self::Written(digest) => Some(digest),
+            Self::AsNamed | Self::Unwritten | Self::Unreadable => None,
         }
     }
 }

@@ -46,6 +46,9 @@ fn check_image(input: &AppInput<'_>, plan: &AppPlan, found: &mut Vec<String>) {
         return;
     }
     match (input.image, &input.observed.image_digest) {
+        (FleetImage::Unreadable, _) => {
+            found.push("it creates a container, and which image it is cannot be read".into());
+        }
         (FleetImage::Unwritten, Some(_)) => found.push("it creates a container before its digest is written".into()),
         (FleetImage::Written(written), here) if here.as_ref() != Some(written) => {
             found.push("it creates a container from another image than other hosts have".into());
@@ -79,7 +82,7 @@ fn check_turn(input: &AppInput<'_>, plan: &AppPlan, found: &mut Vec<String>) {
             found.push("it moves requests to the wanted release before its turn".into());
         }
         Some(Step::Prove { .. }) => found.push("it proves the wanted release before its turn".into()),
-        Some(Step::Create { .. } | Step::Pull(_)) if matches!(input.turn, Turn::Held(_)) => {
+        Some(Step::Create { .. } | Step::Pull { .. }) if matches!(input.turn, Turn::Held(_)) => {
             found.push("it rolls out the wanted release, and is not in its turn".into());
         }
         Some(Step::Stop { handle, .. }) if input.observed.proven.as_ref() == Some(&handle.key.release) => {
@@ -236,7 +239,7 @@ fn check_step(input: &AppInput<'_>, step: &Step, found: &mut Vec<String>) {
                 found.push(format!("`{step}` removes all traces of an app that is wanted"));
             }
         }
-        Step::Pull(_) | Step::WriteEnvFile(_) => {}
+        Step::Pull { .. } | Step::WriteEnvFile(_) => {}
     }
 }
 
