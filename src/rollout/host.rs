@@ -342,8 +342,16 @@ impl Follower {
         }
     }
 
+    /// Hands the records to the loop at once, and again with what hosts may have to go back to, if that has to be read.
     async fn publish(&mut self, out: &Sender<Option<Arc<HostRollouts>>>) -> Result<(), StoreError> {
-        self.fetch_kept().await?;
+        self.send(out);
+        if self.fetch_kept().await? {
+            self.send(out);
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, out: &Sender<Option<Arc<HostRollouts>>>) {
         let records = &self.records;
         let own = |(_, host): &&(AppName, HostName)| *host == self.host;
         let apps: BTreeSet<&AppName> = records
@@ -371,12 +379,12 @@ impl Follower {
         let records = apps.into_iter().map(|app| (app.clone(), of(app))).collect();
         self.has_published = true;
         out.send_replace(Some(Arc::new(HostRollouts { records, kept: self.kept.clone() })));
-        Ok(())
     }
 
     /// Reads the releases that hosts may have to go back to. One that is not kept, or was made in another way, is left out.
-    async fn fetch_kept(&mut self) -> Result<(), StoreError> {
-        let Some(key) = &self.key else { return Ok(()) };
+    /// Returns whether any was read.
+    async fn fetch_kept(&mut self) -> Result<bool, StoreError> {
+        let Some(key) = &self.key else { return Ok(false) };
         let needed: BTreeSet<(AppName, ReleaseId)> = self
             .records
             .rollouts
@@ -392,6 +400,7 @@ impl Follower {
             })
             .collect();
         self.kept.retain(|key, _| needed.contains(key));
+        let mut is_new = false;
         for (app, release) in needed.into_iter().filter(|key| !self.kept.contains_key(key)).collect::<Vec<_>>() {
             let text = self.session.get(&FleetKey::Kept(app.clone(), release.clone())).await?;
             let env = self.session.get(&FleetKey::KeptEnv(app.clone(), release.clone())).await?;
@@ -403,8 +412,9 @@ impl Follower {
             let target = parsed.and_then(|made_from| made_from.target(&app, key).ok());
             if let Some(target) = target.filter(|target| target.release.id == release) {
                 self.kept.insert((app, release), target);
+                is_new = true;
             }
         }
-        Ok(())
+        Ok(is_new)
     }
 }
