@@ -3,13 +3,21 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Output},
 };
 
 use crate::{
     roles::{lab_with_roles, with_user},
-    support::{images, lab::Lab, names::free_address, process::docker, process::run, registry::Registry, wait::until},
+    support::{
+        files, images,
+        lab::Lab,
+        names::free_address,
+        process::{docker, run},
+        registry::Registry,
+        server::{Answer, Server},
+        wait::until,
+    },
 };
 use demae::model::{name::ImageRef, status::State};
 
@@ -34,6 +42,12 @@ fn commit(repository: &Path, version: &str) {
     };
     git(&["add", "."]);
     git(&["commit", "-q", "-m", version]);
+}
+
+/// The scripts find this program.
+fn path() -> String {
+    let program = Path::new(env!("CARGO_BIN_EXE_demae")).parent().expect("a directory").display();
+    format!("{program}:{}", std::env::var("PATH").unwrap_or_else(|_| "/usr/bin".to_owned()))
 }
 
 fn build(repository: &Path, more: &[&str], env: &[(&str, &str)]) -> Output {
@@ -69,9 +83,7 @@ fn a_commit_is_built_and_deployed_by_a_registry_and_by_a_file() {
     fs::copy(images::example_app(), repository.join("app")).expect("copied");
     let deploy = |image: &str| {
         let mut command = with_user(&lab, &script("deploy.sh"), "deploy-web");
-        let program = Path::new(env!("CARGO_BIN_EXE_demae")).parent().expect("a directory").display();
-        let path = format!("{program}:{}", std::env::var("PATH").unwrap_or_else(|_| "/usr/bin".to_owned()));
-        let output = command.args(["web", image, "a merge"]).env("PATH", path).output().expect("the script runs");
+        let output = command.args(["web", image, "a merge"]).env("PATH", path()).output().expect("the script runs");
         assert!(output.status.success(), "{image}: {}", text(&output.stderr));
     };
     let serves = |version: &str| {
@@ -109,6 +121,22 @@ fn a_commit_is_built_and_deployed_by_a_registry_and_by_a_file() {
     let app = lab.wait_app("web", "converged", |a| a.state == State::Converged);
     assert_eq!(app.image.as_deref(), Some(image.as_str()));
 
+    // By an address, from a server of that directory.
+    let served = PathBuf::from(&archives);
+    let server = Server::start(move |path| match fs::read(served.join(path)) {
+        Ok(bytes) => Answer::new("200 OK", "", bytes),
+        Err(_) => Answer::new("404 Not Found", "", ""),
+    });
+    let url = format!("http://{}", server.address);
+    let rules = format!("[images]\narchives = ['{archives}/*', '{url}/*']\n");
+    files::write(&lab.path("policy.toml"), &rules);
+    commit(&repository, "three");
+    let image = built(&lab, &build(&repository, &[], &[("ARCHIVES", &archives), ("ARCHIVES_URL", &url)]));
+    assert!(image.starts_with(&format!("docker-archive:{url}/web-")), "{image}");
+    forget("web");
+    deploy(&image);
+    serves("three");
+
     // A build that fails prints nothing to deploy.
     fs::write(repository.join("Dockerfile"), "FROM scratch\nCOPY none /app\n").expect("a file");
     for env in [&[("REGISTRY", place.as_str())][..], &[("ARCHIVES", archives.as_str())], &[]] {
@@ -119,5 +147,43 @@ fn a_commit_is_built_and_deployed_by_a_registry_and_by_a_file() {
         .expect("a directory")
         .map(|f| f.expect("a file").file_name().to_string_lossy().into_owned())
         .collect();
-    assert!(left.len() == 2 && left.iter().all(|name| name.ends_with(".tar.gz") && !name.starts_with('.')), "{left:?}");
+    assert!(left.len() == 3 && left.iter().all(|name| name.ends_with(".tar.gz") && !name.starts_with('.')), "{left:?}");
+}
+
+#[test]
+fn what_was_merged_is_deployed_once_and_all_of_it_at_night() {
+    let registry_at = free_address();
+    let spec = |lab: &Lab| lab.socket_spec(&lab.image("v0"), "web.test", "deploy: {update_config: {monitor: 200ms}}\n");
+    let (lab, _etcd) = lab_with_roles(spec);
+    lab.wait_app("web", "converged", |a| a.state == State::Converged);
+    let _registry = Registry::start(registry_at, lab.dir.path());
+    let (repository, clone) = (lab.path("repository"), lab.path("clone"));
+    fs::create_dir(&repository).expect("a directory");
+    run(Command::new("git").args(["init", "-q"]).arg(&repository));
+    fs::copy(images::example_app(), repository.join("app")).expect("copied");
+    commit(&repository, "one");
+    run(Command::new("git").arg("clone").arg("-q").arg(&repository).arg(&clone));
+    let place = format!("localhost:{}/team", registry_at.port());
+    let update = |more: &[&str]| {
+        let mut command = with_user(&lab, &script("update.sh"), "deploy-web");
+        command.arg("web").args(more).current_dir(&clone).env("REGISTRY", &place).env("PATH", path());
+        let output = command.output().expect("the script runs");
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let app = lab.wait_app("web", "converged", |a| a.state == State::Converged);
+        let image = app.image.expect("it has one");
+        lab.remove_on_drop(ImageRef::try_from(image.as_str()).expect("an image").tagged());
+        (app.release, image)
+    };
+    let first = update(&[]);
+    assert!(first.1.starts_with(&format!("{place}/web@sha256:")), "{}", first.1);
+    assert_eq!(update(&[]), first, "nothing was merged");
+    commit(&repository, "two");
+    let second = update(&[]);
+    assert_ne!(second, first);
+    assert_eq!(lab.get("web.test", "/").map(|(_, body)| body.contains("version=two")), Ok(true));
+    let night = update(&["--full"]);
+    assert!(night.0 == second.0 || night.1 != second.1, "{night:?}");
+    assert_eq!(lab.get("web.test", "/").map(|(_, body)| body.contains("version=two")), Ok(true));
+    let names = docker(&["images", "--format", "{{.Repository}}:{{.Tag}}", &format!("{place}/web")]);
+    names.lines().filter(|name| !name.ends_with(":<none>")).for_each(|name| lab.remove_on_drop(name.to_owned()));
 }
