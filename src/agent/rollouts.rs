@@ -188,11 +188,11 @@ impl<M: Machine> Agent<M> {
         if self.rollouts.is_none() {
             return;
         }
-        let rollouts = self.rollouts();
+        let (rollouts, takes_turns) = (self.rollouts(), self.takes_turns());
         let Some(state) = self.apps.get(app) else { return };
         let decided = match (state.turn.intended.target(), &rollouts) {
             (None, _) => Directive::Wanted(Turn::Free),
-            (Some(_), None) if !self.takes_turns() => Directive::Wanted(Turn::Free),
+            (Some(_), None) if !takes_turns => Directive::Wanted(Turn::Free),
             (Some(_), None) => Directive::Wanted(Turn::Held("the records of its rollout were not read yet".into())),
             (Some(_), Some(rollouts)) => match self.with_facts(app, rollouts, now, directive) {
                 Some(directive) => directive,
@@ -230,6 +230,10 @@ impl<M: Machine> Agent<M> {
         (state.turn.turn, state.turn.kept, state.turn.failed) = (turn, why, failed);
         let image = match (desired.target(), records) {
             (Some(target), Some(records)) => image(target, records),
+            (Some(target), None) if rollouts.is_none() && takes_turns => match FleetImage::of(target, None) {
+                FleetImage::Unwritten => FleetImage::Unread,
+                other => other,
+            },
             // An app without records is in no rollout.
             _ => FleetImage::AsNamed,
         };

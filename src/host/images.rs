@@ -136,16 +136,32 @@ impl Images {
             );
             DockerError::Image { image: image.to_string(), message, fault: ImageFault::Temporary }
         };
+        let given_up = |used: u8| {
+            let message = format!(
+                "no space left on device for it: when a part of it was there, the disk of Docker's images was {used} % full, more than `images.refuse_above`"
+            );
+            DockerError::Image { image: image.to_string(), message, fault: ImageFault::Temporary }
+        };
         if let Some(used) = self.used().await.filter(|used| *used > self.limits.refuse_above) {
             return Err(full(format!("the disk of Docker's images is {used} % full")));
         }
         let before = self.docker.image(&reference).await?;
-        let digest = tokio::select! {
-            fetched = self.fetch(app, image, digest) => fetched?,
-            // The engine gives up what it has of it.
-            used = self.overfull() => return Err(full(format!("while it was pulled, the disk of Docker's images became {used} % full"))),
+        // Reads what is known, if that was not needed before.
+        self.change(|_| false);
+        // A name that others gave stays with their image.
+        let is_free = before.as_ref().is_none_or(|id| self.has_pulled(&reference, id));
+        let reference = match digest {
+            Some(digest) if !is_free => image.at(digest).tagged(),
+            _ => reference,
         };
-        if let Some(id) = self.docker.image(&reference).await? {
+        let digest = tokio::select! {
+            fetched = self.fetch(app, image, digest, is_free) => fetched?,
+            // The engine gives up what it has of it.
+            used = self.overfull() => return Err(given_up(used)),
+        };
+        // Another pull may have moved the tag meanwhile.
+        let named = digest.as_ref().map_or_else(|| reference.clone(), |digest| image.at(digest).tagged());
+        if let Some(id) = self.docker.image(&named).await? {
             let now = Timestamp::now();
             match digest.clone() {
                 Some(digest) => drop(self.state().digests.insert(reference.clone(), (id.clone(), digest))),
@@ -175,7 +191,15 @@ impl Images {
         Ok(())
     }
 
-    /// Pulls an image, or loads it from its archive, and notes nothing. Returns what the registry calls it.
+    /// Whether this agent has given a reference to the image with this id.
+    fn has_pulled(&self, reference: &str, id: &str) -> bool {
+        let state = self.state();
+        let noted = state.known.as_ref().and_then(|known| known.get(reference));
+        noted.is_some_and(|known| known.id == id) || state.digests.get(reference).is_some_and(|(known, _)| known == id)
+    }
+
+    /// Pulls an image, or loads it from its archive, and notes nothing. One that is pulled by its digest gets the tag as well,
+    /// if `names` says so. Returns what the registry calls it.
     ///
     /// # Errors
     /// If that fails.
@@ -184,6 +208,7 @@ impl Images {
         app: &AppName,
         image: &ImageRef,
         digest: Option<&ImageDigest>,
+        names: bool,
     ) -> Result<Option<ImageDigest>, DockerError> {
         match (image.archive(), digest) {
             (Some(archive), _) => self.archives.load(app, image, archive).await.map(|()| None),
@@ -192,7 +217,9 @@ impl Images {
                 let fixed = image.at(digest);
                 self.docker.pull(&fixed).await?;
                 // By its name people find it, and so does an agent that cannot read which image it is.
-                self.docker.tag(&fixed, image).await?;
+                if names {
+                    self.docker.tag(&fixed, image).await?;
+                }
                 Ok(Some(digest.clone()))
             }
         }

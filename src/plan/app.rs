@@ -333,7 +333,8 @@ impl<'a> Draft<'a> {
         }
         if missing > 0 {
             // What a digest names is never another image.
-            let may_be_old = target.pull_policy == PullPolicy::Always && self.input.image.digest().is_none();
+            let is_read = *self.input.image != FleetImage::Unread;
+            let may_be_old = target.pull_policy == PullPolicy::Always && self.input.image.digest().is_none() && is_read;
             let fresh = may_be_old && group.all.is_empty() && !self.observed().pulled;
             if image.is_none() || fresh {
                 if target.pull_policy == PullPolicy::Never {
@@ -341,6 +342,9 @@ impl<'a> Draft<'a> {
                     self.plan.blocks.push(Block::ImageMissing(error));
                     // Docker emits no event that wakes the loop when an image is loaded.
                     self.wait(Wait::Image(self.input.now.plus(IMAGE_RECHECK)));
+                } else if !is_read {
+                    // By its tag another image could take the place of the proven one.
+                    self.wait(Wait::Store("which image its release is has not been read yet".to_owned()));
                 } else if let Some(absent) = self.absent_image(group).filter(|_| !proven) {
                     let verdict = verdict_without_instance(self.input, target, absent);
                     self.step(verdict, "the release failed");

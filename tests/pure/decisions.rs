@@ -166,6 +166,16 @@ fn nothing_is_created_before_the_image_of_the_fleet_is_known() {
     settled.host.observed.image_digest = Some(digest(1));
     settled.host.observed.instances.clear();
     settled.until(StepKind::Create);
+    // Before the records are read nothing is pulled by a tag, not even with `always`; what is here is started.
+    (settled.image, settled.host.observed.pulled) = (FleetImage::Unread, false);
+    settled.desired = DesiredApp::Run(Target { pull_policy: PullPolicy::Always, ..old.clone() });
+    settled.until(StepKind::Create);
+    settled.host.observed.image = None;
+    let plan = settled.plan();
+    assert!(plan.step.is_none() && plan.waits.iter().any(|w| matches!(w, Wait::Store(_))), "{plan:#?}");
+    // What cannot be read is not taken for missing.
+    let unreadable = scene(FleetImage::Unreadable, Some(digest(1)));
+    assert!(unreadable.kind().is_none() && unreadable.plan().waits.iter().any(|w| matches!(w, Wait::Turn(_))));
     // What is pulled is what other hosts have, and `always` has nothing to ask for then.
     let mut later = scene(FleetImage::Written(digest(2)), None);
     later.host.observed.image = None;

@@ -65,10 +65,10 @@ pub(super) async fn excess_rights(context: &Context<'_>, found: &mut Findings) {
     // If no member answers, that is reported already.
     let Ok(more) = store::may_write_more(etcd, &context.config.host).await else { return };
     if more.is_empty() {
-        found.ok("rights", "with this host's login one can write what an agent writes, and nothing else");
+        found.ok("rights", "with this host's login one cannot write what other hosts run, or what they report");
     } else {
         let remedy = "give each host a user and a role of its own: deploy/etcd-roles.sh makes them, and docs/security.md has their rights";
-        let text = format!("with this host's login one can also write {}, and so change every host", more.join(", "));
+        let text = format!("with this host's login one can also write {}", more.join(", "));
         found.warn("rights", text, remedy);
     }
 }

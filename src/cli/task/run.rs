@@ -103,7 +103,7 @@ async fn task(
     let image = digest.map_or_else(|| release.image.clone(), |digest| release.image.at(digest));
     if world.docker.image(&image.tagged()).await?.is_none() {
         // Not noted as the agent's: it alone writes down what it may remove.
-        world.images.fetch(app, &release.image, digest).await?;
+        world.images.fetch(app, &release.image, digest, false).await?;
     }
     let network = world.shared_network(release).await;
     let docker = &world.docker;

@@ -43,6 +43,9 @@ pub(super) enum ArchiveError {
     /// The file is not what it should be: it will be no other one the next time.
     #[error("{0}")]
     Wrong(String),
+    /// A file, or a right, of this host that a person has to see to.
+    #[error("{0}")]
+    Here(String),
     /// It could not be fetched now.
     #[error("{0}")]
     Away(String),
@@ -125,7 +128,9 @@ impl Archives {
             Loading::Archive(e @ ArchiveError::Wrong(_)) if archive.scheme().is_some() => {
                 failed(e.to_string(), ImageFault::Absent)
             }
-            Loading::Archive(e @ ArchiveError::Wrong(_)) => failed(e.to_string(), ImageFault::Person),
+            Loading::Archive(e @ (ArchiveError::Wrong(_) | ArchiveError::Here(_))) => {
+                failed(e.to_string(), ImageFault::Person)
+            }
             Loading::Archive(e) => failed(e.to_string(), ImageFault::Temporary),
             Loading::Docker(e) => e,
         })
@@ -159,7 +164,7 @@ impl Archives {
         loaded?;
         match self.docker.image(&image.tagged()).await? {
             Some(_) => Ok(()),
-            None => Err(ArchiveError::wrong("the engine took it and does not have it").into()),
+            None => Err(ArchiveError::Away("the engine took it and does not have it".to_owned()).into()),
         }
     }
 }

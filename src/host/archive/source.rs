@@ -54,7 +54,7 @@ pub(super) async fn fetch(
         None => {
             let path = PathBuf::from(archive.place());
             match std::fs::canonicalize(&path) {
-                Ok(real) if !admits(&real) => return Err(ArchiveError::wrong(ELSEWHERE)),
+                Ok(real) if !admits(&real) => return Err(ArchiveError::Here(ELSEWHERE.to_owned())),
                 Ok(real) => of_file(real, to, true).await,
                 // It says so.
                 Err(_) => of_file(path, to, false).await,
@@ -87,7 +87,7 @@ async fn of_file(path: PathBuf, to: &Path, is_real: bool) -> Result<String, Arch
     let to = to.to_owned();
     let away = move |path: &Path, e: io::Error| match e.kind() {
         // A person puts it there, or writes another name.
-        io::ErrorKind::NotFound => ArchiveError::Wrong(format!("there is no `{}` on this host", path.display())),
+        io::ErrorKind::NotFound => ArchiveError::Here(format!("there is no `{}` on this host", path.display())),
         _ => ArchiveError::Away(format!("cannot read `{}`: {}", path.display(), chain(&e))),
     };
     blocking(move || {
@@ -97,11 +97,11 @@ async fn of_file(path: PathBuf, to: &Path, is_real: bool) -> Result<String, Arch
             OpenOptions::new().read(true).custom_flags(without_waiting).open(&path).map_err(|e| away(&path, e))?;
         let opened = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(|e| away(&path, e))?;
         if is_real && opened != path {
-            return Err(ArchiveError::wrong(ELSEWHERE));
+            return Err(ArchiveError::Here(ELSEWHERE.to_owned()));
         }
         let found = file.metadata().map_err(|e| away(&path, e))?;
         if !found.is_file() {
-            return Err(ArchiveError::Wrong(format!("`{}` is not a file", path.display())));
+            return Err(ArchiveError::Here(format!("`{}` is not a file", path.display())));
         }
         plain::room(&to, found.len().saturating_mul(ROOM))?;
         plain::write(file, &to)
@@ -229,7 +229,13 @@ async fn answer(url: &str) -> Result<Response<Incoming>, ArchiveError> {
         let message = format!("`{host}` answers {status}");
         // There may be room, or a server, later; what is not there or not allowed stays so.
         let is_final = status.is_client_error() && !matches!(status.as_u16(), 408 | 425 | 429);
-        return Err(if is_final { ArchiveError::Wrong(message) } else { ArchiveError::Away(message) });
+        // It may let other hosts in.
+        let is_of_rights = matches!(status.as_u16(), 401 | 403 | 407);
+        return Err(match is_final {
+            _ if is_of_rights => ArchiveError::Here(message),
+            true => ArchiveError::Wrong(message),
+            false => ArchiveError::Away(message),
+        });
     }
     Err(ArchiveError::wrong(format!("more than {REDIRECTIONS} redirections")))
 }

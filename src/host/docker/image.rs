@@ -258,10 +258,13 @@ fn fault(message: &str) -> ImageFault {
         "repository name not known",
     ];
     let is_absent = absent.iter().any(|words| message.contains(words)) || of_reference && message.contains("not found");
+    // Where tokens come from may be broken, too.
+    let is_of_token =
+        ["failed to authorize", "unexpected status", "anonymous token"].iter().any(|w| message.contains(w));
     // Some say of what may not be read that it may not exist.
     if is_refused_login(&message) || message.contains("invalid reference") {
         ImageFault::Person
-    } else if is_absent {
+    } else if is_absent && !is_of_token {
         ImageFault::Absent
     } else {
         ImageFault::Temporary
@@ -321,6 +324,10 @@ mod tests {
                 ImageFault::Temporary,
             ),
             ("lease \"x\": not found", ImageFault::Temporary),
+            (
+                "failed to resolve reference \"a.test/web:v1\": failed to authorize: failed to fetch anonymous token: unexpected status: 404 Not Found",
+                ImageFault::Temporary,
+            ),
             ("error parsing HTTP 404 response body: 404 page not found", ImageFault::Temporary),
             ("pull access denied for web, repository does not exist or may require 'docker login'", ImageFault::Person),
             ("denied", ImageFault::Person),

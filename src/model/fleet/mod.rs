@@ -24,6 +24,8 @@ pub enum FleetImage {
     Unwritten,
     /// The one with this digest.
     Written(ImageDigest),
+    /// Whether it is written was not read yet.
+    Unread,
     /// It is written which, in a form that this version cannot read.
     Unreadable,
 }
@@ -47,7 +49,7 @@ impl FleetImage {
     pub fn digest(&self) -> Option<&ImageDigest> {
         match self {
             Self::Written(digest) => Some(digest),
-            Self::AsNamed | Self::Unwritten | Self::Unreadable => None,
+            Self::AsNamed | Self::Unwritten | Self::Unread | Self::Unreadable => None,
         }
     }
 }

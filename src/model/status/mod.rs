@@ -109,7 +109,7 @@ pub struct AppStatus {
     /// The wanted image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
-    /// Its digest, if that is known: all hosts run the image that had it when the release was first pulled.
+    /// Its digest, by its reference, or by what a host has written of the release.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<ImageDigest>,
     /// Number of wanted instances.
