@@ -13,7 +13,7 @@ use crate::{
         desired::{DesiredApp, Target},
         fleet::{
             CommandRun, CommandState, EndedCommand, FleetImage, HostVerdict, PermitPhase, Transaction, TransactionKind,
-            Turn, VERSION,
+            Turn, UNREADABLE_IMAGE, VERSION,
         },
         name::{AppName, ReleaseId},
         observed::{Address, Instance, Verdict},
@@ -313,8 +313,7 @@ impl<M: Machine> Agent<M> {
         let own = target.as_ref().filter(|target| target.release.id == release);
         let image = own.map_or(FleetImage::AsNamed, |target| image(target, records));
         if image == FleetImage::Unreadable {
-            let why = "the record of which image it is, in `state/digests/`, cannot be read by this version";
-            (state.turn.command_trouble, state.turn.running_command) = (Some(why.to_owned()), false);
+            (state.turn.command_trouble, state.turn.running_command) = (Some(UNREADABLE_IMAGE.to_owned()), false);
             return;
         }
         let (machine, run) = (self.machine.clone(), (*run).clone());

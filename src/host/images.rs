@@ -129,25 +129,17 @@ impl Images {
         if let Err(e) = self.make_room().await {
             tracing::debug!("images cannot be removed: {}", chain(&e));
         }
-        let full = |why: String| {
+        let full = |why: &str| {
             // The words by which a full disk is known.
-            let message = format!(
-                "no space left on device for it: {why}, more than `images.refuse_above`, and no image that demae has pulled can be removed (`demae images`)"
-            );
-            DockerError::Image { image: image.to_string(), message, fault: ImageFault::Temporary }
-        };
-        let given_up = |used: u8| {
-            let message = format!(
-                "no space left on device for it: when a part of it was there, the disk of Docker's images was {used} % full, more than `images.refuse_above`"
-            );
+            let message = format!("no space left on device for it: {why}");
             DockerError::Image { image: image.to_string(), message, fault: ImageFault::Temporary }
         };
         if let Some(used) = self.used().await.filter(|used| *used > self.limits.refuse_above) {
-            return Err(full(format!("the disk of Docker's images is {used} % full")));
+            return Err(full(&format!(
+                "the disk of Docker's images is {used} % full, more than `images.refuse_above`, and no image that demae has pulled can be removed (`demae images`)"
+            )));
         }
         let before = self.docker.image(&reference).await?;
-        // Reads what is known, if that was not needed before.
-        self.change(|_| false);
         // A name that others gave stays with their image.
         let is_free = before.as_ref().is_none_or(|id| self.has_pulled(&reference, id));
         let reference = match digest {
@@ -157,7 +149,9 @@ impl Images {
         let digest = tokio::select! {
             fetched = self.fetch(app, image, digest, is_free) => fetched?,
             // The engine gives up what it has of it.
-            used = self.overfull() => return Err(given_up(used)),
+            used = self.overfull() => return Err(full(&format!(
+                "when a part of it was there, the disk of Docker's images was {used} % full, more than `images.refuse_above`"
+            ))),
         };
         // Another pull may have moved the tag meanwhile.
         let named = digest.as_ref().map_or_else(|| reference.clone(), |digest| image.at(digest).tagged());
@@ -193,6 +187,7 @@ impl Images {
 
     /// Whether this agent has given a reference to the image with this id.
     fn has_pulled(&self, reference: &str, id: &str) -> bool {
+        self.read_once();
         let state = self.state();
         let noted = state.known.as_ref().and_then(|known| known.get(reference));
         noted.is_some_and(|known| known.id == id) || state.digests.get(reference).is_some_and(|(known, _)| known == id)
@@ -227,6 +222,7 @@ impl Images {
 
     /// What the registry called an image when this agent pulled it last; `None` of others.
     pub fn digest(&self, image: &ImageRef, id: &str) -> Option<ImageDigest> {
+        self.read_once();
         let reference = image.tagged();
         let state = self.state();
         let pulled = state.digests.get(&reference).filter(|(known, _)| known == id).map(|(_, digest)| digest);
@@ -302,6 +298,14 @@ impl Images {
         });
     }
 
+    /// Reads what is known, unless that was done before. That it cannot be read is said elsewhere.
+    fn read_once(&self) {
+        let mut state = self.state();
+        if state.known.is_none() {
+            state.known = read(&self.layout.images()).ok();
+        }
+    }
+
     /// Changes what is known, and writes it if that is wanted. What cannot be read is left as it is.
     fn change(&self, change: impl FnOnce(&mut PulledImages) -> bool) {
         let mut state = self.state();
@@ -357,7 +361,7 @@ impl Images {
         if self.used().await.is_none_or(|used| used <= self.limits.clean_above) {
             return Ok(());
         }
-        self.change(|_| false);
+        self.read_once();
         let containers = self.docker.images_in_use().await?;
         for reference in self.removable(&containers) {
             if self.used().await.is_none_or(|used| used <= self.limits.clean_to) {

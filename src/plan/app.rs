@@ -62,7 +62,7 @@ use super::{
 };
 use crate::model::{
     desired::{DesiredApp, Target},
-    fleet::{FleetImage, Turn},
+    fleet::{FleetImage, Turn, UNREADABLE_IMAGE},
     images::ASKED,
     name::{ReleaseId, VirtualHost},
     observed::{Health, Instance, InstanceKey, Phase, Verdict},
@@ -354,12 +354,11 @@ impl<'a> Draft<'a> {
                 }
                 return false;
             }
-            // One that no registry has given a digest is on this host alone.
             if is_first && *self.input.image == FleetImage::Unreadable {
-                let why = "the record of which image it is, in `state/digests/`, cannot be read by this version";
-                self.wait(Wait::Turn(why.to_owned()));
+                self.wait(Wait::Turn(UNREADABLE_IMAGE.to_owned()));
                 return false;
             }
+            // One that was not pulled by an agent is on this host alone.
             if is_first && *self.input.image == FleetImage::Unwritten && self.observed().image_digest.is_some() {
                 self.wait(Wait::Digest);
                 return false;

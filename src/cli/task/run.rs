@@ -9,7 +9,7 @@ use crate::{
     host::docker::{Docker, NoMeter, Terminal},
     model::{
         desired::{DesiredApp, Target},
-        fleet::FleetImage,
+        fleet::{FleetImage, UNREADABLE_IMAGE},
         name::{AppName, ContainerId, ImageDigest},
     },
     plan::wait::Block,
@@ -71,9 +71,7 @@ async fn target(config: &Config, world: &World, app: &AppName) -> Result<(Target
                     let written = records.digests.get(&(app.clone(), target.release.id.clone()));
                     let written = written.map(|stored| stored.value.as_ref().map(|resolved| &resolved.digest));
                     match FleetImage::of(&target, written) {
-                        FleetImage::Unreadable => Err(Failed::because(format!(
-                            "the record of which image `{app}` is, in `state/digests/`, cannot be read by this version"
-                        ))),
+                        FleetImage::Unreadable => Err(Failed::because(format!("`{app}`: {UNREADABLE_IMAGE}"))),
                         image => Ok((target, image.digest().cloned())),
                     }
                 }

@@ -13,6 +13,10 @@ use std::time::Duration;
 
 use super::{desired::Target, name::ImageDigest, spec::PullPolicy};
 
+/// Why nothing is started of a release whose image is [`FleetImage::Unreadable`].
+pub const UNREADABLE_IMAGE: &str =
+    "the record of which image it is, in `state/digests/`, cannot be read by this version";
+
 /// Which image a release is in the fleet. A tag may mean another one a moment later, so the host that pulls it first
 /// writes its digest down, and all hosts run that.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
