@@ -57,7 +57,7 @@ pub async fn may_write_more(config: &EtcdConfig, host: &HostName) -> Result<Vec<
     let mut found = Vec::new();
     for (rest, what) in [
         ("apps/a/spec".to_owned(), "the spec of any app"),
-        ("apps/a/image".to_owned(), "its image"),
+        ("apps/a/image".to_owned(), "the image of any app"),
         ("env/a/A".to_owned(), "variables"),
         (format!("hosts/{host}/mode"), "the modes of hosts"),
         ("freeze".to_owned(), "`freeze`"),
