@@ -99,7 +99,7 @@ impl World {
                     }
                     self.check_mounts(app, &target.release.container)?;
                     let (named, digest) = (&target.release.image, fleet_image.digest());
-                    let image = digest.map_or_else(|| named.clone(), |digest| named.at(digest));
+                    let image = named.fixed(digest);
                     let may_be_old = target.pull_policy == PullPolicy::Always && *fleet_image == FleetImage::Unwritten;
                     if (may_be_old || self.docker.image(&image.tagged()).await?.is_none())
                         && let Some(absent) = self.pull_or_miss(app, named, digest).await?

@@ -174,8 +174,7 @@ impl World {
         {
             return Ok(Some((id, None)));
         }
-        let fixed = wanted.digest.as_ref().map(|digest| wanted.image.at(digest));
-        let found = self.docker.image(&fixed.as_ref().unwrap_or(&wanted.image).tagged()).await?;
+        let found = self.docker.image(&wanted.image.fixed(wanted.digest.as_ref()).tagged()).await?;
         Ok(found.map(|id| {
             let digest = wanted.digest.clone().or_else(|| self.images.digest(&wanted.image, &id));
             (id, digest)

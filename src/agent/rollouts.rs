@@ -7,7 +7,10 @@ use tokio::task::JoinSet;
 use super::{Agent, app::AppState, completion::Completion, turn::Kept};
 use crate::{
     execute::StepError,
-    fleet::turn::{Directive, HostFacts, HostRecords, directive, next_write},
+    fleet::{
+        records::image_of,
+        turn::{Directive, HostFacts, HostRecords, directive, next_write},
+    },
     machine::Machine,
     model::{
         desired::{DesiredApp, Target},
@@ -108,8 +111,7 @@ fn meanwhile(wanted: &Target, kept: &Target) -> Target {
 
 /// Which image a release is in the fleet.
 fn image(target: &Target, records: &HostRecords) -> FleetImage {
-    let written = records.digests.get(&target.release.id);
-    FleetImage::of(target, written.map(|stored| stored.value.as_ref().map(|resolved| &resolved.digest)))
+    image_of(target, records.digests.get(&target.release.id))
 }
 
 /// The verdict of this host against a release, as the store has it.

@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::model::{
+    desired::Target,
     fleet::{
-        CommandRun, FleetKey, HostVerdict, KeptRelease, Leader, Lost, Permit, Proof, ResolvedImage, Rollout, VERSION,
+        CommandRun, FleetImage, FleetKey, HostVerdict, KeptRelease, Leader, Lost, Permit, Proof, ResolvedImage,
+        Rollout, VERSION,
     },
     name::{AppName, HostName, ImageDigest, ReleaseId},
 };
@@ -20,6 +22,11 @@ pub struct Stored<T> {
     pub created: i64,
     /// The mod revision.
     pub modified: i64,
+}
+
+/// Which image a release is in the fleet, by its record.
+pub fn image_of(target: &Target, written: Option<&Stored<ResolvedImage>>) -> FleetImage {
+    FleetImage::of(target, written.map(|stored| stored.value.as_ref().map(|resolved| &resolved.digest)))
 }
 
 /// A value as read, with the create and mod revisions of its key.

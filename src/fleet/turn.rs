@@ -215,10 +215,10 @@ pub fn next_write(facts: &HostFacts<'_>, records: &HostRecords, is_ready: bool, 
         && !records.digests.contains_key(release)
     {
         // Whichever host is first: what it writes is true of the tag, in its turn or not.
-        let (conditions, write) = resolved(facts, release, digest);
+        let (condition, write) = resolved(facts, release, digest);
         return Some(Transaction {
             kind: TransactionKind::WriteDigest,
-            conditions: vec![conditions],
+            conditions: vec![condition],
             writes: vec![write],
         });
     }

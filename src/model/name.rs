@@ -191,6 +191,12 @@ impl ImageRef {
         Self(format!("{name}@{digest}"))
     }
 
+    /// The same image by its digest, if one is given.
+    #[must_use]
+    pub fn fixed(&self, digest: Option<&ImageDigest>) -> Self {
+        digest.map_or_else(|| self.clone(), |digest| self.at(digest))
+    }
+
     /// The digest that it ends in; `None` if it has none, or names an archive.
     pub fn digest(&self) -> Option<ImageDigest> {
         let (_, digest) = self.0.split_once('@').filter(|_| self.archive().is_none())?;

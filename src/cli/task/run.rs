@@ -6,6 +6,7 @@ use super::{Ends, NOT_RUN, TerminalArgs, ended, not_run, not_started, pass_on};
 use crate::{
     cli::{Common, Ended, Failed, fleet, print::Printer, runtime, setup, setup::Disk},
     config::Config,
+    fleet::records::image_of,
     host::docker::{Docker, NoMeter, Terminal},
     model::{
         desired::{DesiredApp, Target},
@@ -69,8 +70,7 @@ async fn target(config: &Config, world: &World, app: &AppName) -> Result<(Target
                 ))),
                 None => {
                     let written = records.digests.get(&(app.clone(), target.release.id.clone()));
-                    let written = written.map(|stored| stored.value.as_ref().map(|resolved| &resolved.digest));
-                    match FleetImage::of(&target, written) {
+                    match image_of(&target, written) {
                         FleetImage::Unreadable => Err(Failed::because(format!("`{app}`: {UNREADABLE_IMAGE}"))),
                         image => Ok((target, image.digest().cloned())),
                     }
@@ -98,7 +98,7 @@ async fn task(
         return Err(Failed::because(Block::NotAllowed(refused).to_string()));
     }
     world.check_mounts(app, &release.container)?;
-    let image = digest.map_or_else(|| release.image.clone(), |digest| release.image.at(digest));
+    let image = release.image.fixed(digest);
     if world.docker.image(&image.tagged()).await?.is_none() {
         // Not noted as the agent's: it alone writes down what it may remove.
         world.images.fetch(app, &release.image, digest, false).await?;
